@@ -1,0 +1,225 @@
+"""The encoder: a timm VisionTransformer, used through timm's own modules.
+
+Its state dict stays timm's; nothing is renamed, added or converted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm import create_model, list_models
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mim.config import ModelConfig
+from mim.errors import UserError, choice_error, setting_error
+from mim.keys import seed_of
+
+# What the project sets itself; the value says where.
+_RESERVED = {
+    "img_size": "data.image_size",
+    "in_chans": "data.channels",
+    "num_classes": "the evaluation",
+    "pretrained": "mim evaluate",
+    "dynamic_img_size": "data.image_size",
+}
+
+
+def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
+    """Fixed 2-D sine and cosine position embedding, zeros for prefix tokens (MAE, MoCo v3).
+
+    Args:
+        grid: (rows, columns) of patches.
+        dim: width of a token, divisible by 4.
+        prefix: tokens in front that have no place in the image.
+
+    Returns:
+        (1, prefix + N, dim).
+    """
+    patches = build_sincos2d_pos_embed(list(grid), dim=dim)  # (N, D)
+    return torch.cat([patches.new_zeros(prefix, dim), patches])[None]
+
+
+def build_backbone(
+    model: ModelConfig, size: tuple[int, int], channels: int, seed: int = 0
+) -> VisionTransformer:
+    """The timm ViT that ``model`` names, without a head.
+
+    Args:
+        model: the settings under ``model``.
+        size: (height, width) of the images in pixels.
+        channels: of the images.
+        seed: its weights follow from it, whatever was drawn before.
+
+    Raises:
+        UserError: for an unknown name, arguments that timm refuses, a patch size that does not
+            divide the image, or a model whose patches overlap.
+    """
+    setting, args = "model.backbone_args", dict(model.backbone_args)
+    for name, place in _RESERVED.items():
+        if name in args:
+            raise setting_error(setting, args, f"must not set {name}: that is {place}")
+    patch = args.get("patch_size")
+    if patch is not None:
+        sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        _check_patch(sides, size)
+        args["patch_size"] = sides
+    if model.backbone not in list_models():
+        near = list_models(f"{model.backbone.split('_')[0]}_*patch*") or list_models("vit_*")
+        if len(near) > 40:
+            near = [name for name in near if "_patch16_224" in name]
+        raise choice_error("model.backbone", model.backbone, near)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "backbone"))
+        try:
+            vit = create_model(
+                model.backbone, img_size=size, in_chans=channels, num_classes=0, **args
+            )
+        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+            given = {"backbone": model.backbone, **args}
+            raise setting_error(setting, given, f"is refused by timm: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        reason = f"is a {type(vit).__name__}; the regimes need a timm VisionTransformer"
+        raise setting_error("model.backbone", model.backbone, reason)
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        reason = f"embeds patches by {type(vit.patch_embed).__name__}, which may mix patches"
+        raise setting_error("model.backbone", model.backbone, reason)
+    _check_patch(vit.patch_embed.patch_size, size)
+    if vit.attn_pool is not None:
+        vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
+    if model.position_embedding == "sincos2d":
+        if vit.pos_embed is None or vit.embed_dim % 4:
+            reason = f"needs a backbone with a position embedding and a width divisible by 4, not {vit.embed_dim}"
+            raise setting_error("model.position_embedding", "sincos2d", reason)
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        fixed = sincos_position_embedding(vit.patch_embed.grid_size, vit.embed_dim, prefix)
+        vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
+    return vit
+
+
+def _check_patch(patch: tuple[int, ...], size: tuple[int, int]) -> None:
+    if len(patch) != 2 or any(side < 1 for side in patch):
+        raise setting_error("model.backbone_args.patch_size", patch, "must be 1 or 2 sides above 0")
+    if size[0] % patch[0] or size[1] % patch[1]:
+        reason = f"does not divide data.image_size {size[0]} x {size[1]}"
+        raise setting_error("model.backbone_args.patch_size", patch, reason)
+
+
+def grid_of(vit: VisionTransformer) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    rows, columns = vit.patch_embed.grid_size
+    return int(rows), int(columns)
+
+
+def patch_size_of(vit: VisionTransformer) -> tuple[int, int]:
+    """(height, width) of a patch in pixels."""
+    height, width = vit.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def add_positions(vit: VisionTransformer, patches: Tensor) -> Tensor:
+    """Prefix tokens in front, position embeddings added, by timm's own rule.
+
+    Args:
+        vit: the encoder.
+        patches: (B, N, D), or (B, rows, columns, D), embedded patches in order.
+
+    Returns:
+        (B, prefix + N, D).
+    """
+    return vit.patch_drop(vit._pos_embed(patches))
+
+
+def _attend_few_keys(attn: Attention, x: Tensor, num_keys: int, bias: Tensor | None) -> Tensor:
+    """timm's ``Attention.forward`` with keys and values of the first ``num_keys`` tokens only."""
+    batch, length, _ = x.shape
+    width, heads = attn.attn_dim, attn.num_heads
+    weight, offset = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(x, weight[:width], None if offset is None else offset[:width])
+    kv = F.linear(x[:, :num_keys], weight[width:], None if offset is None else offset[width:])
+    q = q.view(batch, length, heads, -1).transpose(1, 2)  # (B, heads, L, d)
+    k, v = kv.view(batch, num_keys, 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, keys, d)
+    out = F.scaled_dot_product_attention(
+        attn.q_norm(q),
+        attn.k_norm(k),
+        v,
+        attn_mask=bias,
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+    )
+    out = attn.norm(out.transpose(1, 2).reshape(batch, length, width))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _block_with_few_keys(block: Block, x: Tensor, num_keys: int, bias: Tensor | None) -> Tensor:
+    attended = _attend_few_keys(block.attn, block.norm1(x), num_keys, bias)
+    x = x + block.drop_path1(block.ls1(attended))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def supports_split(vit: VisionTransformer) -> bool:
+    """Whether every block is of the plain kind whose keys and queries can be projected apart."""
+    return all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
+
+
+def run_blocks(
+    vit: VisionTransformer,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    num_keys: int | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
+    """The transformer blocks and the final norm.
+
+    Args:
+        vit: the encoder.
+        tokens: (B, L, D).
+        bias: added to the attention scores of every layer; None where all may read all.
+        num_keys: only the first so many tokens are read (keys and values); None reads all.
+        checkpointing: compute each block again in the backward pass instead of storing it. timm's
+            own switch is not used because it is off whenever an attention mask is given.
+
+    Returns:
+        (B, L, D).
+    """
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        if num_keys is not None:
+            assert isinstance(block, Block)
+            return _block_with_few_keys(block, x, num_keys, bias)
+        return block(x, attn_mask=bias) if bias is not None else block(x)
+
+    tokens = vit.norm_pre(tokens)
+    for block in vit.blocks:
+        if checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(run, block, tokens, use_reentrant=False)
+        else:
+            tokens = run(block, tokens)
+    return vit.norm(tokens)
+
+
+def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
+    """Strict load of timm keys; a classification head in ``state`` is left out.
+
+    Raises:
+        UserError: naming the first keys that are missing, unexpected or of another shape.
+    """
+    own = vit.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has other", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(f"{source} does not fit the model: {what} {', '.join(keys[:3])}{more}")
+    vit.load_state_dict(state)

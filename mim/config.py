@@ -1,0 +1,326 @@
+"""Every setting of the project, as frozen dataclasses that check themselves when read.
+
+Values that only one component uses stand in a block named after it (``model.regime.zero.at``),
+so that a comparison can vary ``model.regime.name`` and keep each regime's settings beside it.
+What needs other modules to check (names of components, a timm model, a grid) is checked by
+``mim.model.check_config``, which ``mim.load_config`` and the CLI call before anything runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mim.errors import choice_error, setting_error
+
+
+def _one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise choice_error(setting, value, choices)
+
+
+def _above(setting: str, value: float, low: float, *, equal: bool = False) -> None:
+    if not (value >= low if equal else value > low):
+        raise setting_error(setting, value, f"must be {'at least' if equal else 'above'} {low}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they reach the model."""
+
+    source: str = "mnist5k"
+    """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder,
+    or torchvision/NAME."""
+    path: str | None = None
+    """Folder of the images (imagefolder: holds train/ and optionally val/) or of the download
+    (torchvision: by default ~/.cache/mim/torchvision)."""
+    download: bool = True
+    """Whether a torchvision data set may be downloaded."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the square images in pixels, or (height, width)."""
+    channels: int = 3
+    """Channels of an image: 1 converts to grayscale, 3 to RGB."""
+    batch_size: int = 256
+    """Images a step, over all processes and accumulated parts."""
+    workers: int = 0
+    """Loader processes of each training process; 0 loads in the training process."""
+    augment: str = "mae"
+    """Training augmentation: mae (random resized crop and flip) or none (resize and centre crop)."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area a random crop covers, from and to."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width over height of a random crop, from and to."""
+    flip: bool = True
+    """Whether half the images are mirrored left to right."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel on the scale 0 to 1; by default the source's own."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel on the scale 0 to 1; by default the source's own."""
+    val_fraction: float = 0.1
+    """Share of the images held out where the source has no val split of its own."""
+
+    def __post_init__(self) -> None:
+        for side in self.size:
+            _above("data.image_size", side, 1, equal=True)
+        _above("data.channels", self.channels, 1, equal=True)
+        _above("data.batch_size", self.batch_size, 1, equal=True)
+        _above("data.workers", self.workers, 0, equal=True)
+        _one_of("data.augment", self.augment, ("mae", "none"))
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise setting_error("data.crop_scale", self.crop_scale, "must be 0 < from <= to <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise setting_error("data.crop_ratio", self.crop_ratio, "must be 0 < from <= to")
+        if not 0 < self.val_fraction < 1:
+            raise setting_error("data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                reason = f"must have {self.channels} values, one for each of data.channels"
+                raise setting_error(f"data.{name}", values, reason)
+        if self.std is not None and min(self.std) <= 0:
+            raise setting_error("data.std", self.std, "must be above 0")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which patches are hidden."""
+
+    name: str = "random"
+    """The mask generator."""
+    ratio: float | tuple[float, float] = 0.75
+    """Share of the patches that is hidden, or (from, to) to draw one for each image."""
+
+    def __post_init__(self) -> None:
+        low, high = self.ratio_range
+        if not 0 < low <= high < 1:
+            what = "(from, to) must satisfy 0 < from <= to < 1"
+            raise setting_error("mask.ratio", self.ratio, f"must lie between 0 and 1; {what}")
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """(lowest, highest) share of hidden patches; the same twice where the ratio is fixed."""
+        if isinstance(self.ratio, (int, float)):
+            return float(self.ratio), float(self.ratio)
+        return self.ratio
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """The zero-and-attend-mask regime."""
+
+    at: str = "pixels"
+    """Where hidden patches are set to 0: pixels (after normalisation) or embedding."""
+    attend_mask: bool = True
+    """Whether hidden patches' keys get -inf in every layer; false is the ablation."""
+    attention: str = "split"
+    """split projects keys of visible tokens only and needs no mask; dense is the literal form."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.regime.zero.at", self.at, ("pixels", "embedding"))
+        _one_of("model.regime.zero.attention", self.attention, ("dense", "split"))
+
+
+@dataclass(frozen=True)
+class RegimeConfig:
+    """How hidden patches meet the encoder."""
+
+    name: str = "drop"
+    """drop (MAE), zero (zero and attend mask) or token (SimMIM)."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Settings of the regime zero."""
+
+
+@dataclass(frozen=True)
+class TransformerDecoderConfig:
+    """MAE's decoder."""
+
+    width: int = 512
+    """Width of a token in the decoder."""
+    depth: int = 8
+    """Number of blocks."""
+    heads: int = 16
+    """Attention heads; must divide the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over the decoder's width."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            _above(f"model.decoder.transformer.{name}", getattr(self, name), 1, equal=True)
+        if self.width % self.heads:
+            reason = f"is not divisible by model.decoder.transformer.heads={self.heads}"
+            raise setting_error("model.decoder.transformer.width", self.width, reason)
+        if self.width % 4:
+            reason = "must be divisible by 4 for its 2-D sin-cos position embedding"
+            raise setting_error("model.decoder.transformer.width", self.width, reason)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What predicts the hidden patches."""
+
+    name: str = "transformer"
+    """transformer (MAE) or linear (SimMIM; needs a regime that keeps every token)."""
+    transformer: TransformerDecoderConfig = field(default_factory=TransformerDecoderConfig)
+    """Settings of the transformer decoder."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What must be predicted."""
+
+    name: str = "normalized_pixels"
+    """normalized_pixels (each patch to mean 0, variance 1) or pixels."""
+    loss: str = "mse"
+    """Distance between prediction and target: mse or l1."""
+    loss_on: str = "masked"
+    """Which patches count: masked or all."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.target.loss", self.loss, ("mse", "l1"))
+        _one_of("model.target.loss_on", self.loss_on, ("masked", "all"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, regime, decoder and target."""
+
+    backbone: str = "vit_tiny_patch16_224"
+    """Name of a timm VisionTransformer."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ..."""
+    position_embedding: str = "learned"
+    """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
+    regime: RegimeConfig = field(default_factory=RegimeConfig)
+    """How hidden patches meet the encoder."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """What predicts the hidden patches."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What must be predicted."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.position_embedding", self.position_embedding, ("learned", "sincos2d"))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with MAE's parameter groups; warm-up, then a half cosine, by step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate at a batch of 256 images; scaled by data.batch_size / 256."""
+    min_lr: float = 0.0
+    """Where the cosine ends, as an absolute rate."""
+    warmup_epochs: float = 40.0
+    """Epochs of linear warm-up; may be fractional. At most a half of the run."""
+    weight_decay: float = 0.05
+    """Decay of matrices; vectors, biases, tokens and position embeddings have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; none does not clip."""
+
+    def __post_init__(self) -> None:
+        _above("optim.base_lr", self.base_lr, 0)
+        _above("optim.min_lr", self.min_lr, 0, equal=True)
+        _above("optim.warmup_epochs", self.warmup_epochs, 0, equal=True)
+        _above("optim.weight_decay", self.weight_decay, 0, equal=True)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise setting_error("optim.betas", self.betas, "must each lie in [0, 1)")
+        if self.clip_grad is not None:
+            _above("optim.clip_grad", self.clip_grad, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, precision and bookkeeping of a run."""
+
+    epochs: int = 800
+    """Passes over the training images; the learning-rate schedule spans them."""
+    max_steps: int | None = None
+    """Bound for short runs: the run, and its schedule, end after so many steps at most."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16 (autocast)."""
+    compile: bool = False
+    """Whether the model runs under torch.compile."""
+    accumulate: int = 1
+    """Parts a process cuts its share of a batch into, to save memory."""
+    gradient_checkpointing: bool = False
+    """Whether encoder blocks are computed again in the backward pass, to save memory."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights; none keeps no average."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; a line holds the mean loss since the last."""
+    validate_every: float = 1.0
+    """Epochs between two held-out losses; 0 measures only at the end."""
+    picture_every: float = 0.0
+    """Epochs between two reconstruction pictures; 0 draws only at the end."""
+    checkpoint_every: float = 1.0
+    """Epochs between two checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        _above("train.epochs", self.epochs, 1, equal=True)
+        if self.max_steps is not None:
+            _above("train.max_steps", self.max_steps, 1, equal=True)
+        _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        for name in ("accumulate", "log_every", "keep_checkpoints"):
+            _above(f"train.{name}", getattr(self, name), 1, equal=True)
+        for name in ("validate_every", "picture_every"):
+            _above(f"train.{name}", getattr(self, name), 0, equal=True)
+        _above("train.checkpoint_every", self.checkpoint_every, 0)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise setting_error("train.ema_decay", self.ema_decay, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where curves go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Whether TensorBoard files are written into the run folder."""
+    wandb: str = "disabled"
+    """disabled, offline or online."""
+    project: str = "mim"
+    """Name of the wandb project."""
+
+    def __post_init__(self) -> None:
+        _one_of("log.wandb", self.wandb, ("disabled", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pre-training run."""
+
+    seed: int = 0
+    """Weights, order, augmentation and masks follow from it."""
+    output: str = "runs/pretrain"
+    """The run folder."""
+    resume: str = "never"
+    """never refuses a folder that holds a run; auto goes on from its newest checkpoint."""
+    plugins: tuple[str, ...] = ()
+    """Python modules or files imported first: they register your own components."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images, and how they reach the model."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which patches are hidden."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder, regime, decoder and target."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and its schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, precision and bookkeeping."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Trackers."""
+
+    def __post_init__(self) -> None:
+        _above("seed", self.seed, 0, equal=True)
+        _one_of("resume", self.resume, ("never", "auto"))

@@ -1,0 +1,40 @@
+"""Images: sources, transforms and loaders. Never imports the model."""
+
+from mim.data.loader import (
+    Batch,
+    BatchLoader,
+    eval_loader,
+    steps_per_epoch,
+    train_loader,
+)
+from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout, open_source
+from mim.data.transforms import (
+    Picture,
+    crop_parameters,
+    denormalize,
+    eval_transform,
+    normalize,
+    prepare,
+    train_transform,
+)
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "BatchLoader",
+    "ImageSource",
+    "Picture",
+    "Split",
+    "Subset",
+    "crop_parameters",
+    "denormalize",
+    "eval_loader",
+    "eval_transform",
+    "holdout",
+    "normalize",
+    "open_source",
+    "prepare",
+    "steps_per_epoch",
+    "train_loader",
+    "train_transform",
+]

@@ -1,0 +1,280 @@
+"""Batches: step -> images, as a pure function.
+
+A batch is computed from its step alone: the step gives the epoch, the keyed order of the epoch
+gives the images, and their keys give the augmentation. Hence batches do not depend on workers,
+processes or where a run was resumed, and skipping to a step costs nothing.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mim.config import DataConfig
+from mim.data.sources import ImageSource
+from mim.data.transforms import eval_transform, train_transform
+from mim.errors import UserError, setting_error
+from mim.keys import image_keys, permutation
+
+# Photographs are decoded so many at a time, so that a large batch never holds all at full size.
+_DECODED_AT_ONCE = 64
+
+
+@dataclass
+class Batch:
+    """Images of one step."""
+
+    images: Tensor
+    """(B, C, H, W) uint8."""
+    labels: Tensor | None
+    """(B,) int64, or None where the source has none."""
+    sample_ids: Tensor
+    """(B,) int64, from which masks get their keys."""
+    epoch: int
+    """The pass over the images; -1 in evaluations."""
+    step: int
+    """The step of training, or the number of the batch in an evaluation."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on ``device``."""
+        return Batch(
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=None
+            if self.labels is None
+            else self.labels.to(device, non_blocking=non_blocking),
+            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
+            epoch=self.epoch,
+            step=self.step,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; torch's DataLoader calls this."""
+        return Batch(
+            images=self.images.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
+            epoch=self.epoch,
+            step=self.step,
+        )
+
+
+@dataclass
+class _Failure:
+    """A user's mistake met in a worker: DataLoader would bury it in a traceback."""
+
+    message: str
+
+    def pin_memory(self) -> _Failure:
+        return self
+
+
+class _Batches(Dataset[Any]):
+    """Maps a number to its batch; a mistake of the user becomes a :class:`_Failure`."""
+
+    def __init__(self, source: ImageSource, config: DataConfig) -> None:
+        self.source = source
+        self.config = config
+
+    def __getitem__(self, number: int) -> Batch | _Failure:
+        try:
+            return self.batch(number)
+        except UserError as error:
+            return _Failure(str(error))
+
+    def batch(self, number: int) -> Batch:
+        raise NotImplementedError
+
+    def gather(self, indices: Tensor, keys: Tensor | None, epoch: int, step: int) -> Batch:
+        """Reads images (B,); ``keys`` None asks for the evaluation transform."""
+        parts = []
+        for start in range(0, len(indices), _DECODED_AT_ONCE):
+            part = slice(start, start + _DECODED_AT_ONCE)
+            images = [self.source.image(index) for index in indices[part].tolist()]
+            if keys is None:
+                parts.append(eval_transform(images, self.config))
+            else:
+                parts.append(train_transform(images, keys[part], self.config))
+        labels = self.source.labels
+        return Batch(
+            images=torch.cat(parts),
+            labels=None if labels is None else labels[indices],
+            sample_ids=self.source.sample_ids[indices],
+            epoch=epoch,
+            step=step,
+        )
+
+
+class _TrainBatches(_Batches):
+    def __init__(
+        self, source: ImageSource, config: DataConfig, seed: int, rank: int, world: int
+    ) -> None:
+        super().__init__(source, config)
+        self.seed = seed
+        self.per_epoch = steps_per_epoch(source, config)
+        self.share = config.batch_size // world
+        self.offset = rank * self.share
+        self._order: tuple[int, Tensor] | None = None  # the epoch last asked for, and its order
+
+    def batch(self, number: int) -> Batch:
+        epoch, position = divmod(number, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(self.seed, epoch, len(self.source))
+        start = position * self.config.batch_size + self.offset
+        indices = self._order[1][start : start + self.share]  # (B,)
+        keys = image_keys(self.seed, epoch, self.source.sample_ids[indices], purpose="augment")
+        return self.gather(indices, keys, epoch=epoch, step=number)
+
+
+class _EvalBatches(_Batches):
+    def __init__(
+        self, source: ImageSource, config: DataConfig, indices: Tensor, batch_size: int
+    ) -> None:
+        super().__init__(source, config)
+        self.parts = indices.split(batch_size) if len(indices) else ()
+
+    def batch(self, number: int) -> Batch:
+        return self.gather(self.parts[number], None, epoch=-1, step=number)
+
+
+def _alone(batch: Any) -> Any:
+    """Collates nothing: the data set already gives whole batches."""
+    return batch
+
+
+class BatchLoader:
+    """Iterates over the batches of ``steps``; may be iterated more than once.
+
+    A mistake of the user that shows only now (an image that cannot be decoded) raises
+    :class:`mim.errors.UserError` here, also where a worker process met it.
+    """
+
+    def __init__(
+        self,
+        batches: _Batches,
+        steps: range,
+        *,
+        workers: int,
+        start_method: str | None = None,
+    ) -> None:
+        self.steps = steps
+        workers = min(workers, len(steps))
+        self._loader: DataLoader[Any] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            collate_fn=_alone,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            multiprocessing_context=start_method if workers else None,
+            # Without its own, DataLoader draws a number from the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
+
+
+def steps_per_epoch(source: ImageSource, config: DataConfig) -> int:
+    """Whole batches in one pass over the images; what is left over waits for another epoch.
+
+    Raises:
+        UserError: if there are fewer images than one batch has.
+    """
+    if len(source) < config.batch_size:
+        reason = f"is more than the {len(source)} training images of {source.name}"
+        raise setting_error("data.batch_size", config.batch_size, reason)
+    return len(source) // config.batch_size
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is not one of the {world} processes")
+
+
+def train_loader(
+    source: ImageSource,
+    config: DataConfig,
+    seed: int,
+    *,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world: int = 1,
+    start_method: str | None = None,
+) -> BatchLoader:
+    """This process's share of the training batches of steps ``start_step`` to ``total_steps``.
+
+    Step s belongs to epoch ``s // steps_per_epoch``. A process takes a contiguous share of the
+    global batch, so the shares of all ranks, one after the other, are the batch of one process.
+
+    Args:
+        source: the training images.
+        config: batch_size is global; workers are for each process.
+        seed: the run's seed; order and augmentation follow from it.
+        start_step: the first step to give; earlier ones are not read.
+        total_steps: the step to stop before.
+        rank: number of this process.
+        world: count of processes.
+        start_method: how workers start (fork, spawn, forkserver); by default the platform's.
+
+    Raises:
+        UserError: if the batch is larger than the data set or does not divide among processes.
+    """
+    _check_rank(rank, world)
+    if config.batch_size % world:
+        reason = f"does not divide among {world} processes"
+        raise setting_error("data.batch_size", config.batch_size, reason)
+    batches = _TrainBatches(source, config, seed, rank, world)
+    steps = range(start_step, max(start_step, total_steps))
+    return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
+
+
+def eval_loader(
+    source: ImageSource,
+    config: DataConfig,
+    batch_size: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    indices: Sequence[int] | Tensor | None = None,
+    *,
+    start_method: str | None = None,
+) -> BatchLoader:
+    """Every image once, in order, under the evaluation transform.
+
+    A process takes a contiguous share: the shares of all ranks, one after the other, are the
+    images in order. Shares differ by one image at most, and nothing is dropped or repeated.
+
+    Args:
+        source: the images.
+        config: image_size, channels and workers are read; batch_size is a default.
+        batch_size: images a batch of one process; by default this process's part of
+            ``data.batch_size``.
+        rank: number of this process.
+        world: count of processes.
+        indices: positions in the source, in the order wanted; by default all.
+        start_method: how workers start (fork, spawn, forkserver); by default the platform's.
+    """
+    _check_rank(rank, world)
+    chosen = torch.as_tensor(range(len(source)) if indices is None else indices).long()
+    share = chosen.tensor_split(world)[rank]
+    size = max(1, config.batch_size // world) if batch_size is None else batch_size
+    batches = _EvalBatches(source, config, share, size)
+    steps = range(len(batches.parts))
+    return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)

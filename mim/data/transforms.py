@@ -1,0 +1,228 @@
+"""Images to tensors: the keyed training augmentation, the fixed evaluation transform, normalising.
+
+The augmentation is MAE's (He et al. 2022, https://arxiv.org/abs/2111.06377): a random resized crop
+with bicubic interpolation and a mirror image. What it draws depends only on the image's key, so
+an image is cut alike whatever batch, worker or process it is in.
+
+Shapes: B images, C channels, H x W pixels of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mim.config import DataConfig
+from mim.errors import UserError, setting_error
+from mim.keys import uniforms
+
+Picture: TypeAlias = Image.Image | NDArray[np.uint8]
+"""What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
+
+_TRIES = 10
+_ORIENTATION = 0x0112  # EXIF tag
+_MODES = {1: "L", 3: "RGB"}
+
+
+def prepare(image: Picture, channels: int) -> Picture:
+    """An upright image with the wanted channels: 1 is grayscale, 3 is RGB, else an array as it is.
+
+    EXIF orientation is applied. Alpha is left out; 16-bit images keep their upper 8 bits.
+
+    Raises:
+        UserError: if the image cannot have so many channels.
+    """
+    if isinstance(image, np.ndarray):
+        given = image.shape[2]
+        if given == channels and given not in _MODES:
+            return image
+        if given not in _MODES or channels not in _MODES:
+            reason = f"does not fit images of {given} channels"
+            raise setting_error("data.channels", channels, reason)
+        image = Image.fromarray(image[:, :, 0] if given == 1 else image)
+    if channels not in _MODES:
+        raise setting_error("data.channels", channels, "must be 1 or 3 for this source's images")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == _MODES[channels]:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # PIL would clip at 255 and turn most of a 16-bit image white.
+        upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        image = Image.fromarray(upper.astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    try:
+        return image.convert(_MODES[channels])
+    except ValueError as error:
+        raise UserError(f"data: cannot turn a {image.mode} image to {_MODES[channels]}") from error
+
+
+def crop_parameters(
+    keys: Tensor,
+    heights: Tensor,
+    widths: Tensor,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (0.75, 4 / 3),
+) -> tuple[Tensor, Tensor]:
+    """The crop and the mirror of each key, distributed as in torchvision's RandomResizedCrop.
+
+    An area and an aspect ratio are drawn until the crop fits, ten times at most; then the largest
+    central crop of an allowed ratio is taken. A key always spends the same count of numbers.
+
+    Args:
+        keys: (B,) int64, from :func:`mim.keys.image_keys` with purpose "augment".
+        heights: (B,) int64, of the images.
+        widths: (B,) int64, of the images.
+        scale: share of the area, from and to, drawn uniformly.
+        ratio: width over height, from and to, its logarithm drawn uniformly.
+
+    Returns:
+        boxes (B, 4) int64 as (top, left, height, width), and mirrored (B,) bool.
+    """
+    draws = uniforms(keys, 2 * _TRIES + 3)  # (B, 23)
+    areas, ratios = draws[:, :_TRIES], draws[:, _TRIES : 2 * _TRIES]  # (B, 10) each
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * areas)
+    aspect = torch.exp(low + (high - low) * ratios)
+    width = torch.round(torch.sqrt(area * aspect)).long()  # (B, 10)
+    height = torch.round(torch.sqrt(area / aspect)).long()
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)  # (B, 1), 0 where none fits
+    crop = torch.stack([height.gather(1, first)[:, 0], width.gather(1, first)[:, 0]], dim=1)
+    room = torch.stack([heights, widths], dim=1) - crop  # (B, 2)
+    corner = torch.floor(draws[:, -3:-1] * (room + 1)).long().minimum(room)
+
+    whole = widths.double() / heights
+    central_height = torch.where(whole < ratio[0], torch.round(widths / ratio[0]).long(), heights)
+    central_width = torch.where(whole > ratio[1], torch.round(heights * ratio[1]).long(), widths)
+    central = torch.stack([central_height, central_width], dim=1).clamp(min=1)
+    central = central.minimum(torch.stack([heights, widths], dim=1))
+    middle = (torch.stack([heights, widths], dim=1) - central) // 2
+
+    found = fits.any(dim=1, keepdim=True)
+    boxes = torch.where(found, torch.cat([corner, crop], 1), torch.cat([middle, central], 1))
+    return boxes, draws[:, -1] < 0.5
+
+
+def _size_of(image: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.height, image.width
+
+
+def _crop_resize(
+    image: Picture,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    mirrored: bool,
+) -> NDArray[np.uint8]:
+    """(H, W, C) uint8: the box (top, left, height, width), resized to ``size`` by PIL's bicubic."""
+    if isinstance(image, np.ndarray):
+        planes = [Image.fromarray(image[:, :, channel]) for channel in range(image.shape[2])]
+        return np.concatenate([_crop_resize(p, box, size, mirrored) for p in planes], axis=2)
+    top, left, height, width = box
+    if box != (0, 0, image.height, image.width):
+        image = image.crop((left, top, left + width, top + height))
+    if (height, width) != size:
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)  # (H, W) or (H, W, C)
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _stack(pixels: Sequence[NDArray[np.uint8]], shape: tuple[int, int, int]) -> Tensor:
+    """(B, C, H, W) uint8 from (H, W, C) arrays; ``shape`` is (C, H, W)."""
+    channels, height, width = shape
+    stacked = np.empty((len(pixels), height, width, channels), dtype=np.uint8)
+    for row, values in enumerate(pixels):
+        stacked[row] = values
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+
+def train_transform(images: Sequence[Picture], keys: Tensor, config: DataConfig) -> Tensor:
+    """The training images of one batch: MAE's augmentation, or none as ``data.augment`` says.
+
+    Args:
+        images: B images of any sizes and modes.
+        keys: (B,) int64, one for each image.
+        config: image_size, channels, augment, crop_scale, crop_ratio and flip are read.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    if config.augment == "none":
+        return eval_transform(images, config)
+    upright = [prepare(image, config.channels) for image in images]
+    sizes = torch.tensor([_size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
+    boxes, mirrored = crop_parameters(
+        keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
+    )
+    if not config.flip:
+        mirrored = torch.zeros_like(mirrored)
+    rows = zip(upright, boxes.tolist(), mirrored.tolist(), strict=True)
+    pixels = [_crop_resize(image, tuple(box), config.size, flip) for image, box, flip in rows]
+    return _stack(pixels, (config.channels, *config.size))
+
+
+def _cover(image: Picture, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
+    height, width = _size_of(image)
+    scale = max(size[0] / height, size[1] / width)
+    # Rounding must not leave a side one pixel short.
+    covering = max(round(height * scale), size[0]), max(round(width * scale), size[1])
+    pixels = _crop_resize(image, (0, 0, height, width), covering, mirrored=False)
+    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
+def eval_transform(images: Sequence[Picture], config: DataConfig) -> Tensor:
+    """Images as evaluations see them: resized until they cover the size, then the centre crop.
+
+    An image that has the size already is left untouched.
+
+    Args:
+        images: B images of any sizes and modes.
+        config: image_size and channels are read.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    pixels = [_cover(prepare(image, config.channels), config.size) for image in images]
+    return _stack(pixels, (config.channels, *config.size))
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C, 1, 1) float32 on the device of ``like``."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images to what the model reads: each channel less its mean, over its standard deviation.
+
+    Args:
+        images: (B, C, H, W) uint8, on any device.
+        mean: one value a channel on the scale 0 to 1.
+        std: likewise, above 0.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    scaled = images.to(torch.float32) / 255
+    return (scaled - _per_channel(mean, images)) / _per_channel(std, images)
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of :func:`normalize` as (B, C, H, W) float32 in [0, 1], for pictures."""
+    restored = images.to(torch.float32) * _per_channel(std, images) + _per_channel(mean, images)
+    return restored.clamp(0, 1)

@@ -1,0 +1,29 @@
+"""The one exception a user's mistake raises: a single line, no traceback, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in a setting, a file or the data. The CLI prints it in one line and exits with 2."""
+
+
+def setting_error(setting: str, value: object, reason: str) -> UserError:
+    """The error for a setting whose value cannot be used.
+
+    Args:
+        setting: dotted key, as in the config.
+        value: what was given.
+        reason: what is wrong and what would be valid.
+    """
+    return UserError(f"{setting}: {value!r} {reason}")
+
+
+def choice_error(setting: str, value: object, choices: Iterable[str]) -> UserError:
+    """The error for a name that is none of the valid ones; lists them and the nearest."""
+    names = sorted(choices)
+    near = get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return setting_error(setting, value, f"is not one of {', '.join(names)}{hint}")

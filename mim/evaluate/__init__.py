@@ -1,0 +1,179 @@
+"""Measurements of frozen encoders.
+
+``evaluate`` measures any encoder, ``evaluate_run`` a run folder, whose ``result.json`` it adds to.
+A new evaluation is one class in one file of this package, registered, and imported below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim.checkpoint import write_json_atomic
+from mim.data import ImageSource, open_source
+from mim.errors import UserError
+from mim.evaluate.base import (
+    EVALUATIONS,
+    Evaluation,
+    Features,
+    ProbeSettings,
+    build_evaluation,
+)
+from mim.evaluate.encoders import (
+    Encoder,
+    open_encoder,
+    pixels_encoder,
+    run_encoder,
+    timm_encoder,
+    untrained_encoder,
+)
+from mim.evaluate.features import check_pool, extract_features, pool_tokens
+from mim.evaluate.knn import Knn, KnnSettings, knn_predict
+from mim.evaluate.linear import Linear, LinearSettings
+
+__all__ = [
+    "EVALUATIONS",
+    "Encoder",
+    "Evaluation",
+    "Features",
+    "Knn",
+    "KnnSettings",
+    "Linear",
+    "LinearSettings",
+    "ProbeSettings",
+    "build_evaluation",
+    "evaluate",
+    "evaluate_run",
+    "extract_features",
+    "knn_predict",
+    "open_encoder",
+    "pixels_encoder",
+    "pool_tokens",
+    "run_encoder",
+    "timm_encoder",
+    "untrained_encoder",
+]
+
+Settings = Mapping[str, Mapping[str, Any] | None]
+"""Name of an evaluation -> settings that differ from its defaults."""
+
+
+def evaluate(
+    encoder: Encoder,
+    evaluations: Settings,
+    *,
+    train: ImageSource | None = None,
+    val: ImageSource | None = None,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> dict[str, dict[str, float]]:
+    """Runs evaluations on one encoder; features are computed once for each pooling.
+
+    Args:
+        encoder: see :func:`open_encoder`.
+        evaluations: names and settings. All are checked before any feature is computed.
+        train: images to fit and choose on; the train split of ``encoder.data`` by default.
+        val: images to measure on; its val split by default.
+        batch_size: images in the encoder at once.
+        device: where encoder and probes run.
+        precision: fp32, bf16 or fp16, of the encoder.
+
+    Returns:
+        Evaluation -> named numbers.
+
+    Raises:
+        UserError: for an unknown name or setting, missing labels, a class too small for few-shot,
+            or a pooling the encoder has no tokens for.
+    """
+    built = {name: build_evaluation(name, given) for name, given in evaluations.items()}
+    train = open_source(encoder.data, "train") if train is None else train
+    val = open_source(encoder.data, "val") if val is None else val
+    for evaluation in built.values():
+        check_pool(encoder.vit, evaluation.settings.pool)
+        evaluation.check(train, val)
+
+    by_pool: dict[str, list[str]] = {}
+    for name, evaluation in built.items():
+        # Raw pixels have no tokens to pool.
+        pool = "mean" if encoder.vit is None else evaluation.settings.pool
+        by_pool.setdefault(pool, []).append(name)
+    numbers: dict[str, dict[str, float]] = {}
+    for pool, names in by_pool.items():
+        sets = [
+            extract_features(encoder, source, pool, batch_size, device, precision)
+            for source in (train, val)
+        ]
+        on_device = [Features(*(None if t is None else t.to(device) for t in s)) for s in sets]
+        for name in names:
+            numbers[name] = built[name].run(*on_device)
+    return {name: numbers[name] for name in built}
+
+
+def evaluate_run(
+    run: Path,
+    names: Iterable[str],
+    settings: Settings | None = None,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> dict[str, dict[str, float]]:
+    """Evaluates a run's encoder and adds the numbers to its ``result.json``.
+
+    They stand under ``evaluations``, the settings they were measured with under
+    ``evaluation_settings``; everything else in the file stays as it is.
+
+    Args:
+        run: the run folder.
+        names: the evaluations.
+        settings: what differs from their defaults; evaluations that are not in ``names`` may not
+            be among them.
+        batch_size: see :func:`evaluate`, as are ``device`` and ``precision``.
+        device: see there.
+        precision: see there.
+
+    Returns:
+        The new numbers.
+
+    Raises:
+        UserError: as :func:`evaluate` and :func:`open_encoder`; or for an unreadable
+            ``result.json``, or settings of an evaluation that does not run.
+    """
+    run = Path(run)
+    settings = settings or {}
+    names = list(names)
+    for name in settings:
+        if name not in names:
+            EVALUATIONS.get(name)
+            raise UserError(f"evaluations.{name}: has settings, but only {', '.join(names)} run")
+    chosen = {name: settings.get(name) for name in names}
+    built = {name: build_evaluation(name, given) for name, given in chosen.items()}
+    _read_result(run)  # a broken file is told before the work, not after
+    numbers = evaluate(
+        run_encoder(run), chosen, batch_size=batch_size, device=device, precision=precision
+    )
+    result = _read_result(run)
+    used = {name: asdict(evaluation.settings) for name, evaluation in built.items()}
+    result["evaluations"] = {**result.get("evaluations", {}), **numbers}
+    result["evaluation_settings"] = {**result.get("evaluation_settings", {}), **used}
+    write_json_atomic(run / "result.json", result)
+    return numbers
+
+
+def _read_result(run: Path) -> dict[str, Any]:
+    path = run / "result.json"
+    if not path.exists():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return result

@@ -1,0 +1,213 @@
+"""What an evaluation is: settings, the features it reads, named numbers out.
+
+All of them choose their hyper-parameters by the keyed splits below, which depend on the seed and
+the images' ids alone: every encoder is probed on the same images.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mim.errors import UserError, choice_error, setting_error
+from mim.keys import image_keys
+from mim.registry import Registry
+
+if TYPE_CHECKING:
+    from mim.data import ImageSource
+
+POOLS = ("mean", "cls", "both")
+
+HOLDOUT = 0.2
+"""Share of the training images on which hyper-parameters are chosen."""
+
+FOLDS = 5
+"""Parts of a few-shot set that are held out in turn; fewer where a class has fewer images."""
+
+
+class Features(NamedTuple):
+    """What a frozen encoder makes of a set of images."""
+
+    values: Tensor  # (n, D) float32
+    labels: Tensor | None  # (n,) int64
+    sample_ids: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Settings that all probes of frozen features share."""
+
+    pool: str = "mean"
+    """What stands for an image: mean (of the patch tokens), cls (the class token) or both."""
+    few_shot: tuple[int, ...] = (10,)
+    """Numbers of training images a class; each is measured beside all of the training images."""
+    draws: int = 5
+    """How many few-shot sets are drawn for each of these numbers."""
+    seed: int = 0
+    """Splits and few-shot sets follow from it; the same for all that is to be compared."""
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise choice_error(f"evaluations.{self.name}.pool", self.pool, POOLS)
+        self._positive("draws", self.draws)
+        self._positive("few_shot", *self.few_shot)
+
+    def _positive(self, setting: str, *values: float) -> None:
+        if not all(value > 0 for value in values):
+            value = getattr(self, setting)
+            raise setting_error(f"evaluations.{self.name}.{setting}", value, "must be above 0")
+
+    def _not_empty(self, setting: str) -> None:
+        if not getattr(self, setting):
+            raise setting_error(f"evaluations.{self.name}.{setting}", (), "must not be empty")
+
+
+class Evaluation(ABC):
+    """A measurement of a frozen encoder.
+
+    A new one subclasses this, names its settings and registers itself in :data:`EVALUATIONS`.
+    """
+
+    Settings: ClassVar[type[ProbeSettings]]
+    settings: ProbeSettings
+
+    def __init__(self, settings: ProbeSettings | None = None) -> None:
+        self.settings = self.Settings() if settings is None else settings
+
+    def check(self, train: ImageSource, val: ImageSource) -> None:
+        """Refuses, before any feature is computed, images that :meth:`run` could not use.
+
+        Raises:
+            UserError: if labels are missing or a class is too small for ``few_shot``.
+        """
+        for source in (train, val):
+            if source.labels is None:
+                raise UserError(
+                    f"data.source {source.name!r} has no labels; "
+                    f"evaluation {self.settings.name} needs them"
+                )
+            if len(source) == 0:
+                raise UserError(
+                    f"data.source {source.name!r} has no images; "
+                    f"evaluation {self.settings.name} needs train and val"
+                )
+        assert train.labels is not None
+        check_few_shot(torch.as_tensor(train.labels), self.settings, train.classes)
+
+    @abstractmethod
+    def run(self, train: Features, val: Features) -> dict[str, float]:
+        """Measures on ``val`` what was chosen and fitted on ``train``.
+
+        Returns:
+            Named numbers; ``accuracy`` lies between 0 and 1.
+        """
+
+
+EVALUATIONS: Registry[type[Evaluation]] = Registry("evaluations")
+
+
+def build_evaluation(name: str, settings: Mapping[str, Any] | None = None) -> Evaluation:
+    """The evaluation of a name, with its settings.
+
+    Args:
+        name: as registered.
+        settings: fields of its settings; the others keep their defaults.
+
+    Raises:
+        UserError: for an unknown name, an unknown setting or a value of the wrong type.
+    """
+    cls = EVALUATIONS.get(name)
+    defaults = {f.name: f.default for f in fields(cls.Settings)}
+    given: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        if key not in defaults:
+            raise choice_error(f"evaluations.{name}", key, defaults)
+        given[key] = _like(f"evaluations.{name}.{key}", value, defaults[key])
+    return cls(cls.Settings(**given))
+
+
+def _like(setting: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``: settings come from YAML, where a tuple is a list."""
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise setting_error(setting, value, "must be a list")
+        return tuple(_like(setting, item, default[0]) for item in value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise setting_error(setting, value, f"must be of type {type(default).__name__}")
+    return value
+
+
+def labels_of(features: Features) -> Tensor:
+    """The labels, which the caller has checked to be there."""
+    if features.labels is None:
+        raise UserError("the images have no labels; this evaluation needs them")
+    return features.labels.long()
+
+
+def check_few_shot(
+    labels: Tensor, settings: ProbeSettings, classes: tuple[str, ...] | list[str] | None = None
+) -> None:
+    """Refuses a class with fewer training images than a few-shot set draws of it.
+
+    Raises:
+        UserError: naming the smallest class.
+    """
+    present, counts = labels.unique(return_counts=True)
+    smallest = int(counts.argmin())
+    for n in settings.few_shot:
+        if counts[smallest] < n:
+            index = int(present[smallest])
+            known = classes is not None and index < len(classes)
+            name = repr(classes[index]) if known and classes else str(index)
+            reason = f"asks for {n} images a class, but class {name} has {int(counts[smallest])}"
+            raise setting_error(f"evaluations.{settings.name}.few_shot", settings.few_shot, reason)
+
+
+def _rank_in_class(keys: Tensor, labels: Tensor) -> Tensor:
+    """(n,) int64: how many images of the same class have a smaller key."""
+    rank = torch.empty_like(labels)
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        order = of_class[keys[of_class].argsort(stable=True)]
+        rank[order] = torch.arange(len(order), device=rank.device)
+    return rank
+
+
+def holdout(sample_ids: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """(n,) bool: the fifth of each class on which hyper-parameters are chosen."""
+    keys = image_keys(seed, -1, sample_ids, purpose="probe-split")
+    rank = _rank_in_class(keys, labels)
+    counts = torch.bincount(labels)[labels]
+    return rank < (counts * HOLDOUT).round()
+
+
+def few_shot_draw(sample_ids: Tensor, labels: Tensor, n: int, seed: int, draw: int) -> Tensor:
+    """Positions of ``n`` images of each class, ascending; larger ``n`` holds smaller ``n``."""
+    keys = image_keys(seed, draw, sample_ids, purpose="few-shot")
+    return (_rank_in_class(keys, labels) < n).nonzero()[:, 0]
+
+
+def few_shot_folds(sample_ids: Tensor, labels: Tensor, n: int, seed: int, draw: int) -> Tensor:
+    """(F, n) bool, True where an image of a few-shot set is held out.
+
+    Every class has its images spread evenly over the min(n, 5) folds. There are none for n = 1.
+    """
+    keys = image_keys(seed, draw, sample_ids, purpose="few-shot-folds")
+    count = min(n, FOLDS) if n > 1 else 0
+    fold = _rank_in_class(keys, labels) % max(count, 1)
+    return fold == torch.arange(count, device=fold.device)[:, None]
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) of a number over draws; 0 for a single draw."""
+    t = torch.tensor(values, dtype=torch.float64)
+    return float(t.mean()), float(t.std()) if len(t) > 1 else 0.0

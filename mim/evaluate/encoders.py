@@ -1,0 +1,171 @@
+"""Where frozen features come from: a run, a timm checkpoint, an untrained model, raw pixels."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from timm.models import load_state_dict as read_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from mim.backbone import build_backbone, load_backbone
+from mim.checkpoint import encoder_weights, read_config
+from mim.config import Config, DataConfig, ModelConfig
+from mim.errors import UserError, setting_error
+
+logger = logging.getLogger(__name__)
+
+_HEADS = ("head.", "attn_pool.")
+_MAE = ("decoder_", "mask_token")
+
+
+@dataclass(eq=False)
+class Encoder:
+    """A frozen encoder and how it reads images.
+
+    Making one puts the ViT into eval mode and switches its gradients off.
+    """
+
+    name: str
+    """How reports call it."""
+    kind: str
+    """run, timm, untrained or pixels."""
+    data: DataConfig
+    """The images it reads: source, size, channels, normalisation."""
+    vit: VisionTransformer | None
+    """The model; None for raw pixels, which are their own features."""
+    left_out: tuple[str, ...] = ()
+    """Entries of the checkpoint that are no part of the encoder and were not loaded."""
+
+    def __post_init__(self) -> None:
+        if self.vit is not None:
+            self.vit.eval().requires_grad_(False)
+
+
+def _build(config: Config) -> VisionTransformer:
+    return build_backbone(config.model, config.data.size, config.data.channels, config.seed)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def run_encoder(run: Path) -> Encoder:
+    """The encoder that a run pre-trained.
+
+    Raises:
+        UserError: if the folder is missing or holds no run, or its weights do not fit its config.
+    """
+    if not run.is_dir():
+        raise UserError(f"run folder {run} does not exist")
+    config = read_config(run)
+    vit = _build(config)
+    load_backbone(vit, encoder_weights(run), f"run {run}")
+    return Encoder(name=run.name, kind="run", data=config.data, vit=vit)
+
+
+def untrained_encoder(config: Config) -> Encoder:
+    """The encoder a run of this config starts from: its initial weights, nothing loaded."""
+    return Encoder(name="untrained", kind="untrained", data=config.data, vit=_build(config))
+
+
+def pixels_encoder(data: DataConfig) -> Encoder:
+    """No encoder: the flattened normalised pixels of the image as an evaluation sees it."""
+    return Encoder(name="pixels", kind="pixels", data=data, vit=None)
+
+
+def timm_encoder(
+    backbone: str,
+    checkpoint: Path,
+    data: DataConfig,
+    backbone_args: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """A timm ViT with the weights of a file.
+
+    The file may be safetensors or a torch file with weights only, of timm or of MAE; timm
+    converts it and resamples position embeddings to the image size. A classification head, a
+    pooling layer and MAE's decoder are left out (``left_out`` names them); everything else must match.
+
+    Args:
+        backbone: name of a timm VisionTransformer.
+        checkpoint: the file.
+        data: the images it shall read.
+        backbone_args: arguments of the timm model; ``global_pool="avg"`` where the checkpoint
+            has an ``fc_norm``.
+
+    Raises:
+        UserError: if the file is missing or unreadable, or its entries are not the encoder's.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    model = ModelConfig(backbone=backbone, backbone_args=dict(backbone_args or {}))
+    vit = build_backbone(model, data.size, data.channels, 0)
+    try:
+        state = read_state_dict(str(checkpoint), weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {checkpoint} cannot be read as weights: {reason}") from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
+    # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
+    is_mae = any(name.startswith("decoder_") for name in state)
+    dropped = _HEADS + _MAE if is_mae else _HEADS
+    left_out = tuple(sorted(name for name in state if name.startswith(dropped)))
+    state = {name: value for name, value in state.items() if name not in left_out}
+    try:
+        converted = checkpoint_filter_fn(state, vit)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
+    if left_out:
+        logger.info("%s: left out %s", checkpoint, _some(list(left_out)))
+    load_backbone(vit, converted, f"checkpoint {checkpoint}")
+    name = f"{backbone}@{checkpoint.name}"
+    return Encoder(name=name, kind="timm", data=data, vit=vit, left_out=left_out)
+
+
+def open_encoder(spec: str | Path, config: Config | None = None) -> Encoder:
+    """An encoder by what a user writes.
+
+    Args:
+        spec: one of
+
+            - a run folder;
+            - ``untrained`` or ``pixels``, of ``config``, or ``untrained:RUN`` and
+              ``pixels:RUN``, of a run's config;
+            - ``NAME@FILE``, a timm model and its checkpoint. It reads the images of
+              ``config.data``, and takes ``config.model.backbone_args`` where ``NAME`` is the
+              config's backbone.
+        config: needed by all but those that name a run.
+
+    Raises:
+        UserError: if it is none of these, or cannot be opened.
+    """
+    text = str(spec)
+    if Path(spec).is_dir():
+        return run_encoder(Path(spec))
+    kind, _, run = text.partition(":")
+    if kind in ("untrained", "pixels"):
+        if run:
+            if not Path(run).is_dir():
+                raise UserError(f"run folder {run} does not exist")
+            config = read_config(Path(run))
+        if config is None:
+            raise setting_error("encoder", text, f"needs a config, or a run: {kind}:RUN")
+        encoder = untrained_encoder(config) if kind == "untrained" else pixels_encoder(config.data)
+        return replace(encoder, name=f"{kind}:{Path(run).name}") if run else encoder
+    name, separator, file = text.partition("@")
+    if separator:
+        if config is None:
+            raise setting_error("encoder", text, "needs a config, whose data it reads")
+        same = config.model.backbone == name
+        args = config.model.backbone_args if same else None
+        return timm_encoder(name, Path(file), config.data, args)
+    valid = "is no run folder; it may also be NAME@FILE (timm), untrained or pixels"
+    raise setting_error("encoder", text, valid)

@@ -1,0 +1,135 @@
+"""Which patches of a batch are hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PatchMask:
+    """The hidden patches of a batch of images, with everything derived from them once.
+
+    ``is_masked[b, n] == True`` means patch n of image b is hidden; there is no other polarity.
+
+    Args:
+        is_masked: (B, N) bool.
+        counts: (lowest, highest) number of visible patches in a row, where the caller knows it;
+            spares a transfer from the device.
+
+    Attributes:
+        visible_ids: (B, K) int64, ascending; K is the largest number of visible patches.
+        masked_ids: (B, M) int64, ascending; M is the largest number of masked patches.
+        visible_valid: (B, K) bool, False where a shorter row is padded; None where rows are equal.
+        masked_valid: (B, M) bool, likewise.
+
+    Raises:
+        TypeError: if ``is_masked`` is no bool tensor.
+        ValueError: if it is not (B, N) with B and N above 0.
+    """
+
+    is_masked: Tensor
+    counts: tuple[int, int] | None = None
+    visible_ids: Tensor = field(init=False)
+    masked_ids: Tensor = field(init=False)
+    visible_valid: Tensor | None = field(init=False)
+    masked_valid: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.is_masked, Tensor) or self.is_masked.dtype != torch.bool:
+            kind = getattr(self.is_masked, "dtype", type(self.is_masked).__name__)
+            raise TypeError(f"is_masked must be a bool tensor (True = hidden), not {kind}")
+        if self.is_masked.ndim != 2 or 0 in self.is_masked.shape:
+            shape = tuple(self.is_masked.shape)
+            raise ValueError(f"is_masked must have shape (images, patches), not {shape}")
+        patches = self.is_masked.shape[1]
+        visible = patches - self.is_masked.sum(dim=1)  # (B,)
+        low, high = self.counts or (int(visible.min()), int(visible.max()))
+        order = self.is_masked.to(torch.uint8).argsort(dim=1, stable=True)  # visible first
+        hidden_order = order.flip(1)  # masked first, descending
+        columns = torch.arange(patches, device=self.is_masked.device)
+        visible_ids, masked_ids = order[:, :high], hidden_order[:, : patches - low].flip(1)
+        visible_valid = masked_valid = None
+        if low != high:
+            visible_valid = columns[:high] < visible[:, None]
+            hidden = patches - visible
+            # The flip puts the padding first; turn each row so that it stands last.
+            shift = (patches - low) - hidden
+            turned = (columns[: patches - low] + shift[:, None]) % max(patches - low, 1)
+            masked_ids = masked_ids.gather(1, turned)
+            masked_valid = columns[: patches - low] < hidden[:, None]
+            visible_ids = visible_ids * visible_valid  # padding points at patch 0, never elsewhere
+            masked_ids = masked_ids * masked_valid
+        for name, value in (
+            ("counts", (low, high)),
+            ("visible_ids", visible_ids),
+            ("masked_ids", masked_ids),
+            ("visible_valid", visible_valid),
+            ("masked_valid", masked_valid),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_ranks(cls, ranks: Tensor, hidden: Tensor | int) -> PatchMask:
+        """Hide in each row the patches that come first.
+
+        Args:
+            ranks: (B, N) int64, each row a permutation of 0..N-1.
+            hidden: how many patches are hidden, for all rows or (B,) for each.
+        """
+        patches = ranks.shape[1]
+        if isinstance(hidden, int):
+            return cls(ranks < hidden, counts=(patches - hidden, patches - hidden))
+        return cls(ranks < hidden.to(ranks.device)[:, None])
+
+    @classmethod
+    def empty(cls, images: int, patches: int, device: torch.device | str = "cpu") -> PatchMask:
+        """A mask that hides nothing."""
+        nothing = torch.zeros(images, patches, dtype=torch.bool, device=device)
+        return cls(nothing, counts=(patches, patches))
+
+    def __len__(self) -> int:
+        return self.is_masked.shape[0]
+
+    def __getitem__(self, rows: slice) -> PatchMask:
+        """The masks of a slice of the images."""
+        low, high = self._counts
+        return PatchMask(self.is_masked[rows], counts=(low, high) if low == high else None)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        assert self.counts is not None  # set at construction
+        return self.counts
+
+    @property
+    def num_patches(self) -> int:
+        """N, visible and masked."""
+        return self.is_masked.shape[1]
+
+    @property
+    def num_visible(self) -> int:
+        """K, the largest number of visible patches in a row."""
+        return self._counts[1]
+
+    @property
+    def num_masked(self) -> int:
+        """M, the largest number of masked patches in a row."""
+        return self.num_patches - self._counts[0]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all rows hide equally many patches."""
+        return self._counts[0] == self._counts[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchMask:
+        """The same mask on another device."""
+        if self.is_masked.device == torch.device(device):
+            return self
+        moved = object.__new__(PatchMask)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+            object.__setattr__(moved, name, value)
+        return moved

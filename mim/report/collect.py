@@ -1,0 +1,308 @@
+"""Read a comparison folder: ``comparison.json`` and the ``result.json`` of each run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mim.errors import UserError, setting_error
+
+FORMAT = 1
+REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
+"""Kinds of the reference rows and how tables call them."""
+
+LOSSES = ("train_loss", "val_loss")
+COSTS = (
+    "encoder_tokens",
+    "flops_forward",
+    "flops_backward",
+    "train_flops",
+    "images_per_second",
+    "peak_memory_bytes",
+    "wall_seconds",
+    "steps",
+    "epochs",
+)
+"""Measures of a run besides its evaluations; ``train_flops`` is derived here."""
+
+# What changes the meaning of a loss, so that two losses cannot be compared.
+_TASK = ("model.target", "mask", "data", "model.backbone_args.patch_size")
+_NOT_TASK = ("data.batch_size", "data.workers", "data.path", "data.download")
+# Parts of a dotted key that say nothing to a reader of a table.
+_SECTIONS = {"model", "optim", "train", "data", "log", "backbone_args"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``result.json``."""
+
+    folder: Path
+    name: str
+    kind: str
+    """``run``, or one of the references: ``untrained``, ``pixels``."""
+    axes: dict[str, Any]
+    seed: int
+    status: str
+    """``finished``, ``failed`` or ``missing`` (no ``result.json`` yet)."""
+    error: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+    """Finite numbers only; evaluations under ``evaluation.measure``."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended well and its measures count."""
+        return self.status == "finished"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs that differ in nothing but the seed."""
+
+    label: str
+    kind: str
+    axes: dict[str, Any]
+    """The axes without the seed."""
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs that count."""
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the first run that has one."""
+        return next((run.config for run in self.runs if run.config), {})
+
+    def values(self, key: str) -> dict[int, float]:
+        """seed -> value of a measure, over the finished runs that have it."""
+        return {run.seed: run.measures[key] for run in self.finished if key in run.measures}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the report is made of."""
+
+    folder: Path
+    name: str
+    command: str
+    base: dict[str, Any]
+    axes: dict[str, list[Any]]
+    runs: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    """Groups of pre-training runs, in the order of the comparison."""
+    references: tuple[Group, ...]
+    """Groups of reference rows; at least one of each kind, perhaps without runs."""
+
+    @property
+    def evaluation_keys(self) -> list[str]:
+        """``evaluation.measure`` of every run, in order of appearance."""
+        keys = (key for run in self.runs for key in run.measures)
+        known = {*LOSSES, *COSTS}
+        return list(dict.fromkeys(key for key in keys if key not in known))
+
+    def reference(self, group: Group, kind: str) -> Group | None:
+        """The reference of one kind that belongs to a group: its axes, if any, are the group's."""
+        for reference in self.references:
+            same = all(group.axes.get(key) == value for key, value in reference.axes.items())
+            if reference.kind == kind and reference.runs and same:
+                return reference
+        return None
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read a comparison folder.
+
+    Raises:
+        UserError: if a file is missing, unreadable or of another format.
+    """
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: is not a comparison folder (it holds no comparison.json)")
+    content = _read_json(path)
+    names = content.get("runs", [])
+    runs = tuple(_read_run(folder / name, content.get("base", {})) for name in names)
+    axes = content.get("axes", {})
+    base = content.get("base", {})
+    labels = axis_labels([key for key in axes if key != "seed"])
+    groups = _group([run for run in runs if run.kind == "run"], labels, base)
+    references = [
+        group
+        for kind in REFERENCES
+        for group in _group([run for run in runs if run.kind == kind], labels, base)
+        or [Group(REFERENCES[kind], kind, {}, ())]
+    ]
+    return Comparison(
+        folder=folder,
+        name=str(content.get("name", folder.name)),
+        command=str(content.get("command", "")),
+        base=base,
+        axes=axes,
+        runs=runs,
+        groups=tuple(groups),
+        references=tuple(references),
+    )
+
+
+def read_metrics(run: Run) -> list[dict[str, float]]:
+    """The lines of a run's ``metrics.jsonl``; empty where there is none.
+
+    Raises:
+        UserError: if a line is not JSON. Only a last line that a kill cut short is left out.
+    """
+    path = run.folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):  # no line end: the writer was stopped in the middle
+                break
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+    return rows
+
+
+def axis_labels(keys: Iterable[str]) -> dict[str, str]:
+    """Dotted key -> what tables call it: ``model.regime.name`` is "regime", ``mask.ratio`` "mask
+    ratio". Keys whose labels would be the same keep their dots."""
+    labels = {}
+    for key in keys:
+        parts = key.split(".")
+        if parts[-1] == "name" and len(parts) > 1:
+            words = parts[-2:-1]
+        else:
+            words = [part for part in parts[-2:-1] if part not in _SECTIONS] + parts[-1:]
+        labels[key] = " ".join(words).replace("_", " ")
+    texts = list(labels.values())
+    return {key: text if texts.count(text) == 1 else key for key, text in labels.items()}
+
+
+def show_value(value: Any) -> str:
+    """A setting as a user would write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def same_task(groups: Iterable[Group]) -> bool:
+    """Whether the losses of groups mean the same: same target, masks, data and patch size."""
+    return len({_task(group) for group in groups}) <= 1
+
+
+def _task(group: Group) -> str:
+    settings = flatten(group.config) | flatten(group.axes)
+    task = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(tuple(f"{part}." for part in _TASK)) or key in _TASK
+        if key not in _NOT_TASK
+    }
+    patch = re.search(r"patch(\d+)", str(settings.get("model.backbone", "")))
+    return json.dumps([patch and patch[0], task], sort_keys=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    if content.get("format") != FORMAT:
+        reason = f"is not the format this version reads, {FORMAT}"
+        raise setting_error(f"{path}: format", content.get("format"), reason)
+    return content
+
+
+def _read_run(folder: Path, base: Mapping[str, Any]) -> Run:
+    path = folder / "result.json"
+    if not path.is_file():
+        return Run(folder, folder.name, "run", {}, 0, "missing", "not run yet: no result.json")
+    result = _read_json(path)
+    kind = str(result.get("kind", "run"))
+    if kind != "run" and kind not in REFERENCES:
+        reason = f"is not one of run, {', '.join(REFERENCES)}"
+        raise setting_error(f"{path}: kind", kind, reason)
+    config = result.get("config") or {}
+    axes = result.get("axes") or {}
+    return Run(
+        folder=folder,
+        name=str(result.get("name", folder.name)),
+        kind=kind,
+        axes=axes,
+        seed=int(result.get("seed", axes.get("seed", 0)) or 0),
+        status=str(result.get("status", "finished")),
+        error=str(result.get("error") or ""),
+        config=config,
+        measures=_measures(result, config or base),
+        environment=result.get("environment") or {},
+        data=result.get("data") or {},
+    )
+
+
+def _measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, Any] = {key: result.get(key) for key in (*LOSSES, *COSTS)}
+    for evaluation, numbers in (result.get("evaluations") or {}).items():
+        found.update({f"{evaluation}.{key}": value for key, value in numbers.items()})
+    flops = (found["flops_forward"], found["flops_backward"], found["steps"])
+    batch = flatten(config).get("data.batch_size")
+    if _is_number(batch) and all(_is_number(value) for value in flops):
+        found["train_flops"] = (flops[0] + flops[1]) * flops[2] * batch
+    return {key: value for key, value in found.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) -> list[Group]:
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.status == "missing":  # its axes are unknown; the list of failures shows it
+            continue
+        axes = {key: value for key, value in run.axes.items() if key != "seed"}
+        members.setdefault(json.dumps(axes, sort_keys=True), []).append(run)
+    groups = []
+    for group in members.values():
+        axes = {key: value for key, value in group[0].axes.items() if key != "seed"}
+        label = _group_label(axes, labels)
+        kind = group[0].kind
+        if kind != "run":
+            label = f"{REFERENCES[kind]} ({label})" if label else REFERENCES[kind]
+        elif not label:
+            settings = flatten(group[0].config or base)
+            label = str(settings.get("model.regime.name", "pre-trained"))
+        groups.append(Group(label, kind, axes, tuple(group)))
+    return groups
+
+
+def _group_label(axes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    parts = []
+    for key, value in axes.items():
+        # A component's name says what it is; a bare number does not.
+        prefix = "" if key.endswith(".name") else f"{labels.get(key, key)} "
+        parts.append(f"{prefix}{show_value(value)}")
+    return " · ".join(parts)

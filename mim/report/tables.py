@@ -1,0 +1,462 @@
+"""The tables of a report, as plain cells that HTML and Markdown both print, and the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from mim.report.collect import (
+    COSTS,
+    LOSSES,
+    REFERENCES,
+    Comparison,
+    Group,
+    axis_labels,
+    flatten,
+    same_task,
+    show_value,
+)
+from mim.report.statistics import Paired, Summary, paired_difference, summarize
+
+MISSING = "\u2013"
+# Sections whose measures need no section to be understood.
+_PLAIN = ("", "Loss", "Per image", "On this machine")
+_EVALUATIONS = {
+    "linear": "Linear probe",
+    "knn": "k-NN",
+    "attentive": "Attentive probe",
+    "finetune": "Fine-tuning",
+    "segment": "Segmentation",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one measure is printed."""
+
+    key: str
+    section: str
+    label: str
+    scale: float = 1.0
+    """Printed number over stored number."""
+    unit: str = ""
+    decimals: int = 1
+    higher: bool = True
+    """Whether more is better."""
+    exact: bool = False
+    """Whether seeds cannot change it, so that a spread of 0 says nothing."""
+
+    @property
+    def title(self) -> str:
+        """Name that stands by itself: "Linear probe, accuracy (%)"."""
+        return self.head if self.section in _PLAIN else f"{self.section}, {self.head}"
+
+    @property
+    def head(self) -> str:
+        """Name under its section's heading."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def plain(self) -> str:
+        """The title without its unit, for sentences."""
+        return self.label if self.section in _PLAIN else f"{self.section}, {self.label}"
+
+    def number(self, value: float | None, *, sign: bool = False) -> str:
+        """A stored value as printed, without its unit."""
+        if value is None:
+            return MISSING
+        scaled = round(value * self.scale, self.decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
+        text = f"{scaled:{'+' if sign else ''},.{self.decimals}f}".replace(",", "\u2009")
+        return text.replace("-", "\u2212")
+
+    def summary(self, summary: Summary | None) -> str:
+        """ "93.1 ± 0.4"; a dash without values."""
+        if summary is None:
+            return MISSING
+        if summary.sd is None or (self.exact and summary.sd == 0):
+            return self.number(summary.mean)
+        return f"{self.number(summary.mean)}\u00a0±\u00a0{self.number(summary.sd)}"
+
+    def interval(self, paired: Paired) -> str:
+        """ "0.4 to 2.0"; a dash where there is none."""
+        if paired.low is None:
+            return MISSING
+        return f"{self.number(paired.low)} to {self.number(paired.high)}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """Head of a column; neighbours with the same section share a heading."""
+
+    label: str
+    section: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    note: str = ""
+    """Second line, smaller."""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``kind`` tells a reference from a run."""
+
+    cells: tuple[Cell, ...]
+    kind: str = "run"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption."""
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def sections(self) -> list[tuple[str, int]]:
+        """(heading, number of columns) of neighbouring columns; empty without any heading."""
+        spans: list[tuple[str, int]] = []
+        for column in self.columns:
+            if spans and spans[-1][0] == column.section:
+                spans[-1] = (column.section, spans[-1][1] + 1)
+            else:
+                spans.append((column.section, 1))
+        return spans if any(section for section, _ in spans) else []
+
+
+def evaluation_measures(comparison: Comparison) -> list[Measure]:
+    """The evaluations' measures, without the spreads over draws (``*_std``: in the CSV)."""
+    measures = []
+    for key in comparison.evaluation_keys:
+        if key.endswith("_std"):
+            continue
+        evaluation, _, name = key.partition(".")
+        label = re.sub(r"_(\d+)_per_class$", r", \1 per class", name).replace("_", " ")
+        is_share = name.startswith("accuracy")
+        measures.append(
+            Measure(
+                key,
+                _EVALUATIONS.get(evaluation, evaluation),
+                label,
+                scale=100.0 if is_share else 1.0,
+                unit="%" if is_share else "",
+                decimals=1 if is_share else _decimals(comparison, [key]),
+                higher=not re.search("loss|error", name),
+            )
+        )
+    # Columns of one evaluation stand together, in the order in which evaluations appear.
+    order = list(dict.fromkeys(measure.section for measure in measures))
+    return sorted(measures, key=lambda measure: order.index(measure.section))
+
+
+def loss_measures(comparison: Comparison) -> list[Measure]:
+    """Training and held-out loss."""
+    decimals = _decimals(comparison, LOSSES, digits=4)
+    return [
+        Measure("train_loss", "Loss", "training loss", decimals=decimals, higher=False),
+        Measure("val_loss", "Loss", "held-out loss", decimals=decimals, higher=False),
+    ]
+
+
+def cost_measures(comparison: Comparison) -> list[Measure]:
+    """What a run costs, in units that suit the largest value."""
+    seconds, unit = time_unit(_largest(comparison, ["wall_seconds"]))
+
+    decimals = {
+        key: _decimals(comparison, [key], scale=scale)
+        for key, scale in (
+            ("images_per_second", 1.0),
+            ("peak_memory_bytes", 2.0**-20),
+            ("wall_seconds", 1 / seconds),
+        )
+    }
+    tokens = [run.measures.get("encoder_tokens", 0.0) for run in comparison.runs]
+    whole = all(value == int(value) for value in tokens)
+    flops = _decimals(comparison, ["flops_forward", "flops_backward"], digits=4, scale=1e-9)
+    per_image = partial(Measure, section="Per image", higher=False, exact=True)
+    speed = partial(Measure, section="On this machine")
+    return [
+        per_image("encoder_tokens", label="tokens in encoder", decimals=0 if whole else 1),
+        per_image("flops_forward", label="forward GFLOPs", scale=1e-9, decimals=flops),
+        per_image("flops_backward", label="backward GFLOPs", scale=1e-9, decimals=flops),
+        speed("images_per_second", label="images/s", decimals=decimals["images_per_second"]),
+        speed(
+            "peak_memory_bytes",
+            label="peak memory",
+            scale=2.0**-20,
+            unit="MiB",
+            decimals=decimals["peak_memory_bytes"],
+            higher=False,
+        ),
+        speed(
+            "wall_seconds",
+            label="wall time",
+            scale=1 / seconds,
+            unit=unit,
+            decimals=decimals["wall_seconds"],
+            higher=False,
+        ),
+    ]
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """(seconds in the unit, its sign) to print durations up to ``seconds``."""
+    if seconds >= 7200:
+        return 3600.0, "h"
+    return (60.0, "min") if seconds >= 600 else (1.0, "s")
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row per group: mean ± standard deviation over seeds; the reference rows last."""
+    measures = [
+        *loss_measures(comparison),
+        *evaluation_measures(comparison),
+        *cost_measures(comparison),
+    ]
+    rows = []
+    for group in (*comparison.groups, *comparison.references):
+        done, n = len(group.runs), len(group.finished)
+        count = str(n) if n == done else f"{n} of {done}"
+        cells = [Cell(group.label), Cell(count if done else MISSING)]
+        for measure in measures:
+            summary = summarize(group.values(measure.key).values())
+            fewer = summary is not None and summary.n != n
+            note = f"n = {summary.n}" if fewer and summary else ""
+            cells.append(Cell(measure.summary(summary), note))
+        rows.append(Row(tuple(cells), group.kind))
+    heads = [Column(measure.head, measure.section) for measure in measures]
+    return Table(
+        "Mean ± standard deviation over seeds",
+        (Column("Encoder", numeric=False), Column("n"), *heads),
+        tuple(rows),
+    )
+
+
+def pairs(comparison: Comparison) -> list[tuple[str, Group, Group]]:
+    """(axis, first, second) for every two groups that differ in exactly one axis."""
+    found = []
+    for second, first in combinations(comparison.groups, 2):
+        keys = dict.fromkeys([*second.axes, *first.axes])
+        differing = [key for key in keys if first.axes.get(key) != second.axes.get(key)]
+        if len(differing) == 1:
+            found.append((differing[0], first, second))
+    order = list(comparison.axes)
+    return sorted(found, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
+
+
+def difference_table(comparison: Comparison) -> Table | None:
+    """Paired differences of groups that differ in one axis; none without such a pair."""
+    measures = [*loss_measures(comparison), *evaluation_measures(comparison)]
+    labels = axis_labels([key for key in comparison.axes if key != "seed"])
+    rows = []
+    for axis, first, second in pairs(comparison):
+        rest = {key: value for key, value in first.axes.items() if key != axis}
+        where = ", ".join(f"{labels.get(key, key)} {show_value(rest[key])}" for key in rest)
+        one, other = (show_value(group.axes.get(axis, MISSING)) for group in (first, second))
+        cells = [Cell(f"{labels.get(axis, axis)}: {one} \u2212 {other}", where)]
+        for measure in measures:
+            if measure.key in LOSSES and not same_task([first, second]):
+                cells.append(Cell(MISSING, "not comparable"))
+                continue
+            paired = paired_difference(first.values(measure.key), second.values(measure.key))
+            cells.append(_difference_cell(measure, paired))
+        rows.append(Row(tuple(cells)))
+    if not rows:
+        return None
+    heads = [
+        Column(measure.head.replace("(%)", "(points)"), measure.section) for measure in measures
+    ]
+    return Table(
+        "Mean paired difference with its 95% interval",
+        (Column("Difference", numeric=False), *heads),
+        tuple(rows),
+    )
+
+
+def margin_table(comparison: Comparison) -> Table | None:
+    """How far each group stands above the reference rows; none without evaluations."""
+    measures = evaluation_measures(comparison)
+    rows = []
+    for group in comparison.groups:
+        for kind, name in REFERENCES.items():
+            cells = [Cell(f"{group.label} \u2212 {name}")]
+            for measure in measures:
+                cells.append(_difference_cell(measure, margin(comparison, group, kind, measure)))
+            rows.append(Row(tuple(cells)))
+    if not measures or not rows:
+        return None
+    heads = [
+        Column(measure.head.replace("(%)", "(points)"), measure.section) for measure in measures
+    ]
+    return Table(
+        "Mean difference from the references, with its 95% interval",
+        (Column("Difference", numeric=False), *heads),
+        tuple(rows),
+    )
+
+
+def margin(comparison: Comparison, group: Group, kind: str, measure: Measure) -> Paired | None:
+    """Difference of a group from a reference, paired by seed.
+
+    Raw pixels have no seed: their one value is taken from each of the group's.
+    """
+    reference = comparison.reference(group, kind)
+    if reference is None:
+        return None
+    values, other = group.values(measure.key), reference.values(measure.key)
+    if kind == "pixels" and len(other) == 1:
+        other = dict.fromkeys(values, next(iter(other.values())))
+    return paired_difference(values, other)
+
+
+def settings_table(comparison: Comparison) -> Table | None:
+    """Where the config of each group departs from the base; none where nothing does."""
+    base = flatten(comparison.base)
+    rows = []
+    for group in comparison.groups:
+        config = flatten(group.config) if group.config else base | flatten(group.axes)
+        for key in dict.fromkeys([*base, *config]):
+            if key in ("seed", "output", "resume"):
+                continue
+            ours, theirs = (_setting(settings, key) for settings in (config, base))
+            if ours != theirs:
+                rows.append(Row((Cell(group.label), Cell(key), Cell(theirs), Cell(ours))))
+    if not rows:
+        return None
+    heads = ("Encoder", "Setting", "Base", "Here")
+    columns = tuple(Column(head, numeric=False) for head in heads)
+    return Table("Settings that differ from the base config", columns, tuple(rows))
+
+
+def facts_table(comparison: Comparison) -> Table | None:
+    """Environment and data of the runs; where runs disagree, every value and how often."""
+    rows = []
+    for section in ("data", "environment"):
+        runs = [run for run in comparison.runs if run.kind == "run" and getattr(run, section)]
+        facts = [flatten(getattr(run, section)) for run in runs]
+        for key in dict.fromkeys(key for fact in facts for key in fact):
+            shown = [_setting(fact, key) for fact in facts]
+            values = {value: shown.count(value) for value in dict.fromkeys(shown)}
+            several = [f"{value} ({count} of {len(facts)} runs)" for value, count in values.items()]
+            text = "; ".join(several) if len(values) > 1 else next(iter(values))
+            rows.append(Row((Cell(f"{section}: {key.replace('_', ' ')}"), Cell(text))))
+    if not rows:
+        return None
+    columns = (Column("What", numeric=False), Column("Value", numeric=False))
+    return Table("What the runs saw, and where they ran", columns, tuple(rows))
+
+
+def failures_table(comparison: Comparison) -> Table | None:
+    """Runs without a result, and why; none where all finished."""
+    rows = [
+        Row((Cell(run.name), Cell(run.status), Cell(run.error or "no reason was recorded")))
+        for run in comparison.runs
+        if not run.finished
+    ]
+    if not rows:
+        return None
+    columns = tuple(Column(head, numeric=False) for head in ("Run", "Status", "Reason"))
+    return Table("Runs that have no result", columns, tuple(rows))
+
+
+def results_csv(comparison: Comparison) -> str:
+    """``results.csv``: a row per run and reference, numbers as measured.
+
+    Columns: ``run``, the axes (dotted keys), ``seed``, ``kind``, each measure, ``status``.
+    """
+    axes = [key for key in comparison.axes if key != "seed"]
+    axes += [
+        key for run in comparison.runs for key in run.axes if key != "seed" and key not in axes
+    ]
+    axes = list(dict.fromkeys(axes))
+    measures = [*LOSSES, *comparison.evaluation_keys, *COSTS]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", *axes, "seed", "kind", *measures, "status"])
+    for run in comparison.runs:
+        known = run.status != "missing"
+        writer.writerow(
+            [
+                run.folder.name,
+                *(show_value(run.axes[key]) if key in run.axes else "" for key in axes),
+                run.seed if known and run.kind != "pixels" else "",
+                run.kind,
+                *(run.measures.get(key, "") for key in measures),
+                run.status,
+            ]
+        )
+    return buffer.getvalue()
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown."""
+    heads = [
+        column.label if column.section in _PLAIN else f"{column.section}: {column.label}"
+        for column in table.columns
+    ]
+    lines = [
+        "| " + " | ".join(map(escape_markdown, heads)) + " |",
+        "|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|",
+    ]
+    for row in table.rows:
+        texts = [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
+        marked = [
+            f"**{escape_markdown(text)}**" if cell.strong else escape_markdown(text)
+            for text, cell in zip(texts, row.cells, strict=True)
+        ]
+        lines.append("| " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown prints as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&$~])", r"\\\1", " ".join(text.split()))
+
+
+def _difference_cell(measure: Measure, paired: Paired | None) -> Cell:
+    if paired is None:
+        return Cell(MISSING)
+    note = f"n = {paired.n}"
+    if paired.low is not None:
+        note = f"{measure.interval(paired)}, {note}"
+    return Cell(measure.number(paired.mean, sign=True), note, strong=paired.shown)
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> str:
+    return show_value(settings[key]) if key in settings else MISSING
+
+
+def _largest(comparison: Comparison, keys: Iterable[str]) -> float:
+    wanted = tuple(keys)
+    values = [abs(run.measures.get(key, 0.0)) for run in comparison.runs for key in wanted]
+    return max(values, default=0.0)
+
+
+def _decimals(
+    comparison: Comparison, keys: Sequence[str], digits: int = 3, scale: float = 1.0
+) -> int:
+    """Decimals that show ``digits`` digits of the largest value."""
+    largest = _largest(comparison, keys) * scale
+    if largest <= 0:
+        return 1
+    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 6)
+
+
+def base_config_text(comparison: Comparison) -> str:
+    """The base config, for reading."""
+    return json.dumps(comparison.base, indent=2, ensure_ascii=False)
