@@ -1,1 +1,48 @@
-"""mim"""
+"""mim: one ViT under interchangeable masking regimes; what is each worth, and what does it cost?
+
+Names are imported when first used, so that ``import mim`` and ``mim --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mim.api import encode, load, pretrain
+    from mim.config import Config
+    from mim.errors import UserError
+    from mim.masks import PatchMask, sample_masks
+    from mim.model import build_model
+    from mim.settings import load_config
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "mim.config",
+    "PatchMask": "mim.masks",
+    "UserError": "mim.errors",
+    "build_model": "mim.model",
+    "encode": "mim.api",
+    "load": "mim.api",
+    "load_config": "mim.settings",
+    "pretrain": "mim.api",
+    "sample_masks": "mim.masks",
+}
+__all__ = [
+    "Config",
+    "PatchMask",
+    "UserError",
+    "build_model",
+    "encode",
+    "load",
+    "load_config",
+    "pretrain",
+    "sample_masks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mim' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

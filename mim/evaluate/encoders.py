@@ -91,7 +91,7 @@ def timm_encoder(
 
     The file may be safetensors or a torch file with weights only, of timm or of MAE; timm
     converts it and resamples position embeddings to the image size. A classification head, a
-    pooling layer and MAE's decoder are left out (``left_out`` names them); everything else must match.
+    pooling layer and MAE's decoder are left out (``left_out`` names them); all else must match.
 
     Args:
         backbone: name of a timm VisionTransformer.

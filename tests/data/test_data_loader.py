@@ -115,6 +115,18 @@ def test_an_image_is_cut_alike_in_any_batch_split_and_any_order(source: ImageSou
     assert all(torch.equal(image, whole[key]) for key, image in other.items())
 
 
+def test_a_batch_beyond_what_is_decoded_at_once(source: ImageSource) -> None:
+    assert len(source) > 64
+    whole = rows(
+        train_loader(source, replace(CONFIG, batch_size=70), 0, start_step=0, total_steps=1)
+    )
+    small = rows(
+        train_loader(source, replace(CONFIG, batch_size=7), 0, start_step=0, total_steps=10)
+    )
+    assert small.keys() == whole.keys()
+    assert all(torch.equal(image, whole[key]) for key, image in small.items())
+
+
 def test_an_epoch_shows_each_image_once_in_a_new_order(source: ImageSource) -> None:
     config = replace(CONFIG, batch_size=35)
     batches = list(train_loader(source, config, 0, start_step=0, total_steps=4))
@@ -138,7 +150,7 @@ def test_labels_stay_with_their_images(source: ImageSource) -> None:
 
 def test_the_global_generator_is_left_alone(source: ImageSource) -> None:
     config = replace(CONFIG, workers=1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     list(train_loader(source, config, 0, start_step=0, total_steps=2))
     list(eval_loader(source, CONFIG))
     assert torch.equal(before[0], torch.get_rng_state())

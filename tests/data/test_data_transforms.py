@@ -28,22 +28,28 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Image.Im
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "scale"),
-    [(100, 100, (0.2, 1.0)), (60, 160, (0.2, 1.0)), (40, 400, (0.5, 1.0)), (300, 30, (0.6, 1.0))],
-    ids=["square", "wide", "very-wide", "very-tall"],
+    ("height", "width", "scale", "ratio"),
+    [
+        (100, 100, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (60, 160, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (40, 400, (0.5, 1.0), (3 / 4, 4 / 3)),
+        (300, 30, (0.6, 1.0), (3 / 4, 4 / 3)),
+        (200, 200, (0.1, 0.2), (1 / 4, 4.0)),
+    ],
+    ids=["square", "wide", "very-wide", "very-tall", "thin-crops"],
 )
 def test_crops_are_distributed_as_torchvisions(
-    height: int, width: int, scale: tuple[float, float]
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     count = 4000
     keys = image_keys(0, 0, range(count), purpose="augment")
     sizes = torch.tensor([height, width]).expand(count, 2)
-    ours, _ = crop_parameters(keys, sizes[:, 0], sizes[:, 1], scale=scale)
+    ours, _ = crop_parameters(keys, sizes[:, 0], sizes[:, 1], scale=scale, ratio=ratio)
     image = torch.empty(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         draw = RandomResizedCrop.get_params
-        theirs = torch.tensor([draw(image, scale, (3 / 4, 4 / 3)) for _ in range(count)])
+        theirs = torch.tensor([draw(image, list(scale), list(ratio)) for _ in range(count)])
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= sizes).all()
@@ -69,8 +75,9 @@ def test_half_the_images_are_mirrored_independently_of_their_crop() -> None:
     size = torch.full((4000,), 64)
     boxes, mirrored = crop_parameters(keys, size, size)
     assert abs(mirrored.double().mean() - 0.5) < 0.03
-    together = torch.corrcoef(torch.stack([mirrored.double(), boxes[:, 2].double()]))[0, 1]
-    assert abs(together) < 0.06
+    for column in range(4):
+        pair = torch.stack([mirrored.double(), boxes[:, column].double()])
+        assert abs(torch.corrcoef(pair)[0, 1]) < 0.06, column
 
 
 def test_the_augmentation_is_a_function_of_image_and_key() -> None:
@@ -134,6 +141,13 @@ def test_evaluation_covers_any_shape_and_keeps_the_centre(size: tuple[int, int])
     # Left and right lose the same, to one column (8 of 255).
     assert abs(values.mean() - 127.5) < 4.5
     assert (values.diff(dim=1) >= 0).all()
+
+
+def test_evaluation_keeps_the_aspect_ratio() -> None:
+    image = noise(48, 96)
+    out = eval_transform([image], DataConfig(image_size=(24, 32)))
+    halved = np.asarray(image.resize((48, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(out[0].permute(1, 2, 0).numpy(), halved[:, 8:40])
 
 
 def test_every_mode_reaches_the_wanted_channels() -> None:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mim.backbone import build_backbone
@@ -59,8 +59,6 @@ def test_run(run: Path) -> None:
     assert encoder.data == DATA
     torch.manual_seed(0)
     assert not same_weights(encoder.vit, build_backbone(CONFIG.model, (8, 8), 1, 3).state_dict())
-    from safetensors.torch import load_file
-
     assert same_weights(encoder.vit, load_file(run / "encoder.safetensors"))
 
 
@@ -177,5 +175,5 @@ def test_a_config_is_needed(spec: str) -> None:
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="config.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         open_encoder(tmp_path)

@@ -103,7 +103,7 @@ def test_mistakes_are_told_before_any_feature(
     unlabelled = open_source(DATA, "val")
     unlabelled.labels = None
     with pytest.raises(
-        UserError, match="data.source 'digits' has no labels; evaluation linear needs them"
+        UserError, match=r"data\.source 'digits' has no labels; evaluation linear needs them"
     ):
         evaluate(encoder, {"linear": QUICK}, val=unlabelled)
     with pytest.raises(UserError, match=r"few_shot: \(999,\) asks for 999 images a class, but"):

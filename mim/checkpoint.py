@@ -1,0 +1,226 @@
+"""Run folders: atomic files, checkpoints, the encoder's weights.
+
+A checkpoint holds tensors and plain values only and is read with ``weights_only=True``, so that
+loading one never runs code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mim.config import Config
+from mim.errors import UserError
+from mim.settings import flatten, load_config, to_dict
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d+)\.pt")
+# What may differ when a run goes on: it does not change what is computed.
+_FREE = re.compile(
+    r"output|resume|plugins|data\.(path|download|workers)|log\..*"
+    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|compile)"
+)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under another name, flush it to disk, and rename it.
+
+    Args:
+        path: where it shall be.
+        write: is given the temporary path.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text; see :func:`write_atomic`."""
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write JSON; see :func:`write_atomic`."""
+    write_text_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def prepare_folder(path: Path, setting: str = "output") -> None:
+    """Make a folder and see that files can be written there.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{setting}: cannot write to {str(path)!r}: {reason}") from error
+
+
+def read_config(run: str | Path) -> Config:
+    """The config of a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
+    return load_config(path)
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (Path(run) / "checkpoints").glob("step_*.pt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
+    """Write ``checkpoints/step_N.pt`` atomically, then remove all but the newest ``keep``."""
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    content = {"format": FORMAT, "step": step, **state}
+    write_atomic(path, lambda temporary: torch.save(content, temporary))
+    for old in checkpoints(run)[:-keep]:
+        old.unlink()
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: if the file is torn, holds code, or is of another format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {str(path)!r} is not of format {FORMAT} of mim")
+    return state
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """Dotted settings that decide what is computed."""
+    flat = flatten(to_dict(config))
+    return {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+
+
+def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
+    """Refuse to go on with another config than the one a run began with.
+
+    Args:
+        saved: the :func:`fingerprint` in the checkpoint.
+        config: the present one.
+        run: the run folder, for the message.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    now = fingerprint(config)
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        shown = "; ".join(differing[:3]) + more
+        raise UserError(f"resume: {str(run)!r} holds another run: {shown}. Choose another output")
+
+
+def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write timm keys as safetensors; ``timm.create_model(..., checkpoint_path=...)`` reads them."""
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = save(state, metadata={"format": "pt", **metadata})
+    write_atomic(path, lambda temporary: _write_bytes(temporary, content))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def backbone_state(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a model's state dict, under timm's keys."""
+    prefix = "backbone."
+    return {k[len(prefix) :]: v for k, v in model_state.items() if k.startswith(prefix)}
+
+
+def model_state(path: str | Path) -> dict[str, Tensor]:
+    """The whole model's weights from a run folder or a checkpoint file (the EMA's where kept).
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise UserError(f"{str(path)!r} holds no checkpoint")
+        path = found[-1]
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is neither a run folder nor a checkpoint")
+    state = read_checkpoint(path)
+    return state["ema"] if state.get("ema") else state["model"]
+
+
+def encoder_weights(run: str | Path) -> dict[str, Tensor]:
+    """The encoder of a run: ``encoder.safetensors``, or the newest checkpoint before the end.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    path = Path(run) / "encoder.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own kinds
+            raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    return backbone_state(model_state(run))
+
+
+def read_result(run: str | Path) -> dict[str, Any]:
+    """``result.json`` of a run folder; empty where there is none.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    path = Path(run) / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+

@@ -1,0 +1,117 @@
+"""Reconstructions as arrays and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mim.checkpoint import write_atomic
+from mim.config import Config
+from mim.data import ImageSource, denormalize, eval_loader, normalize
+from mim.keys import image_keys
+from mim.masks import PatchMask, build_mask_generator
+from mim.model import MaskedImageModel
+from mim.patches import patchify, unpatchify
+
+# Held-out losses and pictures use one fixed mask an image, the same in every run and epoch.
+FIXED_SEED, FIXED_EPOCH = 0, -1
+COLUMNS = ("original", "masked", "prediction", "composite")
+Pixels = NDArray[np.uint8]
+
+
+def fixed_masks(config: Config, grid: tuple[int, int], sample_ids: Tensor) -> PatchMask:
+    """The masks under which held-out images are always seen."""
+    generator = build_mask_generator(config.mask, grid)
+    return generator(grid, image_keys(FIXED_SEED, FIXED_EPOCH, sample_ids, purpose="mask"))
+
+
+def spread_indices(count: int, images: int) -> list[int]:
+    """Indices of ``images`` images spread evenly over ``count``."""
+    return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
+
+
+def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
+    shown = denormalize(images.float().cpu(), source.mean, source.std).clamp(0, 1)
+    return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def reconstruct(
+    model: MaskedImageModel, config: Config, source: ImageSource, indices: list[int]
+) -> dict[str, NDArray[np.generic]]:
+    """Original, masked, predicted and composed images.
+
+    Args:
+        model: the model; its mode is left as it was.
+        config: of the run.
+        source: held-out images.
+        indices: which of them.
+
+    Returns:
+        ``original``, ``masked``, ``prediction`` and ``composite`` (the prediction with the visible
+        patches pasted), uint8 (n, H, W, C); ``is_masked`` bool (n, rows, columns).
+    """
+    device = next(model.parameters()).device
+    (batch,) = eval_loader(source, config.data, batch_size=len(indices), indices=indices)
+    images = normalize(batch.images.to(device), source.mean, source.std)
+    mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
+    training = model.training
+    model.eval()
+    output = model(images, mask)
+    model.train(training)
+    predicted = model.target.to_pixels(output.prediction, images)  # (B, N, P)
+    patches = patchify(images, model.patch_size)
+    hidden = mask.is_masked[..., None]
+    gray = torch.zeros_like(patches)  # the mean colour
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, content in (
+        ("original", patches),
+        ("masked", torch.where(hidden, gray, patches)),
+        ("prediction", predicted),
+        ("composite", torch.where(hidden, predicted, patches)),
+    ):
+        arrays[name] = _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
+    arrays["is_masked"] = mask.is_masked.view(-1, *model.grid).cpu().numpy()
+    return arrays
+
+
+def picture(arrays: dict[str, NDArray[np.generic]], side: int = 96, gap: int = 4) -> Image.Image:
+    """A sheet: a row an image; original, masked, prediction, composite.
+
+    Args:
+        arrays: of :func:`reconstruct`.
+        side: least height of an image in the sheet, in pixels; small ones are enlarged.
+        gap: white pixels between images.
+    """
+    count, height, width = arrays["original"].shape[:3]
+    factor = max(1, -(-side // height))
+    height, width = height * factor, width * factor
+    size = (len(COLUMNS) * (width + gap) - gap, count * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for column, name in enumerate(COLUMNS):
+        for row, pixels in enumerate(arrays[name]):
+            shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
+            tile = Image.fromarray(np.ascontiguousarray(shown)).resize((width, height), Image.NEAREST)
+            sheet.paste(tile, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def save_reconstructions(run: Path, arrays: dict[str, NDArray[np.generic]], name: str) -> Path:
+    """Write ``pictures/NAME.png``, and ``reconstructions.npz`` with the same content."""
+    folder = run / "pictures"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.png"
+    sheet = picture(arrays)
+    write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomic(run / "reconstructions.npz", write)
+    return path

@@ -1,0 +1,439 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mim import checkpoint
+from mim.config import Config
+from mim.cost import count_flops, environment, resident_bytes
+from mim.data import (
+    Batch,
+    ImageSource,
+    eval_loader,
+    normalize,
+    open_source,
+    steps_per_epoch,
+    train_loader,
+)
+from mim.errors import setting_error
+from mim.keys import image_keys, seed_of
+from mim.masks import build_mask_generator
+from mim.model import MaskedImageModel, build_model
+from mim.optim import build_optimizer, build_schedule
+from mim.pictures import fixed_masks, reconstruct, save_reconstructions, spread_indices
+from mim.progress import RunProgress
+from mim.settings import flatten, to_dict, to_yaml
+
+PICTURED_IMAGES = 8
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line, and the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved.
+
+    Attributes:
+        code: the exit code, 128 + the signal's number.
+    """
+
+    def __init__(self, number: int, step: int, run: Path) -> None:
+        self.code = 128 + number
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: saved step {step} of {str(run)!r}; go on with --resume auto")
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.caught = number
+
+    def __exit__(self, *details: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+class Metrics:
+    """``metrics.jsonl``: a line each interval, never one twice.
+
+    Args:
+        path: of the file.
+        step: lines of later steps, left by a run that was killed, are removed.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            checkpoint.write_text_atomic(path, "".join(kept))
+
+    def write(self, **values: Any) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def parts(batch: Batch, count: int) -> Iterator[slice]:
+    """Slices that cut a batch into ``count`` nearly equal parts."""
+    edges = [round(i * len(batch) / count) for i in range(count + 1)]
+    yield from (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: MaskedImageModel, config: Config, source: ImageSource, accelerator: Accelerator
+) -> float:
+    """The mean loss over the held-out images, each under its one fixed mask, without augmentation."""
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    size = max(1, config.data.batch_size // world // config.train.accumulate)
+    for batch in eval_loader(source, config.data, batch_size=size, rank=rank, world=world):
+        images = normalize(batch.images.to(device), source.mean, source.std)
+        mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
+        with accelerator.autocast():
+            losses = model(images, mask).loss_per_image
+        total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+    model.train(training)
+    loss, count = accelerator.reduce(total, "sum").tolist()
+    return loss / count
+
+
+def _start_folder(config: Config) -> dict[str, Any] | None:
+    """Prepare the run folder; returns the checkpoint to go on from, if there is one."""
+    run = Path(config.output)
+    checkpoint.prepare_folder(run)
+    found = checkpoint.checkpoints(run)
+    if config.resume == "never" and (found or (run / "result.json").is_file()):
+        reason = "already holds a run; choose another, or resume it with --resume auto"
+        raise setting_error("output", str(run), reason)
+    if not found:
+        return None
+    state = checkpoint.read_checkpoint(found[-1])
+    checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
+    return state
+
+
+def _accelerator(config: Config) -> Accelerator:
+    trackers = ["tensorboard"] if config.log.tensorboard else []
+    if config.log.wandb != "disabled":
+        trackers.append("wandb")
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        reason = "needs a GPU; choose bf16 or fp32"
+        raise setting_error("train.precision", config.train.precision, reason)
+    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    return Accelerator(
+        mixed_precision=_PRECISION[config.train.precision],
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
+    )
+
+
+def _start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
+    if not accelerator.log_with:
+        return
+    name = Path(config.output).name
+    group = f"{config.model.regime.name}-{config.mask.name}"
+    wandb = {"mode": config.log.wandb, "dir": config.output, "name": name, "group": group}
+    scalars = {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in flatten(to_dict(config)).items()
+    }
+    options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
+    accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Pre-train one model; returns what ``result.json`` holds.
+
+    Shapes: B images of this process's share of the batch, C channels, H x W pixels.
+
+    Raises:
+        UserError: for a mistake in the config or the data, before any training.
+        TrainingError: when the loss is no longer finite.
+        Interrupted: after SIGINT or SIGTERM, with everything saved.
+    """
+    run = Path(config.output)
+    saved = _start_folder(config)
+    done = checkpoint.read_result(run)
+    if saved is not None and done.get("status") == "finished":
+        return done
+    train, val = open_source(config.data, "train"), open_source(config.data, "val")
+    accelerator = _accelerator(config)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    main = accelerator.is_main_process
+    share = config.data.batch_size // (world * config.train.accumulate)
+    if share < 1:
+        needed = f"must be at least processes * train.accumulate = {world * config.train.accumulate}"
+        raise setting_error("data.batch_size", config.data.batch_size, needed)
+    per_epoch = steps_per_epoch(train, config.data)
+    total = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
+    total = int(total)
+    start = saved["step"] if saved else 0
+
+    model = build_model(config).to(device)
+    generator = build_mask_generator(config.mask, model.grid)
+    schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
+    optimizer = build_optimizer(config.optim, model, schedule(start))
+    ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
+    flops = _measure_flops(model, config, val, device)
+    if config.train.compile:
+        model.compile()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    pending: list[Tensor] = []
+    elapsed, train_seconds = 0.0, 0.0
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if ema is not None:
+            ema.module.load_state_dict(saved["ema"])
+        if accelerator.scaler is not None and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        pending = list(saved["pending"].to(device))
+        elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
+    _start_trackers(accelerator, config, start)
+    metrics = Metrics(run / "metrics.jsonl", start) if main else None
+    if main and saved is None:
+        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+    subject = ema.module if ema is not None else model
+
+    def log(step: int, **values: float) -> None:
+        line = {"step": step, "epoch": step / per_epoch, **values}
+        if metrics is not None:
+            metrics.write(**line)
+        accelerator.log(values, step=step)
+
+    def save(step: int) -> None:
+        if not main:
+            return
+        state = {
+            "fingerprint": json.dumps(checkpoint.fingerprint(config)),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.module.state_dict() if ema is not None else {},
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+            "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
+            "elapsed": elapsed + time.monotonic() - began,
+            "train_seconds": train_seconds,
+        }
+        checkpoint.save_checkpoint(run, state, step, config.train.keep_checkpoints)
+
+    def draw(step: int) -> None:
+        if main:
+            arrays = reconstruct(subject, config, val, spread_indices(len(val), PICTURED_IMAGES))
+            path = save_reconstructions(run, arrays, f"step_{step:08d}")
+            _track_picture(accelerator, path, step)
+
+    def due(every: float, step: int) -> bool:
+        """Whether a multiple of ``every`` epochs was passed by this step."""
+        if every <= 0:
+            return False
+        return math.floor(step / per_epoch / every) > math.floor((step - 1) / per_epoch / every)
+
+    began = interval_began = time.monotonic()
+    memory_before = resident_bytes()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    interval_steps, rate, mean, val_loss = 0, 0.0, math.nan, math.nan
+    label = run.name
+    batches = train_loader(
+        train,
+        config.data,
+        config.seed,
+        start_step=start,
+        total_steps=total,
+        rank=rank,
+        world=world,
+    )
+    recent: list[tuple[int, list[int]]] = []
+    wrapped.train()
+    with RunProgress(label, total, start, main) as progress, _Signals() as signals:
+        for batch in batches:
+            step, lr = batch.step, schedule(batch.step)
+            torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            keys = image_keys(config.seed, batch.epoch, batch.sample_ids, purpose="mask")
+            mask = generator(model.grid, keys).to(device, non_blocking=True)
+            images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
+            step_loss = torch.zeros((), device=device)
+            cuts = list(parts(batch, config.train.accumulate))
+            for number, cut in enumerate(cuts):
+                last = number == len(cuts) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                    part_mask = mask if len(cuts) == 1 else mask[cut]
+                    part = wrapped(images[cut], part_mask).loss * (
+                        (cut.stop - cut.start) / len(batch)
+                    )
+                    accelerator.backward(part)
+                step_loss += part.detach()
+            if config.optim.clip_grad is not None:
+                accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update(model)
+            pending.append(step_loss)
+            recent.append((step, batch.sample_ids.tolist()))
+            step, interval_steps = step + 1, interval_steps + 1
+
+            end = step == total
+            saving = due(config.train.checkpoint_every, step) or end
+            logging = step % config.train.log_every == 0 or end
+            # Reading a loss waits for the device: on a GPU only where it is needed anyway.
+            if logging or saving or signals.caught or device.type == "cpu":
+                losses = accelerator.reduce(torch.stack(pending), "mean").tolist()
+                _check_finite(losses, recent, lr, run, main)
+            if logging:
+                seconds = time.monotonic() - interval_began
+                train_seconds += seconds
+                rate = interval_steps * config.data.batch_size / seconds
+                mean = sum(losses) / len(losses)
+                pending.clear()
+                recent.clear()
+                log(step, loss=mean, lr=lr, images_per_second=rate)
+                progress.update(step, mean, rate)
+                interval_began, interval_steps = time.monotonic(), 0
+            if due(config.train.validate_every, step) or end:
+                val_loss = held_out_loss(subject, config, val, accelerator)
+                log(step, val_loss=val_loss)
+            if due(config.train.picture_every, step) or end:
+                draw(step)
+            if saving or signals.caught:
+                save(step)
+                accelerator.wait_for_everyone()
+            if logging:  # what was measured and saved does not count as training
+                interval_began = time.monotonic()
+            if signals.caught and not end:
+                accelerator.end_training()
+                raise Interrupted(signals.caught, step, run)
+
+    result = {
+        "format": checkpoint.FORMAT,
+        "kind": "run",
+        "name": run.name,
+        "status": "finished",
+        "seed": config.seed,
+        "steps": total,
+        "epochs": total / per_epoch,
+        "train_loss": mean,
+        "val_loss": val_loss,
+        **flops,
+        "images_per_second": total * config.data.batch_size / max(train_seconds, 1e-9),
+        "peak_memory_bytes": (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else resident_bytes() - memory_before
+        ),
+        "wall_seconds": elapsed + time.monotonic() - began,
+        "environment": environment(device, world),
+        "data": {
+            "source": train.name,
+            "train_images": len(train),
+            "val_images": len(val),
+            "fingerprint": f"{train.fingerprint()}-{val.fingerprint()}",
+        },
+        "config": to_dict(config),
+    }
+    if main:
+        state = subject.state_dict()
+        details = {"backbone": config.model.backbone, "source": train.name}
+        weights = checkpoint.backbone_state(state)
+        checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
+        checkpoint.write_json_atomic(run / "result.json", result)
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _measure_flops(
+    model: MaskedImageModel, config: Config, val: ImageSource, device: torch.device
+) -> dict[str, float]:
+    """Cost an image under the fixed masks of two held-out images, and tokens in the encoder."""
+    indices = list(range(min(2, len(val))))
+    (batch,) = eval_loader(val, config.data, batch_size=len(indices), indices=indices)
+    images = normalize(batch.images.to(device), val.mean, val.std)
+    mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
+    forward, backward = count_flops(model, images, mask)
+    low, high = config.mask.ratio_range
+    visible = (1 - (low + high) / 2) * mask.num_patches
+    if mask.is_equal and low == high:
+        visible = mask.num_visible
+    tokens = model.regime.encoder_tokens(model.backbone, visible)
+    return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
+
+
+def _track_picture(accelerator: Accelerator, path: Path, step: int) -> None:
+    from PIL import Image
+
+    for tracker in accelerator.trackers:
+        with Image.open(path) as image:
+            if tracker.name == "tensorboard":
+                import numpy as np
+
+                tracker.writer.add_image(
+                    "reconstructions", np.asarray(image), step, dataformats="HWC"
+                )
+            elif tracker.name == "wandb":
+                tracker.log_images({"reconstructions": [image]}, step=step)
+
+
+def _check_finite(
+    losses: list[float],
+    recent: list[tuple[int, list[int]]],
+    lr: float,
+    run: Path,
+    main: bool,
+) -> None:
+    """Stop at the first loss that is not finite; what was saved before it stays."""
+    first = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if first is None:
+        return
+    place = max(len(recent) - len(losses) + first, 0)
+    step, ids = recent[place]
+    if main:
+        details = {"step": step + 1, "lr": lr, "loss": str(losses[first]), "sample_ids": ids}
+        checkpoint.write_json_atomic(run / "nonfinite.json", details)
+    shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
+    raise TrainingError(
+        f"loss is {losses[first]} at step {step + 1}, learning rate {lr:.3g}, sample ids {shown} "
+        f"(all in {run / 'nonfinite.json'}); the last good checkpoint is kept. Lower "
+        "optim.base_lr or set optim.clip_grad"
+    )
+

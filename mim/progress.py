@@ -1,0 +1,91 @@
+"""What a terminal shows of a long run: a bar with rate, time left and loss; plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class RunProgress:
+    """Shows how far a run is; writes to stderr.
+
+    Args:
+        label: what runs.
+        total: steps in all.
+        start: steps done before.
+        enabled: False shows nothing (all processes but the first).
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, enabled: bool = True) -> None:
+        self.label, self.total, self.start, self.enabled = label, total, start, enabled
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._began = self._last = time.monotonic()
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(label, total=total, completed=start, figures="")
+
+    def __enter__(self) -> RunProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """Show the state after a step.
+
+        Args:
+            step: steps done in all.
+            loss: the latest.
+            rate: images a second.
+        """
+        if not self.enabled:
+            return
+        figures = f"loss {loss:.4f}  {rate:,.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+            return
+        now = time.monotonic()
+        if step < self.total and now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        done = max(step - self.start, 1)
+        left = (now - self._began) / done * (self.total - step)
+        line = f"{self.label}  step {step}/{self.total}  {figures}  left {_clock(left)}"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+"""Reading and writing configs: YAML files, dotted overrides, the command line (jsonargparse)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from mim.config import Config
+from mim.errors import UserError
+
+T = TypeVar("T")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class _Parser(ArgumentParser):
+    """Raises a one-line :class:`UserError` where argparse would print its usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        raise UserError(" ".join(lines) or "the arguments could not be read")
+
+
+def config_parser(kind: type, **parser_args: Any) -> ArgumentParser:
+    """A parser with ``--config FILE`` (repeatable) and an option for each field of a dataclass."""
+    parser = _Parser(default_env=False, **parser_args)
+    parser.add_argument("--config", action="config", help="YAML file; later ones override.")
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def instantiate(parser: ArgumentParser, namespace: Namespace, kind: type[T]) -> T:
+    """The dataclass that parsed arguments describe.
+
+    Raises:
+        UserError: if a value is refused.
+    """
+    namespace = namespace.clone()
+    for extra in ("config", "print_config"):
+        namespace.pop(extra, None)
+    built = parser.instantiate_classes(namespace)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(built, name) for name in names})
+
+
+def _check_file(path: str | Path) -> None:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config: {str(path)!r} is not a file")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"config: {path} holds no mapping of settings")
+
+
+def _config_files(args: Sequence[str]) -> Iterator[str]:
+    for place, arg in enumerate(args):
+        if arg == "--config" and place + 1 < len(args):
+            yield args[place + 1]
+        elif arg.startswith("--config="):
+            yield arg.partition("=")[2]
+
+
+def read_args(kind: type[T], args: Sequence[str], **parser_args: Any) -> T:
+    """Parse command-line arguments into a dataclass.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type or one that is refused.
+    """
+    parser = config_parser(kind, **parser_args)
+    for file in _config_files(args):
+        _check_file(file)
+    return instantiate(parser, parser.parse_args(list(args)), kind)
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> Config:
+    """Read and check a config.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: ``["mask.ratio=0.6", ...]`` or ``{"mask.ratio": 0.6, ...}``.
+
+    Raises:
+        UserError: for a missing file, an unknown key or a value that is refused.
+    """
+    args = [] if path is None else ["--config", str(path)]
+    pairs: list[tuple[str, Any]]
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for item in overrides:
+            key, equals, value = item.removeprefix("--").partition("=")
+            if not equals:
+                raise UserError(f"override {item!r} has not the form key=value")
+            pairs.append((key, value))
+    for key, value in pairs:
+        text = value if isinstance(value, str) else _to_yaml_line(value)
+        args.append(f"--{key}={text}")
+    return checked(read_args(Config, args))
+
+
+def _to_yaml_line(value: Any) -> str:
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def checked(config: Config) -> Config:
+    """Import the config's plugins and check that its parts fit; returns it.
+
+    Raises:
+        UserError: if they do not.
+    """
+    for plugin in config.plugins:
+        import_plugin(plugin)
+    from mim.model import check_config  # torch is slow to import and not needed for --help
+
+    check_config(config)
+    return config
+
+
+def import_plugin(plugin: str) -> None:
+    """Import a module by name, or a file ending in ``.py``, once.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not plugin.endswith(".py"):
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError as error:
+            raise UserError(f"plugins: no module {plugin!r} ({error})") from error
+        return
+    path = Path(plugin).resolve()
+    name = f"mim_plugin_{path.stem}"
+    if name in sys.modules:
+        return
+    if not path.is_file():
+        raise UserError(f"plugins: {plugin!r} is not a file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain mappings, lists and scalars."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML, enough to run it again."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

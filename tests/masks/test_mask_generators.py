@@ -1,0 +1,199 @@
+"""Masks are pure functions of seed, epoch and image, with exact counts and uniform coverage."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mim.config import MaskConfig
+from mim.errors import UserError
+from mim.masks import PatchMask, build_mask_generator, hidden_count, sample_masks
+
+
+def draw(
+    ratio: float | tuple[float, float],
+    grid: tuple[int, int],
+    images: int,
+    seed: int = 0,
+    epoch: int = 0,
+) -> PatchMask:
+    ids = list(range(images))
+    return sample_masks(MaskConfig(ratio=ratio), grid, seed=seed, epoch=epoch, sample_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "patches", "hidden"),
+    [
+        (0.75, 196, 147),
+        (0.75, 49, 37),  # 36.75
+        (0.6, 49, 29),  # 29.4
+        (0.5, 5, 3),  # a half goes up
+        (0.5, 7, 4),  # and so with every half: no rounding to even
+        (0.5, 1, 1),
+        (0.25, 10, 3),  # 2.5
+        (0.75, 10, 8),  # 7.5
+        (0.1, 4, 0),
+        (0.9, 4, 4),
+    ],
+)
+def test_rounding_by_hand(ratio: float, patches: int, hidden: int) -> None:
+    assert hidden_count(ratio, patches) == hidden
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 99), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+def test_counts_are_exact(percent: int, height: int, width: int, seed: int) -> None:
+    patches = height * width
+    hidden = math.floor(Fraction(percent, 100) * patches + Fraction(1, 2))
+    if not 0 < hidden < patches:
+        with pytest.raises(UserError, match=r"mask\.ratio"):
+            draw(percent / 100, (height, width), 1, seed)
+        return
+    mask = draw(percent / 100, (height, width), 5, seed)
+    exact = hidden_count(percent / 100, patches)
+    assert abs(exact - hidden) <= ((Fraction(percent, 100) * patches) % 1 == Fraction(1, 2))
+    assert (mask.is_masked.sum(1) == exact).all()
+    assert mask.is_masked.shape == (5, patches)
+    assert mask.visible_valid is None
+
+
+def test_golden_masks() -> None:
+    """The masks of a seed are an interface: a change would make old runs incomparable."""
+    assert draw(0.5, (2, 4), 3).is_masked.int().tolist() == [
+        [1, 0, 1, 0, 0, 0, 1, 1],
+        [1, 0, 1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1, 0, 1, 1],
+    ]
+    assert draw((0.25, 0.75), (2, 4), 3, epoch=1).is_masked.int().tolist() == [
+        [0, 1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 1, 0, 0, 1],
+        [1, 1, 0, 0, 1, 1, 0, 1],
+    ]
+
+
+RATIOS = pytest.mark.parametrize("ratio", [0.75, (0.2, 0.9)], ids=["fixed", "range"])
+
+
+@RATIOS
+@settings(max_examples=20, deadline=None)
+@given(
+    ids=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=12),
+    data=st.data(),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(-1, 10_000),
+)
+def test_a_mask_depends_on_seed_epoch_and_image_alone(
+    ratio: float | tuple[float, float], ids: list[int], data: st.DataObject, seed: int, epoch: int
+) -> None:
+    config, grid = MaskConfig(ratio=ratio), (4, 5)
+
+    def masks(some: list[int]) -> list[list[bool]]:
+        mask = sample_masks(config, grid, seed=seed, epoch=epoch, sample_ids=some)
+        return mask.is_masked.tolist()
+
+    whole = dict(zip(ids, masks(ids), strict=True))
+    torch.rand(3)  # the global generator's state is of no account
+    order = data.draw(st.permutations(ids))
+    cut = data.draw(st.integers(1, len(ids) - 1))
+    for part in (order, order[:cut], order[cut:], order[:1]):
+        assert masks(part) == [whole[i] for i in part]
+
+
+def test_every_part_of_the_key_counts() -> None:
+    base = draw(0.5, (8, 8), 4).is_masked
+    assert not torch.equal(base, draw(0.5, (8, 8), 4, seed=1).is_masked)
+    assert not torch.equal(base, draw(0.5, (8, 8), 4, epoch=1).is_masked)
+    assert base.unique(dim=0).shape[0] == 4
+
+
+def test_a_higher_ratio_hides_more_of_the_same() -> None:
+    """Masks are nested over ratios, so that a comparison of ratios is paired too."""
+    low, high = draw(0.25, (6, 6), 20).is_masked, draw(0.75, (6, 6), 20).is_masked
+    assert (low <= high).all()
+
+
+def test_nothing_is_drawn_from_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    draw((0.2, 0.9), (4, 4), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_coverage_is_that_of_sampling_without_replacement() -> None:
+    images, patches, hidden = 20_000, 12, 9
+    flags = draw(0.75, (3, 4), images).is_masked.double()
+    p = hidden / patches
+    single = flags.mean(0)
+    assert (single - p).abs().max() < 5 * math.sqrt(p * (1 - p) / images)
+    # Two patches are both hidden in hidden (hidden - 1) / (patches (patches - 1)) of the masks.
+    pairs = flags.T @ flags / images
+    q = hidden * (hidden - 1) / (patches * (patches - 1))
+    off = pairs[~torch.eye(patches, dtype=torch.bool)]
+    assert (off - q).abs().max() < 5 * math.sqrt(q * (1 - q) / images)
+
+
+def test_every_mask_is_as_likely() -> None:
+    images = 10_000
+    flags = draw(0.5, (1, 4), images).is_masked.long()
+    codes = (flags * torch.tensor([8, 4, 2, 1])).sum(1)
+    counts = codes.bincount(minlength=16).double()
+    seen = counts[counts > 0]
+    assert len(seen) == 6  # 4 choose 2
+    expected = images / 6
+    assert ((seen - expected) ** 2 / expected).sum() < 5 + 6 * math.sqrt(10)
+
+
+def test_a_range_draws_a_ratio_for_each_image() -> None:
+    images, patches = 8000, 100
+    mask = draw((0.25, 0.75), (10, 10), images)
+    counts = mask.is_masked.sum(1)
+    assert mask.visible_valid is not None
+    assert counts.min() == 25 and counts.max() in (74, 75)
+    # Uniform over [25, 75] before rounding: mean 50, variance 50^2 / 12 + the rounding's 1 / 12.
+    deviation = math.sqrt(50**2 / 12)
+    assert abs(float(counts.double().mean()) - 50) < 5 * deviation / math.sqrt(images)
+    assert abs(float(counts.double().std()) - deviation) < 0.5
+    flags = mask.is_masked.double()  # which patches are hidden has nothing to do with how many
+    assert (flags.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(images)
+    assert patches == mask.num_patches
+
+
+def test_a_range_too_narrow_for_the_grid_is_a_fixed_count() -> None:
+    mask = draw((0.74, 0.76), (4, 4), 6)  # 11.84 and 12.16 patches
+    assert mask.is_equal and mask.num_masked == 12
+
+
+def test_a_wide_range_can_fill_its_ends() -> None:
+    counts = draw((0.1, 0.9), (2, 5), 4000).is_masked.sum(1)
+    assert counts.min() == 1 and counts.max() == 9
+
+
+@pytest.mark.parametrize(
+    ("ratio", "what"),
+    [(0.01, "hides no patch"), (0.99, "hides every patch"), ((0.5, 0.99), "hides every patch")],
+)
+def test_a_ratio_that_leaves_nothing_is_refused(
+    ratio: float | tuple[float, float], what: str
+) -> None:
+    with pytest.raises(UserError, match=rf"mask\.ratio: 0\.\d+ {what} of a grid of 2 x 4"):
+        draw(ratio, (2, 4), 1)
+
+
+def test_an_unknown_generator_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mask\.name: 'randon' is not one of .*random.*did you"):
+        build_mask_generator(MaskConfig(name="randon"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@RATIOS
+def test_the_gpu_draws_the_same_masks(ratio: float | tuple[float, float]) -> None:
+    config, ids = MaskConfig(ratio=ratio), torch.arange(64)
+    here = sample_masks(config, (14, 14), seed=3, epoch=7, sample_ids=ids)
+    there = sample_masks(config, (14, 14), seed=3, epoch=7, sample_ids=ids.cuda())
+    assert there.is_masked.is_cuda
+    assert torch.equal(here.is_masked, there.is_masked.cpu())
+    assert torch.equal(here.visible_ids, there.visible_ids.cpu())
