@@ -106,12 +106,11 @@ def evaluate(
     numbers: dict[str, dict[str, float]] = {}
     for pool, names in by_pool.items():
         sets = [
-            extract_features(encoder, source, pool, batch_size, device, precision)
+            extract_features(encoder, source, pool, batch_size, device, precision).to(device)
             for source in (train, val)
         ]
-        on_device = [Features(*(None if t is None else t.to(device) for t in s)) for s in sets]
         for name in names:
-            numbers[name] = built[name].run(*on_device)
+            numbers[name] = built[name].run(*sets)
     return {name: numbers[name] for name in built}
 
 

@@ -37,6 +37,11 @@ class Features(NamedTuple):
     labels: Tensor | None  # (n,) int64
     sample_ids: Tensor  # (n,) int64
 
+    def to(self, device: torch.device | str) -> Features:
+        """The same on ``device``."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return Features(self.values.to(device), labels, self.sample_ids.to(device))
+
 
 @dataclass(frozen=True)
 class ProbeSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from mim.report.page import write_report
+from mim.report.collect import read_comparison
+from mim.report.page import summary_line, write_report
 
-__all__ = ["write_report"]
+__all__ = ["read_comparison", "summary_line", "write_report"]

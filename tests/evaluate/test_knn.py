@@ -31,8 +31,8 @@ def test_weighted_vote_by_hand() -> None:
 
 
 def test_small_temperature_does_not_overflow() -> None:
-    bank, labels = at(0, 40, 50), torch.tensor([0, 1, 1])
-    assert knn_predict(at(1), bank, labels, [3], [1e-3])[0, 0].tolist() == [0]
+    bank, labels = at(0, 40, 50), torch.tensor([1, 0, 0])
+    assert knn_predict(at(1), bank, labels, [3], [1e-3])[0, 0].tolist() == [1]
 
 
 def test_equals_scikit_learn() -> None:
@@ -72,7 +72,7 @@ def test_val_has_no_say_in_the_choice() -> None:
 
 
 def test_choice_is_the_best_on_held_out_training_images() -> None:
-    # One class a small minority of outliers: with noise, k = 1 is bad and a larger k better.
+    # Classes that overlap: one neighbour is a gamble, many are an average.
     numbers = Knn(KnnSettings(k=(1, 50))).run(blobs(800, 1, noise=1.5), blobs(400, 2, noise=1.5))
     assert numbers["chosen_k"] == 50
     # Every image twice under the same label: its twin is always right, others seldom.

@@ -1,0 +1,278 @@
+"""The command line: ``mim VERB --config FILE --dotted.key value``.
+
+Exit codes: 0 done; 1 training failed (a loss that is not finite, a run of a comparison); 2 a
+mistake in what was asked, in one line; 130 and 143 interrupted, with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mim import __version__
+from mim.errors import UserError
+
+Verb = Callable[[list[str]], int]
+
+
+def _say(text: object) -> None:
+    print(text, flush=True)
+
+
+def _pretrain(args: list[str]) -> int:
+    """Pre-train one model under one regime."""
+    from mim.config import Config
+    from mim.settings import checked, read_args
+
+    about = "Pre-train one model. Everything goes into the run folder (--output)."
+    config = checked(read_args(Config, args, prog="mim pretrain", description=about))
+    from mim.pretrain import pretrain
+
+    result = pretrain(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(
+            f"{config.output}: {result['steps']} steps, loss {result['train_loss']:.4f}, held-out "
+            f"{result['val_loss']:.4f}, {result['images_per_second']:,.0f} images/s"
+        )
+    return 0
+
+
+class _LineParser(argparse.ArgumentParser):
+    """One line instead of a usage page."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}")
+
+
+def _parser(verb: str, about: str) -> _LineParser:
+    form = argparse.RawDescriptionHelpFormatter
+    return _LineParser(prog=f"mim {verb}", description=about, formatter_class=form)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, object]:
+    import yaml
+
+    settings: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair!r} has not the form key=value")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def _evaluate(args: list[str]) -> int:
+    """Measure frozen encoders: knn or linear, on runs, timm models or untrained ones."""
+    about = (
+        "Measure frozen encoders on full images. Hyper-parameters are chosen on a split of train.\n\n"
+        "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
+        "images: untrained, pixels, or TIMM_NAME=CHECKPOINT_FILE."
+    )
+    parser = _parser("evaluate", about)
+    parser.add_argument("evaluation", help="knn, linear, or several separated by commas")
+    parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
+    parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
+    parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
+    parser.add_argument("--device", help="cpu or cuda; by default what there is")
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
+    options = parser.parse_args(args)
+    names = options.evaluation.split(",")
+    from mim import checkpoint
+    from mim.evaluate import EVALUATIONS, evaluate, evaluate_run, open_encoder
+    from mim.settings import load_config
+
+    for name in names:
+        EVALUATIONS.get(name)
+    settings = {name: _settings(options.set) for name in names}
+    config = load_config(options.config) if options.config else None
+    if options.like:
+        config = checkpoint.read_config(options.like)
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    everything = {}
+    for spec in options.run:
+        if Path(spec).is_dir():
+            numbers = evaluate_run(Path(spec), names, settings, device=device)
+        else:
+            numbers = evaluate(open_encoder(spec, config), settings, device=device)
+        everything[spec] = numbers
+        for name, values in numbers.items():
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+            _say(f"{spec}  {name}  {shown}")
+    if options.json:
+        checkpoint.write_json_atomic(Path(options.json), everything)
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    """Pre-train and evaluate a grid of runs, everything else held equal; write the report."""
+    from mim.compare import compare, read_compare_config
+
+    about = (
+        "Pre-train every combination of the axes from one base config (--base.KEY VALUE), evaluate "
+        "each the same way, and write report.html, report.md and results.csv. Call it again to go "
+        "on: finished runs are kept."
+    )
+    config = read_compare_config(args, prog="mim compare", description=about)
+    report = compare(config, command="mim compare " + shlex.join(args))
+    from mim.report import read_comparison, summary_line
+
+    comparison = read_comparison(report.parent)
+    _say(summary_line(comparison))
+    _say(f"report: {report}")
+    return 1 if any(run.status == "failed" for run in comparison.runs) else 0
+
+
+def _report(args: list[str]) -> int:
+    """Write a comparison's report again from what its folders hold."""
+    parser = _parser("report", "Write report.html, report.md and results.csv of a comparison.")
+    parser.add_argument("folder", help="the comparison folder")
+    options = parser.parse_args(args)
+    from mim.report import write_report
+
+    _say(f"report: {write_report(Path(options.folder))}")
+    return 0
+
+
+def _visualize(args: list[str]) -> int:
+    """Draw masks over real images, or a run's reconstructions."""
+    parser = _parser("visualize", "Draw pictures (PNG).")
+    parser.add_argument("what", choices=("masks", "reconstruct"), help="what to draw")
+    parser.add_argument("run", metavar="RUN", help="a run folder, or for masks a config file")
+    parser.add_argument("--images", type=int, default=8, help="how many images")
+    parser.add_argument("--output", help="PNG file; by default in the run folder or beside the config")
+    options = parser.parse_args(args)
+    if options.images < 1:
+        raise UserError(f"--images: {options.images} must be at least 1")
+    from mim import checkpoint
+    from mim.settings import load_config
+    from mim.visualize import draw_masks, draw_reconstructions
+
+    place = Path(options.run)
+    config = load_config(place) if place.is_file() else checkpoint.read_config(place)
+    folder = place.parent if place.is_file() else place
+    output = Path(options.output) if options.output else folder / f"{options.what}.png"
+    checkpoint.prepare_folder(output.parent, "--output")
+    if options.what == "masks":
+        draw_masks(config, output, options.images)
+    else:
+        if not place.is_dir():
+            raise UserError(f"visualize reconstruct: {str(place)!r} is not a run folder")
+        draw_reconstructions(place, output, options.images)
+    _say(output)
+    return 0
+
+
+def _bench(args: list[str]) -> int:
+    """Time whole training steps of a config under each regime, interleaved."""
+    parser = _parser("bench", "Time training steps: forward, backward, optimizer; medians.")
+    parser.add_argument("what", choices=("step",), help="what to time")
+    parser.add_argument("--config", required=True, help="a pre-training config")
+    parser.add_argument("--regimes", default="drop,zero,token", help="separated by commas")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds over all regimes")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a regime in a round")
+    parser.add_argument("--batch-size", type=int, help="instead of the config's")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    options = parser.parse_args(args)
+    from mim.bench import bench_step, format_table
+    from mim.settings import load_config
+
+    changes = {} if options.batch_size is None else {"data.batch_size": options.batch_size}
+    config = load_config(options.config, changes)
+    figures = bench_step(config, options.regimes.split(","), options.rounds, options.steps)
+    if options.json:
+        from mim.checkpoint import write_json_atomic
+
+        write_json_atomic(Path(options.json), figures)
+    _say(format_table(figures))
+    return 0
+
+
+def _export(args: list[str]) -> int:
+    """Write a run's encoder as a file that others load."""
+    parser = _parser("export", "Write a run's encoder.")
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--to", choices=("timm", "safetensors"), default="timm", help="the layout")
+    parser.add_argument("--output", required=True, help="the file, ending in .safetensors")
+    options = parser.parse_args(args)
+    from mim import checkpoint
+
+    output = Path(options.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output: {str(output)!r} must end in .safetensors")
+    config = checkpoint.read_config(options.run)
+    weights = checkpoint.encoder_weights(options.run)
+    checkpoint.prepare_folder(output.parent, "--output")
+    checkpoint.save_encoder(output, weights, {"backbone": config.model.backbone})
+    extra = {**config.model.backbone_args, "img_size": config.data.image_size}
+    extra["in_chans"] = config.data.channels
+    given = ", ".join(f"{key}={value!r}" for key, value in extra.items())
+    _say(
+        f"timm.create_model({config.model.backbone!r}, checkpoint_path={str(output)!r}, "
+        f"num_classes=0, {given})"
+    )
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "pretrain": _pretrain,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": _report,
+    "visualize": _visualize,
+    "bench": _bench,
+    "export": _export,
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in VERBS.items()]
+    return (
+        "usage: mim VERB ...\n\n"
+        "Pre-train one ViT under interchangeable masking regimes and compare them.\n\n"
+        + "\n".join(lines)
+        + "\n\n'mim VERB --help' lists the options of a verb.\n"
+        "Start with: mim compare --config configs/compare/demo.yaml"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        _say(_help())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        _say(f"mim {__version__}")
+        return 0
+    try:
+        if args[0] not in VERBS:
+            from mim.errors import choice_error
+
+            raise choice_error("verb", args[0], VERBS)
+        return VERBS[args[0]](args[1:])
+    except UserError as error:
+        print(f"mim: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mim: interrupted; call it again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "code", None)
+        if type(error).__name__ == "Interrupted" and isinstance(code, int):
+            print(f"mim: {error}", file=sys.stderr)
+            return code
+        if type(error).__name__ == "TrainingError":
+            print(f"mim: error: {error}", file=sys.stderr)
+            return 1
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""Many runs from one base config: the regimes on the same images, masks, batches and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mim import checkpoint
+from mim.config import Config
+from mim.errors import UserError, choice_error, setting_error
+from mim.settings import flatten, load_config, read_args, to_dict, to_yaml
+
+_SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison: a base config, the axes that vary, and the evaluations."""
+
+    output: str = "runs/compare"
+    """The comparison folder; holds a folder for each run."""
+    name: str = "comparison"
+    """Title of the report."""
+    axes: dict[str, list[Any]] = field(
+        default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
+    )
+    """Dotted config keys and the values each takes; every combination is a run."""
+    evaluations: dict[str, Any] = field(default_factory=lambda: {"linear": {}, "knn": {}})
+    """Evaluations and their settings; empty for images without labels."""
+    base: Config = field(default_factory=Config)
+    """What all runs share."""
+
+    def __post_init__(self) -> None:
+        known = flatten(to_dict(self.base))
+        for key, values in self.axes.items():
+            if key not in known and not key.startswith("model.backbone_args."):
+                raise choice_error("axes", key, known)
+            if key in ("output", "resume"):
+                raise setting_error("axes", key, "cannot vary: each run has its own folder")
+            if not isinstance(values, list) or not values:
+                raise setting_error(f"axes.{key}", values, "must be a list of values")
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise setting_error(f"axes.{key}", values, "names a value twice")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a comparison, or one of its two kinds of reference.
+
+    Attributes:
+        folder: name of its folder.
+        kind: run, untrained or pixels.
+        axes: dotted key -> value.
+        config: of the run; ``output`` is its folder.
+    """
+
+    folder: str
+    kind: str
+    axes: dict[str, Any]
+    config: Config
+
+
+def _label(axes: dict[str, Any]) -> str:
+    """A folder name: the last part of each key that tells something, and its value."""
+    parts = []
+    for key, value in axes.items():
+        words = [word for word in key.split(".") if word not in ("name", "model")]
+        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+        parts.append(f"{words[-1] if words else key}={safe}")
+    label = ",".join(parts) or "run"
+    if len(label) > 120:  # file systems end at 255 bytes
+        label = f"{label[:100]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
+    return label
+
+
+def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
+    tree = {**to_dict(base), "output": str(output), "resume": "auto"}
+    for key, value in axes.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return load_config(None, {k: v for k, v in flatten(tree).items() if v is not None})
+
+
+def plan(config: CompareConfig) -> list[Planned]:
+    """All runs and references, in order; every run's config is checked.
+
+    The untrained reference stands once for each seed and encoder, raw pixels once.
+
+    Raises:
+        UserError: if one of the runs has a config that cannot work.
+    """
+    output = Path(config.output)
+    planned: list[Planned] = []
+    keys = list(config.axes)
+    for values in itertools.product(*config.axes.values()):
+        axes = dict(zip(keys, values, strict=True))
+        folder = _label(axes)
+        planned.append(Planned(folder, "run", axes, _vary(config.base, axes, output / folder)))
+    if len({item.folder for item in planned}) < len(planned):
+        raise UserError("axes: two runs would share a folder; shorten or rename the values")
+    if config.evaluations:
+        planned += list(_references(planned, output))
+    return planned
+
+
+def _references(runs: list[Planned], output: Path) -> Iterator[Planned]:
+    seen = set()
+    for run in runs:
+        encoder = to_dict(run.config)
+        key = json.dumps([run.config.seed, encoder["data"], _encoder_part(encoder)], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        axes = {k: v for k, v in run.axes.items() if k == "seed" or _is_encoder_axis(k)}
+        folder = "untrained" + ("," + _label(axes) if axes else "")
+        yield Planned(folder, "untrained", axes, replace(run.config, output=str(output / folder)))
+    seen.clear()
+    for run in runs:
+        key = json.dumps(to_dict(run.config)["data"], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        axes = {k: v for k, v in run.axes.items() if k.startswith("data.")}
+        folder = "pixels" + ("," + _label(axes) if axes else "")
+        yield Planned(folder, "pixels", axes, replace(run.config, output=str(output / folder)))
+
+
+def _encoder_part(tree: dict[str, Any]) -> list[Any]:
+    model = tree["model"]
+    return [model["backbone"], model["backbone_args"], model["position_embedding"]]
+
+
+def _is_encoder_axis(key: str) -> bool:
+    return key.startswith(("model.backbone", "model.position_embedding", "data."))
+
+
+def _evaluations_key(config: CompareConfig) -> str:
+    return json.dumps(config.evaluations, sort_keys=True)
+
+
+def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
+    """Train where needed, then evaluate; the run folder's ``result.json`` says both.
+
+    Raises:
+        UserError: as :func:`mim.pretrain.pretrain` and :func:`mim.evaluate.evaluate`.
+    """
+    import torch
+
+    from mim.evaluate import evaluate, pixels_encoder, run_encoder, untrained_encoder
+
+    run = Path(item.config.output)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if item.kind == "run":
+        from mim.pretrain import pretrain
+
+        result = pretrain(item.config)
+        encoder = run_encoder(run) if evaluations else None
+    else:
+        checkpoint.prepare_folder(run)
+        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(item.config))
+        untrained = item.kind == "untrained"
+        encoder = untrained_encoder(item.config) if untrained else pixels_encoder(item.config.data)
+        result = {"format": checkpoint.FORMAT, "status": "finished", "config": to_dict(item.config)}
+        result["seed"] = item.config.seed if untrained else None
+    result |= {"kind": item.kind, "name": item.folder, "axes": item.axes}
+    if encoder is not None:
+        numbers = evaluate(encoder, evaluations, device=device)
+        result["evaluations"] = numbers
+    result["evaluated_with"] = json.dumps(evaluations, sort_keys=True)
+    checkpoint.write_json_atomic(run / "result.json", result)
+
+
+def _child(item: Planned, evaluations: dict[str, Any]) -> None:
+    """One run in a process of its own: its memory is its own, and its failure too."""
+    from mim.pretrain import Interrupted, TrainingError
+
+    try:
+        run_one(item, evaluations)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        known = isinstance(error, (UserError, TrainingError))
+        if not known:
+            traceback.print_exc()
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        _write_failure(item, text)
+        sys.exit(1)
+
+
+def _write_failure(item: Planned, error: str) -> None:
+    run = Path(item.config.output)
+    run.mkdir(parents=True, exist_ok=True)
+    failure = {
+        "format": checkpoint.FORMAT,
+        "status": "failed",
+        "error": error,
+        "kind": item.kind,
+        "name": item.folder,
+        "axes": item.axes,
+        "seed": item.config.seed,
+        "config": to_dict(item.config),
+    }
+    checkpoint.write_json_atomic(run / "result.json", failure)
+
+
+def _state(item: Planned, evaluations: str) -> str:
+    """done, or what is left: evaluate or train.
+
+    Raises:
+        UserError: if the folder holds a run with another config.
+    """
+    run = Path(item.config.output)
+    if not (run / "config.yaml").is_file():
+        return "train"
+    saved = checkpoint.fingerprint(_loose_config(run))
+    checkpoint.check_same_run(saved, item.config, run)
+    result = checkpoint.read_result(run)
+    if result.get("status") != "finished":
+        (run / "result.json").unlink(missing_ok=True)  # of a failure: try again
+        return "train"
+    return "done" if result.get("evaluated_with") == evaluations else "evaluate"
+
+
+def _loose_config(run: Path) -> Config:
+    return read_args(Config, ["--config", str(run / "config.yaml")])
+
+
+def compare(config: CompareConfig, command: str = "") -> Path:
+    """Run a comparison and write its report.
+
+    Finished runs are kept; an interrupted one goes on from its checkpoint; a run whose config has
+    changed is refused. A run that fails is reported, and the others go on.
+
+    Args:
+        config: the comparison.
+        command: how it was called, for the report.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        UserError: for a mistake in the config, before any training.
+        Interrupted: after a signal, with everything saved.
+    """
+    from mim.evaluate import build_evaluation
+    from mim.report import write_report
+
+    output = Path(config.output)
+    checkpoint.prepare_folder(output)
+    planned = plan(config)
+    for name, settings in config.evaluations.items():
+        build_evaluation(name, settings)
+    _check_data(planned, config)
+    todo = _evaluations_key(config)
+    states = {item.folder: _state(item, todo) for item in planned}
+    overview = {
+        "format": checkpoint.FORMAT,
+        "name": config.name,
+        "axes": config.axes,
+        "command": command,
+        "base": to_dict(config.base),
+        "evaluations": config.evaluations,
+        "runs": [item.folder for item in planned],
+    }
+    checkpoint.write_json_atomic(output / "comparison.json", overview)
+    checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
+
+    context = _context()
+    failed = []
+    for number, item in enumerate(planned, start=1):
+        state = states[item.folder]
+        print(f"[{number}/{len(planned)}] {item.folder}: {state}", file=sys.stderr, flush=True)
+        if state == "done":
+            continue
+        process = context.Process(target=_child, args=(item, config.evaluations))
+        process.start()
+        try:
+            process.join()
+        except KeyboardInterrupt:
+            process.join()  # the child got the signal too and saves
+            raise
+        if process.exitcode in (130, 143):
+            raise KeyboardInterrupt
+        if process.exitcode:
+            failed.append(item.folder)
+            _note_death(item, process.exitcode)
+    report = write_report(output)
+    if failed:
+        names = ", ".join(failed)
+        print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
+    return report
+
+
+def _note_death(item: Planned, code: int | None) -> None:
+    """A process that was killed could not write why it failed."""
+    run = Path(item.config.output)
+    if checkpoint.read_result(run).get("status") == "failed":
+        return
+    _write_failure(item, f"the process ended with code {code} (a kill, or no memory left)")
+
+
+def _context() -> Any:
+    """Processes that start with the libraries loaded but no threads running, where there are any."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_SERVER_MODULES)
+    return context
+
+
+def _check_data(planned: list[Planned], config: CompareConfig) -> None:
+    """Open each distinct data set once, so that its faults show before any training."""
+    from mim.data import open_source, steps_per_epoch
+    from mim.evaluate import build_evaluation
+
+    seen = set()
+    for item in planned:
+        key = json.dumps(to_dict(item.config.data), sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        train = open_source(item.config.data, "train")
+        val = open_source(item.config.data, "val")
+        steps_per_epoch(train, item.config.data)
+        for name, settings in config.evaluations.items():
+            build_evaluation(name, settings).check(train, val)
+
+
+def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:
+    """The comparison that command-line arguments describe.
+
+    Raises:
+        UserError: for an unknown key or a value that is refused.
+    """
+    return read_args(CompareConfig, args, **parser_args)
+
