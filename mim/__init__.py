@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mim.api import encode, load, pretrain
+    from mim.api import encode, load
     from mim.config import Config
     from mim.errors import UserError
     from mim.masks import PatchMask, sample_masks
@@ -26,7 +26,6 @@ _HOME = {
     "encode": "mim.api",
     "load": "mim.api",
     "load_config": "mim.settings",
-    "pretrain": "mim.api",
     "sample_masks": "mim.masks",
 }
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "encode",
     "load",
     "load_config",
-    "pretrain",
     "sample_masks",
 ]
 

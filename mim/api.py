@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mim import checkpoint
-from mim.config import Config
 from mim.model import MaskedImageModel, build_model
-from mim.settings import checked
 
 
 def load(path: str | Path) -> MaskedImageModel:
@@ -43,10 +40,3 @@ def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
     """
     tokens = model.encode(images)
     return tokens[:, model.backbone.num_prefix_tokens :].mean(dim=1)
-
-
-def pretrain(config: Config) -> dict[str, Any]:
-    """Pre-train one model into ``config.output``; see :func:`mim.pretrain.pretrain`."""
-    from mim.pretrain import pretrain as run
-
-    return run(checked(config))

@@ -24,6 +24,8 @@ _RESERVED = {
     "in_chans": "data.channels",
     "num_classes": "the evaluation",
     "pretrained": "mim evaluate",
+    "checkpoint_path": "mim evaluate",
+    "patch_drop_rate": "mask.ratio",
     "dynamic_img_size": "data.image_size",
 }
 
@@ -64,7 +66,7 @@ def build_backbone(
             raise setting_error(setting, args, f"must not set {name}: that is {place}")
     patch = args.get("patch_size")
     if patch is not None:
-        sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
         _check_patch(sides, size)
         args["patch_size"] = sides
     if model.backbone not in list_models():
@@ -78,7 +80,7 @@ def build_backbone(
             vit = create_model(
                 model.backbone, img_size=size, in_chans=channels, num_classes=0, **args
             )
-        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             given = {"backbone": model.backbone, **args}
             raise setting_error(setting, given, f"is refused by timm: {error}") from error
     if not isinstance(vit, VisionTransformer):
@@ -92,7 +94,8 @@ def build_backbone(
         vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
     if model.position_embedding == "sincos2d":
         if vit.pos_embed is None or vit.embed_dim % 4:
-            reason = f"needs a backbone with a position embedding and a width divisible by 4, not {vit.embed_dim}"
+            reason = "needs a backbone with a position embedding and a width divisible by 4, "
+            reason += f"not {vit.embed_dim}"
             raise setting_error("model.position_embedding", "sincos2d", reason)
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         fixed = sincos_position_embedding(vit.patch_embed.grid_size, vit.embed_dim, prefix)
@@ -101,8 +104,9 @@ def build_backbone(
 
 
 def _check_patch(patch: tuple[int, ...], size: tuple[int, int]) -> None:
-    if len(patch) != 2 or any(side < 1 for side in patch):
-        raise setting_error("model.backbone_args.patch_size", patch, "must be 1 or 2 sides above 0")
+    if len(patch) != 2 or any(not isinstance(side, int) or side < 1 for side in patch):
+        reason = "must be 1 or 2 whole numbers above 0"
+        raise setting_error("model.backbone_args.patch_size", patch, reason)
     if size[0] % patch[0] or size[1] % patch[1]:
         reason = f"does not divide data.image_size {size[0]} x {size[1]}"
         raise setting_error("model.backbone_args.patch_size", patch, reason)
@@ -156,6 +160,7 @@ def _attend_few_keys(attn: Attention, x: Tensor, num_keys: int, bias: Tensor | N
 
 
 def _block_with_few_keys(block: Block, x: Tensor, num_keys: int, bias: Tensor | None) -> Tensor:
+    assert isinstance(block.attn, Attention)  # see supports_split
     attended = _attend_few_keys(block.attn, block.norm1(x), num_keys, bias)
     x = x + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

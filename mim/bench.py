@@ -23,7 +23,9 @@ _WARM_UP = 3  # the first steps pay for page faults and allocation
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def bench_step(config: Config, regimes: list[str], rounds: int = 5, steps: int = 2) -> dict[str, Any]:
+def bench_step(
+    config: Config, regimes: list[str], rounds: int = 5, steps: int = 2
+) -> dict[str, Any]:
     """Time training steps of one config under several regimes, on noise images.
 
     Args:

@@ -160,7 +160,7 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
 
 
 def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write timm keys as safetensors; ``timm.create_model(..., checkpoint_path=...)`` reads them."""
+    """Write timm keys as safetensors, for ``timm.create_model(..., checkpoint_path=...)``."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     content = save(state, metadata={"format": "pt", **metadata})
     write_atomic(path, lambda temporary: _write_bytes(temporary, content))
@@ -222,5 +222,3 @@ def read_result(run: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-

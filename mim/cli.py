@@ -68,9 +68,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, object]:
 def _evaluate(args: list[str]) -> int:
     """Measure frozen encoders: knn or linear, on runs, timm models or untrained ones."""
     about = (
-        "Measure frozen encoders on full images. Hyper-parameters are chosen on a split of train.\n\n"
+        "Measure frozen encoders on full images; hyper-parameters come from a split of train.\n\n"
         "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
-        "images: untrained, pixels, or TIMM_NAME=CHECKPOINT_FILE."
+        "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE."
     )
     parser = _parser("evaluate", about)
     parser.add_argument("evaluation", help="knn, linear, or several separated by commas")
@@ -83,6 +83,9 @@ def _evaluate(args: list[str]) -> int:
     options = parser.parse_args(args)
     names = options.evaluation.split(",")
     from mim import checkpoint
+
+    if options.json:
+        checkpoint.prepare_folder(Path(options.json).parent, "--json")
     from mim.evaluate import EVALUATIONS, evaluate, evaluate_run, open_encoder
     from mim.settings import load_config
 
@@ -146,7 +149,9 @@ def _visualize(args: list[str]) -> int:
     parser.add_argument("what", choices=("masks", "reconstruct"), help="what to draw")
     parser.add_argument("run", metavar="RUN", help="a run folder, or for masks a config file")
     parser.add_argument("--images", type=int, default=8, help="how many images")
-    parser.add_argument("--output", help="PNG file; by default in the run folder or beside the config")
+    parser.add_argument(
+        "--output", help="PNG file; by default in the run folder or beside the config"
+    )
     options = parser.parse_args(args)
     if options.images < 1:
         raise UserError(f"--images: {options.images} must be at least 1")
@@ -181,14 +186,15 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
     options = parser.parse_args(args)
     from mim.bench import bench_step, format_table
+    from mim.checkpoint import prepare_folder, write_json_atomic
     from mim.settings import load_config
 
+    if options.json:
+        prepare_folder(Path(options.json).parent, "--json")
     changes = {} if options.batch_size is None else {"data.batch_size": options.batch_size}
     config = load_config(options.config, changes)
     figures = bench_step(config, options.regimes.split(","), options.rounds, options.steps)
     if options.json:
-        from mim.checkpoint import write_json_atomic
-
         write_json_atomic(Path(options.json), figures)
     _say(format_table(figures))
     return 0
@@ -260,9 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mim: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("mim: interrupted; call it again to go on", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
     except Exception as error:
         code = getattr(error, "code", None)
         if type(error).__name__ == "Interrupted" and isinstance(code, int):

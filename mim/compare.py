@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mim import checkpoint
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
-from mim.settings import flatten, load_config, read_args, to_dict, to_yaml
+from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
 _SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
 
@@ -160,6 +166,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
 
     from mim.evaluate import evaluate, pixels_encoder, run_encoder, untrained_encoder
 
+    checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if item.kind == "run":
@@ -186,6 +193,10 @@ def _child(item: Planned, evaluations: dict[str, Any]) -> None:
     """One run in a process of its own: its memory is its own, and its failure too."""
     from mim.pretrain import Interrupted, TrainingError
 
+    # A fork server's children inherit its start method; loader workers started by it would not
+    # notice when the run is killed.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_one(item, evaluations)
     except Interrupted as stop:
@@ -200,6 +211,14 @@ def _child(item: Planned, evaluations: dict[str, Any]) -> None:
         text = str(error) if known else f"{type(error).__name__}: {error}"
         _write_failure(item, text)
         sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Save and stop when the comparison was killed: a second call shall find the folder free."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _write_failure(item: Planned, error: str) -> None:
@@ -280,6 +299,19 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
 
+    with _sigterm_interrupts():
+        failed = _run_all(planned, states, config.evaluations)
+    report = write_report(output)
+    if failed:
+        names = ", ".join(failed)
+        print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
+    return report
+
+
+def _run_all(
+    planned: list[Planned], states: dict[str, str], evaluations: dict[str, Any]
+) -> list[str]:
+    """Runs what is left, one after the other; returns the folders of those that failed."""
     context = _context()
     failed = []
     for number, item in enumerate(planned, start=1):
@@ -287,23 +319,46 @@ def compare(config: CompareConfig, command: str = "") -> Path:
         print(f"[{number}/{len(planned)}] {item.folder}: {state}", file=sys.stderr, flush=True)
         if state == "done":
             continue
-        process = context.Process(target=_child, args=(item, config.evaluations))
+        process = context.Process(target=_child, args=(item, evaluations))
         process.start()
         try:
             process.join()
         except KeyboardInterrupt:
-            process.join()  # the child got the signal too and saves
+            process.terminate()  # Ctrl-C has reached the child too, a kill of this process has not
+            process.join()  # it saves
             raise
         if process.exitcode in (130, 143):
             raise KeyboardInterrupt
         if process.exitcode:
             failed.append(item.folder)
             _note_death(item, process.exitcode)
-    report = write_report(output)
-    if failed:
-        names = ", ".join(failed)
-        print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
-    return report
+    return failed
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a comparison as Ctrl-C does.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: leave signals alone
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _note_death(item: Planned, code: int | None) -> None:
@@ -315,7 +370,7 @@ def _note_death(item: Planned, code: int | None) -> None:
 
 
 def _context() -> Any:
-    """Processes that start with the libraries loaded but no threads running, where there are any."""
+    """Processes that start with the libraries loaded and no threads running, where possible."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -348,4 +403,3 @@ def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:
         UserError: for an unknown key or a value that is refused.
     """
     return read_args(CompareConfig, args, **parser_args)
-

@@ -28,7 +28,7 @@ def _above(setting: str, value: float, low: float, *, equal: bool = False) -> No
 class DataConfig:
     """Which images, and how they reach the model."""
 
-    source: str = "mnist5k"
+    source: str = "photos"
     """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder,
     or torchvision/NAME."""
     path: str | None = None
@@ -45,7 +45,7 @@ class DataConfig:
     workers: int = 0
     """Loader processes of each training process; 0 loads in the training process."""
     augment: str = "mae"
-    """Training augmentation: mae (random resized crop and flip) or none (resize and centre crop)."""
+    """Training augmentation: mae (random resized crop, flip) or none (resize, centre crop)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area a random crop covers, from and to."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake in a setting, a file or the data. The CLI prints it in one line and exits with 2."""
+    """A mistake in a setting, a file or the data; the CLI prints one line and exits with 2."""
 
 
 def setting_error(setting: str, value: object, reason: str) -> UserError:

@@ -96,7 +96,9 @@ def picture(arrays: dict[str, NDArray[np.generic]], side: int = 96, gap: int = 4
     for column, name in enumerate(COLUMNS):
         for row, pixels in enumerate(arrays[name]):
             shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
-            tile = Image.fromarray(np.ascontiguousarray(shown)).resize((width, height), Image.Resampling.NEAREST)
+            tile = Image.fromarray(np.ascontiguousarray(shown)).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
             sheet.paste(tile, (column * (width + gap), row * (height + gap)))
     return sheet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -111,14 +112,14 @@ class Metrics:
 def parts(batch: Batch, count: int) -> Iterator[slice]:
     """Slices that cut a batch into ``count`` nearly equal parts."""
     edges = [round(i * len(batch) / count) for i in range(count + 1)]
-    yield from (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    yield from (slice(a, b) for a, b in itertools.pairwise(edges))
 
 
 @torch.no_grad()
 def held_out_loss(
     model: MaskedImageModel, config: Config, source: ImageSource, accelerator: Accelerator
 ) -> float:
-    """The mean loss over the held-out images, each under its one fixed mask, without augmentation."""
+    """The mean loss over the held-out images, each under its one fixed mask, not augmented."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     total = torch.zeros(2, dtype=torch.float64, device=device)
     training = model.training
@@ -200,7 +201,9 @@ def pretrain(config: Config) -> dict[str, Any]:
     main = accelerator.is_main_process
     share = config.data.batch_size // (world * config.train.accumulate)
     if share < 1:
-        needed = f"must be at least processes * train.accumulate = {world * config.train.accumulate}"
+        needed = (
+            f"must be at least processes * train.accumulate = {world * config.train.accumulate}"
+        )
         raise setting_error("data.batch_size", config.data.batch_size, needed)
     per_epoch = steps_per_epoch(train, config.data)
     total = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
@@ -218,6 +221,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     pending: list[Tensor] = []
     elapsed, train_seconds = 0.0, 0.0
+    mean, val_loss = math.nan, math.nan
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -227,6 +231,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             accelerator.scaler.load_state_dict(saved["scaler"])
         pending = list(saved["pending"].to(device))
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
+        mean, val_loss = saved["train_loss"], saved["val_loss"]
     _start_trackers(accelerator, config, start)
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
     if main and saved is None:
@@ -250,7 +255,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
             "elapsed": elapsed + time.monotonic() - began,
-            "train_seconds": train_seconds,
+            "train_seconds": train_seconds + paused - interval_began,
+            "train_loss": mean,
+            "val_loss": val_loss,
         }
         checkpoint.save_checkpoint(run, state, step, config.train.keep_checkpoints)
 
@@ -270,7 +277,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     memory_before = resident_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    interval_steps, rate, mean, val_loss = 0, 0.0, math.nan, math.nan
+    interval_steps, rate, paused = 0, 0.0, began
     label = run.name
     batches = train_loader(
         train,
@@ -317,9 +324,13 @@ def pretrain(config: Config) -> dict[str, Any]:
             saving = due(config.train.checkpoint_every, step) or end
             logging = step % config.train.log_every == 0 or end
             # Reading a loss waits for the device: on a GPU only where it is needed anyway.
-            if logging or saving or signals.caught or device.type == "cpu":
+            reading = logging or saving or device.type == "cpu"
+            caught = _caught(signals, accelerator, reading)
+            if reading or caught:
                 losses = accelerator.reduce(torch.stack(pending), "mean").tolist()
                 _check_finite(losses, recent, lr, run, main)
+            if saving or caught:
+                _check_weights(model, recent[-1], lr, run, main)
             if logging:
                 seconds = time.monotonic() - interval_began
                 train_seconds += seconds
@@ -330,19 +341,19 @@ def pretrain(config: Config) -> dict[str, Any]:
                 log(step, loss=mean, lr=lr, images_per_second=rate)
                 progress.update(step, mean, rate)
                 interval_began, interval_steps = time.monotonic(), 0
+            paused = time.monotonic()
             if due(config.train.validate_every, step) or end:
                 val_loss = held_out_loss(subject, config, val, accelerator)
                 log(step, val_loss=val_loss)
             if due(config.train.picture_every, step) or end:
                 draw(step)
-            if saving or signals.caught:
+            if saving or caught:
                 save(step)
                 accelerator.wait_for_everyone()
-            if logging:  # what was measured and saved does not count as training
-                interval_began = time.monotonic()
-            if signals.caught and not end:
+            interval_began += time.monotonic() - paused  # measuring and saving is not training
+            if caught and not end:
                 accelerator.end_training()
-                raise Interrupted(signals.caught, step, run)
+                raise Interrupted(caught, step, run)
 
     result = {
         "format": checkpoint.FORMAT,
@@ -427,13 +438,43 @@ def _check_finite(
         return
     place = max(len(recent) - len(losses) + first, 0)
     step, ids = recent[place]
+    _stop(f"loss is {losses[first]} at", str(losses[first]), step, ids, lr, run, main)
+
+
+def _check_weights(
+    model: MaskedImageModel, last: tuple[int, list[int]], lr: float, run: Path, main: bool
+) -> None:
+    """Never save weights that are not finite: a finite loss may have a gradient that is not."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            _stop(f"{name} is not finite after", "finite", *last, lr, run, main)
+
+
+def _stop(
+    what: str, loss: str, step: int, ids: list[int], lr: float, run: Path, main: bool
+) -> NoReturn:
     if main:
-        details = {"step": step + 1, "lr": lr, "loss": str(losses[first]), "sample_ids": ids}
+        details = {"step": step + 1, "lr": lr, "loss": loss, "sample_ids": ids}
         checkpoint.write_json_atomic(run / "nonfinite.json", details)
     shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
     raise TrainingError(
-        f"loss is {losses[first]} at step {step + 1}, learning rate {lr:.3g}, sample ids {shown} "
+        f"{what} step {step + 1}, learning rate {lr:.3g}, sample ids {shown} "
         f"(all in {run / 'nonfinite.json'}); the last good checkpoint is kept. Lower "
         "optim.base_lr or set optim.clip_grad"
     )
 
+
+def _caught(signals: _Signals, accelerator: Accelerator, reading: bool) -> int | None:
+    """The signal on which to stop after this step.
+
+    Several processes must stop at the same step, or they wait for each other for ever: they ask
+    each other, in the steps that wait for the device anyway.
+    """
+    if accelerator.num_processes == 1:
+        return signals.caught
+    if not reading:
+        return None
+    flag = torch.tensor(float(signals.caught is not None), device=accelerator.device)
+    if accelerator.reduce(flag, "sum").item() == 0:
+        return None
+    return signals.caught or signal.SIGTERM

@@ -1,4 +1,4 @@
-"""What a terminal shows of a long run: a bar with rate, time left and loss; plain lines in a pipe."""
+"""What a terminal shows of a long run: a bar with rate, time left, loss; plain lines in a pipe."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mim.config import Config
-from mim.errors import UserError
+from mim.errors import UserError, setting_error
 
 T = TypeVar("T")
 
@@ -56,7 +56,18 @@ def instantiate(parser: ArgumentParser, namespace: Namespace, kind: type[T]) -> 
     return kind(**{name: getattr(built, name) for name in names})
 
 
-def _check_file(path: str | Path) -> None:
+def _check_blocks(tree: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """jsonargparse lets a number pass where a block of settings belongs."""
+    for key, hint in get_type_hints(kind).items():
+        value = tree.get(key)
+        if not dataclasses.is_dataclass(hint) or key not in tree or isinstance(value, str):
+            continue
+        if not isinstance(value, Mapping):
+            raise setting_error(prefix + key, value, "must be a mapping of settings")
+        _check_blocks(value, cast(type, hint), f"{prefix}{key}.")
+
+
+def _check_file(path: str | Path, kind: type) -> None:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config: {str(path)!r} is not a file")
@@ -66,6 +77,7 @@ def _check_file(path: str | Path) -> None:
         raise UserError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"config: {path} holds no mapping of settings")
+    _check_blocks(loaded, kind)
 
 
 def _config_files(args: Sequence[str]) -> Iterator[str]:
@@ -84,7 +96,7 @@ def read_args(kind: type[T], args: Sequence[str], **parser_args: Any) -> T:
     """
     parser = config_parser(kind, **parser_args)
     for file in _config_files(args):
-        _check_file(file)
+        _check_file(file, kind)
     return instantiate(parser, parser.parse_args(list(args)), kind)
 
 

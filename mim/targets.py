@@ -96,6 +96,8 @@ def per_image_loss(distance: Tensor, valid: Tensor | None) -> Tensor:
     Returns:
         (B,); 0 for an image without a counted patch.
     """
+    if distance.shape[1] == 0:  # nothing is masked anywhere; a mean would be NaN
+        return distance.sum(dim=1)
     if valid is None:
         return distance.mean(dim=1)
     counted = distance.masked_fill(~valid, 0.0)

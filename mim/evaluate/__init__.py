@@ -6,7 +6,6 @@ A new evaluation is one class in one file of this package, registered, and impor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mim.checkpoint import write_json_atomic
+from mim.checkpoint import read_result, write_json_atomic
 from mim.data import ImageSource, open_source
 from mim.errors import UserError
 from mim.evaluate.base import (
@@ -153,26 +152,13 @@ def evaluate_run(
             raise UserError(f"evaluations.{name}: has settings, but only {', '.join(names)} run")
     chosen = {name: settings.get(name) for name in names}
     built = {name: build_evaluation(name, given) for name, given in chosen.items()}
-    _read_result(run)  # a broken file is told before the work, not after
+    read_result(run)  # a broken file is told before the work, not after
     numbers = evaluate(
         run_encoder(run), chosen, batch_size=batch_size, device=device, precision=precision
     )
-    result = _read_result(run)
+    result = read_result(run)
     used = {name: asdict(evaluation.settings) for name, evaluation in built.items()}
     result["evaluations"] = {**result.get("evaluations", {}), **numbers}
     result["evaluation_settings"] = {**result.get("evaluation_settings", {}), **used}
     write_json_atomic(run / "result.json", result)
     return numbers
-
-
-def _read_result(run: Path) -> dict[str, Any]:
-    path = run / "result.json"
-    if not path.exists():
-        return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(result, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return result

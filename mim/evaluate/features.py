@@ -86,7 +86,7 @@ def extract_features(
     device = torch.device(device)
     dtype = _AUTOCAST[precision]
     if encoder.vit is not None:
-        encoder.vit.to(device).eval()
+        encoder.vit.to(device)
     values, labels, ids = [], [], []
     for batch in eval_loader(source, encoder.data, batch_size=batch_size):
         with torch.inference_mode():

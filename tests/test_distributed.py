@@ -1,0 +1,160 @@
+"""Several processes on one machine (gloo) compute what one process computes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mim import checkpoint
+from mim.cli import main
+
+Mim = Callable[..., Any]
+Tiny = Callable[..., Path]
+
+# What torchrun tells its processes. The plugins of a config are imported first, and do not count
+# among the settings that make a run another run.
+RANK = """
+import os
+
+rank = {rank}
+os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", ACCELERATE_USE_CPU="true")
+"""
+STOP = """
+import os, signal
+import mim.pretrain
+
+real = mim.pretrain.image_keys
+calls = 0
+
+def stop(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+
+mim.pretrain.image_keys = stop
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def pair(folder: Path, args: list[object], second: str = "") -> list[int | None]:
+    """Two processes with the libraries loaded; returns their exit codes.
+
+    Args:
+        folder: for the plugins.
+        args: of the command line.
+        second: Python that only the second process runs first.
+    """
+    port, processes = free_port(), []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mim.pretrain", "mim.evaluate"])
+    for rank in (0, 1):
+        plugin = folder / f"rank_{rank}_{port}.py"
+        plugin.write_text(RANK.format(rank=rank, port=port) + (second if rank else ""))
+        call = [str(arg) for arg in (*args, "--plugins", f"[{plugin}]")]
+        process = context.Process(target=main, args=(call,))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(120)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a process waits for the other"
+    return [process.exitcode for process in processes]
+
+
+def curves(run: Path) -> tuple[dict[int, float], dict[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return train, {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
+# Per-image ratios, accumulation, an average, images that do not divide among the processes.
+CHANGES = {
+    "data.batch_size": 50,
+    "data.val_fraction": 0.101,
+    "mask.ratio": [0.4, 0.8],
+    "train.log_every": 1,
+    "train.validate_every": 0.1,
+    "train.checkpoint_every": 0.1,
+    "train.ema_decay": 0.5,
+    "optim.clip_grad": 1.0,
+}
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    train, val = curves(one)
+    other_train, other_val = curves(two)
+    assert list(train) == [1, 2, 3, 4, 5, 6] and val
+    assert train[6] < train[1]
+    assert other_train == pytest.approx(train, abs=1e-5)
+    assert other_val == pytest.approx(val, abs=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["drop", "token"])
+def test_two_processes_are_one(regime: str, tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    config = tiny({**CHANGES, "model.regime.name": regime})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mim("pretrain", "--config", config, "--output", one).code == 0
+    assert pair(tmp_path, ["pretrain", "--config", config, "--output", two]) == [0, 0]
+    assert_alike(one, two)
+    result = checkpoint.read_result(two)
+    assert result["environment"]["processes"] == 2
+    state, other = (checkpoint.model_state(run) for run in (one, two))
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        assert other[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
+    # A run may go on with another number of processes: accumulation there and here.
+    assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+
+
+def test_all_stop_at_the_same_step_and_go_on_alone(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    """The signal reaches one process only, in its third step."""
+    config = tiny(CHANGES)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mim("pretrain", "--config", config, "--output", one).code == 0
+    pair(tmp_path, ["pretrain", "--config", config, "--output", two], second=STOP)
+    assert checkpoint.checkpoints(two)[-1].name == "step_00000003.pt"
+    assert not (two / "result.json").exists()
+    assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+    assert_alike(one, two)
+
+
+def test_a_batch_that_does_not_divide_is_refused(
+    tmp_path: Path, tiny: Tiny, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = ["pretrain", "--config", tiny({"data.batch_size": 33}), "--output", tmp_path / "run"]
+    pair(tmp_path, args)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    config = tiny({**CHANGES, "train.accumulate": 2, "data.workers": 1})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mim("pretrain", "--config", config, "--output", one).code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(free_port()), "-m", "mim"]
+    args = ["pretrain", "--config", str(config), "--output", str(two)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launcher, *args], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, "one process speaks"
+    assert_alike(one, two)
