@@ -16,6 +16,10 @@ from pathlib import Path
 from mim import __version__
 from mim.errors import UserError
 
+# Threads that wait by spinning make a step several times slower once anything else needs a core.
+# Read when torch loads its thread pool, hence before any verb imports it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 Verb = Callable[[list[str]], int]
 
 

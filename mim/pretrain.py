@@ -388,8 +388,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         weights = checkpoint.backbone_state(state)
         checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
         checkpoint.write_json_atomic(run / "result.json", result)
-    accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from mim import checkpoint
 from mim.cli import main
-from mim.compare import plan, read_compare_config
+from mim.compare import SERVER_MODULES, plan, read_compare_config
 from mim.errors import UserError
 
 Mim = Callable[..., Any]
@@ -226,7 +226,7 @@ def test_an_interrupted_comparison_goes_on(
     axes, evaluations = {"seed": [0]}, {"knn": PROBES["knn"]}
     config = write(axes, {**base, "plugins": [str(plugin)]}, evaluations)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mim.pretrain", "mim.evaluate"])
+    context.set_forkserver_preload(SERVER_MODULES)
     process = context.Process(target=main, args=(["compare", "--config", str(config)],))
     process.start()
     run = folder / "seed=0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from mim import checkpoint
-from mim.cli import main
+from mim.compare import SERVER_MODULES
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -63,13 +64,15 @@ def pair(folder: Path, args: list[object], second: str = "") -> list[int | None]
     """
     port, processes = free_port(), []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mim.pretrain", "mim.evaluate"])
+    context.set_forkserver_preload(SERVER_MODULES)
     for rank in (0, 1):
         plugin = folder / f"rank_{rank}_{port}.py"
         plugin.write_text(RANK.format(rank=rank, port=port) + (second if rank else ""))
-        call = [str(arg) for arg in (*args, "--plugins", f"[{plugin}]")]
-        process = context.Process(target=main, args=(call,))
-        process.start()
+        call = ["mim", *map(str, args), "--plugins", f"[{plugin}]"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", call)  # the process inherits it
+            process = context.Process(target=runpy.run_module, args=("mim", None, "__main__"))
+            process.start()
         processes.append(process)
     for process in processes:
         process.join(120)
@@ -130,18 +133,17 @@ def test_all_stop_at_the_same_step_and_go_on_alone(tmp_path: Path, mim: Mim, tin
     config = tiny(CHANGES)
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    pair(tmp_path, ["pretrain", "--config", config, "--output", two], second=STOP)
+    codes = pair(tmp_path, ["pretrain", "--config", config, "--output", two], second=STOP)
+    assert codes == [143, 143]
     assert checkpoint.checkpoints(two)[-1].name == "step_00000003.pt"
     assert not (two / "result.json").exists()
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
     assert_alike(one, two)
 
 
-def test_a_batch_that_does_not_divide_is_refused(
-    tmp_path: Path, tiny: Tiny, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     args = ["pretrain", "--config", tiny({"data.batch_size": 33}), "--output", tmp_path / "run"]
-    pair(tmp_path, args)
+    assert pair(tmp_path, args) == [2, 2]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

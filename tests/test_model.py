@@ -316,6 +316,38 @@ def test_the_loss_is_that_of_the_prediction(
     assert output.latents.num_patches == 16
 
 
+@ANY_MASK
+@ANY_PAIR
+def test_a_prediction_does_not_depend_on_the_batch(
+    regime: str, decoder: str, mask: PatchMask
+) -> None:
+    model = build_model(make_config(regime, decoder)).double()
+    images = make_images(dtype=torch.float64)
+    whole = model(images, mask)
+    for row in range(len(mask)):
+        part = slice(row, row + 1)
+        alone = model(images[part], mask[part])
+        close = {"rtol": 1e-10, "atol": 1e-10}
+        torch.testing.assert_close(alone.prediction, whole.prediction[part], **close)
+        torch.testing.assert_close(alone.loss, whole.loss_per_image[row], **close)
+
+
+@ANY_MASK
+def test_mask_tokens_stand_where_no_latent_is(mask: PatchMask) -> None:
+    model = build_model(make_config("drop"))
+    decoder: Any = model.decoder
+    seen: list[Tensor] = []
+    decoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        output = model(make_images(), mask)
+        embedded = decoder.embed(output.latents.tokens)
+    tokens = (seen[0] - decoder.pos_embed)[:, 1:]
+    for row, hidden in enumerate(mask.is_masked):
+        fill = decoder.mask_token[0].expand(int(hidden.sum()), -1)
+        torch.testing.assert_close(tokens[row, hidden], fill)
+        torch.testing.assert_close(tokens[row, ~hidden], embedded[row, 1 : 1 + (~hidden).sum()])
+
+
 @pytest.mark.parametrize(("on", "projected"), [("masked", 10), ("all", 16)])
 def test_the_last_projection_runs_only_where_the_loss_looks(on: str, projected: int) -> None:
     model = build_model(make_config(target=TargetConfig(loss_on=on)))

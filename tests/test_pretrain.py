@@ -21,6 +21,7 @@ import mim as package
 from mim import checkpoint
 from mim import pretrain as training
 from mim.cli import main
+from mim.compare import SERVER_MODULES
 from mim.errors import UserError
 from mim.pretrain import Metrics, parts
 
@@ -95,7 +96,7 @@ def assert_identical(left: Any, right: Any) -> None:
 def start(*args: object) -> multiprocessing.process.BaseProcess:
     """The command line in a process of its own, which has the libraries loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mim.pretrain", "mim.evaluate"])
+    context.set_forkserver_preload(SERVER_MODULES)
     process = context.Process(target=main, args=([str(arg) for arg in args],))
     process.start()
     return process
