@@ -51,7 +51,7 @@ def instantiate(parser: ArgumentParser, namespace: Namespace, kind: type[T]) -> 
     namespace = namespace.clone()
     for extra in ("config", "print_config"):
         namespace.pop(extra, None)
-    built = parser.instantiate_classes(namespace)
+    built = parser.instantiate(namespace)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(built, name) for name in names})
 

@@ -27,6 +27,8 @@ from mim.report.collect import (
 from mim.report.statistics import Paired, Summary, paired_difference, summarize
 
 MISSING = "\u2013"
+# How an evaluation names what it chose or checked, as against what it found.
+_CHOSEN = ("chosen_", "converged", "mean_k_", "mean_strength_", "mean_temperature_")
 # Sections whose measures need no section to be understood.
 _PLAIN = ("", "Loss", "Per image", "On this machine")
 _EVALUATIONS = {
@@ -140,10 +142,10 @@ class Table:
 
 
 def evaluation_measures(comparison: Comparison) -> list[Measure]:
-    """The evaluations' measures, without the spreads over draws (``*_std``: in the CSV)."""
+    """The evaluations' qualities; spreads over draws and what was chosen stand in the CSV."""
     measures = []
     for key in comparison.evaluation_keys:
-        if key.endswith("_std"):
+        if key.endswith("_std") or key.rpartition(".")[2].startswith(_CHOSEN):
             continue
         evaluation, _, name = key.partition(".")
         label = re.sub(r"_(\d+)_per_class$", r", \1 per class", name).replace("_", " ")
