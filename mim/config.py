@@ -8,6 +8,7 @@ What needs other modules to check (names of components, a timm model, a grid) is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,40 @@ class DataConfig:
         return self.image_size
 
 
+Ratio = float | tuple[float, float]
+
+
+def _range(ratio: Ratio) -> tuple[float, float]:
+    if isinstance(ratio, (int, float)):
+        return float(ratio), float(ratio)
+    return ratio
+
+
+def _check_ratio(setting: str, ratio: Ratio) -> None:
+    low, high = _range(ratio)
+    if not 0 < low <= high < 1:
+        what = "(from, to) must satisfy 0 < from <= to < 1"
+        raise setting_error(setting, ratio, f"must lie between 0 and 1; {what}")
+
+
+@dataclass(frozen=True)
+class MaskScheduleConfig:
+    """A mask ratio that moves from ``mask.ratio`` to another one, epoch by epoch."""
+
+    to: float | tuple[float, float] | None = None
+    """Where the ratio ends, or (from, to) to draw one for each image; none does not move it."""
+    epochs: int = 100
+    """The epoch, counted from 0, in which the end is reached; the ratio then stays."""
+    shape: str = "linear"
+    """How it moves: linear or cosine."""
+
+    def __post_init__(self) -> None:
+        if self.to is not None:
+            _check_ratio("mask.schedule.to", self.to)
+        _above("mask.schedule.epochs", self.epochs, 1, equal=True)
+        _one_of("mask.schedule.shape", self.shape, ("linear", "cosine"))
+
+
 @dataclass(frozen=True)
 class MaskConfig:
     """Which patches are hidden."""
@@ -99,18 +134,36 @@ class MaskConfig:
     ratio: float | tuple[float, float] = 0.75
     """Share of the patches that is hidden, or (from, to) to draw one for each image."""
 
+    schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
+    """A ratio that moves over training."""
+
     def __post_init__(self) -> None:
-        low, high = self.ratio_range
-        if not 0 < low <= high < 1:
-            what = "(from, to) must satisfy 0 < from <= to < 1"
-            raise setting_error("mask.ratio", self.ratio, f"must lie between 0 and 1; {what}")
+        _check_ratio("mask.ratio", self.ratio)
 
     @property
     def ratio_range(self) -> tuple[float, float]:
         """(lowest, highest) share of hidden patches; the same twice where the ratio is fixed."""
-        if isinstance(self.ratio, (int, float)):
-            return float(self.ratio), float(self.ratio)
-        return self.ratio
+        return _range(self.ratio)
+
+    def ratio_at(self, epoch: int) -> tuple[float, float]:
+        """:attr:`ratio_range` in an epoch; below epoch 0 it has not moved yet."""
+        if self.schedule.to is None or epoch <= 0:
+            return self.ratio_range
+        share = min(epoch / self.schedule.epochs, 1.0)
+        if self.schedule.shape == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        start, end = self.ratio_range, _range(self.schedule.to)
+        return (
+            start[0] + (end[0] - start[0]) * share,
+            start[1] + (end[1] - start[1]) * share,
+        )
+
+    def all_ratios(self) -> list[tuple[str, float]]:
+        """(setting, ratio) of the ends of every range, between which all ratios lie."""
+        ratios = [("mask.ratio", ratio) for ratio in self.ratio_range]
+        if self.schedule.to is not None:
+            ratios += [("mask.schedule.to", ratio) for ratio in _range(self.schedule.to)]
+        return ratios
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,69 +28,174 @@ def hidden_count(ratio: float, patches: int) -> int:
     return math.floor(ratio * patches + 0.5)
 
 
+@dataclass(frozen=True, eq=False)
+class MaskRequest:
+    """What a generator may look at.
+
+    Attributes:
+        grid: (rows, columns) of patches.
+        keys: (B,) int64 from :func:`mim.keys.image_keys`; all randomness comes from them.
+        ratios: (B,) float64, the share of patches to hide in each image.
+        sample_ids: (B,) int64, the stable ids of the images; None where the caller has none.
+        images: (B, C, H, W), normalised; None unless the generator asks for them.
+        attention: (B, N), how much a teacher attends to each patch; None unless asked for.
+    """
+
+    grid: Grid
+    keys: Tensor
+    ratios: Tensor
+    sample_ids: Tensor | None = None
+    images: Tensor | None = None
+    attention: Tensor | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    def counts(self, units: int | None = None) -> Tensor:
+        """(B,) int64: how many of so many units (by default patches) each image hides."""
+        units = self.num_patches if units is None else units
+        return torch.floor(self.ratios * units + 0.5).long()
+
+
 class MaskGenerator(ABC):
     """Draws masks.
 
+    A new generator defines :meth:`draw`, or :meth:`ranks` of :class:`RankedMask`, and says what
+    it needs to see.
+
     Args:
         config: the settings under ``mask``.
+        patch_size: (height, width) of a patch in pixels, for settings given in pixels.
     """
 
-    def __init__(self, config: MaskConfig) -> None:
+    needs_images: bool = False
+    """Whether it looks at the images; its masks then follow from what they show, too."""
+    needs_attention: bool = False
+    """Whether it reads a teacher's attention; the model then keeps one (``model.teacher``)."""
+
+    def __init__(self, config: MaskConfig, patch_size: tuple[int, int] | None = None) -> None:
         self.config = config
+        self.patch_size = patch_size
 
     @abstractmethod
-    def __call__(self, grid: Grid, keys: Tensor) -> PatchMask:
+    def draw(self, request: MaskRequest) -> Tensor:
+        """(B, N) bool, True where a patch is hidden."""
+
+    def __call__(
+        self,
+        grid: Grid,
+        keys: Tensor,
+        *,
+        epoch: int = -1,
+        sample_ids: Tensor | None = None,
+        images: Tensor | None = None,
+        attention: Callable[[Tensor], Tensor] | None = None,
+    ) -> PatchMask:
         """Masks for images with the given keys.
 
         Args:
             grid: (rows, columns) of patches.
             keys: (B,) int64 from :func:`mim.keys.image_keys`; there are no masks without keys.
+            epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
+            sample_ids: (B,) stable ids of the images, for masks that are given per image.
+            images: (B, C, H, W), normalised, for generators that look at them.
+            attention: images to a teacher's attention (B, N), for generators guided by it.
+
+        Raises:
+            UserError: if the generator needs something that is not given.
         """
+        if self.needs_images and images is None:
+            reason = "looks at the images; draw its masks with model.draw_mask(images, ...)"
+            raise setting_error("mask.name", self.config.name, reason)
+        if self.needs_images and images is not None:
+            keys = keys.to(images.device)
+        seen = None
+        if self.needs_attention:
+            if attention is None or images is None:
+                reason = "needs a teacher; draw its masks with model.draw_mask(images, ...)"
+                raise setting_error("mask.name", self.config.name, reason)
+            seen = attention(images)
+        low, high = self.config.ratio_at(epoch)
+        drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
+        if high > low:
+            drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
+        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen)
+        return PatchMask(self.draw(request), keys=keys)
 
     def check(self, grid: Grid) -> None:
         """Refuse settings that make no sense on this grid.
 
         Raises:
-            UserError: if the ratio would hide no patch, or all of them.
+            UserError: if a ratio would hide no patch, or all of them.
         """
-        patches = grid[0] * grid[1]
-        for ratio in self.config.ratio_range:
-            hidden = hidden_count(ratio, patches)
-            if not 0 < hidden < patches:
-                which = "no patch" if hidden == 0 else "every patch"
-                reason = f"hides {which} of a grid of {grid[0]} x {grid[1]}"
-                raise setting_error("mask.ratio", ratio, reason)
+        self.check_units(grid, grid[0] * grid[1], "patch")
 
-    def hidden_counts(self, grid: Grid, keys: Tensor) -> Tensor | int:
-        """How many patches each image hides: an int where all hide as many, else (B,) int64."""
-        patches = grid[0] * grid[1]
-        low, high = self.config.ratio_range
-        if hidden_count(low, patches) == hidden_count(high, patches):
-            return hidden_count(low, patches)
-        drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]  # (B,)
-        return torch.floor(drawn * patches + 0.5).long()
+    def check_units(self, grid: Grid, units: int, kind: str) -> None:
+        """Refuse ratios that hide none or all of so many units.
+
+        Raises:
+            UserError: naming the ratio.
+        """
+        for setting, ratio in self.config.all_ratios():
+            hidden = hidden_count(ratio, units)
+            if not 0 < hidden < units:
+                which = f"no {kind}" if hidden == 0 else f"every {kind}"
+                reason = f"hides {which} of a grid of {grid[0]} x {grid[1]}"
+                raise setting_error(setting, ratio, reason)
+
+
+class RankedMask(MaskGenerator):
+    """Hides in each image the patches that come first in an order; exact in number."""
+
+    @abstractmethod
+    def ranks(self, request: MaskRequest) -> Tensor:
+        """(B, N) int64, each row a permutation of 0..N-1; low ranks are hidden first."""
+
+    def draw(self, request: MaskRequest) -> Tensor:
+        """See :class:`MaskGenerator`."""
+        return self.ranks(request) < request.counts()[:, None]
+
+
+def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
+    """Ranks of scores, lowest first; ties are broken at random by key.
+
+    Args:
+        score: (B, N).
+        keys: (B,) int64.
+        stream: of the keys' numbers, see :func:`mim.keys.random_bits`.
+
+    Returns:
+        (B, N) int64, each row a permutation of 0..N-1.
+    """
+    shuffled = random_bits(keys, score.shape[1], stream).argsort(dim=1, stable=True)
+    order = shuffled.gather(1, score.gather(1, shuffled).argsort(dim=1, stable=True))
+    return order.argsort(dim=1, stable=True)
 
 
 MASKS: Registry[type[MaskGenerator]] = Registry("mask.name")
 
 
 @MASKS.register("random")
-class RandomMask(MaskGenerator):
+class RandomMask(RankedMask):
     """Hides patches uniformly at random, without replacement (MAE, arXiv:2111.06377)."""
 
-    def __call__(self, grid: Grid, keys: Tensor) -> PatchMask:
-        noise = random_bits(keys, grid[0] * grid[1])  # (B, N)
-        ranks = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-        return PatchMask.from_ranks(ranks, self.hidden_counts(grid, keys))
+    def ranks(self, request: MaskRequest) -> Tensor:
+        """See :class:`RankedMask`."""
+        noise = random_bits(request.keys, request.num_patches)  # (B, N)
+        return noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
-def build_mask_generator(config: MaskConfig, grid: Grid | None = None) -> MaskGenerator:
+def build_mask_generator(
+    config: MaskConfig, grid: Grid | None = None, patch_size: tuple[int, int] | None = None
+) -> MaskGenerator:
     """The generator that ``config`` names, checked against the grid where one is given.
 
     Raises:
         UserError: if the name is unknown or the settings do not fit the grid.
     """
-    generator = MASKS.get(config.name)(config)
+    generator = MASKS.get(config.name)(config, patch_size)
     if grid is not None:
         generator.check(grid)
     return generator
@@ -101,6 +208,7 @@ def sample_masks(
     seed: int,
     epoch: int,
     sample_ids: Tensor | list[int],
+    patch_size: tuple[int, int] | None = None,
 ) -> PatchMask:
     """The masks that training uses for these images in this epoch.
 
@@ -110,9 +218,15 @@ def sample_masks(
         seed: the run's seed.
         epoch: the pass over the data.
         sample_ids: (B,) stable ids of the images.
+        patch_size: (height, width) of a patch in pixels, for generators with a unit in pixels.
 
     Returns:
         A mask of B rows; a pure function of the arguments, on any device and in any batch.
+
+    Raises:
+        UserError: for a generator that looks at the image; see ``model.draw_mask``.
     """
-    generator = build_mask_generator(config, grid)
-    return generator(grid, image_keys(seed, epoch, sample_ids, purpose="mask"))
+    generator = build_mask_generator(config, grid, patch_size)
+    ids = torch.as_tensor(sample_ids, dtype=torch.int64)
+    keys = image_keys(seed, epoch, ids, purpose="mask")
+    return generator(grid, keys, epoch=epoch, sample_ids=ids)

@@ -18,6 +18,8 @@ class PatchMask:
         is_masked: (B, N) bool.
         counts: (lowest, highest) number of visible patches in a row, where the caller knows it;
             spares a transfer from the device.
+        keys: (B,) int64, one an image, for draws that hang on the mask (a decoder that predicts a
+            share of the hidden patches); by default hashed from the mask itself.
 
     Attributes:
         visible_ids: (B, K) int64, ascending; K is the largest number of visible patches.
@@ -32,6 +34,7 @@ class PatchMask:
 
     is_masked: Tensor
     counts: tuple[int, int] | None = None
+    keys: Tensor | None = None
     visible_ids: Tensor = field(init=False)
     masked_ids: Tensor = field(init=False)
     visible_valid: Tensor | None = field(init=False)
@@ -96,7 +99,8 @@ class PatchMask:
     def __getitem__(self, rows: slice) -> PatchMask:
         """The masks of a slice of the images."""
         low, high = self._counts
-        return PatchMask(self.is_masked[rows], counts=(low, high) if low == high else None)
+        keys = None if self.keys is None else self.keys[rows]
+        return PatchMask(self.is_masked[rows], counts=(low, high) if low == high else None, keys=keys)
 
     @property
     def _counts(self) -> tuple[int, int]:
