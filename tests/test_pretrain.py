@@ -152,16 +152,41 @@ def assert_differs(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
     assert any(not torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+ATTENTION = {
+    "mask.name": "attention",
+    "mask.ratio": 0.5,
+    "mask.schedule.to": 0.75,
+    "mask.schedule.epochs": 1,
+    "model.target.name": "ema_features",
+    "model.decoder.name": "cross_attention",
+    "model.decoder.cross_attention.width": 16,
+    "model.decoder.cross_attention.depth": 1,
+    "model.decoder.cross_attention.heads": 2,
+    "model.teacher_decay": 0.5,
+}
+LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "changes"),
+    [
+        (signal.SIGINT, 130, {}),
+        (signal.SIGTERM, 143, {}),
+        (signal.SIGTERM, 143, ATTENTION),
+        (signal.SIGTERM, 143, LEARNED),
+    ],
+    ids=["SIGINT", "SIGTERM", "a teacher", "a learned mask"],
+)
 def test_a_signal_ends_the_step_saves_and_exits(
     number: signal.Signals,
     code: int,
+    changes: dict[str, Any],
     tmp_path: Path,
     mim: Mim,
     tiny: Tiny,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, straight, stopped = tiny(), tmp_path / "straight", tmp_path / "stopped"
+    config, straight, stopped = tiny(changes), tmp_path / "straight", tmp_path / "stopped"
     assert mim("pretrain", "--config", config, "--output", straight).code == 0
     real = training.image_keys
 
