@@ -311,24 +311,23 @@ def load_weights(vit: VisionTransformer, checkpoint: Path, backbone: str) -> tup
     """
     if not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint} does not exist")
-    with torch.device("cpu"):  # also where a config is checked on the meta device
-        try:
-            state = read_state_dict(str(checkpoint), weights_only=True)
-        except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            message = f"checkpoint {checkpoint} cannot be read as weights: {reason}"
-            raise UserError(message) from error
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
-        # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
-        is_mae = any(name.startswith("decoder_") for name in state)
-        dropped = _HEADS + _MAE if is_mae else _HEADS
-        left_out = tuple(sorted(name for name in state if name.startswith(dropped)))
-        state = {name: value for name, value in state.items() if name not in left_out}
-        try:
-            converted = checkpoint_filter_fn(state, vit)
-        except (RuntimeError, KeyError, AssertionError) as error:
-            raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
+    try:
+        state = read_state_dict(str(checkpoint), weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        message = f"checkpoint {checkpoint} cannot be read as weights: {reason}"
+        raise UserError(message) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
+    # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
+    is_mae = any(name.startswith("decoder_") for name in state)
+    dropped = _HEADS + _MAE if is_mae else _HEADS
+    left_out = tuple(sorted(name for name in state if name.startswith(dropped)))
+    state = {name: value for name, value in state.items() if name not in left_out}
+    try:
+        converted = checkpoint_filter_fn(state, vit)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
     load_backbone(vit, converted, f"checkpoint {checkpoint}")
     return left_out
 

@@ -260,10 +260,10 @@ calls = 0
 
 @TARGETS.register("broken")
 class Broken(NormalizedPixels):
-    def forward(self, images):
+    def forward(self, images, teacher=None):
         global calls
         calls += self.training
-        return super().forward(images) * (float("nan") if calls == {call} else 1.0)
+        return super().forward(images, teacher) * (float("nan") if calls == {call} else 1.0)
 """
 
 

@@ -118,8 +118,11 @@ class MaskGenerator(ABC):
             network: images to logits (B, N), of a generator that is trained.
 
         Raises:
+            TypeError: if the keys are no (B,) int64 tensor.
             UserError: if the generator needs something that is not given.
         """
+        if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
+            raise TypeError("masks need one int64 key an image, from mim.keys.image_keys")
         seen = logits = None
         if self.needs_images or self.needs_attention or self.is_trained:
             lacks_teacher = self.needs_attention and attention is None

@@ -6,7 +6,6 @@ from mim.targets.base import (
     TargetContext,
     Teacher,
     build_target,
-    loss_positions,
     per_image_loss,
 )
 from mim.targets.features import EmaFeatures, FrozenFeatures
@@ -27,6 +26,5 @@ __all__ = [
     "TargetContext",
     "Teacher",
     "build_target",
-    "loss_positions",
     "per_image_loss",
 ]

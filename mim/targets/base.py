@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.config import TargetConfig
-from mim.masks import PatchMask
 from mim.registry import Registry
 
 
@@ -162,13 +161,6 @@ def per_image_loss(distance: Tensor, valid: Tensor | None) -> Tensor:
         return distance.mean(dim=1)
     counted = distance.masked_fill(~valid, 0.0)
     return counted.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
-
-
-def loss_positions(config: TargetConfig, mask: PatchMask) -> tuple[Tensor | None, Tensor | None]:
-    """(ids (B, M), valid) of the patches that count; ids None means all patches in order."""
-    if config.loss_on == "all":
-        return None, None
-    return mask.masked_ids, mask.masked_valid
 
 
 def build_target(config: TargetConfig, context: TargetContext) -> Target:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mim.config import FeaturesConfig, FrequencyConfig, HogConfig, LowPassConfig, TargetConfig
 from mim.errors import UserError
-from mim.masks import PatchMask
 from mim.patches import patchify, unpatchify
-from mim.targets import TARGETS, Target, loss_positions, per_image_loss
+from mim.targets import TARGETS, Target, per_image_loss
 from mim.targets.base import principal_colours
 
 Make = Callable[..., Target]
@@ -41,7 +40,8 @@ CHANNELS = pytest.mark.parametrize("channels", [1, 3])
 
 
 def test_every_target_is_tested_here() -> None:
-    assert set(TARGETS) == set(OWN_LOSS)
+    own = {name for name in TARGETS if TARGETS.get(name).__module__.startswith("mim.")}
+    assert own == set(OWN_LOSS)  # another test's plug-in may stand there, too
 
 
 def test_an_unknown_target_is_refused(make: Make) -> None:
@@ -242,14 +242,6 @@ def test_padding_has_no_part_in_the_loss_even_if_it_is_nan() -> None:
 
 def test_an_image_without_a_counted_patch_has_loss_0() -> None:
     assert per_image_loss(torch.zeros(2, 0), None).tolist() == [0, 0]
-
-
-def test_which_patches_count() -> None:
-    mask = PatchMask(torch.tensor([[True, False, True], [False, False, True]]))
-    ids, valid = loss_positions(TargetConfig(loss_on="masked"), mask)
-    assert ids is not None and ids.tolist() == [[0, 2], [2, 0]]
-    assert valid is not None and valid.tolist() == [[True, True], [True, False]]
-    assert loss_positions(TargetConfig(loss_on="all"), mask) == (None, None)
 
 
 # --- Settings ------------------------------------------------------------------------------------
