@@ -190,8 +190,8 @@ def _is_encoder_axis(key: str) -> bool:
     return key.startswith(("model.backbone", "model.position_embedding", "data."))
 
 
-def _evaluations_key(config: CompareConfig) -> str:
-    return json.dumps(config.evaluations, sort_keys=True)
+def _evaluations_key(evaluations: dict[str, Any]) -> str:
+    return json.dumps(evaluations, sort_keys=True)
 
 
 def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     if encoder is not None:
         numbers = evaluate(encoder, evaluations, device=device)
         result["evaluations"] = numbers
-    result["evaluated_with"] = json.dumps(evaluations, sort_keys=True)
+    result["evaluated_with"] = _evaluations_key(evaluations)
     checkpoint.write_json_atomic(run / "result.json", result)
 
 
@@ -323,7 +323,7 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     for name, settings in config.evaluations.items():
         build_evaluation(name, settings)
     _check_data(planned, config)
-    todo = _evaluations_key(config)
+    todo = _evaluations_key(config.evaluations)
     states = {item.folder: _state(item, todo) for item in planned}
     overview = {
         "format": checkpoint.FORMAT,

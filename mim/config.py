@@ -23,6 +23,8 @@ def _one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
 def _above(setting: str, value: float, low: float, *, equal: bool = False) -> None:
     if not (value >= low if equal else value > low):
         raise setting_error(setting, value, f"must be {'at least' if equal else 'above'} {low}")
+    if value == math.inf:
+        raise setting_error(setting, value, "must be finite")
 
 
 @dataclass(frozen=True)

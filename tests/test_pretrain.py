@@ -438,6 +438,33 @@ def test_bf16_and_gradient_checkpointing_and_clipping_train(
     assert losses(small) != losses(plain)
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_plain_one_and_resumes(
+    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model.regime.name": "zero", "train.max_steps": 20, "train.log_every": 1}
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    assert mim("pretrain", "--config", tiny(changes), "--output", plain).code == 0
+    args = ("pretrain", "--config", tiny(changes), "--output", compiled, "--train.compile", True)
+    real, calls = training.image_keys, []
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "image_keys", interrupt)
+        assert mim(*args).code == 143
+    assert mim(*args, "--resume", "auto").code == 0
+    one, other = final(plain), final(compiled)
+    assert list(one["model"]) == list(other["model"])
+    assert losses(plain).keys() == losses(compiled).keys()
+    for step, loss in losses(plain).items():
+        assert losses(compiled)[step] == pytest.approx(loss, rel=1e-5), step
+
+
 def test_fp16_needs_a_gpu(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
