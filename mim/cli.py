@@ -167,9 +167,11 @@ def _list(text: str | None, kind: Callable[[str], Any], option: str) -> list[Any
 def _visualize(args: list[str]) -> int:
     """Draw masks over real images, reconstructions, or attention."""
     parser = _parser("visualize", "Draw pictures (PNG).")
-    what = ("masks", "reconstruct", "attention")
-    parser.add_argument("what", choices=what, help="what to draw")
-    parser.add_argument("run", metavar="RUN", help="a run folder, or for masks a config file")
+    what = ("masks", "reconstruct", "attention", "algebra")
+    explained = "what to draw; algebra: the attention masks, as matrices"
+    parser.add_argument("what", choices=what, help=explained)
+    either = "a run folder, or for masks and algebra a config file"
+    parser.add_argument("run", metavar="RUN", help=either)
     parser.add_argument("--images", type=int, help="how many images (masks: at each ratio)")
     parser.add_argument("--indices", help="which held-out images instead: 3,17,40")
     parser.add_argument("--generators", help="mask generators: random,block (masks: default all)")
@@ -186,12 +188,17 @@ def _visualize(args: list[str]) -> int:
     indices = _list(options.indices, int, "--indices")
     from mim import checkpoint
     from mim.settings import load_config
-    from mim.visualize import attention_figure, reconstruction_figure, save_figure
+    from mim.visualize import (
+        algebra_figure,
+        attention_figure,
+        reconstruction_figure,
+        save_figure,
+    )
 
     place = Path(options.run)
     config = load_config(place) if place.is_file() else checkpoint.read_config(place)
     folder = place.parent if place.is_file() else place
-    if options.what != "masks" and not place.is_dir():
+    if options.what not in ("masks", "algebra") and not place.is_dir():
         raise UserError(f"visualize {options.what}: {str(place)!r} is not a run folder")
     output = Path(options.output) if options.output else folder / f"{options.what}.png"
     checkpoint.prepare_folder(output.parent, "--output")
@@ -201,8 +208,10 @@ def _visualize(args: list[str]) -> int:
         figure = _mask_figure(config, place, generators, ratios, options)
     elif options.what == "reconstruct":
         figure = reconstruction_figure(place, options.images or 4, indices, generators, ratios)
-    else:
+    elif options.what == "attention":
         figure = attention_figure(place, options.images or 4, indices)
+    else:
+        figure = algebra_figure(config)
     save_figure(figure, output)
     _say(output)
     return 0

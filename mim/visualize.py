@@ -28,6 +28,14 @@ from mim.data import Batch, ImageSource, eval_loader, normalize, open_source
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys
 from mim.masks import MASKS, PatchMask
+from mim.masks.attention import (
+    both,
+    causal,
+    readable_keys,
+    shifted_windows,
+    sliding_window,
+    visible_keys,
+)
 from mim.masks.statistics import MaskStatistics, mask_statistics
 from mim.model import MaskedImageModel, build_model
 from mim.pictures import reconstruct, spread_indices
@@ -399,6 +407,64 @@ def attention_figure(
     for place, block in enumerate(ends):
         _title(axes[0][2 + len(blocks) + place], f"{who}\nmasked, block {block + 1}")
     return figure
+
+
+def algebra_figure(config: Config, index: int = 0) -> Figure:
+    """Each attention mask of the algebra as a matrix, for one training image under its mask.
+
+    A row is a query, a column a key; dark means that the query reads the key.
+
+    Args:
+        config: of a run.
+        index: which training image.
+    """
+    model = build_model(config).eval()
+    source = open_source(config.data, "train")
+    batch = _batch(config, source, [index])
+    normalized = normalize(batch.images, source.mean, source.std)
+    keys = image_keys(config.seed, 0, batch.sample_ids, purpose="mask")
+    mask = model.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
+    grid, prefix = model.grid, model.backbone.num_prefix_tokens
+    count, length = mask.num_patches, prefix + mask.num_patches
+    columns = torch.arange(length)
+    padded = columns[None] < length - length // 4
+    hidden = visible_keys(mask, prefix)
+    window = (_divisor(grid[0]), _divisor(grid[1]))
+    shift = (window[0] // 2, window[1] // 2)
+    size = f"{window[0]} x {window[1]}"
+    shown = {
+        "readable keys\n(a quarter is padding)": readable_keys(padded),
+        "visible keys\n(zero)": hidden,
+        "causal": causal(length),
+        f"prefix-causal\n(the first {length // 4})": causal(length, length // 4),
+        "visible and causal": both(hidden, causal(length)),
+        "sliding window\n(radius 1)": sliding_window(grid, 1),
+        f"windows\n({size})": shifted_windows(grid, window),
+        f"shifted windows\n({size} by {shift[0]} x {shift[1]})": shifted_windows(
+            grid, window, shift
+        ),
+    }
+    figure = Figure(figsize=(4 * 2.3, 2 * 2.6), layout="constrained")
+    figure.suptitle(
+        f"Who may attend to whom: {prefix} prefix token{'s' * (prefix != 1)}, "
+        f"{count} patches, {mask.num_masked} hidden",
+        fontsize=10,
+    )
+    for axis, (name, allowed) in zip(figure.subplots(2, 4).flat, shown.items(), strict=True):
+        side = allowed.shape[-1]
+        matrix = allowed[0, 0].expand(side, side).numpy()
+        axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("key", fontsize=7)
+        axis.set_ylabel("query", fontsize=7)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure
+
+
+def _divisor(side: int) -> int:
+    """The largest proper divisor, so that there are windows to see; 1 for a prime."""
+    return max(part for part in range(1, side) if side % part == 0) if side > 1 else 1
 
 
 def _read(weights: Tensor, prefix: int, query: int | None, has_class_token: bool) -> Tensor:

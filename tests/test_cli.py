@@ -319,6 +319,7 @@ def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert (tmp_path / "masks.png").is_file()
     assert mim("visualize", "reconstruct", run, "--images", 2).code == 0
     assert mim("visualize", "attention", run, "--indices", "3,5").code == 0
+    assert mim("visualize", "algebra", run).code == 0 and (run / "algebra.png").is_file()
     assert (run / "reconstruct.png").is_file() and (run / "attention.png").is_file()
 
     # bench: a row a regime.

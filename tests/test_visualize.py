@@ -20,6 +20,7 @@ from mim.errors import UserError
 from mim.keys import image_keys
 from mim.masks import MASKS
 from mim.visualize import (
+    algebra_figure,
     attention_figure,
     draw_masks,
     mask_figure,
@@ -150,6 +151,21 @@ def test_reconstructions_under_masks_not_seen_in_training(
         reconstruction_figure(run, ratios=[1.0])
     with pytest.raises(UserError, match="did you mean 'row'"):
         reconstruction_figure(run, generators=["rows"])
+
+
+def test_the_algebra_as_matrices(tiny: Tiny) -> None:
+    config = load_config(tiny({"mask.ratio": 0.5}))
+    shown = pictures(algebra_figure(config))
+    source = open_source(config.data, "train")
+    mask = sample_masks(config.mask, (4, 4), seed=0, epoch=0, sample_ids=source.sample_ids[:1])
+    zero = np.concatenate([[True], ~mask.is_masked[0].numpy()])
+    order = np.tril(np.ones((17, 17), dtype=bool))
+    assert len(shown) == 8
+    np.testing.assert_array_equal(shown[1], np.broadcast_to(zero, (17, 17)))
+    np.testing.assert_array_equal(shown[2], order)
+    np.testing.assert_array_equal(shown[4], order & zero)
+    for patches in shown[5:]:
+        assert patches.shape == (16, 16)
 
 
 def test_a_learned_mask_is_drawn_with_its_trained_network(
