@@ -324,6 +324,18 @@ class RegimeConfig:
     """drop (MAE), zero (zero and attend mask) or token (SimMIM)."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Settings of the regime zero."""
+    order: str = "bidirectional"
+    """Who reads whom in the encoder, in pre-training: bidirectional, or causal (a patch reads
+    itself and the patches before it, row by row, as in autoregressive image models)."""
+    causal_prefix: int = 0
+    """With order causal: so many first patches of the grid read each other in both directions."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.regime.order", self.order, ("bidirectional", "causal"))
+        _above("model.regime.causal_prefix", self.causal_prefix, 0, equal=True)
+        if self.causal_prefix and self.order != "causal":
+            reason = "needs model.regime.order=causal"
+            raise setting_error("model.regime.causal_prefix", self.causal_prefix, reason)
 
 
 def _check_decoder_sizes(

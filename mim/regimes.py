@@ -17,6 +17,7 @@ from mim.config import RegimeConfig
 from mim.errors import UserError, setting_error
 from mim.keys import seed_of
 from mim.masks import PatchMask, key_bias
+from mim.masks.attention import causal, to_additive
 from mim.registry import Registry
 
 
@@ -90,6 +91,38 @@ class Regime(nn.Module, ABC):
         self.checkpointing = False
         self.collects_layers = False
         self.num_layers = len(vit.blocks)
+        patches = vit.patch_embed.num_patches
+        if config.causal_prefix > patches:
+            reason = f"is more than the {patches} patches of the grid"
+            raise setting_error("model.regime.causal_prefix", config.causal_prefix, reason)
+
+    def order_bias(
+        self, bias: Tensor | None, tokens: Tensor, num_prefix: int, ids: Tensor | None = None
+    ) -> Tensor | None:
+        """The order of the tokens, where there is one, added to an attention mask.
+
+        Args:
+            bias: (B, 1, 1, L), or None.
+            tokens: (B, L, D), prefix tokens first.
+            num_prefix: P; prefix tokens come before all patches.
+            ids: (B, L - P) patch of each token; None means all patches in order.
+
+        Returns:
+            (B or 1, 1, L, L), or ``bias`` as it is where tokens read in both directions.
+        """
+        if self.config.order == "bidirectional":
+            return bias
+        both_ways = num_prefix + self.config.causal_prefix
+        if ids is None:
+            allowed = causal(tokens.shape[1], both_ways).to(tokens.device)
+        else:
+            prefix = torch.arange(num_prefix, device=ids.device).expand(len(ids), -1)
+            places = torch.cat([prefix, ids + num_prefix], dim=1)  # (B, L)
+            before = places[:, None, :] <= places[:, :, None]
+            inside = places < both_ways
+            allowed = (before | (inside[:, None, :] & inside[:, :, None]))[:, None]
+        order = to_additive(allowed, tokens.dtype)
+        return order if bias is None else order + bias
 
     def encode(
         self,
@@ -183,14 +216,18 @@ class Drop(Regime):
         _refuse_empty_rows(vit, mask)
         prefix = vit.num_prefix_tokens
         tokens = add_positions(vit, _embed(vit, images))  # (B, P + N, D)
-        index = mask.visible_ids[..., None].expand(-1, -1, tokens.shape[-1])
+        ids = mask.visible_ids  # (B, K)
+        index = ids[..., None].expand(-1, -1, tokens.shape[-1])
         visible = tokens[:, prefix:].gather(1, index)  # (B, K, D)
         bias = None
         if mask.visible_valid is not None:
             # Padding holds zeros, so that not even an unread place depends on a masked patch.
             visible = visible.masked_fill(~mask.visible_valid[..., None], 0.0)
             bias = key_bias(_with_prefix(mask.visible_valid, prefix), tokens.dtype)
-        return torch.cat([tokens[:, :prefix], visible], dim=1), bias  # (B, P + K, D)
+            # As a query padding comes last, so that it has something to read.
+            ids = ids.masked_fill(~mask.visible_valid, mask.num_patches)
+        tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P + K, D)
+        return tokens, self.order_bias(bias, tokens, prefix, ids)
 
     def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
         """Encode the visible patches; see :class:`Regime`."""
@@ -215,6 +252,16 @@ class Zero(Regime):
 
     def __init__(self, config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> None:
         super().__init__(config, vit, seed)
+        if config.order == "causal" and config.zero.attend_mask:
+            if config.zero.attention == "split":
+                reason = "takes no order of the tokens, and model.regime.order=causal; choose dense"
+                raise setting_error("model.regime.zero.attention", "split", reason)
+            if vit.num_prefix_tokens == 0:
+                reason = (
+                    "needs a class or register token with zero: a hidden patch with none visible "
+                    "before it would have nothing to read"
+                )
+                raise setting_error("model.regime.order", "causal", reason)
         if config.zero.attend_mask and config.zero.attention == "split" and not supports_split(vit):
             kind = type(vit.blocks[0]).__name__
             reason = f"needs plain timm blocks and this backbone has {kind}; choose dense"
@@ -234,10 +281,10 @@ class Zero(Regime):
         else:
             patches = _replace(_embed(vit, images), mask.is_masked, 0.0)
         tokens = add_positions(vit, patches)  # (B, P + N, D)
-        if not self.config.zero.attend_mask:
-            return tokens, None
-        readable = _with_prefix(~mask.is_masked, vit.num_prefix_tokens)
-        return tokens, key_bias(readable, tokens.dtype)
+        prefix, bias = vit.num_prefix_tokens, None
+        if self.config.zero.attend_mask:
+            bias = key_bias(_with_prefix(~mask.is_masked, prefix), tokens.dtype)
+        return tokens, self.order_bias(bias, tokens, prefix)
 
     def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
         """Encode all patches; see :class:`Regime`."""
@@ -292,7 +339,8 @@ class Token(Regime):
     ) -> tuple[Tensor, Tensor | None]:
         """All patches, the mask token at masked ones; see :class:`Regime`."""
         patches = _replace(_embed(vit, images), mask.is_masked, self.mask_token[0, 0])
-        return add_positions(vit, patches), None
+        tokens = add_positions(vit, patches)
+        return tokens, self.order_bias(None, tokens, vit.num_prefix_tokens)
 
 
 def build_regime(config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> Regime:

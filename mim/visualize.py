@@ -444,7 +444,8 @@ def algebra_figure(config: Config, index: int = 0) -> Figure:
             grid, window, shift
         ),
     }
-    figure = Figure(figsize=(4 * 2.3, 2 * 2.6), layout="constrained")
+    figure = Figure(figsize=(4 * 2.3, 2 * 2.9), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr,call-arg]
     figure.suptitle(
         f"Who may attend to whom: {prefix} prefix token{'s' * (prefix != 1)}, "
         f"{count} patches, {mask.num_masked} hidden",
