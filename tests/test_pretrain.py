@@ -23,6 +23,7 @@ from mim import pretrain as training
 from mim.cli import main
 from mim.compare import SERVER_MODULES
 from mim.errors import UserError
+from mim.model import MaskedImageModel
 from mim.pretrain import Metrics, parts
 
 Mim = Callable[..., Any]
@@ -209,6 +210,46 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert mim("pretrain", "--config", config, "--output", stopped, "--resume", "auto").code == 0
     assert_identical(final(straight), final(stopped))
     assert lines(straight, "images_per_second") == lines(stopped, "images_per_second")
+
+
+def test_the_teacher_follows_the_encoder(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    config, run = tiny(ATTENTION), tmp_path / "run"
+    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    after = final(run)["model"]
+    before = package.build_model(package.load_config(config)).state_dict()
+    name = "blocks.0.attn.qkv.weight"
+    encoder, teacher = after[f"backbone.{name}"], after[f"teacher.encoder.{name}"]
+    start = before[f"backbone.{name}"]
+    assert torch.equal(before[f"teacher.encoder.{name}"], start)
+    # Between the start and the encoder, and on its way.
+    assert 0 < (teacher - start).norm() < (encoder - start).norm()
+    assert 0 < (encoder - teacher).norm() < (encoder - start).norm()
+
+
+def test_the_ratio_moves_with_the_epoch_in_training_and_not_on_held_out_images(
+    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, set[int]] = {}
+    real = MaskedImageModel.draw_mask
+
+    def note(model: MaskedImageModel, *args: Any, epoch: int = -1, **kwargs: Any) -> Any:
+        mask = real(model, *args, epoch=epoch, **kwargs)
+        seen.setdefault(epoch, set()).add(mask.num_masked)
+        return mask
+
+    monkeypatch.setattr(MaskedImageModel, "draw_mask", note)
+    changes = {
+        "mask.ratio": 0.25,
+        "mask.schedule.to": 0.75,
+        "mask.schedule.epochs": 2,
+        "data.batch_size": 512,  # three steps an epoch
+        "train.epochs": 3,
+        "train.max_steps": None,
+    }
+    assert mim("pretrain", "--config", tiny(changes), "--output", tmp_path / "run").code == 0
+    assert seen == {-1: {4}, 0: {4}, 1: {8}, 2: {12}}
+    # Tokens are counted by the mean share over the epochs: (12 + 8 + 4) / 3 and a class token.
+    assert checkpoint.read_result(tmp_path / "run")["encoder_tokens"] == pytest.approx(9)
 
 
 def test_a_stop_between_the_last_checkpoint_and_the_result(
