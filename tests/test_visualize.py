@@ -186,3 +186,23 @@ def test_a_learned_mask_is_drawn_with_its_trained_network(
         scores = model.mask_network(images)
     hidden = scores.argsort(dim=1)[:, :8]  # adamae hides the lowest
     assert trained.mask.is_masked.gather(1, hidden).all()
+
+
+def test_attention_masks_are_those_of_the_runs_teacher(
+    tiny: Tiny, tmp_path: Path, mim: Mim
+) -> None:
+    run = tmp_path / "run"
+    changes = {
+        "mask.name": "attention",
+        "mask.attention.randomness": 0.0,
+        "model.teacher_decay": 0.9,
+        "optim.base_lr": 0.1,
+    }
+    assert mim("pretrain", "--config", tiny(changes), "--output", run).code == 0
+    config, model = read_config(run), load(run)
+    (drawn,) = draw_masks(config, ["attention"], [0.5], images=40, model=model)
+    source = open_source(config.data, "train")
+    images = normalize(drawn.images, source.mean, source.std)
+    assert model.teacher is not None and drawn.mask is not None
+    attended = model.teacher.attention(images).topk(8, dim=1).indices
+    assert drawn.mask.is_masked.gather(1, attended).all()
