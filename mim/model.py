@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, grid_of, patch_size_of
+from mim.backbone import build_backbone, grid_of, patch_size_of, set_norm_eps
 from mim.config import Config
 from mim.decoders import Decoder, build_decoder
 from mim.masks import PatchMask, build_mask_generator
@@ -148,6 +148,7 @@ def build_model(config: Config) -> MaskedImageModel:
         num_prefix=vit.num_prefix_tokens,
         seed=config.seed,
     )
+    set_norm_eps(decoder, model.norm_eps)
     return MaskedImageModel(vit, regime, decoder, target)
 
 

@@ -14,6 +14,7 @@ from mim.backbone import build_backbone, grid_of, patch_size_of
 from mim.checkpoint import write_atomic
 from mim.config import Config
 from mim.data import eval_loader, open_source
+from mim.errors import UserError
 from mim.masks import sample_masks
 from mim.pictures import picture, reconstruct, spread_indices
 
@@ -71,8 +72,16 @@ def draw_reconstructions(run: Path, output: Path, images: int = 8) -> Path:
         run: a run folder.
         output: the PNG file.
         images: rows.
+
+    Raises:
+        UserError: if the run was imported without a decoder.
     """
     config = checkpoint.read_config(run)
+    if not checkpoint.read_result(run).get("imported", {}).get("decoder", True):
+        raise UserError(
+            f"visualize reconstruct: {str(run)!r} was imported from a file without a decoder, so "
+            "it predicts nothing yet; go on training it, or draw masks"
+        )
     source = open_source(config.data, "val")
     arrays = reconstruct(load(run), config, source, spread_indices(len(source), images))
     _save(picture(arrays), output)

@@ -100,7 +100,9 @@ class PatchMask:
         """The masks of a slice of the images."""
         low, high = self._counts
         keys = None if self.keys is None else self.keys[rows]
-        return PatchMask(self.is_masked[rows], counts=(low, high) if low == high else None, keys=keys)
+        return PatchMask(
+            self.is_masked[rows], counts=(low, high) if low == high else None, keys=keys
+        )
 
     @property
     def _counts(self) -> tuple[int, int]:
