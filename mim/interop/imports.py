@@ -270,6 +270,11 @@ class _Reader:
         swiglu = hidden == 2 * self._size(f"{block}.mlp.fc2.weight", 1)
         if name is None:
             name = self._name(depth, swiglu)
+            if not self.weights.config:
+                self.notes.append(
+                    "weights do not show an activation or the order of norms: those of the plain "
+                    f"ViT are taken ({name}); name another by --backbone"
+                )
             base = create_model_meta(name)
             if patch_size_of(base) != self.patch:
                 same = self.patch[0] == self.patch[1]
@@ -498,15 +503,14 @@ def _fit(
                 f"{reader.patch[0]} x {reader.patch[1]} pixels and cannot predict others; keep "
                 "data.channels and the patch size, or leave it out with --part encoder"
             )
-    prefixes = {
-        "backbone.pos_embed": reader.position_prefix,
-        "decoder.pos_embed": model.backbone.num_prefix_tokens,
-    }
-    for key, prefix in prefixes.items():
-        if key in state and key in own and state[key].shape[-1] == own[key].shape[-1]:
-            if own[key].shape[1] - grid[0] * grid[1] != prefix:
-                continue  # told below
-            fitted[key], notes[key] = adapt_positions(state[key], reader.grid, grid, prefix, key)
+    _move_prefix_positions(fitted, own, model, reader, notes)
+    for key in ("backbone.pos_embed", "decoder.pos_embed"):
+        if key not in fitted or key not in own or fitted[key].shape[2:] != own[key].shape[2:]:
+            continue  # told below
+        prefix = own[key].shape[1] - grid[0] * grid[1]
+        if fitted[key].shape[1] == prefix + reader.grid[0] * reader.grid[1]:
+            fitted[key], note = adapt_positions(fitted[key], reader.grid, grid, prefix, key)
+            notes[key] = "; ".join(filter(None, [notes.get(key, ""), note]))
     missing = [key for key in own if key not in fitted]
     whole = {
         part
@@ -524,6 +528,39 @@ def _fit(
         if keys:
             raise UserError(f"{where} is no such model: it {what} {some(keys)}")
     return fitted, notes
+
+
+def _move_prefix_positions(
+    fitted: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    model: MaskedImageModel,
+    reader: _Reader,
+    notes: dict[str, str],
+) -> None:
+    """Where only one of file and model has positions for prefix tokens: the same sums otherwise.
+
+    They are added to the tokens themselves, or are zero.
+    """
+    key, vit = "backbone.pos_embed", model.backbone
+    if key not in fitted or key not in own or not reader.prefix:
+        return
+    positions = fitted[key]
+    wanted = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    if wanted == reader.position_prefix or reader.prefix != vit.num_prefix_tokens:
+        return
+    if wanted:
+        zeros = positions.new_zeros(1, wanted, positions.shape[2])
+        fitted[key] = torch.cat([zeros, positions], dim=1)
+        notes[key] = "zeros put in for the prefix tokens, which have no position"
+        return
+    fitted[key], start = positions[:, reader.prefix :], 0
+    notes[key] = "positions of prefix tokens are added to the tokens"
+    for name in ("cls_token", "dist_token", "reg_token"):
+        token = f"backbone.{name}"
+        if token in fitted:
+            count = fitted[token].shape[1]
+            fitted[token] = fitted[token] + positions[:, start : start + count]
+            notes[token], start = "its position is added to it", start + count
 
 
 def import_run(

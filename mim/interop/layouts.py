@@ -228,8 +228,8 @@ def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
             biases.setdefault(match[1], {})[match[2]] = (full, value)
         elif key == "register_tokens":
             found.add("backbone.reg_token", full, value)
-        elif registers and key in ("cls_token", "pos_embed"):
-            continue  # below, together
+        elif registers and key == "pos_embed":
+            continue  # below
         elif _ENCODER_KEY.fullmatch(key):
             found.add(f"backbone.{key}", full, value)
         elif has_decoder and key in _MAE_DECODER:
@@ -275,13 +275,15 @@ def _timm_family(tensors: Mapping[str, Tensor], has_decoder: bool, is_dinov2: bo
 
 
 def _dinov2_registers(tensors: Mapping[str, Tensor], found: Converted) -> None:
-    """DINOv2 adds the class token's position before it inserts the registers, which have none."""
-    if not {"cls_token", "pos_embed"} <= {*tensors}:
+    """DINOv2 adds positions before it inserts the registers: here their positions are zero."""
+    registers = found.pieces["backbone.reg_token"].value
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3 or positions.shape[1] < 2:
         raise UserError("the file is not whole: registers without cls_token and pos_embed")
-    token, positions = tensors["cls_token"], tensors["pos_embed"]
-    note = "the class token's position is added to it, as registers have none"
-    found.join("backbone.cls_token", ("cls_token", "pos_embed"), token + positions[:, :1], note)
-    found.join("backbone.pos_embed", ("pos_embed",), positions[:, 1:], note)
+    first, rest = positions[:, :1], positions[:, 1:]
+    whole = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
+    note = "zeros put in for the registers, which have no position"
+    found.join("backbone.pos_embed", ("pos_embed",), whole, note)
 
 
 def _from_simmim(tensors: Mapping[str, Tensor]) -> Converted:
@@ -337,6 +339,7 @@ _HF_DECODER = {
     "decoder.decoder_pred.weight": "head.weight",
     "decoder.decoder_pred.bias": "head.bias",
 }
+_REGISTERS = ("backbone.reg_token",)
 # In a block, the names of transformers 4 (which are on the hub) and of 5 (in memory).
 _HF_BLOCK = {
     "old": {
@@ -413,7 +416,7 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
                 found.add(f"{block}.{inner[within]}", full, value)
             else:
                 found.unread.append(full)
-        elif registers and key in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        elif registers and key == "embeddings.position_embeddings":
             continue
         elif key in _HF_STEM:
             found.add(f"backbone.{_HF_STEM[key]}", full, value)
@@ -440,15 +443,13 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
         sources = tuple(place[letter][0] for letter in "qkv")
         found.join(target, sources, torch.cat([place[letter][1] for letter in "qkv"]))
     if registers:
-        plain = {names[key]: key for key in tensors}
-        both = ("embeddings.cls_token", "embeddings.position_embeddings")
-        stems = dict(zip(("cls_token", "pos_embed"), both, strict=True))
-        given = {a: tensors[plain[b]] for a, b in stems.items() if b in plain}
-        renamed = Converted(found.family, "hf")
-        _dinov2_registers(given, renamed)
-        for piece in renamed.pieces.values():
-            sources = tuple(plain[stems[name]] for name in piece.sources)
-            found.join(piece.target, sources, piece.value, piece.note)
+        given = {names[key]: value for key, value in tensors.items()}
+        renamed = Converted(found.family, "hf", {k: found.pieces[k] for k in _REGISTERS})
+        stem = "embeddings.position_embeddings"
+        _dinov2_registers({"pos_embed": given[stem]} if stem in given else {}, renamed)
+        piece = renamed.pieces["backbone.pos_embed"]
+        source = next(key for key in tensors if names[key] == stem)
+        found.join(piece.target, (source,), piece.value, piece.note)
     for key in ("decoder.0.weight", "decoder.0.bias"):
         if key in tensors:
             _shuffled_head(found, key, tensors[key])
