@@ -41,6 +41,11 @@ _ENCODER_KEY = re.compile(
 )
 
 
+_RELATIVE = re.compile(
+    r"(?:encoder\.)?(?:rel_pos_bias|blocks\.\d+\.attn)\.relative_position_bias_table"
+)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor under this package's name.
@@ -133,7 +138,7 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
     seen = style_of(tensors)
     if style is not None and style != seen:
         raise UserError(f"--from: {style!r} is not what the keys say, {seen!r}")
-    biased = [key for key in tensors if "relative_position_bias_table" in key]
+    biased = [key for key in tensors if _RELATIVE.fullmatch(key)]
     if biased:
         raise UserError(
             f"{some(biased)}: a relative position bias is added to the attention scores, which "
@@ -156,9 +161,13 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
                 f"mixed key styles: {some(others)} beside the {seen} layout; a file must have one"
             )
         raise UserError(
-            f"keys that no part of the model takes: {some(found.unread)}; a file is loaded whole "
-            "or not at all"
+            f"keys that no part of a ViT takes: {some(found.unread)}; it is another architecture "
+            "or holds more than one model, and nothing is loaded in part"
         )
+    for piece in found.pieces.values():
+        if not piece.value.dtype.is_floating_point:
+            kind = str(piece.value.dtype).removeprefix("torch.")
+            raise UserError(f"{some(piece.sources)}: is {kind}; quantised weights are not read")
     blocks = sorted(
         {int(key.split(".")[2]) for key in found.pieces if key.startswith("backbone.blocks.")}
     )
@@ -169,7 +178,12 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
 
 def _claims(style: str, key: str) -> bool:
     if style == "hf":
-        return re.match(r"(?:[a-z_0-9]+\.)?(?:embeddings|encoder\.layer|layers)\.", key) is not None
+        return (
+            re.match(
+                r"(?:[a-z_0-9]+\.)?(?:embeddings|encoder\.layer|layers\.\d+\.attention)\.", key
+            )
+            is not None
+        )
     if style == "simmim":
         return (
             re.match(r"encoder\.(?:blocks|patch_embed|cls_token|pos_embed|norm)\b", key) is not None

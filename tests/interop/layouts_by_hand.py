@@ -183,7 +183,9 @@ def simmim(state: State, images: Tensor, hidden: Tensor, heads: int) -> dict[str
     side = int(x.shape[1] ** 0.5)
     maps = x.transpose(1, 2).unflatten(2, (side, side))
     patch = inner["patch_embed.proj.weight"].shape[2]
-    drawn = F.pixel_shuffle(F.conv2d(maps, state["decoder.0.weight"], state["decoder.0.bias"]), patch)
+    drawn = F.pixel_shuffle(
+        F.conv2d(maps, state["decoder.0.weight"], state["decoder.0.bias"]), patch
+    )
     flags = hidden.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     distance = ((images - drawn).abs() * flags).sum()
     loss = distance / (flags.sum() * images.shape[1])  # their 1e-5 in the denominator left out

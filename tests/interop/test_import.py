@@ -512,7 +512,9 @@ def test_every_verb_takes_an_import(tmp_path: Path, store: Store, small: Small, 
     outcome = mim("import", path, "--output", run, *heads, *data, *train)
     assert outcome.code == 0, outcome.err
     assert "62 loaded, 0 adapted, 0 left out" in outcome.out
-    assert mim("evaluate", "knn", run, "--set", "k=[5]", "few_shot=[]", "temperature=[0.1]").code == 0
+    assert (
+        mim("evaluate", "knn", run, "--set", "k=[5]", "few_shot=[]", "temperature=[0.1]").code == 0
+    )
     result = checkpoint.read_result(run)
     assert result["imported"]["family"] == "facebookresearch/mae with decoder"
     assert result["evaluations"]["knn"]
@@ -536,9 +538,10 @@ def test_an_encoder_alone_predicts_nothing(
     import_run(path, run, {**small, "data.source": "photos"})
     assert "without a decoder" in mim("visualize", "reconstruct", run).line
     assert mim("visualize", "masks", run, "--images", 1).code == 0
-    assert "--part encoder" in mim(
-        "export", run, "--to", "hf", "--part", "model", "--output", tmp_path / "hf"
-    ).line
+    assert (
+        "--part encoder"
+        in mim("export", run, "--to", "hf", "--part", "model", "--output", tmp_path / "hf").line
+    )
 
 
 def test_to_timm_takes_the_encoder_alone() -> None:
