@@ -169,7 +169,7 @@ def mae(
 
 
 def simmim(state: State, images: Tensor, hidden: Tensor, heads: int) -> dict[str, Tensor]:
-    """Xie et al. 2021, section 3: mask tokens in the encoder, one linear layer, l1 on the hidden."""
+    """Xie et al. 2021, section 3: mask tokens in the encoder, a linear layer, l1 on the hidden."""
     inner = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     tokens = embed(inner, images)
     tokens = torch.where(hidden[..., None], inner["mask_token"], tokens)

@@ -267,7 +267,7 @@ def test_a_decoder_cannot_be_adapted(store: Store, small: Small) -> None:
     # Positions of encoder and decoder both follow the image size.
     larger = import_model(path, {**small, "data.image_size": 32})
     assert {e.key for e in larger.account.of("adapted")} == {"pos_embed", "decoder_pos_embed"}
-    with pytest.raises(UserError, match="besides decoder.mask_token"):
+    with pytest.raises(UserError, match=r"besides decoder\.mask_token"):
         import_model(path, {**small, "model.regime.name": "zero"})
 
 
