@@ -37,7 +37,7 @@ class Weights:
         tensors: in float32, by the file's own keys without the wrappers' prefixes.
         config: a ``config.json`` beside the file (Hugging Face, timm); empty without one.
         processor: a ``preprocessor_config.json`` beside it; empty without one.
-        metadata: of a safetensors file.
+        metadata: of a safetensors file; ``mim_config`` is the config of this package's own files.
         arguments: of the training script, where the file holds them (facebookresearch/mae).
         left_out: entries besides the weights -> why they were left out.
         notes: what a reader must know: which part was taken, which precision it had.
@@ -128,8 +128,8 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{index} has no weight_map")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        shard = (index.parent / name).resolve()
-        if shard.parent != index.parent.resolve() or not shard.is_file():
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
             raise UserError(f"{index}: part {name!r} is not in its folder")
         tensors |= _read_safetensors(shard)[0]
     if missing := [key for key in places if key not in tensors]:
@@ -147,7 +147,7 @@ def _unwrap(
         names = [name for name, value in content.items() if isinstance(value, Mapping)]
         raise choice_error("--key", key, names)
     chosen = key
-    if chosen is None and not any(isinstance(value, Tensor) for value in content.values()):
+    if chosen is None:  # in a state dict itself no value is a mapping
         wrapped = [n for n in _WRAPPERS if isinstance(content.get(n), Mapping) and content[n]]
         chosen = wrapped[0] if wrapped else None
     if chosen is None:
@@ -223,6 +223,8 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
                 arguments = dict(vars(given))
             elif isinstance(given, Mapping):
                 arguments = dict(given)
+            if isinstance(content.get("fingerprint"), str):  # a checkpoint of this package's
+                metadata = {"mim_config": content["fingerprint"]}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     left_out |= {
         str(name): f"is a {type(value).__name__}, no tensor"

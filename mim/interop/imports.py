@@ -182,7 +182,11 @@ class _Reader:
         self, weights: Weights, found: Converted, state: dict[str, Tensor], backbone: str | None
     ) -> None:
         self.weights, self.found, self.state = weights, found, state
-        self.backbone = backbone
+        # timm's own config.json beside the file names the model and what departs from it.
+        named = weights.config.get("architecture")
+        is_named = backbone is None and isinstance(named, str) and named in list_models()
+        self.backbone = named if is_named else backbone
+        self.named_args = _named_args(weights.config) if is_named else {}
         self.notes: list[str] = []
         self.own = self._own_config()
         patch = state[_PATCH]
@@ -289,7 +293,8 @@ class _Reader:
         else:
             if name not in list_models():
                 raise choice_error("--backbone", name, list_models("vit_*patch16_224"))
-            base = create_model_meta(name)
+            base = create_model_meta(name, self.named_args)
+            args |= self.named_args
         has_class = "backbone.cls_token" in state
         pooled = "backbone.fc_norm.weight" in state
         registers = "backbone.reg_token" in state
@@ -417,8 +422,9 @@ class _Reader:
         return settings
 
     def _normalisation(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        mean = self.weights.processor.get("image_mean")
-        std = self.weights.processor.get("image_std")
+        timm_says = self.weights.config.get("pretrained_cfg") or {}
+        mean = self.weights.processor.get("image_mean", timm_says.get("mean"))
+        std = self.weights.processor.get("image_std", timm_says.get("std"))
         if isinstance(mean, list) and isinstance(std, list) and len(mean) == self.channels:
             return {"data.mean": mean, "data.std": std}
         if self.channels != 3:
@@ -455,10 +461,17 @@ class _Reader:
         }
 
 
-def create_model_meta(name: str) -> Any:
+def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a timm model in its ``config.json``, but for those that are settings of data."""
+    args = config.get("model_args") or {}
+    data = ("img_size", "in_chans", "num_classes", "dynamic_img_size")
+    return {key: value for key, value in args.items() if key not in data}
+
+
+def create_model_meta(name: str, args: Mapping[str, Any] | None = None) -> Any:
     """A timm model without memory for its weights, to ask for its sizes."""
     with torch.device("meta"):
-        model = create_model(name, num_classes=0)
+        model = create_model(name, num_classes=0, **(args or {}))
     if not hasattr(model, "blocks") or not hasattr(model, "no_embed_class"):
         reason = f"is a {type(model).__name__}; weights go into a timm VisionTransformer"
         raise setting_error("model.backbone", name, reason)

@@ -175,9 +175,10 @@ def simmim(state: State, images: Tensor, hidden: Tensor, heads: int) -> dict[str
     tokens = torch.where(hidden[..., None], inner["mask_token"], tokens)
     x = torch.cat([inner["cls_token"].expand(len(images), -1, -1), tokens], dim=1)
     x = x + inner["pos_embed"]
+    found: dict[str, Tensor] = {}
     depth = 0
     while f"blocks.{depth}.norm1.weight" in inner:
-        x = block(inner, f"blocks.{depth}", x, heads)
+        x = found[f"layer{depth}"] = block(inner, f"blocks.{depth}", x, heads)
         depth += 1
     x = norm(inner, "norm", x)[:, 1:]
     side = int(x.shape[1] ** 0.5)
@@ -189,4 +190,4 @@ def simmim(state: State, images: Tensor, hidden: Tensor, heads: int) -> dict[str
     flags = hidden.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     distance = ((images - drawn).abs() * flags).sum()
     loss = distance / (flags.sum() * images.shape[1])  # their 1e-5 in the denominator left out
-    return {"image": drawn, "loss": loss}
+    return {**found, "image": drawn, "loss": loss}

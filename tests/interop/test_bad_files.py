@@ -125,7 +125,7 @@ def test_relative_positions_are_refused(store: Store, small: Small) -> None:
 def test_mixed_key_styles(store: Store, small: Small) -> None:
     state = fill(encoder_shapes())
     with_two = state | {"encoder.patch_embed.proj.weight": state["patch_embed.proj.weight"]}
-    with pytest.raises(UserError, match="mixed key styles: .* each belong to another layout"):
+    with pytest.raises(UserError, match=r"mixed key styles: .* each belong to another layout"):
         import_model(store(with_two), small)
     renamed = {
         key.replace("blocks.1.", "encoder.layer.1.") if "blocks.1" in key else key: value

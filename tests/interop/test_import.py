@@ -307,6 +307,24 @@ def test_hugging_face_dinov2(registers: int, tmp_path: Path, images: Tensor) -> 
     assert tokens.shape[1] == 1 + registers + 16
 
 
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTModel", "ViTModel"])
+def test_hugging_face_vit(name: str, tmp_path: Path, images: Tensor) -> None:
+    """Its encoder; classifier and pooler are left out by name."""
+    settings = transformers.DeiTConfig if name == "DeiTModel" else transformers.ViTConfig
+    config = settings(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+        image_size=16, patch_size=4, attn_implementation="sdpa",
+    )  # fmt: skip
+    oracle = shaken(getattr(transformers, name)(config))
+    oracle.save_pretrained(tmp_path / "hf")
+    imported = import_model(tmp_path / "hf")
+    head = "classifier" if "Classification" in name else "pooler.dense"
+    assert set(imported.account.left_out) == {f"{head}.weight", f"{head}.bias"}
+    encoder = (oracle.vit if "Classification" in name else oracle).double()
+    expected = encoder(images).last_hidden_state
+    torch.testing.assert_close(imported.model.double().encode(images), expected, **EXACT)
+
+
 # --- SimMIM, DINOv2, DeiT, timm -------------------------------------------------------------------
 
 
@@ -331,7 +349,9 @@ def test_simmim(scaled: bool, store: Store, small: Small, images: Tensor) -> Non
     mask = mask_of(model)
     leaves = {k: v.double().requires_grad_() for k, v in state.items()}
     wanted = simmim(leaves, images, mask.is_masked, 3)
-    output = model(images, mask)
+    output, features = layers(model, lambda: model(images, mask))
+    for depth, tokens in enumerate(features):
+        torch.testing.assert_close(tokens, wanted[f"layer{depth}"], **EXACT)
     from mim.patches import unpatchify
 
     drawn = unpatchify(output.prediction, (4, 4), (4, 4))
@@ -441,6 +461,51 @@ def test_timm(name: str, store: Store, small: Small) -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(imported.model.encode(images), original.forward_features(images))
+
+
+def test_timm_folders_name_their_model(tmp_path: Path) -> None:
+    """As timm saves for the hub: name, arguments and normalisation in ``config.json``."""
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    name = "vit_base_patch16_clip_224"
+    original = shaken(timm.create_model(name, num_classes=0, **size))
+    timm.models.save_for_hf(original, str(tmp_path), model_args=size)
+    imported = import_model(tmp_path)
+    assert imported.config.model.backbone == name
+    assert imported.config.data.mean == original.pretrained_cfg["mean"]
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(imported.model.encode(images), original.forward_features(images))
+
+
+def test_files_in_parts(tmp_path: Path) -> None:
+    oracle = vitmae()
+    oracle.save_pretrained(tmp_path / "parts", max_shard_size="30KB")
+    oracle.save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    parts, whole = (import_model(tmp_path / name) for name in ("parts", "whole"))
+    wanted = whole.model.state_dict()
+    for key, value in parts.model.state_dict().items():
+        assert torch.equal(value, wanted[key])
+    from mim.errors import UserError
+
+    next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="is not in its folder"):
+        import_model(tmp_path / "parts")
+
+
+def test_a_checkpoint_of_our_own(tmp_path: Path, tiny: Callable[..., Path], mim: Any) -> None:
+    """It says all there is to say, the regime too."""
+    run, back = tmp_path / "run", tmp_path / "back"
+    changes = {"model.regime.name": "token", "model.decoder.name": "linear"}
+    assert mim("pretrain", "--config", tiny(changes), "--output", run).code == 0
+    path = checkpoint.checkpoints(run)[-1]
+    assert mim("import", path, "--output", back).code == 0
+    import mim as package
+
+    first, again = package.load(run).state_dict(), package.load(back).state_dict()
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert checkpoint.read_config(back).model == checkpoint.read_config(run).model
 
 
 def size_settings(size: dict[str, Any]) -> dict[str, Any]:
