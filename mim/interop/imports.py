@@ -462,7 +462,7 @@ class _Reader:
 
 
 def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a timm model in its ``config.json``, but for those that are settings of data."""
+    """A timm model's arguments in its ``config.json``, but for those that are settings of data."""
     args = config.get("model_args") or {}
     data = ("img_size", "in_chans", "num_classes", "dynamic_img_size")
     return {key: value for key, value in args.items() if key not in data}

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # layouts_by_hand
 SMALL = {
     "model.backbone_args.num_heads": 3,
     "model.decoder.transformer.heads": 4,
+    "model.decoder.transformer.width": 16,
+    "model.decoder.transformer.depth": 2,
 }
-"""What no weights of width 24 tell."""
+"""What no weights of width 24 tell, and a small decoder where a file has none."""
 
 
 @pytest.fixture
