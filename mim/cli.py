@@ -228,8 +228,8 @@ def _export(args: list[str]) -> int:
     from mim.interop import export_run
 
     exported = export_run(options.run, options.to, options.output, options.part)
-    _say(exported.usage)
     _say(f"model card: {exported.card}")
+    _say(exported.usage)  # last: scripts read the line that loads it
     return 0
 
 
