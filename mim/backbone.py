@@ -5,12 +5,17 @@ Its state dict stays timm's; nothing is renamed, added or converted.
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from timm import create_model, list_models
+from safetensors import SafetensorError
+from timm import create_model, is_model, is_model_pretrained, list_models
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models import load_state_dict as read_state_dict
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +33,9 @@ _RESERVED = {
     "patch_drop_rate": "mask.ratio",
     "dynamic_img_size": "data.image_size",
 }
+# Entries of a checkpoint that are no part of the encoder.
+_HEADS = ("head.", "attn_pool.")
+_MAE = ("decoder_", "mask_token")
 
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
@@ -46,7 +54,13 @@ def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) 
 
 
 def build_backbone(
-    model: ModelConfig, size: tuple[int, int], channels: int, seed: int = 0
+    model: ModelConfig,
+    size: tuple[int, int],
+    channels: int,
+    seed: int = 0,
+    *,
+    setting: str = "model",
+    pretrained: bool = False,
 ) -> VisionTransformer:
     """The timm ViT that ``model`` names, without a head.
 
@@ -55,41 +69,57 @@ def build_backbone(
         size: (height, width) of the images in pixels.
         channels: of the images.
         seed: its weights follow from it, whatever was drawn before.
+        setting: the block of settings that names the model, for messages.
+        pretrained: whether timm downloads the weights it has under that name.
 
     Raises:
         UserError: for an unknown name, arguments that timm refuses, a patch size that does not
-            divide the image, or a model whose patches overlap.
+            divide the image, a model whose patches overlap, or weights that cannot be had.
     """
-    setting, args = "model.backbone_args", dict(model.backbone_args)
+    setting_name, setting_args = f"{setting}.backbone", f"{setting}.backbone_args"
+    args = dict(model.backbone_args)
     for name, place in _RESERVED.items():
         if name in args:
-            raise setting_error(setting, args, f"must not set {name}: that is {place}")
+            raise setting_error(setting_args, args, f"must not set {name}: that is {place}")
     patch = args.get("patch_size")
     if patch is not None:
         sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
-        _check_patch(sides, size)
+        _check_patch(sides, size, setting_args)
         args["patch_size"] = sides
-    if model.backbone not in list_models():
+    known = is_model(model.backbone) if pretrained else model.backbone in list_models()
+    if not known:
         near = list_models(f"{model.backbone.split('_')[0]}_*patch*") or list_models("vit_*")
         if len(near) > 40:
             near = [name for name in near if "_patch16_224" in name]
-        raise choice_error("model.backbone", model.backbone, near)
+        raise choice_error(setting_name, model.backbone, near)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "backbone"))
         try:
             vit = create_model(
-                model.backbone, img_size=size, in_chans=channels, num_classes=0, **args
+                model.backbone,
+                # A check of a config builds on the meta device, and downloads nothing.
+                pretrained=pretrained and torch.get_default_device().type != "meta",
+                img_size=size,
+                in_chans=channels,
+                num_classes=0,
+                **args,
             )
+        except OSError as error:
+            reason = f"weights of {model.backbone} cannot be had: {error}"
+            raise setting_error(f"{setting}.pretrained", True, reason) from error
         except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             given = {"backbone": model.backbone, **args}
-            raise setting_error(setting, given, f"is refused by timm: {error}") from error
+            raise setting_error(setting_args, given, f"is refused by timm: {error}") from error
+    if pretrained and not is_model_pretrained(model.backbone):
+        reason = f"is refused by timm: it has no weights of {model.backbone}"
+        raise setting_error(f"{setting}.pretrained", True, reason)
     if not isinstance(vit, VisionTransformer):
         reason = f"is a {type(vit).__name__}; the regimes need a timm VisionTransformer"
-        raise setting_error("model.backbone", model.backbone, reason)
+        raise setting_error(setting_name, model.backbone, reason)
     if not isinstance(vit.patch_embed, PatchEmbed):
         reason = f"embeds patches by {type(vit.patch_embed).__name__}, which may mix patches"
-        raise setting_error("model.backbone", model.backbone, reason)
-    _check_patch(vit.patch_embed.patch_size, size)
+        raise setting_error(setting_name, model.backbone, reason)
+    _check_patch(vit.patch_embed.patch_size, size, setting_args)
     if vit.attn_pool is not None:
         vit.reset_classifier(0, "token" if vit.has_class_token else "avg")
     if model.position_embedding == "sincos2d":
@@ -111,13 +141,13 @@ def set_norm_eps(module: nn.Module, eps: float | None) -> None:
             part.eps = eps
 
 
-def _check_patch(patch: tuple[int, ...], size: tuple[int, int]) -> None:
+def _check_patch(patch: tuple[int, ...], size: tuple[int, int], setting: str) -> None:
     if len(patch) != 2 or any(not isinstance(side, int) or side < 1 for side in patch):
         reason = "must be 1 or 2 whole numbers above 0"
-        raise setting_error("model.backbone_args.patch_size", patch, reason)
+        raise setting_error(f"{setting}.patch_size", patch, reason)
     if size[0] % patch[0] or size[1] % patch[1]:
         reason = f"does not divide data.image_size {size[0]} x {size[1]}"
-        raise setting_error("model.backbone_args.patch_size", patch, reason)
+        raise setting_error(f"{setting}.patch_size", patch, reason)
 
 
 def grid_of(vit: VisionTransformer) -> tuple[int, int]:
@@ -186,6 +216,7 @@ def run_blocks(
     bias: Tensor | None = None,
     num_keys: int | None = None,
     checkpointing: bool = False,
+    layers: list[Tensor] | None = None,
 ) -> Tensor:
     """The transformer blocks and the final norm.
 
@@ -196,6 +227,7 @@ def run_blocks(
         num_keys: only the first so many tokens are read (keys and values); None reads all.
         checkpointing: compute each block again in the backward pass instead of storing it. timm's
             own switch is not used because it is off whenever an attention mask is given.
+        layers: receives the output of every block, (B, L, D), before the final norm.
 
     Returns:
         (B, L, D).
@@ -213,7 +245,99 @@ def run_blocks(
             tokens = checkpoint(run, block, tokens, use_reentrant=False)
         else:
             tokens = run(block, tokens)
+        if layers is not None:
+            layers.append(tokens)
     return vit.norm(tokens)
+
+
+def block_outputs(
+    vit: VisionTransformer, tokens: Tensor, bias: Tensor | None = None
+) -> list[Tensor]:
+    """(B, L, D) embedded tokens -> the output of every block, each (B, L, D)."""
+    layers: list[Tensor] = []
+    run_blocks(vit, tokens, bias=bias, layers=layers)
+    return layers
+
+
+def attention_maps(
+    vit: VisionTransformer, tokens: Tensor, bias: Tensor | None = None
+) -> list[Tensor]:
+    """What each token reads in each block.
+
+    Args:
+        vit: the encoder, of plain timm blocks (:func:`supports_split`).
+        tokens: (B, L, D), embedded.
+        bias: added to the scores of every layer; None where all may read all.
+
+    Returns:
+        For each block (B, heads, L, L); rows are queries and sum to 1.
+    """
+    maps: list[Tensor] = []
+    inputs = [vit.norm_pre(tokens), *block_outputs(vit, tokens, bias)[:-1]]
+    for block, x in zip(vit.blocks, inputs, strict=True):
+        assert isinstance(block, Block) and isinstance(block.attn, Attention)
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1)  # (B, L, 3, h, d)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
+        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+        maps.append((scores if bias is None else scores + bias).softmax(dim=-1))
+    return maps
+
+
+def patch_attention(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """How much the last block attends to each patch, the mean over its heads.
+
+    Args:
+        vit: the encoder, of plain timm blocks.
+        tokens: (B, P + N, D), embedded.
+
+    Returns:
+        (B, N): of the class token's query where there is one, else the mean over all queries.
+    """
+    last = attention_maps(vit, tokens)[-1].mean(dim=1)  # (B, L, L)
+    rows = last[:, 0] if vit.cls_token is not None else last.mean(dim=1)
+    return rows[:, vit.num_prefix_tokens :]
+
+
+def load_weights(vit: VisionTransformer, checkpoint: Path, backbone: str) -> tuple[str, ...]:
+    """Load a file of weights into a timm ViT.
+
+    It may be safetensors or a torch file with weights only, of timm or of MAE; timm converts it
+    and resamples position embeddings to the image size. A classification head, a pooling layer
+    and MAE's decoder are left out; all else must match.
+
+    Args:
+        vit: the model.
+        checkpoint: the file.
+        backbone: the model's name, for messages.
+
+    Returns:
+        Names of the entries that were left out.
+
+    Raises:
+        UserError: if the file is missing or unreadable, or its entries are not the encoder's.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    try:
+        state = read_state_dict(str(checkpoint), weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        message = f"checkpoint {checkpoint} cannot be read as weights: {reason}"
+        raise UserError(message) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
+    # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
+    is_mae = any(name.startswith("decoder_") for name in state)
+    dropped = _HEADS + _MAE if is_mae else _HEADS
+    left_out = tuple(sorted(name for name in state if name.startswith(dropped)))
+    state = {name: value for name, value in state.items() if name not in left_out}
+    try:
+        converted = checkpoint_filter_fn(state, vit)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
+    load_backbone(vit, converted, f"checkpoint {checkpoint}")
+    return left_out
 
 
 def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
@@ -235,4 +359,5 @@ def load_backbone(vit: VisionTransformer, state: dict[str, Tensor], source: str)
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(f"{source} does not fit the model: {what} {', '.join(keys[:3])}{more}")
-    vit.load_state_dict(state)
+    if not next(vit.parameters()).is_meta:  # there is nothing to copy into where all fits
+        vit.load_state_dict(state)

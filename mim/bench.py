@@ -13,7 +13,6 @@ from mim.config import Config
 from mim.cost import count_flops, environment
 from mim.errors import choice_error, setting_error
 from mim.keys import image_keys
-from mim.masks import build_mask_generator
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer
 from mim.regimes import REGIMES
@@ -59,8 +58,9 @@ def bench_step(
         )
         model = build_model(chosen).to(device)
         subjects[name] = model, build_optimizer(config.optim, model, 1e-4)
-        mask = build_mask_generator(config.mask)(model.grid, _keys(2, 0)).to(device)
-        forward, backward = count_flops(model, images[:2], mask)
+        ids = torch.arange(2)
+        forward, backward = count_flops(model, images[:2], ids)
+        mask = model.draw_mask(images[:2], image_keys(0, 0, ids), sample_ids=ids)
         tokens = model.regime.encoder_tokens(model.backbone, mask.num_visible)
         figures[name] = {
             "encoder_tokens": tokens,
@@ -95,10 +95,6 @@ def bench_step(
     }
 
 
-def _keys(count: int, epoch: int) -> torch.Tensor:
-    return image_keys(0, epoch, torch.arange(count), purpose="mask")
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -111,13 +107,14 @@ def _step(
     images: torch.Tensor,
     number: int,
 ) -> torch.Tensor:
-    generator = build_mask_generator(config.mask)
-    mask = generator(model.grid, _keys(len(images), number)).to(images.device, non_blocking=True)
+    ids = torch.arange(len(images))
+    mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
     kind = _AUTOCAST[config.train.precision]
     with torch.autocast(images.device.type, dtype=kind, enabled=kind is not None):
         loss = model(images, mask).loss
     loss.backward()
     optimizer.step()
+    model.update_teacher()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 

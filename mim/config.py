@@ -23,6 +23,8 @@ def _one_of(setting: str, value: str, choices: tuple[str, ...]) -> None:
 def _above(setting: str, value: float, low: float, *, equal: bool = False) -> None:
     if not (value >= low if equal else value > low):
         raise setting_error(setting, value, f"must be {'at least' if equal else 'above'} {low}")
+    if value == math.inf:
+        raise setting_error(setting, value, "must be finite")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,124 @@ class MaskScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AttentionMaskConfig:
+    """Masks guided by the EMA teacher's attention (AttMask)."""
+
+    hide: str = "most"
+    """Which patches are hidden: the most or the least attended."""
+    randomness: float = 0.5
+    """Scale of keyed Gumbel noise on the log-attention: 0 is strict, 1 samples in proportion."""
+
+    def __post_init__(self) -> None:
+        _one_of("mask.attention.hide", self.hide, ("most", "least"))
+        _above("mask.attention.randomness", self.randomness, 0, equal=True)
+
+
+@dataclass(frozen=True)
+class LearnedMaskConfig:
+    """Masks from a small network that is trained against the reconstruction."""
+
+    objective: str = "adamae"
+    """adamae (show what is hard to guess) or adversarial (hide it)."""
+    sampling: str = "gumbel"
+    """gumbel (sample without replacement by score, keyed for each image) or topk (strict)."""
+    width: int = 64
+    """Width of the network."""
+
+    def __post_init__(self) -> None:
+        _one_of("mask.learned.objective", self.objective, ("adamae", "adversarial"))
+        _one_of("mask.learned.sampling", self.sampling, ("gumbel", "topk"))
+        _above("mask.learned.width", self.width, 1, equal=True)
+
+
+def _check_span(setting: str, span: tuple[float, float], most: float | None = None) -> None:
+    low, high = span
+    if not (0 < low <= high and math.isfinite(high) and (most is None or high <= most)):
+        limit = "" if most is None else f" <= {most:g}"
+        raise setting_error(setting, span, f"must be 0 < from <= to{limit}")
+
+
+@dataclass(frozen=True)
+class BlockMaskConfig:
+    """Settings of the generator block: rectangles that pile up."""
+
+    area: tuple[float, float] = (16 / 196, 1.0)
+    """Share of the grid a rectangle covers, from and to; never more than is still to be hidden."""
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    """Height over width of a rectangle, from and to; drawn log-uniformly."""
+    exact: bool = True
+    """Whether the last rectangle is cut so that the number of hidden patches is exact; false
+    keeps rectangles whole, as BEiT does, and may hide fewer."""
+
+    def __post_init__(self) -> None:
+        _check_span("mask.block.area", self.area, 1)
+        _check_span("mask.block.aspect", self.aspect)
+
+
+@dataclass(frozen=True)
+class AlignedMaskConfig:
+    """Settings of the generator aligned: units larger than a patch."""
+
+    unit: int | tuple[int, int] = 32
+    """Side in pixels of the square that is hidden as one, or (height, width)."""
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise setting_error("mask.aligned.unit", self.unit, "must be at least 1")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.unit, self.unit) if isinstance(self.unit, int) else self.unit
+
+
+@dataclass(frozen=True)
+class InverseBlockMaskConfig:
+    """Settings of the generator inverse_block: one visible rectangle."""
+
+    aspect: tuple[float, float] = (0.5, 2.0)
+    """Height over width of the rectangle, from and to; drawn log-uniformly."""
+    roll: bool = False
+    """Whether the rectangle may leave the grid on one side and come in on the other, so that
+    every patch is visible equally often."""
+
+    def __post_init__(self) -> None:
+        _check_span("mask.inverse_block.aspect", self.aspect)
+
+
+@dataclass(frozen=True)
+class MultiblockMaskConfig:
+    """Settings of the generator multiblock: hidden targets inside a visible context."""
+
+    targets: int = 4
+    """Number of target rectangles, which may overlap."""
+    aspect: tuple[float, float] = (0.75, 1.5)
+    """Height over width of a target, from and to."""
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    """Share of the grid the context covers, from and to; what lies outside it is hidden first."""
+
+    def __post_init__(self) -> None:
+        _above("mask.multiblock.targets", self.targets, 1, equal=True)
+        _check_span("mask.multiblock.aspect", self.aspect)
+        _check_span("mask.multiblock.context_scale", self.context_scale, 1)
+
+
+@dataclass(frozen=True)
+class FileMaskConfig:
+    """Settings of the generator file; it does not use ``mask.ratio``."""
+
+    path: str | None = None
+    """One .npy or .png for all images, one .npy (images, rows, columns) indexed by sample id, or a
+    folder with the same paths as the image folder. 1, true and white hide."""
+    share: float = 0.5
+    """Share of a patch's pixels from which on it is hidden, where a mask is given in pixels."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise setting_error("mask.file.share", self.share, "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class MaskConfig:
     """Which patches are hidden."""
 
@@ -136,6 +256,20 @@ class MaskConfig:
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
+    block: BlockMaskConfig = field(default_factory=BlockMaskConfig)
+    """Settings of the generator block."""
+    aligned: AlignedMaskConfig = field(default_factory=AlignedMaskConfig)
+    """Settings of the generator aligned."""
+    inverse_block: InverseBlockMaskConfig = field(default_factory=InverseBlockMaskConfig)
+    """Settings of the generator inverse_block."""
+    multiblock: MultiblockMaskConfig = field(default_factory=MultiblockMaskConfig)
+    """Settings of the generator multiblock."""
+    file: FileMaskConfig = field(default_factory=FileMaskConfig)
+    """Settings of the generator file."""
+    attention: AttentionMaskConfig = field(default_factory=AttentionMaskConfig)
+    """Settings of the generator attention."""
+    learned: LearnedMaskConfig = field(default_factory=LearnedMaskConfig)
+    """Settings of the generator learned."""
 
     def __post_init__(self) -> None:
         _check_ratio("mask.ratio", self.ratio)
@@ -192,6 +326,21 @@ class RegimeConfig:
     """Settings of the regime zero."""
 
 
+def _check_decoder_sizes(
+    setting: str, width: int, depth: int, heads: int, mlp_ratio: float
+) -> None:
+    for name, value in (("width", width), ("depth", depth), ("heads", heads)):
+        _above(f"{setting}.{name}", value, 1, equal=True)
+    _above(f"{setting}.mlp_ratio", mlp_ratio, 0)
+    if width % heads:
+        raise setting_error(
+            f"{setting}.width", width, f"is not divisible by {setting}.heads={heads}"
+        )
+    if width % 4:
+        reason = "must be divisible by 4 for its 2-D sin-cos position embedding"
+        raise setting_error(f"{setting}.width", width, reason)
+
+
 @dataclass(frozen=True)
 class TransformerDecoderConfig:
     """MAE's decoder."""
@@ -206,14 +355,48 @@ class TransformerDecoderConfig:
     """Hidden width of a block's MLP over the decoder's width."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            _above(f"model.decoder.transformer.{name}", getattr(self, name), 1, equal=True)
-        if self.width % self.heads:
-            reason = f"is not divisible by model.decoder.transformer.heads={self.heads}"
-            raise setting_error("model.decoder.transformer.width", self.width, reason)
-        if self.width % 4:
-            reason = "must be divisible by 4 for its 2-D sin-cos position embedding"
-            raise setting_error("model.decoder.transformer.width", self.width, reason)
+        setting = "model.decoder.transformer"
+        _check_decoder_sizes(setting, self.width, self.depth, self.heads, self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class MlpDecoderConfig:
+    """A multilayer perceptron on each latent."""
+
+    width: int = 512
+    """Width of a hidden layer."""
+    depth: int = 1
+    """Number of hidden layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            _above(f"model.decoder.mlp.{name}", getattr(self, name), 1, equal=True)
+
+
+@dataclass(frozen=True)
+class CrossDecoderConfig:
+    """CrossMAE's decoder."""
+
+    width: int = 512
+    """Width of a token in the decoder."""
+    depth: int = 8
+    """Number of blocks."""
+    heads: int = 16
+    """Attention heads; must divide the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over the decoder's width."""
+    share: float = 0.25
+    """Share of the hidden patches that is decoded in training, drawn for each image and epoch."""
+    layers: str = "weighted"
+    """What the blocks read: last (the encoder's output) or weighted (each block its own learned
+    sum of the outputs of the encoder's blocks)."""
+
+    def __post_init__(self) -> None:
+        setting = "model.decoder.cross_attention"
+        _check_decoder_sizes(setting, self.width, self.depth, self.heads, self.mlp_ratio)
+        if not 0 < self.share <= 1:
+            raise setting_error(f"{setting}.share", self.share, "must be above 0 and at most 1")
+        _one_of(f"{setting}.layers", self.layers, ("last", "weighted"))
 
 
 @dataclass(frozen=True)
@@ -221,9 +404,103 @@ class DecoderConfig:
     """What predicts the hidden patches."""
 
     name: str = "transformer"
-    """transformer (MAE) or linear (SimMIM; needs a regime that keeps every token)."""
+    """transformer (MAE), cross_attention (CrossMAE), linear (SimMIM) or mlp; the last two need a
+    regime that keeps every token."""
     transformer: TransformerDecoderConfig = field(default_factory=TransformerDecoderConfig)
     """Settings of the transformer decoder."""
+    cross_attention: CrossDecoderConfig = field(default_factory=CrossDecoderConfig)
+    """Settings of the cross-attention decoder."""
+    mlp: MlpDecoderConfig = field(default_factory=MlpDecoderConfig)
+    """Settings of the MLP decoder."""
+
+
+@dataclass(frozen=True)
+class HogConfig:
+    """Histograms of oriented gradients."""
+
+    bins: int = 9
+    """Directions a histogram tells apart, over 180 degrees."""
+    cell: int = 8
+    """Side in pixels of the squares that have a histogram each; must divide the patch."""
+    normalize: bool = True
+    """Whether each histogram is divided by its length, so that contrast does not count."""
+
+    def __post_init__(self) -> None:
+        for name in ("bins", "cell"):
+            _above(f"model.target.hog.{name}", getattr(self, name), 1, equal=True)
+
+
+@dataclass(frozen=True)
+class LowPassConfig:
+    """Pixels without their high spatial frequencies."""
+
+    cutoff: float = 0.36
+    """Highest frequency that stays, as a share of the Nyquist frequency; PixMIM's 40 of 112."""
+    filter: str = "ideal"
+    """ideal (all or nothing) or gaussian (half the power at the cutoff, no ringing)."""
+    normalize: bool = False
+    """Whether each filtered patch is brought to mean 0 and variance 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cutoff <= math.sqrt(2):
+            reason = "must be above 0 and at most 1.41, where every frequency stays"
+            raise setting_error("model.target.low_pass.cutoff", self.cutoff, reason)
+        _one_of("model.target.low_pass.filter", self.filter, ("ideal", "gaussian"))
+
+
+@dataclass(frozen=True)
+class FrequencyConfig:
+    """Each patch's cosine transform."""
+
+    coefficients: int | None = None
+    """How many of a patch's coefficients per channel, lowest frequencies first; by default all."""
+    whiten: bool = True
+    """Whether a coefficient is measured against the 1 / frequency amplitudes of natural images;
+    false, with all coefficients and mse, is the loss of pixels."""
+
+    def __post_init__(self) -> None:
+        if self.coefficients is not None:
+            _above("model.target.frequency.coefficients", self.coefficients, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Features of a frozen timm model. Without weights to load it is random, and the same always.
+
+    It reads the images as the data settings normalise them: give data.mean and data.std the
+    values it was trained with.
+    """
+
+    backbone: str = "vit_tiny_patch16_224"
+    """Name of a timm VisionTransformer; its grid must be that of model.backbone."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the timm model, as model.backbone_args."""
+    checkpoint: str | None = None
+    """Its weights: a file of timm or MAE, or a run folder whose run has ended."""
+    pretrained: bool = False
+    """Whether timm downloads the weights of that name instead."""
+    layer: int = -1
+    """The block whose output counts, from 0; negative ones count from the last."""
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.checkpoint is not None:
+            reason = "cannot be combined with model.target.features.checkpoint: choose one"
+            raise setting_error("model.target.features.pretrained", True, reason)
+
+
+@dataclass(frozen=True)
+class EmaFeaturesConfig:
+    """Features of the encoder's own moving average (data2vec)."""
+
+    top: int | None = None
+    """How many of the last blocks are averaged; by default half of the depth, as data2vec's 6 of
+    12 for images."""
+    normalize_mean: bool = True
+    """Whether their mean is layer-normalised too, as data2vec does for images."""
+
+    def __post_init__(self) -> None:
+        if self.top is not None:
+            _above("model.target.ema_features.top", self.top, 1, equal=True)
 
 
 @dataclass(frozen=True)
@@ -231,14 +508,30 @@ class TargetConfig:
     """What must be predicted."""
 
     name: str = "normalized_pixels"
-    """normalized_pixels (each patch to mean 0, variance 1) or pixels."""
-    loss: str = "mse"
-    """Distance between prediction and target: mse or l1."""
+    """normalized_pixels (each patch to mean 0, variance 1), pixels, low_pass, frequency (cosine
+    transform), hog (histograms of oriented gradients), features (of a frozen timm model) or
+    ema_features (of the encoder's moving average)."""
+    loss: str = "auto"
+    """Distance between prediction and target: auto (smooth_l1 for features, mse for the rest),
+    mse, l1, smooth_l1 or cosine."""
+    smooth_l1_beta: float = 2.0
+    """Where smooth_l1 turns from a square into a line; 2.0 is data2vec's for images."""
     loss_on: str = "masked"
     """Which patches count: masked or all."""
+    hog: HogConfig = field(default_factory=HogConfig)
+    """Settings of the target hog."""
+    low_pass: LowPassConfig = field(default_factory=LowPassConfig)
+    """Settings of the target low_pass."""
+    frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
+    """Settings of the target frequency."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """Settings of the target features."""
+    ema_features: EmaFeaturesConfig = field(default_factory=EmaFeaturesConfig)
+    """Settings of the target ema_features."""
 
     def __post_init__(self) -> None:
-        _one_of("model.target.loss", self.loss, ("mse", "l1"))
+        _one_of("model.target.loss", self.loss, ("auto", "mse", "l1", "smooth_l1", "cosine"))
+        _above("model.target.smooth_l1_beta", self.smooth_l1_beta, 0)
         _one_of("model.target.loss_on", self.loss_on, ("masked", "all"))
 
 
@@ -260,8 +553,13 @@ class ModelConfig:
     """What predicts the hidden patches."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """What must be predicted."""
+    teacher_decay: float = 0.999
+    """Decay of the EMA teacher that the generator attention and the target ema_features read."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.teacher_decay < 1:
+            reason = "must be at least 0 and below 1"
+            raise setting_error("model.teacher_decay", self.teacher_decay, reason)
         _one_of("model.position_embedding", self.position_embedding, ("learned", "sincos2d"))
         if self.norm_eps is not None:
             _above("model.norm_eps", self.norm_eps, 0)

@@ -13,24 +13,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.masks import PatchMask
+from mim.keys import image_keys
 from mim.model import MaskedImageModel
 
 
-def count_flops(model: MaskedImageModel, images: Tensor, mask: PatchMask) -> tuple[int, int]:
-    """(forward, backward) floating-point operations an image, by torch's counter.
+def count_flops(model: MaskedImageModel, images: Tensor, sample_ids: Tensor) -> tuple[int, int]:
+    """(forward, backward) floating-point operations an image in training, by torch's counter.
 
-    Attention is counted in its plain form, since the counter does not know every fused kernel.
+    The forward count holds all that a step computes: the mask, where its generator looks at the
+    image, and the teacher, where there is one. Attention is counted in its plain form, since the
+    counter does not know every fused kernel.
     """
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     checkpointing, model.regime.checkpointing = model.regime.checkpointing, False
+    training = model.training
+    model.train()
     with sdpa_kernel(SDPBackend.MATH):
         with forward:
+            mask = model.draw_mask(images, image_keys(0, 0, sample_ids), sample_ids=sample_ids)
             loss = model(images, mask).loss
         with backward:
             loss.backward()
     model.regime.checkpointing = checkpointing
     model.zero_grad(set_to_none=True)
+    model.train(training)
     total = len(images)
     return forward.get_total_flops() // total, backward.get_total_flops() // total
 

@@ -1,7 +1,7 @@
 """What predicts the hidden patches from the latents.
 
-A decoder works in two parts: ``forward`` gives a hidden vector at every patch, and ``project``
-turns chosen ones into predictions, so that the last projection runs only where it is wanted.
+A decoder works in two parts: ``forward`` gives a hidden vector at the patches asked for, and
+``project`` turns them into predictions, so that the last projection runs only where it is wanted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from mim.backbone import sincos_position_embedding
 from mim.config import DecoderConfig
 from mim.errors import setting_error
 from mim.keys import seed_of
+from mim.masks import key_bias
 from mim.regimes import Latents, Regime, place_tokens
 from mim.registry import Registry
 
@@ -33,6 +36,10 @@ class Decoder(nn.Module, ABC):
 
     needs_all_tokens: bool
     """Whether it reads a latent at every patch and so cannot follow a regime that drops some."""
+    needs_layers: bool = False
+    """Whether it reads the output of every encoder block, not of the last alone."""
+    share: float = 1.0
+    """Share of the hidden patches that it predicts in training."""
 
     def __init__(
         self,
@@ -46,8 +53,16 @@ class Decoder(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, latents: Latents) -> Tensor:
-        """Latents -> (B, N, E), a hidden vector at every patch."""
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Hidden vectors.
+
+        Args:
+            latents: of the encoder.
+            ids: (B, M) patches that are wanted; None wants all N in order.
+
+        Returns:
+            (B, M, E).
+        """
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
@@ -55,6 +70,21 @@ class Decoder(nn.Module, ABC):
 
 
 DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name")
+
+
+def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """(B, N, E) -> (B, M, E) at the patches ``ids``."""
+    if ids is None:
+        return hidden
+    return hidden.gather(1, ids[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _xavier(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 @DECODERS.register("transformer")
@@ -87,16 +117,13 @@ class TransformerDecoder(Decoder):
         )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
         self.head = nn.Linear(settings.width, output)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        _xavier(self)
         # Last, so that the weights above are the same whether or not there is a mask token.
         self.mask_token: nn.Parameter | None = None
         if not regime.keeps_all_tokens:
             self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
 
-    def forward(self, latents: Latents) -> Tensor:
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
         """Decode; see :class:`Decoder`."""
         x = self.embed(latents.tokens)  # (B, P + T, E)
         if latents.patch_ids is not None:
@@ -108,7 +135,7 @@ class TransformerDecoder(Decoder):
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.norm(x[:, latents.num_prefix :])
+        return self.norm(_at(x[:, latents.num_prefix :], ids))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""
@@ -135,9 +162,143 @@ class LinearDecoder(Decoder):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, latents: Latents) -> Tensor:
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
         """The latents of the patches; see :class:`Decoder`."""
-        return latents.patches
+        return _at(latents.patches, ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+@DECODERS.register("mlp")
+class MlpDecoder(Decoder):
+    """A multilayer perceptron on each latent; between SimMIM's linear map and a transformer."""
+
+    needs_all_tokens = True
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        width: int,
+        output: int,
+        grid: tuple[int, int],
+        regime: Regime,
+        num_prefix: int,
+    ) -> None:
+        super().__init__(config, width, output, grid, regime, num_prefix)
+        settings = config.mlp
+        layers: list[nn.Module] = []
+        for index in range(settings.depth):
+            layers += [nn.Linear(settings.width if index else width, settings.width), nn.GELU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(settings.width, output)
+        _xavier(self)
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Each latent by itself; see :class:`Decoder`."""
+        return self.layers(_at(latents.patches, ids))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+class CrossBlock(nn.Module):
+    """Queries read a memory, then an MLP; queries do not read each other.
+
+    Args:
+        width: E.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over E.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
+        """Queries (B, M, E) and a memory (B, L, E) -> (B, M, E); bias adds to the scores."""
+        q = self.q(self.norm1(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, M, d)
+        kv = self.kv(memory).unflatten(2, (2, self.heads, -1))  # (B, L, 2, h, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
+        bias = None if bias is None else bias.to(q.dtype)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.proj(read.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+@DECODERS.register("cross_attention")
+class CrossAttentionDecoder(Decoder):
+    """Mask tokens read the latents and not each other (CrossMAE, Fu et al. 2024, 2401.14391).
+
+    Since no prediction depends on another, any subset can be computed alone: in training a
+    ``share`` of the hidden patches is, drawn by key, which leaves the loss unbiased. With
+    ``layers: weighted`` each block reads its own learned sum of the encoder's blocks.
+    """
+
+    needs_all_tokens = False
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        width: int,
+        output: int,
+        grid: tuple[int, int],
+        regime: Regime,
+        num_prefix: int,
+    ) -> None:
+        super().__init__(config, width, output, grid, regime, num_prefix)
+        settings = config.cross_attention
+        self.share = settings.share
+        self.needs_layers = settings.layers == "weighted"
+        self.embed = nn.Linear(width, settings.width)
+        positions = sincos_position_embedding(grid, settings.width)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, E)
+        self.blocks = nn.ModuleList(
+            CrossBlock(settings.width, settings.heads, settings.mlp_ratio)
+            for _ in range(settings.depth)
+        )
+        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.head = nn.Linear(settings.width, output)
+        _xavier(self)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
+        if self.needs_layers:
+            # The last block alone, to begin with.
+            weights = torch.zeros(settings.depth, regime.num_layers)
+            weights[:, -1] = 1.0
+            self.layer_weights = nn.Parameter(weights)  # (blocks, encoder blocks)
+            self.layer_norms = nn.ModuleList(
+                nn.LayerNorm(width, eps=1e-6) for _ in range(settings.depth)
+            )
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Decode the patches asked for, and no others; see :class:`Decoder`."""
+        tokens = latents.tokens  # (B, P + T, D)
+        if ids is None:
+            queries = self.mask_token + self.pos_embed  # (1, N, E)
+            x = queries.expand(len(tokens), -1, -1)
+        else:
+            x = self.mask_token + self.pos_embed[0][ids]  # (B, M, E)
+        bias = None
+        if latents.valid is not None:
+            prefix = latents.valid.new_ones(len(tokens), latents.num_prefix)
+            bias = key_bias(torch.cat([prefix, latents.valid], dim=1), tokens.dtype)
+        layers = (*latents.layers[:-1], tokens)  # the last with the encoder's final norm
+        memory = None if self.needs_layers else self.embed(tokens)  # (B, P + T, E)
+        for index, block in enumerate(self.blocks):
+            if self.needs_layers:
+                weights = self.layer_weights[index].to(tokens.dtype)
+                mixed = sum(w * layer for w, layer in zip(weights, layers, strict=True))
+                memory = self.embed(self.layer_norms[index](mixed))
+            x = block(x, memory, bias)
+        return self.norm(x)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""

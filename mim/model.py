@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, grid_of, patch_size_of, set_norm_eps
+from mim.backbone import (
+    build_backbone,
+    grid_of,
+    patch_size_of,
+    set_norm_eps,
+    supports_split,
+)
 from mim.config import Config
 from mim.decoders import Decoder, build_decoder
-from mim.masks import PatchMask, build_mask_generator
+from mim.errors import setting_error
+from mim.masks import MaskGenerator, PatchMask, build_mask_generator
 from mim.regimes import Latents, Regime, build_regime
-from mim.targets import Target, build_target, loss_positions, per_image_loss
+from mim.targets import Target, TargetContext, build_target, per_image_loss
+from mim.teacher import Teacher
 
 
 @dataclass(eq=False)
@@ -21,24 +29,27 @@ class Output:
     """What the model returns.
 
     Attributes:
-        loss: scalar, the weighted mean of ``loss_per_image``.
+        loss: scalar, what training minimises: the weighted mean of ``loss_per_image``, and the
+            loss of the mask generator where one is trained.
+        reconstruction: scalar, the weighted mean of ``loss_per_image`` alone.
         loss_per_image: (B,).
         target: (B, N, dim).
         latents: of the encoder.
-        hidden: (B, N, E), what the decoder's last projection reads.
     """
 
     loss: Tensor
+    reconstruction: Tensor
     loss_per_image: Tensor
     target: Tensor
     latents: Latents
-    hidden: Tensor
+    _readable: Latents = field(repr=False)
     _decoder: Decoder = field(repr=False)
 
     @property
     def prediction(self) -> Tensor:
-        """(B, N, dim) at every patch; projected when asked for, since the loss needs but a part."""
-        return self._decoder.project(self.hidden.to(_dtype_of(self._decoder)))
+        """(B, N, dim) at every patch; computed when asked for, since the loss needs but a part."""
+        hidden = self._decoder(self._readable)
+        return self._decoder.project(hidden.to(_dtype_of(self._decoder)))
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -53,16 +64,29 @@ class MaskedImageModel(nn.Module):
         regime: how hidden patches meet it.
         decoder: what predicts them.
         target: what must be predicted.
+        mask_generator: what chooses the masks, for :meth:`draw_mask`.
+        mask_network: the network of a generator that is trained.
+        teacher: an EMA copy of the backbone, where the generator or the target reads one.
     """
 
     def __init__(
-        self, backbone: VisionTransformer, regime: Regime, decoder: Decoder, target: Target
+        self,
+        backbone: VisionTransformer,
+        regime: Regime,
+        decoder: Decoder,
+        target: Target,
+        mask_generator: MaskGenerator,
+        mask_network: nn.Module | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.regime = regime
         self.decoder = decoder
         self.target = target
+        self.mask_generator = mask_generator
+        self.mask_network = mask_network
+        self.teacher = teacher
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -73,6 +97,42 @@ class MaskedImageModel(nn.Module):
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         return patch_size_of(self.backbone)
+
+    @torch.no_grad()
+    def draw_mask(
+        self,
+        images: Tensor,
+        keys: Tensor,
+        *,
+        epoch: int = -1,
+        sample_ids: Tensor | None = None,
+    ) -> PatchMask:
+        """The masks of the model's generator, on the device of the images.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            keys: (B,) int64 from :func:`mim.keys.image_keys`.
+            epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
+            sample_ids: (B,) stable ids of the images.
+        """
+        generator = self.mask_generator
+        looks = generator.needs_images or generator.needs_attention or generator.is_trained
+        with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
+            mask = generator(
+                self.grid,
+                keys,
+                epoch=epoch,
+                sample_ids=sample_ids,
+                images=images if looks else None,
+                attention=None if self.teacher is None else self.teacher.attention,
+                network=self.mask_network,
+            )
+        return mask.to(images.device, non_blocking=True)
+
+    def update_teacher(self) -> None:
+        """After an optimizer step: the teacher, where there is one, follows the backbone."""
+        if self.teacher is not None:
+            self.teacher.update(self.backbone)
 
     def latents(self, images: Tensor, mask: PatchMask | None = None) -> Latents:
         """Encode under a mask.
@@ -103,28 +163,37 @@ class MaskedImageModel(nn.Module):
             weight: (B,) how much each image counts; 0 leaves it out. None counts all alike.
         """
         latents = self.latents(images, mask)
-        tokens = latents.tokens
+        readable = latents
         if not isinstance(self.backbone.fc_norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
-            tokens = self.backbone.fc_norm(tokens)
-        readable = Latents(
-            tokens, latents.num_prefix, latents.num_patches, latents.patch_ids, latents.valid
-        )
-        hidden = self.decoder(readable)  # (B, N, E)
-        target = self.target(images)  # (B, N, dim)
-        ids, valid = loss_positions(self.target.config, mask)
-        chosen, wanted = hidden, target
-        if ids is not None:
-            chosen = hidden.gather(1, ids[..., None].expand(-1, -1, hidden.shape[-1]))
-            wanted = target.gather(1, ids[..., None].expand(-1, -1, target.shape[-1]))
-        distance = self.target.distance(self.decoder.project(chosen), wanted)  # (B, M)
-        losses = per_image_loss(distance, valid)
-        if weight is None:
-            loss = losses.mean()
+            readable = replace(latents, tokens=self.backbone.fc_norm(latents.tokens))
+        target = self.target(images, self.teacher)  # (B, N, dim)
+        if self.target.config.loss_on == "all":
+            ids, valid, wanted = None, None, target
         else:
-            counted = torch.where(weight > 0, losses * weight, 0.0)
-            loss = counted.sum() / weight.sum().clamp(min=torch.finfo(losses.dtype).tiny)
-        return Output(loss, losses, target, latents, hidden, self.decoder)
+            share = self.decoder.share if self.training else 1.0
+            ids, valid = mask.masked_share(share)
+            wanted = target.gather(1, ids[..., None].expand(-1, -1, target.shape[-1]))
+        predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
+        distance = self.target.distance(predicted, wanted)  # (B, M)
+        losses = per_image_loss(distance, valid)
+        reconstruction = loss = _weighted_mean(losses, weight)
+        if self.mask_network is not None and self.training:
+            if ids is None:
+                ids, valid = mask.masked_ids, mask.masked_valid
+                distance = distance.gather(1, ids)
+            logits = self.mask_network(images)  # (B, N)
+            chosen = self.mask_generator.objective(logits, ids, distance, valid)  # (B,)
+            loss = reconstruction + _weighted_mean(chosen, weight)
+        return Output(loss, reconstruction, losses, target, latents, readable, self.decoder)
+
+
+def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean over images; a weight of 0 leaves one out, whatever its value."""
+    if weight is None:
+        return values.mean()
+    counted = torch.where(weight > 0, values * weight, 0.0)
+    return counted.sum() / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def build_model(config: Config) -> MaskedImageModel:
@@ -135,10 +204,13 @@ def build_model(config: Config) -> MaskedImageModel:
     """
     data, model = config.data, config.model
     vit = build_backbone(model, data.size, data.channels, config.seed)
-    build_mask_generator(config.mask, grid_of(vit))
+    generator = build_mask_generator(config.mask, grid_of(vit), patch_size_of(vit))
     regime = build_regime(model.regime, vit, config.seed)
     regime.checkpointing = config.train.gradient_checkpointing
-    target = build_target(model.target, patch_size_of(vit), data.channels)
+    context = TargetContext(
+        patch_size_of(vit), data.channels, grid_of(vit), vit.embed_dim, len(vit.blocks)
+    )
+    target = build_target(model.target, context)
     decoder = build_decoder(
         model.decoder,
         width=vit.embed_dim,
@@ -149,7 +221,15 @@ def build_model(config: Config) -> MaskedImageModel:
         seed=config.seed,
     )
     set_norm_eps(decoder, model.norm_eps)
-    return MaskedImageModel(vit, regime, decoder, target)
+    regime.collects_layers = decoder.needs_layers
+    network = generator.network(data.channels, config.seed) if generator.is_trained else None
+    teacher = None
+    if generator.needs_attention or target.needs_teacher:
+        if generator.needs_attention and not supports_split(vit):
+            reason = f"needs plain timm blocks, and {model.backbone} has others"
+            raise setting_error("mask.name", config.mask.name, reason)
+        teacher = Teacher(vit, model.teacher_decay)
+    return MaskedImageModel(vit, regime, decoder, target, generator, network, teacher)
 
 
 def check_config(config: Config) -> None:

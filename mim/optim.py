@@ -12,7 +12,7 @@ from torch import nn
 from mim.config import OptimConfig
 
 # Vectors that timm's rule (no decay for one-dimensional parameters) does not see.
-_NO_DECAY = ("cls_token", "reg_token", "dist_token", "mask_token", "pos_embed")
+_NO_DECAY = ("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token", "pos_embed")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mim.checkpoint import write_atomic
 from mim.config import Config
 from mim.data import ImageSource, denormalize, eval_loader, normalize
 from mim.keys import image_keys
-from mim.masks import PatchMask, build_mask_generator
+from mim.masks import PatchMask
 from mim.model import MaskedImageModel
 from mim.patches import patchify, unpatchify
 
@@ -24,10 +24,10 @@ COLUMNS = ("original", "masked", "prediction", "composite")
 Pixels = NDArray[np.uint8]
 
 
-def fixed_masks(config: Config, grid: tuple[int, int], sample_ids: Tensor) -> PatchMask:
-    """The masks under which held-out images are always seen."""
-    generator = build_mask_generator(config.mask, grid)
-    return generator(grid, image_keys(FIXED_SEED, FIXED_EPOCH, sample_ids, purpose="mask"))
+def fixed_masks(model: MaskedImageModel, images: Tensor, sample_ids: Tensor) -> PatchMask:
+    """The masks under which held-out images (B, C, H, W), normalised, are always seen."""
+    keys = image_keys(FIXED_SEED, FIXED_EPOCH, sample_ids, purpose="mask")
+    return model.draw_mask(images, keys, epoch=FIXED_EPOCH, sample_ids=sample_ids)
 
 
 def spread_indices(count: int, images: int) -> list[int]:
@@ -42,7 +42,11 @@ def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
 
 @torch.no_grad()
 def reconstruct(
-    model: MaskedImageModel, config: Config, source: ImageSource, indices: list[int]
+    model: MaskedImageModel,
+    config: Config,
+    source: ImageSource,
+    indices: list[int],
+    mask: PatchMask | None = None,
 ) -> dict[str, NDArray[np.generic]]:
     """Original, masked, predicted and composed images.
 
@@ -51,6 +55,7 @@ def reconstruct(
         config: of the run.
         source: held-out images.
         indices: which of them.
+        mask: (n, N), other masks than the fixed ones of the model's own generator.
 
     Returns:
         ``original``, ``masked``, ``prediction`` and ``composite`` (the prediction with the visible
@@ -59,12 +64,12 @@ def reconstruct(
     device = next(model.parameters()).device
     (batch,) = eval_loader(source, config.data, batch_size=len(indices), indices=indices)
     images = normalize(batch.images.to(device), source.mean, source.std)
-    mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
     training = model.training
     model.eval()
+    mask = fixed_masks(model, images, batch.sample_ids) if mask is None else mask.to(device)
     output = model(images, mask)
+    predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
-    predicted = model.target.to_pixels(output.prediction, images)  # (B, N, P)
     patches = patchify(images, model.patch_size)
     hidden = mask.is_masked[..., None]
     gray = torch.zeros_like(patches)  # the mean colour

@@ -34,7 +34,6 @@ from mim.data import (
 )
 from mim.errors import setting_error
 from mim.keys import image_keys, seed_of
-from mim.masks import build_mask_generator
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer, build_schedule
 from mim.pictures import fixed_masks, reconstruct, save_reconstructions, spread_indices
@@ -127,7 +126,7 @@ def held_out_loss(
     size = max(1, config.data.batch_size // world // config.train.accumulate)
     for batch in eval_loader(source, config.data, batch_size=size, rank=rank, world=world):
         images = normalize(batch.images.to(device), source.mean, source.std)
-        mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
+        mask = fixed_masks(model, images, batch.sample_ids)
         with accelerator.autocast():
             losses = model(images, mask).loss_per_image
         total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
@@ -211,7 +210,6 @@ def pretrain(config: Config) -> dict[str, Any]:
     start = saved["step"] if saved else 0
 
     model = build_model(config).to(device)
-    generator = build_mask_generator(config.mask, model.grid)
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
     optimizer = build_optimizer(config.optim, model, schedule(start))
     ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
@@ -297,23 +295,23 @@ def pretrain(config: Config) -> dict[str, Any]:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             keys = image_keys(config.seed, batch.epoch, batch.sample_ids, purpose="mask")
-            mask = generator(model.grid, keys).to(device, non_blocking=True)
             images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
+            mask = model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
             step_loss = torch.zeros((), device=device)
             cuts = list(parts(batch, config.train.accumulate))
             for number, cut in enumerate(cuts):
                 last = number == len(cuts) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                     part_mask = mask if len(cuts) == 1 else mask[cut]
-                    part = wrapped(images[cut], part_mask).loss * (
-                        (cut.stop - cut.start) / len(batch)
-                    )
-                    accelerator.backward(part)
-                step_loss += part.detach()
+                    share = (cut.stop - cut.start) / len(batch)
+                    output = wrapped(images[cut], part_mask)
+                    accelerator.backward(output.loss * share)
+                step_loss += output.reconstruction.detach() * share
             if config.optim.clip_grad is not None:
                 accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_grad)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            model.update_teacher()
             if ema is not None:
                 ema.update(model)
             pending.append(step_loss)
@@ -400,12 +398,14 @@ def _measure_flops(
     indices = list(range(min(2, len(val))))
     (batch,) = eval_loader(val, config.data, batch_size=len(indices), indices=indices)
     images = normalize(batch.images.to(device), val.mean, val.std)
-    mask = fixed_masks(config, model.grid, batch.sample_ids).to(device)
-    forward, backward = count_flops(model, images, mask)
-    low, high = config.mask.ratio_range
-    visible = (1 - (low + high) / 2) * mask.num_patches
-    if mask.is_equal and low == high:
-        visible = mask.num_visible
+    forward, backward = count_flops(model, images, batch.sample_ids)
+    ends = [config.mask.ratio_at(epoch) for epoch in range(config.train.epochs)]
+    if len({*itertools.chain(*ends)}) == 1:  # a fixed ratio: what it comes to on this grid
+        mask = fixed_masks(model, images, batch.sample_ids)
+        visible = float((~mask.is_masked).sum(dim=1).double().mean())
+    else:
+        hidden = sum(low + high for low, high in ends) / (2 * len(ends))
+        visible = (1 - hidden) * model.grid[0] * model.grid[1]
     tokens = model.regime.encoder_tokens(model.backbone, visible)
     return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
 

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels, N patches, K visible patches, P pref
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -31,6 +31,7 @@ class Latents:
         valid: (B, T) bool, False where a shorter row is padded; None means no padding.
         num_prefix: P.
         num_patches: N.
+        layers: the output of every block, each as ``tokens``; empty unless the regime collects.
     """
 
     tokens: Tensor
@@ -38,6 +39,7 @@ class Latents:
     num_patches: int
     patch_ids: Tensor | None = None
     valid: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
 
     @property
     def prefix(self) -> Tensor:
@@ -86,10 +88,49 @@ class Regime(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.collects_layers = False
+        self.num_layers = len(vit.blocks)
+
+    def encode(
+        self,
+        vit: VisionTransformer,
+        tokens: Tensor,
+        *,
+        bias: Tensor | None = None,
+        num_keys: int | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:func:`mim.backbone.run_blocks`, with every block's output where they are collected."""
+        layers: list[Tensor] | None = [] if self.collects_layers else None
+        tokens = run_blocks(
+            vit,
+            tokens,
+            bias=bias,
+            num_keys=num_keys,
+            checkpointing=self.checkpointing,
+            layers=layers,
+        )
+        return tokens, tuple(layers or ())
 
     @abstractmethod
+    def inputs(
+        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the blocks work on.
+
+        Args:
+            vit: the backbone.
+            images: (B, C, H, W), normalised.
+            mask: (B, N), what is hidden.
+
+        Returns:
+            tokens (B, P + T, D), embedded, and what is added to the scores of every layer, or None.
+        """
+
     def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
         """Encode (B, C, H, W) normalised images of which only the visible patches count."""
+        tokens, bias = self.inputs(vit, images, mask)
+        tokens, layers = self.encode(vit, tokens, bias=bias)
+        return Latents(tokens, vit.num_prefix_tokens, mask.num_patches, layers=layers)
 
     def encoder_tokens(self, vit: VisionTransformer, visible: float) -> float:
         """Tokens a block of the encoder works on, with so many visible patches."""
@@ -135,22 +176,26 @@ class Drop(Regime):
 
     keeps_all_tokens = False
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
-        """Encode the visible patches; see :class:`Regime`."""
+    def inputs(
+        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prefix and visible patches; see :class:`Regime`."""
         _refuse_empty_rows(vit, mask)
         prefix = vit.num_prefix_tokens
         tokens = add_positions(vit, _embed(vit, images))  # (B, P + N, D)
-        ids = mask.visible_ids  # (B, K)
-        index = ids[..., None].expand(-1, -1, tokens.shape[-1])
+        index = mask.visible_ids[..., None].expand(-1, -1, tokens.shape[-1])
         visible = tokens[:, prefix:].gather(1, index)  # (B, K, D)
         bias = None
         if mask.visible_valid is not None:
             # Padding holds zeros, so that not even an unread place depends on a masked patch.
             visible = visible.masked_fill(~mask.visible_valid[..., None], 0.0)
             bias = key_bias(_with_prefix(mask.visible_valid, prefix), tokens.dtype)
-        tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P + K, D)
-        tokens = run_blocks(vit, tokens, bias=bias, checkpointing=self.checkpointing)
-        return Latents(tokens, prefix, mask.num_patches, ids, mask.visible_valid)
+        return torch.cat([tokens[:, :prefix], visible], dim=1), bias  # (B, P + K, D)
+
+    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
+        """Encode the visible patches; see :class:`Regime`."""
+        latents = super().forward(vit, images, mask)
+        return replace(latents, patch_ids=mask.visible_ids, valid=mask.visible_valid)
 
     def encoder_tokens(self, vit: VisionTransformer, visible: float) -> float:
         """Prefix and visible patches."""
@@ -175,11 +220,12 @@ class Zero(Regime):
             reason = f"needs plain timm blocks and this backbone has {kind}; choose dense"
             raise setting_error("model.regime.zero.attention", "split", reason)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
-        """Encode all patches; see :class:`Regime`."""
+    def inputs(
+        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
+    ) -> tuple[Tensor, Tensor | None]:
+        """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
         _refuse_empty_rows(vit, mask)
-        settings = self.config.zero
-        if settings.at == "pixels":
+        if self.config.zero.at == "pixels":
             rows, columns = grid_of(vit)
             height, width = patch_size_of(vit)
             flags = mask.is_masked.view(-1, 1, rows, columns)
@@ -188,17 +234,23 @@ class Zero(Regime):
         else:
             patches = _replace(_embed(vit, images), mask.is_masked, 0.0)
         tokens = add_positions(vit, patches)  # (B, P + N, D)
-        prefix = vit.num_prefix_tokens
-        if not settings.attend_mask:
-            tokens = run_blocks(vit, tokens, checkpointing=self.checkpointing)
-        elif settings.attention == "dense":
-            bias = key_bias(_with_prefix(~mask.is_masked, prefix), tokens.dtype)
-            tokens = run_blocks(vit, tokens, bias=bias, checkpointing=self.checkpointing)
-        else:
-            tokens = self._split(vit, tokens, mask)
-        return Latents(tokens, prefix, mask.num_patches)
+        if not self.config.zero.attend_mask:
+            return tokens, None
+        readable = _with_prefix(~mask.is_masked, vit.num_prefix_tokens)
+        return tokens, key_bias(readable, tokens.dtype)
 
-    def _split(self, vit: VisionTransformer, tokens: Tensor, mask: PatchMask) -> Tensor:
+    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
+        """Encode all patches; see :class:`Regime`."""
+        settings = self.config.zero
+        if not settings.attend_mask or settings.attention == "dense":
+            return super().forward(vit, images, mask)
+        tokens, _ = self.inputs(vit, images, mask)
+        tokens, layers = self._split(vit, tokens, mask)
+        return Latents(tokens, vit.num_prefix_tokens, mask.num_patches, layers=layers)
+
+    def _split(
+        self, vit: VisionTransformer, tokens: Tensor, mask: PatchMask
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Order prefix, visible, masked, so that the keys are a slice; then order back."""
         prefix = vit.num_prefix_tokens
         patches = tokens[:, prefix:]  # (B, N, D)
@@ -209,17 +261,14 @@ class Zero(Regime):
         if mask.visible_valid is not None and mask.masked_valid is not None:
             bias = key_bias(_with_prefix(mask.visible_valid, prefix), tokens.dtype)
             valid = torch.cat([mask.visible_valid, mask.masked_valid], dim=1)
-        ordered = run_blocks(
-            vit,
-            ordered,
-            bias=bias,
-            num_keys=prefix + mask.num_visible,
-            checkpointing=self.checkpointing,
-        )
-        out = ordered[:, prefix:]
-        fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
-        back = place_tokens(out, ids, valid, fill)  # (B, N, D)
-        return torch.cat([ordered[:, :prefix], back], dim=1)
+
+        def back(ordered: Tensor) -> Tensor:
+            out = ordered[:, prefix:]
+            fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
+            return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
+
+        ordered, layers = self.encode(vit, ordered, bias=bias, num_keys=prefix + mask.num_visible)
+        return back(ordered), tuple(back(layer) for layer in layers)
 
 
 @REGIMES.register("token")
@@ -238,12 +287,12 @@ class Token(Regime):
         values = torch.randn(1, 1, vit.embed_dim, generator=generator) * 0.02
         self.mask_token = nn.Parameter(values)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
-        """Encode all patches; see :class:`Regime`."""
-        patches = _embed(vit, images)
-        tokens = add_positions(vit, _replace(patches, mask.is_masked, self.mask_token[0, 0]))
-        tokens = run_blocks(vit, tokens, checkpointing=self.checkpointing)
-        return Latents(tokens, vit.num_prefix_tokens, mask.num_patches)
+    def inputs(
+        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
+    ) -> tuple[Tensor, Tensor | None]:
+        """All patches, the mask token at masked ones; see :class:`Regime`."""
+        patches = _replace(_embed(vit, images), mask.is_masked, self.mask_token[0, 0])
+        return add_positions(vit, patches), None
 
 
 def build_regime(config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> Regime:

@@ -39,7 +39,7 @@ def test_help_lists_the_verbs(mim: Mim) -> None:
         ("compare", ["--axes", "--base.mask.ratio", "every combination is a run"]),
         ("evaluate", ["RUN", "--json", "@CHECKPOINT_FILE"]),
         ("report", ["folder"]),
-        ("visualize", ["masks", "reconstruct"]),
+        ("visualize", ["masks", "reconstruct", "attention", "--generators", "--ratios"]),
         ("bench", ["--regimes"]),
         ("export", ["--to", "--output"]),
     ],
@@ -274,6 +274,16 @@ def test_what_is_no_run(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert "regimes" in expect(mim("bench", "step", "--config", tiny(), "--regimes", "x"), 2)
     assert "at least 1" in expect(mim("bench", "step", "--config", tiny(), "--rounds", 0), 2)
     assert "not a run folder" in expect(mim("visualize", "reconstruct", tiny()), 2)
+    assert "not a run folder" in expect(mim("visualize", "attention", tiny()), 2)
+    wrong = {
+        ("--ratios", "half"): "--ratios: 'half' is no list of numbers",
+        ("--indices", "1.5"): "--indices: '1.5' is no list of whole numbers",
+        ("--generators", "blok"): "did you mean 'block'",
+        ("--ratios", "1.5"): "no generator fits; mask.ratio: 1.5",
+        ("--generators", "file"): "mask.file.path",
+    }
+    for options, message in wrong.items():
+        assert message in expect(mim("visualize", "masks", tiny(), *options), 2)
 
 
 def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
@@ -297,29 +307,19 @@ def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert found[others[2]]["knn"] == result["evaluations"]["knn"], "the same weights"
     assert found["untrained"]["knn"] != found["pixels"]["knn"]
 
-    # visualize: half of the patches are gray under a ratio of a half, others are as they were.
-    sheet = tmp_path / "masks.png"
-    assert mim("visualize", "masks", run, "--images", 3, "--output", sheet).code == 0
-    pixels = np.asarray(Image.open(sheet).convert("L"))
-    side, gap = 96, 4
-    assert pixels.shape == (3 * (side + gap) - gap, 5 * (side + gap) - gap)
-    for row in range(3):
-        y = row * (side + gap)
-        original = pixels[y : y + side, :side]
-        masks = set()
-        for column in range(1, 5):
-            x = column * (side + gap)
-            tile = pixels[y : y + side, x : x + side]
-            cells = (tile == 127).reshape(4, 24, 4, 24).all((1, 3))
-            assert cells.sum() == 8
-            shown = ~cells.repeat(24, 0).repeat(24, 1)
-            assert (tile == original)[shown].all()
-            masks.add(cells.tobytes())
-        assert len(masks) > 1, "another mask in another epoch"
-    assert mim("visualize", "reconstruct", run, "--images", 2).code == 0
-    assert Image.open(run / "reconstruct.png").size == (4 * 100 - 4, 2 * 100 - 4)
+    # visualize: see tests/test_visualize.py for what is drawn.
+    sheet, statistics = tmp_path / "new" / "masks.png", tmp_path / "new" / "masks.json"
+    chosen = ("--generators", "random,column", "--ratios", "0.5,0.75", "--json", statistics)
+    assert mim("visualize", "masks", run, *chosen, "--output", sheet).code == 0
+    assert Image.open(sheet).format == "PNG"
+    rows = json.loads(statistics.read_text())["masks"]
+    names = [(row["generator"], row["ratio"], row["ratio_mean"]) for row in rows]
+    assert names == [(n, r, r) for n in ("random", "column") for r in (0.5, 0.75)]
     assert mim("visualize", "masks", tiny(), "--images", 1).code == 0
     assert (tmp_path / "masks.png").is_file()
+    assert mim("visualize", "reconstruct", run, "--images", 2).code == 0
+    assert mim("visualize", "attention", run, "--indices", "3,5").code == 0
+    assert (run / "reconstruct.png").is_file() and (run / "attention.png").is_file()
 
     # bench: a row a regime.
     outcome = mim(

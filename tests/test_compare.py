@@ -327,6 +327,73 @@ def test_the_plan(tmp_path: Path, write: Callable[..., Path]) -> None:
     assert {item.kind for item in nothing} == {"run"}, "no evaluation, no reference to evaluate"
 
 
+VARIANTS = {
+    "zero, read": {"model.regime.name": "zero", "model.regime.zero.attend_mask": False},
+    "zero": {"model.regime.name": "zero"},
+    "token": {"model.regime.name": "token"},
+}
+
+
+def with_variants(path: Path, variants: Any) -> Path:
+    content = yaml.safe_load(path.read_text()) | {"variants": variants}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_variants_are_settings_that_change_together(write: Callable[..., Path]) -> None:
+    path = with_variants(write({"seed": [0, 1]}), VARIANTS)
+    planned = plan(read_compare_config(["--config", str(path)]))
+    runs = [item for item in planned if item.kind == "run"]
+    assert [item.folder for item in runs[:3]] == [
+        "variant=zero__read,seed=0",
+        "variant=zero__read,seed=1",
+        "variant=zero,seed=0",
+    ]
+    regimes = [(r.config.model.regime.name, r.config.model.regime.zero.attend_mask) for r in runs]
+    assert regimes[::2] == [("zero", False), ("zero", True), ("token", True)]
+    # The encoder is the same in all: one reference a seed.
+    assert [item.axes for item in planned if item.kind == "untrained"] == [{"seed": 0}, {"seed": 1}]
+    deeper = {"one": {"model.backbone_args.depth": 1}, "two": {"model.backbone_args.depth": 2}}
+    planned = plan(read_compare_config(["--config", str(with_variants(path, deeper))]))
+    assert [item.axes for item in planned if item.kind == "untrained"] == [
+        {"variant": name, "seed": seed} for name in deeper for seed in (0, 1)
+    ]
+    assert [item.axes for item in planned if item.kind == "pixels"] == [{}]
+
+
+def test_variants_in_the_report(tmp_path: Path, mim: Mim, write: Callable[..., Path]) -> None:
+    path = with_variants(write({"seed": [0]}, evaluations={}), VARIANTS)
+    assert mim("compare", "--config", path).code == 0
+    with (tmp_path / "cmp" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    report = (tmp_path / "cmp" / "report.md").read_text()
+    assert "| zero, read |" in report and "model.regime.zero.attend_mask" in report
+    # Called again, nothing is trained; a changed variant is not silently reused.
+    assert "done" in mim("compare", "--config", path).err
+    changed = VARIANTS | {"token": {"model.regime.name": "drop"}}
+    outcome = mim("compare", "--config", with_variants(path, changed))
+    assert outcome.code == 2 and "model.regime.name" in outcome.line
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"a": {"mask.ration": 0.5}}, "did you mean 'mask.ratio'"),
+        ({"a": {"seed": 3}}, "variants.a: 'seed' is an axis already"),
+        ({"a": {"output": "x"}}, "each run has its own folder"),
+        ({"a": {"mask.ratio": 1.5}}, "mask.ratio: 1.5"),
+    ],
+    ids=str,
+)
+def test_bad_variants_are_named(
+    variants: Any, message: str, mim: Mim, write: Callable[..., Path]
+) -> None:
+    outcome = mim("compare", "--config", with_variants(write({"seed": [0]}), variants))
+    assert outcome.code == 2
+    assert message in outcome.line
+
+
 def test_long_labels_fit_a_file_system(write: Callable[..., Path]) -> None:
     values = [f"/a/long/path/{'x' * 150}/{name}" for name in "ab"]
     planned = plan(

@@ -296,15 +296,23 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
     ),
     "unknown decoder": (
         make(decoder=DecoderConfig("transfomer")),
-        ["model.decoder.name: 'transfomer'", "linear, transformer", "did you mean 'transformer'"],
+        [
+            "model.decoder.name: 'transfomer'",
+            "linear, mlp, transformer",
+            "did you mean 'transformer'",
+        ],
     ),
     "linear with drop": (
         linear("drop"),
-        ["model.decoder.name: 'linear'", "model.regime.name='drop'", "choose transformer"],
+        [
+            "model.decoder.name: 'linear'",
+            "model.regime.name='drop'",
+            "choose cross_attention, transformer",
+        ],
     ),
     "unknown target": (
-        make(target=TargetConfig("hog")),
-        ["model.target.name: 'hog'", "normalized_pixels, pixels"],
+        make(target=TargetConfig("hogs")),
+        ["model.target.name: 'hogs'", "normalized_pixels, pixels", "did you mean 'hog'"],
     ),
     "unknown mask": (
         make(mask=MaskConfig("blok")),

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from mim.config import (
     Config,
+    CrossDecoderConfig,
     DataConfig,
     DecoderConfig,
     MaskConfig,
+    MlpDecoderConfig,
     ModelConfig,
     RegimeConfig,
     TargetConfig,
@@ -35,7 +37,8 @@ REGIMES = {
     "zero pixels attended": RegimeConfig("zero", ZeroConfig(at="pixels", attend_mask=False)),
     "token": RegimeConfig("token"),
 }
-PAIRS = [(r, d) for r in REGIMES for d in ("transformer", "linear") if (r, d) != ("drop", "linear")]
+DECODERS = ("transformer", "cross_attention", "linear", "mlp")
+PAIRS = [(r, d) for r in REGIMES for d in DECODERS if r != "drop" or d not in ("linear", "mlp")]
 ANY_PAIR = pytest.mark.parametrize(
     ("regime", "decoder"), PAIRS, ids=[f"{r}, {d}" for r, d in PAIRS]
 )
@@ -62,7 +65,12 @@ def make_config(
             backbone="vit_tiny_patch16_224",
             backbone_args={**SMALL, **(args or {})},
             regime=REGIMES[regime],
-            decoder=DecoderConfig(decoder, TransformerDecoderConfig(16, 2, 2)),
+            decoder=DecoderConfig(
+                decoder,
+                TransformerDecoderConfig(16, 2, 2),
+                CrossDecoderConfig(16, 2, 2, share=1.0),
+                MlpDecoderConfig(16),
+            ),
             target=target,
             **model,
         ),
@@ -112,7 +120,8 @@ def test_the_decoder_does_not_change_the_backbone() -> None:
 def test_another_seed_gives_other_weights(regime: str, decoder: str) -> None:
     one, other = weights(regime, decoder), weights(regime, decoder, seed=1)
     for name, value in one.items():
-        drawn = value.unique().numel() > 1 and name != "decoder.pos_embed"
+        fixed = name in ("decoder.pos_embed", "decoder.layer_weights")
+        drawn = value.unique().numel() > 1 and not fixed
         assert torch.equal(value, other[name]) != drawn, name
 
 

@@ -152,16 +152,41 @@ def assert_differs(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
     assert any(not torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+ATTENTION = {
+    "mask.name": "attention",
+    "mask.ratio": 0.5,
+    "mask.schedule.to": 0.75,
+    "mask.schedule.epochs": 1,
+    "model.target.name": "ema_features",
+    "model.decoder.name": "cross_attention",
+    "model.decoder.cross_attention.width": 16,
+    "model.decoder.cross_attention.depth": 1,
+    "model.decoder.cross_attention.heads": 2,
+    "model.teacher_decay": 0.5,
+}
+LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "changes"),
+    [
+        (signal.SIGINT, 130, {}),
+        (signal.SIGTERM, 143, {}),
+        (signal.SIGTERM, 143, ATTENTION),
+        (signal.SIGTERM, 143, LEARNED),
+    ],
+    ids=["SIGINT", "SIGTERM", "a teacher", "a learned mask"],
+)
 def test_a_signal_ends_the_step_saves_and_exits(
     number: signal.Signals,
     code: int,
+    changes: dict[str, Any],
     tmp_path: Path,
     mim: Mim,
     tiny: Tiny,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, straight, stopped = tiny(), tmp_path / "straight", tmp_path / "stopped"
+    config, straight, stopped = tiny(changes), tmp_path / "straight", tmp_path / "stopped"
     assert mim("pretrain", "--config", config, "--output", straight).code == 0
     real = training.image_keys
 
@@ -235,10 +260,10 @@ calls = 0
 
 @TARGETS.register("broken")
 class Broken(NormalizedPixels):
-    def forward(self, images):
+    def forward(self, images, teacher=None):
         global calls
         calls += self.training
-        return super().forward(images) * (float("nan") if calls == {call} else 1.0)
+        return super().forward(images, teacher) * (float("nan") if calls == {call} else 1.0)
 """
 
 
@@ -411,6 +436,33 @@ def test_bf16_and_gradient_checkpointing_and_clipping_train(
         mim("pretrain", "--config", config, "--output", small, "--optim.clip_grad=1e-9").code == 0
     )
     assert losses(small) != losses(plain)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_plain_one_and_resumes(
+    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model.regime.name": "zero", "train.max_steps": 20, "train.log_every": 1}
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    assert mim("pretrain", "--config", tiny(changes), "--output", plain).code == 0
+    args = ("pretrain", "--config", tiny(changes), "--output", compiled, "--train.compile", True)
+    real, calls = training.image_keys, []
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "image_keys", interrupt)
+        assert mim(*args).code == 143
+    assert mim(*args, "--resume", "auto").code == 0
+    one, other = final(plain), final(compiled)
+    assert list(one["model"]) == list(other["model"])
+    assert losses(plain).keys() == losses(compiled).keys()
+    for step, loss in losses(plain).items():
+        assert losses(compiled)[step] == pytest.approx(loss, rel=1e-5), step
 
 
 def test_fp16_needs_a_gpu(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -350,11 +350,24 @@ def _photo(name: str) -> NDArray[np.uint8]:
     """(H, W, 3) uint8, from the installed package."""
     (module, package), file, factor = _PHOTOS[name]
     try:
-        with resources.files(module).joinpath(file).open("rb") as stream:
-            image = ImageOps.exif_transpose(Image.open(stream)).convert("RGB")
+        with Image.open(_package_folder(module) / file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except (ImportError, FileNotFoundError) as error:
         raise _needs("photos", package) from error
     return np.asarray(image if factor == 1 else image.reduce(factor))
+
+
+def _package_folder(module: str) -> Path:
+    """Where an installed package lies, without importing it: scikit-learn's import takes seconds.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    top, *inner = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"no package {top!r}")
+    return Path(spec.submodule_search_locations[0]).joinpath(*inner)
 
 
 def _folders(path: Path) -> list[str]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from timm.models import load_state_dict as read_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
 
-from mim.backbone import build_backbone, load_backbone
+from mim.backbone import build_backbone, load_backbone, load_weights
 from mim.checkpoint import encoder_weights, read_config
 from mim.config import Config, DataConfig, ModelConfig
 from mim.errors import UserError, setting_error
 
 logger = logging.getLogger(__name__)
-
-_HEADS = ("head.", "attn_pool.")
-_MAE = ("decoder_", "mask_token")
 
 
 @dataclass(eq=False)
@@ -103,29 +96,13 @@ def timm_encoder(
     Raises:
         UserError: if the file is missing or unreadable, or its entries are not the encoder's.
     """
-    if not checkpoint.is_file():
+    if not checkpoint.is_file():  # before a model is built for nothing
         raise UserError(f"checkpoint {checkpoint} does not exist")
     model = ModelConfig(backbone=backbone, backbone_args=dict(backbone_args or {}))
     vit = build_backbone(model, data.size, data.channels, 0)
-    try:
-        state = read_state_dict(str(checkpoint), weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"checkpoint {checkpoint} cannot be read as weights: {reason}") from error
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
-    # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
-    is_mae = any(name.startswith("decoder_") for name in state)
-    dropped = _HEADS + _MAE if is_mae else _HEADS
-    left_out = tuple(sorted(name for name in state if name.startswith(dropped)))
-    state = {name: value for name, value in state.items() if name not in left_out}
-    try:
-        converted = checkpoint_filter_fn(state, vit)
-    except (RuntimeError, KeyError, AssertionError) as error:
-        raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
+    left_out = load_weights(vit, checkpoint, backbone)
     if left_out:
         logger.info("%s: left out %s", checkpoint, _some(list(left_out)))
-    load_backbone(vit, converted, f"checkpoint {checkpoint}")
     name = f"{backbone}@{checkpoint.name}"
     return Encoder(name=name, kind="timm", data=data, vit=vit, left_out=left_out)
 

@@ -54,6 +54,11 @@ class _Job:
             return load(self.run).state_dict()
         return self.encoder()
 
+    def mae_state(self) -> dict[str, Tensor]:
+        """Encoder and decoder, without what only chose masks or targets in training."""
+        state = self.state()
+        return {k: v for k, v in state.items() if k.startswith(("backbone.", "decoder."))}
+
     def encoder(self) -> dict[str, Tensor]:
         weights = checkpoint.encoder_weights(self.run)
         return {f"backbone.{key}": value for key, value in weights.items()}
@@ -135,7 +140,7 @@ def _mae(job: _Job) -> str:
     decoder = job.part == "model" or (job.part is None and _is_mae(job))
     if decoder and not _is_mae(job):
         raise setting_error("--part", "model", _not_mae(job))
-    state = to_mae(job.state() if decoder else job.encoder())
+    state = to_mae(job.mae_state() if decoder else job.encoder())
     state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     checkpoint.write_atomic(job.output, lambda temporary: torch.save({"model": state}, temporary))
     return (
@@ -161,7 +166,7 @@ def _is_mae(job: _Job) -> bool:
         model.regime.name == "drop"
         and model.decoder.name == "transformer"
         and model.target.name in ("pixels", "normalized_pixels")
-        and model.target.loss == "mse"
+        and model.target.loss in ("auto", "mse")  # auto is mse for pixels
         and model.target.loss_on == "masked"
         and bool(checkpoint.checkpoints(job.run))
         and _has_own_decoder(job.run)
@@ -248,7 +253,7 @@ def _hf(job: _Job) -> str:
             "mask_ratio": ratio,
             "norm_pix_loss": config.model.target.name == "normalized_pixels",
         }
-        state = to_hf(job.state(), model=True)
+        state = to_hf(job.mae_state(), model=True)
     else:
         state = to_hf(job.encoder(), model=False)
     mean, std = normalisation(config)

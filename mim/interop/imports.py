@@ -27,6 +27,7 @@ from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer
 from mim.settings import flatten, load_config, to_dict, to_yaml
+from mim.teacher import Teacher
 
 PARTS = ("model", "encoder")
 IMPORTED = "imported"
@@ -134,6 +135,9 @@ def import_model(
         notes=(*weights.notes, *reader.notes),
     )
     model.load_state_dict({**own, **fitted})
+    if model.teacher is not None and not any(key.startswith("teacher.") for key in fitted):
+        # It follows the encoder, and so begins as the one that was imported.
+        model.teacher = Teacher(model.backbone, resolved.model.teacher_decay)
     return Imported(resolved, model, account, weights.path)
 
 
@@ -527,7 +531,7 @@ def _fit(
     missing = [key for key in own if key not in fitted]
     whole = {
         part
-        for part in ("decoder.", "regime.", "target.")
+        for part in ("decoder.", "regime.", "target.", "teacher.", "mask_network.")
         if not any(key.startswith(part) for key in fitted)
     }
     missing = [key for key in missing if not key.startswith(tuple(whole))]

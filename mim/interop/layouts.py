@@ -196,10 +196,13 @@ def _claims(style: str, key: str) -> bool:
 # --- this package's own -------------------------------------------------------------------------
 
 
+_PARTS = ("backbone.", "regime.", "decoder.", "target.", "teacher.", "mask_network.")
+
+
 def _from_mim(tensors: Mapping[str, Tensor]) -> Converted:
     found = Converted("mim", "mim")
     for key, value in tensors.items():
-        if key.startswith(("backbone.", "regime.", "decoder.", "target.")):
+        if key.startswith(_PARTS):
             found.add(key, key, value)
         else:
             found.unread.append(key)

@@ -1,6 +1,7 @@
 """Masks: which patches are hidden, how they are chosen, and who may attend to whom."""
 
 from mim.masks.attention import key_bias
+from mim.masks.file import FileMask
 from mim.masks.generators import (
     MASKS,
     MaskGenerator,
@@ -8,14 +9,36 @@ from mim.masks.generators import (
     hidden_count,
     sample_masks,
 )
+from mim.masks.guided import AttentionMask, LearnedMask
 from mim.masks.patch_mask import PatchMask
+from mim.masks.patterns import (
+    AlignedMask,
+    BlockMask,
+    ColumnMask,
+    GridMask,
+    InverseBlockMask,
+    MultiblockMask,
+    RowMask,
+)
+from mim.masks.statistics import mask_statistics
 
 __all__ = [
     "MASKS",
+    "AlignedMask",
+    "AttentionMask",
+    "BlockMask",
+    "ColumnMask",
+    "FileMask",
+    "GridMask",
+    "InverseBlockMask",
+    "LearnedMask",
     "MaskGenerator",
+    "MultiblockMask",
     "PatchMask",
+    "RowMask",
     "build_mask_generator",
     "hidden_count",
     "key_bias",
+    "mask_statistics",
     "sample_masks",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.config import MaskConfig
 from mim.errors import setting_error
@@ -39,6 +39,7 @@ class MaskRequest:
         sample_ids: (B,) int64, the stable ids of the images; None where the caller has none.
         images: (B, C, H, W), normalised; None unless the generator asks for them.
         attention: (B, N), how much a teacher attends to each patch; None unless asked for.
+        logits: (B, N), the scores of the generator's own network; None where it has none.
     """
 
     grid: Grid
@@ -47,6 +48,7 @@ class MaskRequest:
     sample_ids: Tensor | None = None
     images: Tensor | None = None
     attention: Tensor | None = None
+    logits: Tensor | None = None
 
     @property
     def num_patches(self) -> int:
@@ -74,10 +76,20 @@ class MaskGenerator(ABC):
     """Whether it looks at the images; its masks then follow from what they show, too."""
     needs_attention: bool = False
     """Whether it reads a teacher's attention; the model then keeps one (``model.teacher``)."""
+    is_trained: bool = False
+    """Whether it has a network of its own, trained with the model (``model.mask_network``)."""
 
     def __init__(self, config: MaskConfig, patch_size: tuple[int, int] | None = None) -> None:
         self.config = config
         self.patch_size = patch_size
+
+    def network(self, channels: int, seed: int) -> nn.Module:
+        """The network of a generator that is trained: images to logits (B, N)."""
+        raise NotImplementedError(f"{type(self).__name__} has no network")
+
+    def objective(self, logits: Tensor, ids: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
+        """(B,), the network's loss given the errors (B, M) at the hidden patches ``ids``."""
+        raise NotImplementedError(f"{type(self).__name__} is not trained")
 
     @abstractmethod
     def draw(self, request: MaskRequest) -> Tensor:
@@ -92,6 +104,7 @@ class MaskGenerator(ABC):
         sample_ids: Tensor | None = None,
         images: Tensor | None = None,
         attention: Callable[[Tensor], Tensor] | None = None,
+        network: Callable[[Tensor], Tensor] | None = None,
     ) -> PatchMask:
         """Masks for images with the given keys.
 
@@ -102,26 +115,28 @@ class MaskGenerator(ABC):
             sample_ids: (B,) stable ids of the images, for masks that are given per image.
             images: (B, C, H, W), normalised, for generators that look at them.
             attention: images to a teacher's attention (B, N), for generators guided by it.
+            network: images to logits (B, N), of a generator that is trained.
 
         Raises:
+            TypeError: if the keys are no (B,) int64 tensor.
             UserError: if the generator needs something that is not given.
         """
-        if self.needs_images and images is None:
-            reason = "looks at the images; draw its masks with model.draw_mask(images, ...)"
-            raise setting_error("mask.name", self.config.name, reason)
-        if self.needs_images and images is not None:
-            keys = keys.to(images.device)
-        seen = None
-        if self.needs_attention:
-            if attention is None or images is None:
-                reason = "needs a teacher; draw its masks with model.draw_mask(images, ...)"
+        if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
+            raise TypeError("masks need one int64 key an image, from mim.keys.image_keys")
+        seen = logits = None
+        if self.needs_images or self.needs_attention or self.is_trained:
+            lacks_teacher = self.needs_attention and attention is None
+            if images is None or lacks_teacher or (self.is_trained and network is None):
+                reason = "looks at the images; draw its masks with model.draw_mask(images, keys)"
                 raise setting_error("mask.name", self.config.name, reason)
-            seen = attention(images)
+            keys = keys.to(images.device)
+            seen = attention(images) if self.needs_attention and attention else None
+            logits = network(images) if self.is_trained and network else None
         low, high = self.config.ratio_at(epoch)
         drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
         if high > low:
             drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
-        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen)
+        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits)
         return PatchMask(self.draw(request), keys=keys)
 
     def check(self, grid: Grid) -> None:

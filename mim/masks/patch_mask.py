@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mim.keys import mix, random_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,35 @@ class PatchMask:
     def is_equal(self) -> bool:
         """Whether all rows hide equally many patches."""
         return self._counts[0] == self._counts[1]
+
+    def masked_share(self, share: float) -> tuple[Tensor, Tensor | None]:
+        """A share of the masked patches of each image, drawn by key, at least one where any is.
+
+        Args:
+            share: above 0, at most 1; the count is the nearest integer, halves up.
+
+        Returns:
+            ids (B, M') int64 ascending, and (B, M') bool, False for padding, or None without any.
+        """
+        if share >= 1:
+            return self.masked_ids, self.masked_valid
+        keys = self.keys
+        if keys is None:  # a hash of the mask itself: still no global randomness
+            places = mix(torch.arange(1, self.num_patches + 1, device=self.is_masked.device))
+            keys = mix((self.is_masked * places).sum(dim=1))
+        noise = random_bits(keys, self.num_patches, stream=3).masked_fill(
+            ~self.is_masked, torch.iinfo(torch.int64).max
+        )
+        hidden = self.is_masked.sum(dim=1)  # (B,)
+        counts = torch.floor(hidden * share + 0.5).long().clamp(min=1).minimum(hidden)
+        highest = self.num_masked
+        most = min(max(math.floor(highest * share + 0.5), 1), highest)
+        ids = noise.argsort(dim=1, stable=True)[:, :most]  # (B, M')
+        if self.is_equal:
+            return ids.sort(dim=1).values, None
+        valid = torch.arange(most, device=ids.device) < counts[:, None]
+        ids = ids.masked_fill(~valid, self.num_patches).sort(dim=1).values  # padding goes last
+        return ids.masked_fill(~valid, 0), valid
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchMask:
         """The same mask on another device."""

@@ -309,7 +309,7 @@ def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) 
 def _group_label(axes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     parts = []
     for key, value in axes.items():
-        # A component's name says what it is; a bare number does not.
-        prefix = "" if key.endswith(".name") else f"{labels.get(key, key)} "
+        # The name of a component or of a variant says what it is; a bare number does not.
+        prefix = "" if key.endswith(".name") or key == "variant" else f"{labels.get(key, key)} "
         parts.append(f"{prefix}{show_value(value)}")
     return " · ".join(parts)

@@ -477,6 +477,13 @@ def test_timm_folders_name_their_model(tmp_path: Path) -> None:
         assert torch.equal(imported.model.encode(images), original.forward_features(images))
 
 
+def test_a_teacher_begins_as_the_imported_encoder(store: Store, small: Small) -> None:
+    given = {**small, "model.target.name": "ema_features"}
+    model = import_model(store(fill(encoder_shapes())), given).model
+    mine, theirs = model.backbone.state_dict(), model.teacher.encoder.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 def test_files_in_parts(tmp_path: Path) -> None:
     oracle = vitmae()
     oracle.save_pretrained(tmp_path / "parts", max_shard_size="30KB")

@@ -10,9 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim.config import MaskConfig
+from mim.config import MaskConfig, MaskScheduleConfig
 from mim.errors import UserError
-from mim.masks import PatchMask, build_mask_generator, hidden_count, sample_masks
+from mim.keys import image_keys, random_bits
+from mim.masks import (
+    MaskGenerator,
+    PatchMask,
+    build_mask_generator,
+    hidden_count,
+    sample_masks,
+)
+from mim.masks.generators import MaskRequest, RankedMask, rank_by
 
 
 def draw(
@@ -183,6 +191,83 @@ def test_a_ratio_that_leaves_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=rf"mask\.ratio: 0\.\d+ {what} of a grid of 2 x 4"):
         draw(ratio, (2, 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratios"),
+    [
+        ("linear", [0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9]),
+        ("cosine", [0.5, 0.5, 0.5 + 0.4 * (0.5 - math.sqrt(0.125)), 0.7, None, 0.9, 0.9]),
+    ],
+)
+def test_a_ratio_moves_epoch_by_epoch(shape: str, ratios: list[float | None]) -> None:
+    config = MaskConfig(ratio=0.5, schedule=MaskScheduleConfig(to=0.9, epochs=4, shape=shape))
+    for epoch, ratio in zip((-1, 0, 1, 2, 3, 4, 100), ratios, strict=True):
+        if ratio is None:
+            continue
+        assert config.ratio_at(epoch) == pytest.approx((ratio, ratio))
+        mask = sample_masks(config, (10, 10), seed=0, epoch=epoch, sample_ids=[1, 2])
+        assert mask.num_masked == hidden_count(config.ratio_at(epoch)[0], 100)
+
+
+def test_a_range_moves_end_by_end() -> None:
+    config = MaskConfig(ratio=0.2, schedule=MaskScheduleConfig(to=(0.4, 0.8), epochs=2))
+    assert config.ratio_at(1) == pytest.approx((0.3, 0.5))
+    ids = list(range(3000))
+    counts = sample_masks(config, (10, 10), seed=0, epoch=1, sample_ids=ids).is_masked.sum(dim=1)
+    assert (counts.min(), counts.max()) == (30, 50)
+
+
+def test_where_a_schedule_ends_is_checked_too() -> None:
+    config = MaskConfig(ratio=0.5, schedule=MaskScheduleConfig(to=0.99))
+    with pytest.raises(UserError, match=r"mask\.schedule\.to: 0\.99 hides every patch of a grid"):
+        build_mask_generator(config, (2, 4))
+
+
+def test_ranks_follow_the_scores_and_ties_the_keys() -> None:
+    keys = image_keys(0, 0, range(400))
+    score = torch.tensor([[2.0, 1.0, 2.0, 0.0, 2.0]]).expand(400, 5)
+    ranks = rank_by(score, keys)
+    assert (ranks[:, 3] == 0).all() and (ranks[:, 1] == 1).all()
+    ties = ranks[:, [0, 2, 4]]
+    assert torch.equal(ties.sort(dim=1).values, torch.tensor([[2, 3, 4]]).expand(400, 3))
+    assert len(ties.unique(dim=0)) == 6
+    share = (ties == 2).double().mean(dim=0)
+    assert (share - 1 / 3).abs().max() < 5 * math.sqrt(2 / 9 / 400)
+    assert torch.equal(rank_by(score[:7], keys[:7]), ranks[:7])
+
+
+class Drawn(MaskGenerator):
+    def draw(self, request: MaskRequest) -> torch.Tensor:
+        assert request.keys.shape == request.ratios.shape
+        return random_bits(request.keys, request.num_patches) > 0
+
+
+class Ranked(RankedMask):
+    def ranks(self, request: MaskRequest) -> torch.Tensor:
+        return torch.arange(request.num_patches).expand(len(request.keys), -1)
+
+
+def test_a_generator_of_ones_own_draws_or_ranks() -> None:
+    keys = image_keys(0, 0, [3, 4])
+    drawn = Drawn(MaskConfig())((2, 4), keys)
+    assert torch.equal(drawn.is_masked, random_bits(keys, 8) > 0)
+    assert drawn.keys is keys
+    ranked = Ranked(MaskConfig(ratio=0.6))((2, 4), keys)
+    assert ranked.masked_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_generator_that_sees_needs_images() -> None:
+    class Sees(Ranked):
+        needs_images = True
+
+    with pytest.raises(UserError, match=r"mask\.name: 'random' looks at the images"):
+        Sees(MaskConfig())((2, 4), image_keys(0, 0, [3]))
+
+
+def test_there_are_no_masks_without_keys() -> None:
+    with pytest.raises(TypeError, match="keys"):
+        build_mask_generator(MaskConfig())((2, 4))  # type: ignore[call-arg]
 
 
 def test_an_unknown_generator_is_refused() -> None:

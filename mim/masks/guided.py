@@ -1,0 +1,124 @@
+"""Generators that look at the image: guided by attention, or by a network that is trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim.keys import seed_of, uniforms
+from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
+
+
+def gumbel(keys: Tensor, count: int, stream: int) -> Tensor:
+    """(B, count) float64 of standard Gumbel noise, from the keys.
+
+    The highest ``log p + noise`` are a sample without replacement in proportion to p (Vieira
+    2014; Kool et al. 2019, arXiv:1903.06059).
+    """
+    drawn = uniforms(keys, count, stream).clamp(min=2.0**-53)  # log(0) has no place here
+    return -torch.log(-torch.log(drawn))
+
+
+@MASKS.register("attention")
+class AttentionMask(RankedMask):
+    """Hides the most, or the least, attended patches (AttMask, Kakogeorgiou et al. 2022).
+
+    The attention is that of the EMA teacher's class token in its last block; without a class
+    token, of all its queries. ``randomness`` scales keyed Gumbel noise on the log-attention: 0
+    takes the highest, 1 samples without replacement in proportion to the attention.
+    """
+
+    needs_images = True
+    needs_attention = True
+
+    def ranks(self, request: MaskRequest) -> Tensor:
+        """See :class:`RankedMask`."""
+        assert request.attention is not None  # the base class asks for it
+        settings = self.config.attention
+        score = request.attention.double().clamp(min=1e-30).log()  # (B, N)
+        if settings.hide == "least":
+            score = -score
+        noise = gumbel(request.keys, request.num_patches, stream=2)
+        return rank_by(-(score + settings.randomness * noise), request.keys)
+
+
+class PatchScorer(nn.Module):
+    """A small network that scores each patch from the image.
+
+    A patch embedding, a depth-wise 3x3 convolution for the surroundings, one linear map.
+
+    Args:
+        channels: of the images.
+        patch_size: (height, width) of a patch in pixels.
+        width: of its hidden layer.
+    """
+
+    def __init__(self, channels: int, patch_size: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.around = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.head = nn.Linear(width, 1, bias=False)  # only differences choose patches
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N) logits; a patch's score is their sigmoid."""
+        x = F.gelu(self.embed(images))  # (B, width, rows, columns)
+        x = F.gelu(x + self.around(x)).flatten(2).transpose(1, 2)  # (B, N, width)
+        logits = self.head(x)[..., 0]  # (B, N)
+        return logits - logits.mean(dim=1, keepdim=True)
+
+
+@MASKS.register("learned")
+class LearnedMask(RankedMask):
+    """A small network scores the patches and is trained against the reconstruction.
+
+    ``objective: adamae`` keeps patches of high score visible and raises the score where the
+    reconstruction fails, so that the encoder sees what is hard to guess (Bandara et al. 2023,
+    arXiv:2211.09120). ``objective: adversarial`` hides patches of high score and raises the score
+    of hidden patches that are harder than the image's mean, so that the task becomes harder (in
+    the spirit of ADIOS, arXiv:2201.13100, by the score function instead of soft masks).
+    """
+
+    needs_images = True
+    is_trained = True
+
+    def network(self, channels: int, seed: int) -> nn.Module:
+        """The scorer, its weights a function of the seed."""
+        assert self.patch_size is not None  # the model gives it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "mask_network"))
+            return PatchScorer(channels, self.patch_size, self.config.learned.width)
+
+    def ranks(self, request: MaskRequest) -> Tensor:
+        """See :class:`RankedMask`."""
+        assert request.logits is not None  # the base class asks for it
+        score = F.logsigmoid(request.logits.double())  # (B, N)
+        if self.config.learned.sampling == "gumbel":
+            score = score + gumbel(request.keys, request.num_patches, stream=2)
+        # Low ranks are hidden first.
+        hide_low = self.config.learned.objective == "adamae"
+        return rank_by(score if hide_low else -score, request.keys)
+
+    def objective(self, logits: Tensor, ids: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
+        """The scorer's loss; see the class.
+
+        Args:
+            logits: (B, N), with gradient.
+            ids: (B, M) hidden patches that were predicted.
+            error: (B, M), their reconstruction error; no gradient flows into it.
+            valid: (B, M) bool, False for padding.
+
+        Returns:
+            (B,).
+        """
+        error = error.detach().float()
+        valid = torch.ones_like(error, dtype=torch.bool) if valid is None else valid
+        count = valid.sum(dim=1).clamp(min=1)
+        log_score = F.logsigmoid(logits.float())  # (B, N)
+        if self.config.learned.objective == "adamae":
+            log_share = log_score - log_score.logsumexp(dim=1, keepdim=True)
+            gain = error * log_share.gather(1, ids)
+        else:
+            mean = error.masked_fill(~valid, 0.0).sum(dim=1) / count
+            gain = (error - mean[:, None]) * log_score.gather(1, ids)
+        return -gain.masked_fill(~valid, 0.0).sum(dim=1) / count

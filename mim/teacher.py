@@ -1,0 +1,56 @@
+"""An encoder that follows the trained one as an exponential moving average (EMA)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mim.backbone import add_positions, block_outputs, patch_attention
+
+
+class Teacher(nn.Module):
+    """A frozen copy of the encoder whose weights follow it slowly.
+
+    It sees full images. Generators read its attention (AttMask, arXiv:2203.12719), targets its
+    features (data2vec, arXiv:2202.03555). It is part of the model's state, so a resume is exact.
+
+    Args:
+        vit: the encoder; the copy starts equal to it.
+        decay: share of the old weights that each update keeps.
+    """
+
+    def __init__(self, vit: VisionTransformer, decay: float) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(vit).requires_grad_(False).eval()
+        self.decay = decay
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode: no dropout, no drop path."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def update(self, vit: VisionTransformer) -> None:
+        """Move a step towards ``vit``."""
+        for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
+            mine.lerp_(new, 1 - self.decay)
+        for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
+            buffer.copy_(now)
+
+    @torch.no_grad()
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
+        vit = self.encoder
+        tokens = add_positions(vit, vit.patch_embed(images))
+        return [x[:, vit.num_prefix_tokens :] for x in block_outputs(vit, tokens)]
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N), how much the last block attends to each patch."""
+        vit = self.encoder
+        tokens = add_positions(vit, vit.patch_embed(images))
+        return patch_attention(vit, tokens)
