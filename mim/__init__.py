@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mim.api import encode, load
     from mim.config import Config
     from mim.errors import UserError
+    from mim.estimator import MIMFeatures
+    from mim.interop import export_run, import_model, import_run
     from mim.masks import PatchMask, sample_masks
     from mim.model import build_model
     from mim.settings import load_config
@@ -20,20 +22,28 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "mim.config",
+    "MIMFeatures": "mim.estimator",
     "PatchMask": "mim.masks",
     "UserError": "mim.errors",
     "build_model": "mim.model",
     "encode": "mim.api",
+    "export_run": "mim.interop",
+    "import_model": "mim.interop",
+    "import_run": "mim.interop",
     "load": "mim.api",
     "load_config": "mim.settings",
     "sample_masks": "mim.masks",
 }
 __all__ = [
     "Config",
+    "MIMFeatures",
     "PatchMask",
     "UserError",
     "build_model",
     "encode",
+    "export_run",
+    "import_model",
+    "import_run",
     "load",
     "load_config",
     "sample_masks",

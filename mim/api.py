@@ -29,7 +29,7 @@ def load(path: str | Path) -> MaskedImageModel:
 
 @torch.no_grad()
 def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
-    """Features of full images: the mean over the patch tokens.
+    """Features of full images: the mean over the patch tokens, and its norm where the ViT has one.
 
     Args:
         model: of :func:`load`.
@@ -39,4 +39,4 @@ def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
         (B, D).
     """
     tokens = model.encode(images)
-    return tokens[:, model.backbone.num_prefix_tokens :].mean(dim=1)
+    return model.backbone.fc_norm(tokens[:, model.backbone.num_prefix_tokens :].mean(dim=1))

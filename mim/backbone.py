@@ -130,7 +130,15 @@ def build_backbone(
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         fixed = sincos_position_embedding(vit.patch_embed.grid_size, vit.embed_dim, prefix)
         vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
+    set_norm_eps(vit, model.norm_eps)
     return vit
+
+
+def set_norm_eps(module: nn.Module, eps: float | None) -> None:
+    """Give every layer norm in a module this epsilon; None leaves them as they are."""
+    for part in module.modules():
+        if eps is not None and isinstance(part, nn.LayerNorm):
+            part.eps = eps
 
 
 def _check_patch(patch: tuple[int, ...], size: tuple[int, int], setting: str) -> None:

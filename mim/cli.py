@@ -274,28 +274,68 @@ def _bench(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    """Write a run's encoder as a file that others load."""
-    parser = _parser("export", "Write a run's encoder.")
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--to", choices=("timm", "safetensors"), default="timm", help="the layout")
-    parser.add_argument("--output", required=True, help="the file, ending in .safetensors")
-    options = parser.parse_args(args)
-    from mim import checkpoint
-
-    output = Path(options.output)
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output: {str(output)!r} must end in .safetensors")
-    config = checkpoint.read_config(options.run)
-    weights = checkpoint.encoder_weights(options.run)
-    checkpoint.prepare_folder(output.parent, "--output")
-    checkpoint.save_encoder(output, weights, {"backbone": config.model.backbone})
-    extra = {**config.model.backbone_args, "img_size": config.data.image_size}
-    extra["in_chans"] = config.data.channels
-    given = ", ".join(f"{key}={value!r}" for key, value in extra.items())
-    _say(
-        f"timm.create_model({config.model.backbone!r}, checkpoint_path={str(output)!r}, "
-        f"num_classes=0, {given})"
+    """Write a run's weights as files that others load, with a model card."""
+    about = (
+        "Write a run's weights for others, and a model card beside them.\n\n"
+        "timm         file for timm.create_model(..., checkpoint_path=FILE); .safetensors\n"
+        "hf           folder for transformers' from_pretrained\n"
+        "safetensors  timm's keys, or with --part model all of them; .safetensors\n"
+        "onnx         images to tokens and features, any batch size; .onnx\n"
+        "mae          facebookresearch/mae's keys; .pth"
     )
+    parser = _parser("export", about)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    choices = ("timm", "hf", "safetensors", "onnx", "mae")
+    parser.add_argument("--to", choices=choices, default="timm", help="the layout")
+    parser.add_argument("--output", required=True, help="the file, or for hf the folder")
+    parser.add_argument(
+        "--part",
+        choices=("encoder", "model"),
+        help="by default the encoder; hf and mae: the model, where it is an MAE",
+    )
+    options = parser.parse_args(args)
+    from mim.interop import export_run
+
+    exported = export_run(options.run, options.to, options.output, options.part)
+    _say(f"model card: {exported.card}")
+    _say(exported.usage)  # last: scripts read the line that loads it
+    return 0
+
+
+def _import(args: list[str]) -> int:
+    """Make a run folder from weights of MAE, timm, DeiT, DINOv2, SimMIM, Hugging Face."""
+    about = (
+        "Make a run folder, which every verb takes, from a file of weights. Its layout is seen\n"
+        "from its keys; each key is loaded, adapted, or named as left out. Settings such as\n"
+        "--data.source imagefolder --data.path DIR --data.image_size 96 stand above what the file\n"
+        "says. No code in a file is ever run."
+    )
+    parser = _parser("import", about)
+    parser.add_argument("file", metavar="FILE", help="safetensors, torch file, or HF folder")
+    parser.add_argument("--output", required=True, metavar="RUN", help="the run folder to make")
+    parser.add_argument("--backbone", help="timm's name of the encoder; by default by its sizes")
+    parser.add_argument("--from", dest="style", help="key style: timm, hf, simmim or mim")
+    parser.add_argument(
+        "--part", choices=("model", "encoder"), default="model", help="encoder: without decoder"
+    )
+    parser.add_argument("--key", help="name under which a torch file holds the weights")
+    parser.add_argument("--config", metavar="FILE", help="settings above what the file says")
+    options, rest = parser.parse_known_args(args)
+    from mim.interop import dotted_arguments, import_run
+
+    imported = import_run(
+        options.file,
+        options.output,
+        dotted_arguments(rest),
+        backbone=options.backbone,
+        style=options.style,
+        part=options.part,
+        key=options.key,
+        config=options.config,
+    )
+    for line in imported.account.lines():
+        _say(line)
+    _say(f"{options.output}: {imported.config.model.backbone}")
     return 0
 
 
@@ -307,6 +347,7 @@ VERBS: dict[str, Verb] = {
     "visualize": _visualize,
     "bench": _bench,
     "export": _export,
+    "import": _import,
 }
 
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mim import checkpoint
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
+
+if TYPE_CHECKING:
+    from mim.evaluate import Encoder
 
 # Imported once, before the runs' processes are forked.
 SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
@@ -47,6 +50,9 @@ class CompareConfig:
     """One more axis, of settings that change together: a name and its dotted keys."""
     evaluations: dict[str, Any] = field(default_factory=lambda: {"linear": {}, "knn": {}})
     """Evaluations and their settings; empty for images without labels."""
+    references: list[str] = field(default_factory=list)
+    """Run folders, imported ones above all, whose encoders are evaluated on the same images and
+    stand in the tables beside the runs; nothing is trained for them."""
     base: Config = field(default_factory=Config)
     """What all runs share."""
 
@@ -90,15 +96,17 @@ class Planned:
 
     Attributes:
         folder: name of its folder.
-        kind: run, untrained or pixels.
+        kind: run, untrained, pixels or given.
         axes: dotted key -> value.
         config: of the run; ``output`` is its folder.
+        given: the run folder whose encoder is evaluated, of kind given.
     """
 
     folder: str
     kind: str
     axes: dict[str, Any]
     config: Config
+    given: str = ""
 
 
 def _label(axes: dict[str, Any]) -> str:
@@ -146,7 +154,27 @@ def plan(config: CompareConfig) -> list[Planned]:
         raise UserError("axes: two runs would share a folder; shorten or rename the values")
     if config.evaluations:
         planned += list(_references(config, planned, output))
+    planned += list(_given(config, output))
     return planned
+
+
+def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
+    """The encoders under ``references``, on the images of the base config.
+
+    Raises:
+        UserError: if one is no run folder, two have the same name, or nothing is to be evaluated.
+    """
+    if config.references and not config.evaluations:
+        reason = "are evaluated, and no evaluations are named"
+        raise setting_error("references", config.references, reason)
+    names = [Path(path).resolve().name for path in config.references]
+    if len(set(names)) < len(names):
+        raise setting_error("references", config.references, "has two folders of one name")
+    for name, path in zip(names, config.references, strict=True):
+        checkpoint.read_config(path)
+        folder = f"given,{name}"
+        own = replace(config.base, output=str(output / folder))
+        yield Planned(folder, "given", {}, own, str(Path(path).resolve()))
 
 
 def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
@@ -216,15 +244,35 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         checkpoint.prepare_folder(run)
         checkpoint.write_text_atomic(run / "config.yaml", to_yaml(item.config))
         untrained = item.kind == "untrained"
-        encoder = untrained_encoder(item.config) if untrained else pixels_encoder(item.config.data)
+        if item.given:
+            encoder = _on_images_of(run_encoder(Path(item.given)), item.config)
+        elif untrained:
+            encoder = untrained_encoder(item.config)
+        else:
+            encoder = pixels_encoder(item.config.data)
         result = {"format": checkpoint.FORMAT, "status": "finished", "config": to_dict(item.config)}
         result["seed"] = item.config.seed if untrained else None
     result |= {"kind": item.kind, "name": item.folder, "axes": item.axes}
+    if item.given:
+        result["given"] = item.given
     if encoder is not None:
         numbers = evaluate(encoder, evaluations, device=device)
         result["evaluations"] = numbers
     result["evaluated_with"] = _evaluations_key(evaluations)
     checkpoint.write_json_atomic(run / "result.json", result)
+
+
+def _on_images_of(encoder: Encoder, config: Config) -> Encoder:
+    """An encoder on other images, read at its own size and with its own normalisation."""
+    own = encoder.data
+    data = replace(
+        config.data,
+        image_size=own.image_size,
+        channels=own.channels,
+        mean=own.mean,
+        std=own.std,
+    )
+    return replace(encoder, data=data)
 
 
 def _child(item: Planned, evaluations: dict[str, Any]) -> None:

@@ -557,6 +557,8 @@ class ModelConfig:
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ..."""
     position_embedding: str = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
+    norm_eps: float | None = None
+    """Epsilon of every layer norm; by default the backbone's own, mostly 1e-6."""
     regime: RegimeConfig = field(default_factory=RegimeConfig)
     """How hidden patches meet the encoder."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -571,6 +573,8 @@ class ModelConfig:
             reason = "must be at least 0 and below 1"
             raise setting_error("model.teacher_decay", self.teacher_decay, reason)
         _one_of("model.position_embedding", self.position_embedding, ("learned", "sincos2d"))
+        if self.norm_eps is not None:
+            _above("model.norm_eps", self.norm_eps, 0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, grid_of, patch_size_of, supports_split
+from mim.backbone import (
+    build_backbone,
+    grid_of,
+    patch_size_of,
+    set_norm_eps,
+    supports_split,
+)
 from mim.config import Config
 from mim.decoders import Decoder, build_decoder
 from mim.errors import setting_error
@@ -214,6 +220,7 @@ def build_model(config: Config) -> MaskedImageModel:
         num_prefix=vit.num_prefix_tokens,
         seed=config.seed,
     )
+    set_norm_eps(decoder, model.norm_eps)
     regime.collects_layers = decoder.needs_layers
     network = generator.network(data.channels, config.seed) if generator.is_trained else None
     teacher = None

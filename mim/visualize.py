@@ -291,9 +291,15 @@ def reconstruction_figure(
         ratios: shares of hidden patches; None takes the run's own.
 
     Raises:
-        UserError: for an unknown generator, a ratio it cannot draw or an index out of range.
+        UserError: for an unknown generator, a ratio it cannot draw or an index out of range, or
+            a run that was imported without a decoder.
     """
     config = checkpoint.read_config(run)
+    if not checkpoint.read_result(run).get("imported", {}).get("decoder", True):
+        raise UserError(
+            f"visualize reconstruct: {str(run)!r} was imported from a file without a decoder, so "
+            "it predicts nothing yet; go on training it, or draw masks"
+        )
     model = load(run)
     source = open_source(config.data, "val")
     chosen = spread_indices(len(source), images) if indices is None else list(indices)

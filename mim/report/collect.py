@@ -15,6 +15,8 @@ from mim.errors import UserError, setting_error
 FORMAT = 1
 REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 """Kinds of the reference rows and how tables call them."""
+GIVEN = "given"
+"""Kind of the encoders that came from elsewhere; tables call each by its name."""
 
 LOSSES = ("train_loss", "val_loss")
 COSTS = (
@@ -44,7 +46,7 @@ class Run:
     folder: Path
     name: str
     kind: str
-    """``run``, or one of the references: ``untrained``, ``pixels``."""
+    """``run``, or one of the references: ``untrained``, ``pixels``, ``given``."""
     axes: dict[str, Any]
     seed: int
     status: str
@@ -139,6 +141,11 @@ def read_comparison(folder: Path) -> Comparison:
         for kind in REFERENCES
         for group in _group([run for run in runs if run.kind == kind], labels, base)
         or [Group(REFERENCES[kind], kind, {}, ())]
+    ]
+    references += [
+        Group(run.name.removeprefix(f"{GIVEN},"), GIVEN, {}, (run,))
+        for run in runs
+        if run.kind == GIVEN
     ]
     return Comparison(
         folder=folder,
@@ -242,8 +249,8 @@ def _read_run(folder: Path, base: Mapping[str, Any]) -> Run:
         return Run(folder, folder.name, "run", {}, 0, "missing", "not run yet: no result.json")
     result = _read_json(path)
     kind = str(result.get("kind", "run"))
-    if kind != "run" and kind not in REFERENCES:
-        reason = f"is not one of run, {', '.join(REFERENCES)}"
+    if kind not in ("run", GIVEN, *REFERENCES):
+        reason = f"is not one of run, {', '.join(REFERENCES)}, {GIVEN}"
         raise setting_error(f"{path}: kind", kind, reason)
     config = result.get("config") or {}
     axes = result.get("axes") or {}

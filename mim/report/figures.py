@@ -40,7 +40,11 @@ _KNOWN_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
 _COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#5D3A9B", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_REFERENCE_LINES = {"untrained": ("#6B6B6B", "--"), "pixels": ("#000000", ":")}
+_REFERENCE_LINES = {
+    "untrained": ("#6B6B6B", "--"),
+    "pixels": ("#000000", ":"),
+    "given": ("#6B6B6B", "-."),
+}
 _TILE = 112
 """Pixels that a small image is enlarged to at least; twice this bounds a large one."""
 _IMAGES = 8

@@ -396,7 +396,7 @@ def results_csv(comparison: Comparison) -> str:
             [
                 run.folder.name,
                 *(show_value(run.axes[key]) if key in run.axes else "" for key in axes),
-                run.seed if known and run.kind != "pixels" else "",
+                run.seed if known and run.kind not in ("pixels", "given") else "",
                 run.kind,
                 *(run.measures.get(key, "") for key in measures),
                 run.status,

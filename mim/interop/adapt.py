@@ -1,0 +1,94 @@
+"""Fitting weights to another image size, patch size or number of channels, where that is sound."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from mim.errors import UserError
+
+Grid = tuple[int, int]
+
+
+def square_grid(count: int) -> Grid | None:
+    """(side, side) of a square grid with so many patches; None if there is none."""
+    side = math.isqrt(count)
+    return (side, side) if side and side * side == count else None
+
+
+def adapt_positions(
+    positions: Tensor, old: Grid, new: Grid, prefix: int, name: str
+) -> tuple[Tensor, str]:
+    """Position embeddings of another grid, by antialiased bicubic interpolation, as timm does it.
+
+    Args:
+        positions: (1, prefix + rows * columns, D) of the grid ``old``.
+        old: (rows, columns) it is for.
+        new: (rows, columns) it shall be for.
+        prefix: embeddings in front that belong to no patch; they stay as they are.
+        name: for the message.
+
+    Returns:
+        The embeddings and what was done; nothing, where the grids are the same.
+
+    Raises:
+        UserError: if it does not hold that many.
+    """
+    if positions.ndim != 3 or positions.shape[1] != prefix + old[0] * old[1]:
+        raise UserError(
+            f"{name}: shape {tuple(positions.shape)} is not (1, {prefix} + {old[0]} x {old[1]}, D)"
+        )
+    if old == new:
+        return positions, ""
+    resampled = resample_abs_pos_embed(
+        positions, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix
+    )
+    return resampled, f"bicubic from a grid of {_by(old)} to {_by(new)}"
+
+
+def _by(sides: Grid) -> str:
+    return f"{sides[0]} x {sides[1]}"
+
+
+def adapt_patch_embedding(
+    weight: Tensor, channels: int, patch: tuple[int, int]
+) -> tuple[Tensor, str]:
+    """The patch embedding for another number of channels and another patch size.
+
+    Sound are: from several channels to 1, by their sum, exact where all channels of the images
+    hold the same values; from 1 to several, each its share, exact in the same sense; and another
+    patch size by the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2022, arXiv:2212.08013).
+
+    Args:
+        weight: (D, C, height, width).
+        channels: wanted.
+        patch: (height, width) wanted.
+
+    Returns:
+        The weight and what was done; nothing, where it fits as it is.
+
+    Raises:
+        UserError: for channels that the file says nothing about, such as from 3 to 4.
+    """
+    had, notes = weight.shape[1], []
+    if channels != had:
+        if channels == 1:
+            notes.append(f"summed over {had} channels")
+        elif had == 1:
+            notes.append(f"repeated for {channels} channels, each 1/{channels}")
+        else:
+            raise UserError(
+                f"data.channels: {channels} is neither the file's {had} nor 1: which of its "
+                f"channels another one resembles cannot be known; use {had} or 1"
+            )
+        weight = adapt_input_conv(channels, weight, base_chans=had)
+    size = (int(weight.shape[2]), int(weight.shape[3]))
+    if size != patch:
+        with torch.no_grad():
+            weight = resample_patch_embed(weight, list(patch))
+        notes.append(f"resampled from patches of {_by(size)} to {_by(patch)} pixels")
+    return weight, "; ".join(notes)

@@ -1,0 +1,102 @@
+"""The model card beside an export: what it is, on which images, with which results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mim import checkpoint
+from mim.config import Config
+from mim.settings import to_dict
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = ["| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _settings(config: Config) -> str:
+    """The config as YAML without what only concerns the machine it ran on."""
+    tree = to_dict(config)
+    for key in ("output", "resume", "plugins", "log"):
+        del tree[key]
+    for key in ("path", "download", "workers"):
+        del tree["data"][key]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def card_text(run: Path, config: Config, usage: str, to: str) -> str:
+    """Markdown with the header that model hubs read.
+
+    Args:
+        run: the run folder, for its results.
+        config: of the run.
+        usage: Python that loads the file.
+        to: its layout.
+    """
+    result = checkpoint.read_result(run)
+    model, data, imported = config.model, config.data, result.get("imported")
+    seen = result.get("data", {})
+    what = {
+        "encoder": f"`{model.backbone}`",
+        "image": f"{data.size[0]} x {data.size[1]} pixels, {data.channels} channels",
+        "regime": model.regime.name,
+        "mask": f"{config.mask.name}, ratio {config.mask.ratio}",
+        "decoder": model.decoder.name,
+        "target": f"{model.target.name}, {model.target.loss}",
+        "seed": config.seed,
+    }
+    if imported:
+        what["imported from"] = f"{Path(imported['file']).name} ({imported['family']})"
+        what["its SHA-256"] = f"`{imported['sha256']}`"
+    images = {
+        "source": seen.get("source", data.source),
+        "training images": seen.get("train_images"),
+        "held-out images": seen.get("val_images"),
+        "fingerprint": f"`{seen['fingerprint']}`" if "fingerprint" in seen else None,
+        "mean": data.mean if data.mean is not None else "the source's own",
+        "deviation": data.std if data.std is not None else "the source's own",
+    }
+    numbers = {
+        name: _shown(result[key])
+        for key, name in (
+            ("steps", "steps"),
+            ("epochs", "epochs"),
+            ("train_loss", "training loss"),
+            ("val_loss", "held-out loss"),
+        )
+        if key in result
+    }
+    for evaluation, values in result.get("evaluations", {}).items():
+        numbers |= {f"{evaluation} {key}": _shown(value) for key, value in values.items()}
+    library = {"timm": "timm", "hf": "transformers"}.get(to, "mim")
+    tags = ["masked-image-modeling", "image-feature-extraction", "mim"]
+    front = "\n".join(
+        ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    )
+    parts = [
+        front,
+        f"# {run.name or run.resolve().name}",
+        f"A ViT pre-trained by masked image modelling.\n\n{_table(what)}"
+        if not imported
+        else f"A ViT whose weights were imported.\n\n{_table(what)}",
+        f"## Use\n\n```python\n{usage}\n```\n\nImages are scaled to 0 to 1, then normalised by the "
+        "mean and deviation below.",
+        f"## Images\n\n{_table(images)}",
+        f"## Results\n\n{_table(numbers)}" if numbers else "## Results\n\nNone were measured.",
+        f"## Config\n\n```yaml\n{_settings(config)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(path: Path, run: Path, config: Config, usage: str, to: str) -> None:
+    """Write :func:`card_text` to a file."""
+    checkpoint.write_text_atomic(path, card_text(run, config, usage, to))

@@ -1,0 +1,416 @@
+"""From a run folder to files that others load without this package, each with a model card."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mim import checkpoint
+from mim.api import load
+from mim.backbone import build_backbone, grid_of, load_backbone, patch_size_of, supports_split
+from mim.config import Config
+from mim.errors import UserError, choice_error, setting_error
+from mim.interop.card import write_card
+from mim.interop.layouts import to_hf, to_mae, to_timm
+from mim.settings import to_dict
+
+PARTS = ("encoder", "model")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: the file or folder.
+        card: the model card.
+        usage: Python that loads it.
+    """
+
+    path: Path
+    card: Path
+    usage: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: Path
+    config: Config
+    output: Path
+    part: str | None
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole model's weights, or the encoder's where there is no checkpoint."""
+        if checkpoint.checkpoints(self.run):
+            return load(self.run).state_dict()
+        return self.encoder()
+
+    def mae_state(self) -> dict[str, Tensor]:
+        """Encoder and decoder, without what only chose masks or targets in training."""
+        state = self.state()
+        return {k: v for k, v in state.items() if k.startswith(("backbone.", "decoder."))}
+
+    def encoder(self) -> dict[str, Tensor]:
+        weights = checkpoint.encoder_weights(self.run)
+        return {f"backbone.{key}": value for key, value in weights.items()}
+
+    def vit(self) -> VisionTransformer:
+        config = self.config
+        vit = build_backbone(config.model, config.data.size, config.data.channels, config.seed)
+        load_backbone(vit, checkpoint.encoder_weights(self.run), f"run {self.run}")
+        return vit.eval()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a safetensors file says of itself; ``mim import`` needs no more."""
+        tree = to_dict(self.config)
+        for key in ("output", "resume", "log", "plugins"):
+            tree.pop(key, None)
+        tree["data"].pop("path", None)
+        return {"backbone": self.config.model.backbone, "mim_config": json.dumps(tree)}
+
+
+def _has_own_decoder(run: Path) -> bool:
+    """Whether the decoder was trained, or came with an imported file."""
+    return checkpoint.read_result(run).get("imported", {}).get("decoder", True)
+
+
+def _write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    plain = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    content = save(plain, metadata={"format": "pt", **metadata})
+    checkpoint.write_atomic(path, lambda temporary: _write(temporary, content))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+# --- timm, safetensors, facebookresearch/mae ---
+
+
+def timm_arguments(config: Config) -> dict[str, Any]:
+    """What ``timm.create_model`` must be given besides the name."""
+    extra = dict(config.model.backbone_args)
+    extra["img_size"] = config.data.image_size
+    extra["in_chans"] = config.data.channels
+    return extra
+
+
+def _timm(job: _Job) -> str:
+    if job.part == "model":
+        raise setting_error(
+            "--part", "model", "has no place in timm's layout; use --to safetensors"
+        )
+    _write_safetensors(job.output, to_timm(job.encoder()), job.metadata)
+    given = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(job.config).items())
+    eps = job.config.model.norm_eps
+    first = "import timm\n\n"
+    if eps is not None:
+        first = (
+            "from functools import partial\n\nimport timm\nfrom timm.layers import LayerNorm\n\n"
+        )
+        given += f", norm_layer=partial(LayerNorm, eps={eps!r})"
+    return (
+        f"{first}timm.create_model({job.config.model.backbone!r}, "
+        f"checkpoint_path={str(job.output)!r}, num_classes=0, {given})"
+    )
+
+
+def _safetensors(job: _Job) -> str:
+    if job.part == "model":
+        _write_safetensors(job.output, job.state(), job.metadata)
+    else:
+        _write_safetensors(job.output, to_timm(job.encoder()), job.metadata)
+    return (
+        "from safetensors.torch import load_file\n\n"
+        f"state = load_file({str(job.output)!r})  # mim import takes it too"
+    )
+
+
+def _mae(job: _Job) -> str:
+    decoder = job.part == "model" or (job.part is None and _is_mae(job))
+    if decoder and not _is_mae(job):
+        raise setting_error("--part", "model", _not_mae(job))
+    state = to_mae(job.mae_state() if decoder else job.encoder())
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    checkpoint.write_atomic(job.output, lambda temporary: torch.save({"model": state}, temporary))
+    return (
+        "import torch\n\n"
+        f"state = torch.load({str(job.output)!r}, weights_only=True)['model']  "
+        "# facebookresearch/mae's keys"
+    )
+
+
+def _not_mae(job: _Job) -> str:
+    model = job.config.model
+    wanted = "needs model.regime.name=drop, model.decoder.name=transformer, model.target.loss=mse, "
+    wanted += "loss_on=masked, a target of pixels and a trained decoder; this run has "
+    return (
+        f"{wanted}{model.regime.name}, {model.decoder.name}, {model.target.loss}, "
+        f"{model.target.loss_on}, {model.target.name}; use --part encoder"
+    )
+
+
+def _is_mae(job: _Job) -> bool:
+    model = job.config.model
+    return (
+        model.regime.name == "drop"
+        and model.decoder.name == "transformer"
+        and model.target.name in ("pixels", "normalized_pixels")
+        and model.target.loss in ("auto", "mse")  # auto is mse for pixels
+        and model.target.loss_on == "masked"
+        and bool(checkpoint.checkpoints(job.run))
+        and _has_own_decoder(job.run)
+    )
+
+
+# --- Hugging Face ---
+
+
+def _check_hf(vit: VisionTransformer, config: Config) -> None:
+    """Refuse what Hugging Face's ViT computes otherwise.
+
+    Raises:
+        UserError: naming it.
+    """
+    patch, grid, blocks = patch_size_of(vit), grid_of(vit), _blocks(vit)
+    reasons = [
+        (not supports_split(vit), "blocks of another kind"),
+        (not vit.has_class_token or vit.num_prefix_tokens != 1, "other tokens than a class token"),
+        (vit.pos_embed is None or vit.no_embed_class, "no position for its class token"),
+        (isinstance(vit.norm, nn.Identity), "no norm after its last block"),
+        (patch[0] != patch[1] or grid[0] != grid[1], "patches or a grid that are not square"),
+        (vit.patch_embed.proj.bias is None, "a patch embedding without bias"),
+        (not _is_gelu(vit), "another activation than gelu"),
+        (len({norm.eps for norm in _norms(vit)}) != 1, "norms of different epsilons"),
+        (any(block.attn.qkv.bias is None for block in blocks), "queries without bias"),
+    ]
+    found = [reason for holds, reason in reasons if holds]
+    if found:
+        raise setting_error(
+            "--to", "hf", f"cannot hold this encoder: Hugging Face's ViT has not {found[0]}"
+        )
+
+
+def _blocks(vit: VisionTransformer) -> list[Any]:
+    return list(vit.blocks)
+
+
+def _norms(vit: VisionTransformer) -> list[nn.LayerNorm]:
+    return [part for part in vit.modules() if isinstance(part, nn.LayerNorm)]
+
+
+def _is_gelu(vit: VisionTransformer) -> bool:
+    activations = [block.mlp.act for block in _blocks(vit)]
+    return all(
+        isinstance(act, nn.GELU) and getattr(act, "approximate", "none") == "none"
+        for act in activations
+    )
+
+
+def _hf(job: _Job) -> str:
+    vit, config = job.vit(), job.config
+    _check_hf(vit, config)
+    whole = job.part == "model" or (job.part is None and _is_mae(job))
+    if whole and not _is_mae(job):
+        raise setting_error("--part", "model", _not_mae(job))
+    block = _blocks(vit)[0]
+    described: dict[str, Any] = {
+        "architectures": ["ViTMAEForPreTraining" if whole else "ViTModel"],
+        "model_type": "vit_mae" if whole else "vit",
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": _norms(vit)[0].eps,
+        "image_size": config.data.size[0],
+        "patch_size": patch_size_of(vit)[0],
+        "num_channels": config.data.channels,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+    if whole:
+        decoder = config.model.decoder.transformer
+        ratio = sum(config.mask.ratio_range) / 2
+        described |= {
+            "decoder_hidden_size": decoder.width,
+            "decoder_num_hidden_layers": decoder.depth,
+            "decoder_num_attention_heads": decoder.heads,
+            "decoder_intermediate_size": int(decoder.width * decoder.mlp_ratio),
+            "mask_ratio": ratio,
+            "norm_pix_loss": config.model.target.name == "normalized_pixels",
+        }
+        state = to_hf(job.mae_state(), model=True)
+    else:
+        state = to_hf(job.encoder(), model=False)
+    mean, std = normalisation(config)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.data.size[0], "width": config.data.size[1]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    checkpoint.prepare_folder(job.output, "--output")
+    _write_safetensors(job.output / "model.safetensors", state, {})
+    checkpoint.write_json_atomic(job.output / "config.json", described)
+    checkpoint.write_json_atomic(job.output / "preprocessor_config.json", processor)
+    kind = "ViTMAEForPreTraining" if whole else "ViTModel"
+    call = f"{kind}.from_pretrained({str(job.output)!r}"
+    call += ")" if whole else ", add_pooling_layer=False)"
+    return f"from transformers import {kind}\n\n{call}"
+
+
+def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that the images of a config are normalised by.
+
+    Raises:
+        UserError: if they are the source's own and it cannot be opened.
+    """
+    data = config.data
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    from mim.data import open_source
+
+    try:
+        source = open_source(data, "train")
+    except UserError as error:
+        raise UserError(
+            f"data.mean, data.std: they are the source's own, which cannot be opened ({error}); "
+            "set both in the run's config.yaml"
+        ) from error
+    return tuple(map(float, source.mean)), tuple(map(float, source.std))
+
+
+def _with_normalisation(config: Config) -> Config:
+    """The config with the source's own mean and deviation written out, where it can be opened.
+
+    The images may be gone or elsewhere, and an encoder can be exported all the same.
+    """
+    try:
+        mean, std = normalisation(config)
+    except UserError:
+        return config
+    return replace(config, data=replace(config.data, mean=mean, std=std))
+
+
+# --- ONNX ---
+
+
+class _Features(nn.Module):
+    """Normalised images to tokens and their mean over patches."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.vit.forward_features(images)  # (B, P + N, D)
+        return tokens, tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
+
+
+def _onnx(job: _Job) -> str:
+    if job.part == "model":
+        raise setting_error("--part", "model", "is not exported to onnx; the encoder is")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--to onnx: the extra onnx is not installed: pip install mim[onnx]"
+        ) from error
+    module = _Features(job.vit()).eval()
+    height, width = job.config.data.size
+    example = torch.zeros(2, job.config.data.channels, height, width)
+    batch = torch.export.Dim("batch", min=1)
+
+    def write(temporary: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                (example,),
+                temporary,
+                input_names=["images"],
+                output_names=["tokens", "features"],
+                dynamic_shapes={"images": {0: batch}},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+
+    checkpoint.write_atomic(job.output, write)
+    return (
+        "import onnxruntime\n\n"
+        f"session = onnxruntime.InferenceSession({str(job.output)!r})\n"
+        'tokens, features = session.run(None, {"images": images})  # float32, normalised'
+    )
+
+
+@dataclass(frozen=True)
+class _Format:
+    suffix: str
+    write: Callable[[_Job], str]
+
+
+FORMATS = {
+    "timm": _Format(".safetensors", _timm),
+    "hf": _Format("", _hf),
+    "safetensors": _Format(".safetensors", _safetensors),
+    "onnx": _Format(".onnx", _onnx),
+    "mae": _Format(".pth", _mae),
+}
+"""``--to`` -> how the name of the output ends (nothing: a folder) and what writes it."""
+
+
+def export_run(run: str | Path, to: str, output: str | Path, part: str | None = None) -> Exported:
+    """Write a run's weights in a layout that others load, and a model card beside.
+
+    Args:
+        run: the run folder.
+        to: ``timm`` (a file for ``timm.create_model(..., checkpoint_path=...)``), ``hf`` (a folder
+            for ``from_pretrained``), ``safetensors``, ``onnx``, or ``mae`` (facebookresearch/mae's
+            keys in a torch file).
+        output: the file, or for ``hf`` the folder.
+        part: ``encoder`` or ``model`` (with regime and decoder). By default the encoder; for
+            ``hf`` and ``mae`` the model, where it is one that MAE's code computes too.
+
+    Raises:
+        UserError: for an unknown format or part, a run that is not there, an output that cannot be
+            written, or a model the format cannot hold without changing its outputs.
+    """
+    if to not in FORMATS:
+        raise choice_error("--to", to, FORMATS)
+    if part is not None and part not in PARTS:
+        raise choice_error("--part", part, PARTS)
+    kind, run, output = FORMATS[to], Path(run), Path(output)
+    if kind.suffix and output.suffix != kind.suffix:
+        raise UserError(f"--output: {str(output)!r} must end in {kind.suffix}")
+    if not kind.suffix and output.suffix in (".safetensors", ".pth", ".onnx", ".pt", ".bin"):
+        raise UserError(f"--output: {str(output)!r} must be a folder for --to {to}")
+    config = _with_normalisation(checkpoint.read_config(run))
+    checkpoint.prepare_folder(output.parent, "--output")
+    if not kind.suffix and (output / "config.yaml").is_file():
+        raise setting_error("--output", str(output), "holds a run; choose another folder")
+    usage = kind.write(_Job(run, config, output, part))
+    card = output.with_suffix(".md") if kind.suffix else output / "README.md"
+    # Who reads the card has the file, not this machine's folders.
+    place = output.name if kind.suffix else "."
+    write_card(card, run, config, usage.replace(repr(str(output)), repr(place)), to)
+    return Exported(output, card, usage)

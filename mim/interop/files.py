@@ -1,0 +1,277 @@
+"""Reading files of weights: tensors and plain values only, never code."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mim.errors import UserError, choice_error
+from mim.interop.account import some
+
+# Where training scripts put the weights; the average of them first, as it is what is evaluated.
+_WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "teacher", "module")
+# What other tools wrap a model in, and so put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BESIDE = ("model.safetensors", "pytorch_model.bin", "encoder.safetensors")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors and what the file says of them.
+
+    Attributes:
+        path: the file.
+        tensors: in float32, by the file's own keys without the wrappers' prefixes.
+        config: a ``config.json`` beside the file (Hugging Face, timm); empty without one.
+        processor: a ``preprocessor_config.json`` beside it; empty without one.
+        metadata: of a safetensors file; ``mim_config`` is the config of this package's own files.
+        arguments: of the training script, where the file holds them (facebookresearch/mae).
+        left_out: entries besides the weights -> why they were left out.
+        notes: what a reader must know: which part was taken, which precision it had.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _beside(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{str(path)!r} cannot be read as safetensors (cut short, or another format): {reason}"
+        ) from error
+
+
+def _unsafe_names(path: Path) -> list[str]:
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # an old or broken file; the refusal stands without the names
+        return []
+    return [name for name in found if name != "argparse.Namespace"]
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # Training scripts store their arguments so; the class holds attributes and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) and (names := _unsafe_names(path)):
+            raise UserError(
+                f"{str(path)!r} was not loaded: it asks for {some(names)}, and what is no tensor "
+                "may run code. Save its state dict alone, best as safetensors"
+            ) from error
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise UserError(
+            f"{str(path)!r} was not loaded: it is no file of weights alone: {reason}"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a broken file
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
+        raise UserError(
+            f"{str(path)!r} cannot be read (cut short, or no torch file): {reason}"
+        ) from error
+
+
+def _of_folder(folder: Path) -> Path:
+    for name in (_INDEX, *_BESIDE):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{str(folder)!r} holds none of {', '.join(_BESIDE)}")
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    places = _beside(index.parent, index.name).get("weight_map")
+    if not isinstance(places, Mapping):
+        raise UserError(f"{index} has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
+            raise UserError(f"{index}: part {name!r} is not in its folder")
+        tensors |= _read_safetensors(shard)[0]
+    if missing := [key for key in places if key not in tensors]:
+        raise UserError(f"{index}: its parts lack {some(missing)}")
+    return tensors, {}
+
+
+def _unwrap(
+    content: Any, path: Path, key: str | None
+) -> tuple[Mapping[str, Any], dict[str, str], str]:
+    """The state dict in what a training script stored, the rest, and under which name it stood."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not named tensors")
+    if key is not None and not isinstance(content.get(key), Mapping):
+        names = [name for name, value in content.items() if isinstance(value, Mapping)]
+        raise choice_error("--key", key, names)
+    chosen = key
+    if chosen is None:  # in a state dict itself no value is a mapping
+        wrapped = [n for n in _WRAPPERS if isinstance(content.get(n), Mapping) and content[n]]
+        chosen = wrapped[0] if wrapped else None
+    if chosen is None:
+        return content, {}, ""
+    rest = {
+        f"{name}": f"stands beside the weights, which are under {chosen!r}"
+        for name in content
+        if name != chosen
+    }
+    return content[chosen], rest, chosen
+
+
+def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DDP, torch.compile or Lightning put before each of them."""
+    while tensors:
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in tensors):
+                tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+                break
+        else:
+            break
+    return tensors
+
+
+def _dino_teacher(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """DINO's and DINOv2's training files hold ``backbone.*`` beside ``dino_head.*``."""
+    heads = [name for name in tensors if name.startswith(("dino_head.", "ibot_head.", "head."))]
+    rest = [name for name in tensors if name not in heads]
+    if not heads or not rest or not all(name.startswith("backbone.") for name in rest):
+        return tensors, {}
+    left_out = dict.fromkeys(heads, "projection head of DINO's loss")
+    return {name.removeprefix("backbone."): tensors[name] for name in rest}, left_out
+
+
+def read_weights(path: str | Path, key: str | None = None) -> Weights:
+    """Read a file of weights without running anything that is in it.
+
+    Args:
+        path: ``.safetensors``, a torch file, or a folder as Hugging Face writes it.
+        key: under which name a torch file holds the weights; by default ``model_ema``, ``model``,
+            ``state_dict``, ``teacher`` and the like are looked for.
+
+    Raises:
+        UserError: if it is missing, cut short, would run code, or holds other things than finite
+            floating-point tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            raise UserError(f"{str(path)!r} is a run folder already; every verb takes it")
+        path = _of_folder(path)
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} does not exist")
+    metadata: dict[str, str] = {}
+    arguments: dict[str, Any] = {}
+    notes: list[str] = []
+    if path.name == _INDEX:
+        found, metadata = _read_shards(path)
+        state: Mapping[str, Any] = found
+        left_out: dict[str, str] = {}
+    elif path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+        left_out = {}
+    else:
+        content = _read_torch(path)
+        state, left_out, chosen = _unwrap(content, path, key)
+        if chosen:
+            notes.append(f"the weights stood under {chosen!r}")
+            given = content.get("args")
+            if isinstance(given, argparse.Namespace):
+                arguments = dict(vars(given))
+            elif isinstance(given, Mapping):
+                arguments = dict(given)
+            if isinstance(content.get("fingerprint"), str):  # a checkpoint of this package's
+                metadata = {"mim_config": content["fingerprint"]}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    left_out |= {
+        str(name): f"is a {type(value).__name__}, no tensor"
+        for name, value in state.items()
+        if not isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise UserError(f"{str(path)!r} holds no tensors")
+    tensors, heads = _dino_teacher(_strip(tensors))
+    left_out |= heads
+    tensors = _as_floats(tensors, path, notes)
+    return Weights(
+        path=path,
+        tensors=tensors,
+        config=_beside(path.parent, "config.json"),
+        processor=_beside(path.parent, "preprocessor_config.json"),
+        metadata=metadata,
+        arguments=arguments,
+        left_out=left_out,
+        notes=tuple(notes),
+    )
+
+
+def _as_floats(tensors: dict[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """float32 values; whole numbers (an index) as they are, for whoever reads the names."""
+    kinds: dict[torch.dtype, int] = {}
+    found = {}
+    for name, value in tensors.items():
+        found[name] = value
+        if not value.dtype.is_floating_point:
+            continue
+        if value.dtype not in _FLOATS:
+            raise UserError(
+                f"{str(path)!r}: {name} is {str(value.dtype).removeprefix('torch.')}; only "
+                "float32, float64, float16 and bfloat16 are read"
+            )
+        kinds[value.dtype] = kinds.get(value.dtype, 0) + 1
+        found[name] = value.float()
+        if not bool(found[name].isfinite().all()):
+            raise UserError(f"{str(path)!r}: {name} has values that are not finite")
+    for kind in (torch.float16, torch.bfloat16):
+        if kind in kinds:
+            word = str(kind).removeprefix("torch.")
+            notes.append(
+                f"{kinds[kind]} entries were {word} and are float32 now: each value is unchanged, "
+                "and no more precise than it was"
+            )
+    if torch.float64 in kinds:
+        notes.append(f"{kinds[torch.float64]} entries were float64 and are rounded to float32")
+    return found
