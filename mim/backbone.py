@@ -272,16 +272,18 @@ def attention_maps(
     Returns:
         For each block (B, heads, L, L); rows are queries and sum to 1.
     """
-    maps: list[Tensor] = []
     inputs = [vit.norm_pre(tokens), *block_outputs(vit, tokens, bias)[:-1]]
-    for block, x in zip(vit.blocks, inputs, strict=True):
-        assert isinstance(block, Block) and isinstance(block.attn, Attention)
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1)  # (B, L, 3, h, d)
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
-        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
-        maps.append((scores if bias is None else scores + bias).softmax(dim=-1))
-    return maps
+    return [_attention(block, x, bias) for block, x in zip(vit.blocks, inputs, strict=True)]
+
+
+def _attention(block: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The attention weights of a block on its input: (B, L, D) -> (B, heads, L, L)."""
+    assert isinstance(block, Block) and isinstance(block.attn, Attention)  # see supports_split
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1)  # (B, L, 3, h, d)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
+    scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 def patch_attention(vit: VisionTransformer, tokens: Tensor) -> Tensor:
@@ -294,7 +296,11 @@ def patch_attention(vit: VisionTransformer, tokens: Tensor) -> Tensor:
     Returns:
         (B, N): of the class token's query where there is one, else the mean over all queries.
     """
-    last = attention_maps(vit, tokens)[-1].mean(dim=1)  # (B, L, L)
+    x = vit.norm_pre(tokens)
+    *earlier, final = vit.blocks
+    for block in earlier:
+        x = block(x)
+    last = _attention(final, x).mean(dim=1)  # (B, L, L)
     rows = last[:, 0] if vit.cls_token is not None else last.mean(dim=1)
     return rows[:, vit.num_prefix_tokens :]
 
