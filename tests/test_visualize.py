@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def test_the_figure_of_masks(tiny: Tiny, tmp_path: Path) -> None:
         np.testing.assert_allclose(heat, item.mask.is_masked.double().mean(0).view(4, 4))
     assert titles(figure) == ["ratio 0.5", "ratio 0.75", "hidden, 0.5", "hidden, 0.75"]
     assert "0.5: hides 0.500 (0.50 to 0.50)" in words(figure)
+    # Columns of four patches: of two neighbours at ratio a half, of one alone, or of more.
+    sizes = drawn[2].statistics
+    assert sizes is not None
+    patches = sorted(s for s, n in sizes["block_sizes"].items() for _ in range(s * n))
+    low, middle, high = (patches[math.ceil(q * len(patches)) - 1] for q in (0.1, 0.5, 0.9))
+    assert f"blocks of {middle} patches ({low} to {high})" in words(figure)
     path = save_figure(figure, tmp_path / "masks.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 
