@@ -327,8 +327,16 @@ def load_weights(vit: VisionTransformer, checkpoint: Path, backbone: str) -> tup
         raise UserError(f"checkpoint {checkpoint} does not exist")
     try:
         state = read_state_dict(str(checkpoint), weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        AttributeError,  # a tensor or a list in the place of names and tensors
+        TypeError,
+    ) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
         message = f"checkpoint {checkpoint} cannot be read as weights: {reason}"
         raise UserError(message) from error
     if not all(isinstance(value, Tensor) for value in state.values()):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mim.config import Config
 from mim.errors import UserError
-from mim.settings import flatten, load_config, to_dict
+from mim.settings import flatten, import_plugin, read_args, to_dict
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -89,7 +89,11 @@ def read_config(run: str | Path) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
-    return load_config(path)
+    config = read_args(Config, ["--config", str(path)])
+    for plugin in config.plugins:
+        import_plugin(plugin)
+    # What only training needs (a file of masks, a teacher's weights) may be gone by now.
+    return config
 
 
 def checkpoints(run: str | Path) -> list[Path]:
@@ -148,6 +152,8 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
         UserError: naming the settings that differ.
     """
     now = fingerprint(config)
+    # A setting that did not exist yet had what is the default now.
+    saved = {**fingerprint(Config()), **saved}
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*saved, *now})

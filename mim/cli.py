@@ -183,6 +183,7 @@ def _visualize(args: list[str]) -> int:
     options = parser.parse_args(args)
     if options.images is not None and options.images < 1:
         raise UserError(f"--images: {options.images} must be at least 1")
+    _refuse_unused(options)
     generators = _list(options.generators, str, "--generators")
     ratios = _list(options.ratios, float, "--ratios")
     indices = _list(options.indices, int, "--indices")
@@ -201,9 +202,9 @@ def _visualize(args: list[str]) -> int:
     if options.what not in ("masks", "algebra") and not place.is_dir():
         raise UserError(f"visualize {options.what}: {str(place)!r} is not a run folder")
     output = Path(options.output) if options.output else folder / f"{options.what}.png"
-    checkpoint.prepare_folder(output.parent, "--output")
+    _prepare_file(output, "--output")
     if options.json:
-        checkpoint.prepare_folder(Path(options.json).parent, "--json")
+        _prepare_file(Path(options.json), "--json")
     if options.what == "masks":
         figure = _mask_figure(config, place, generators, ratios, options)
     elif options.what == "reconstruct":
@@ -215,6 +216,33 @@ def _visualize(args: list[str]) -> int:
     save_figure(figure, output)
     _say(output)
     return 0
+
+
+# Which options each picture has.
+_PICTURES = {
+    "masks": ("images", "generators", "ratios", "json"),
+    "reconstruct": ("images", "indices", "generators", "ratios"),
+    "attention": ("images", "indices"),
+    "algebra": (),
+}
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    for name in ("images", "indices", "generators", "ratios", "json"):
+        if getattr(options, name) is not None and name not in _PICTURES[options.what]:
+            able = ", ".join(what for what, names in _PICTURES.items() if name in names)
+            raise UserError(
+                f"--{name}: has no meaning for visualize {options.what}, but for {able}"
+            )
+
+
+def _prepare_file(path: Path, option: str) -> None:
+    """Refuse, before the work, a place where no file can be written."""
+    from mim.checkpoint import prepare_folder
+
+    prepare_folder(path.parent, option)
+    if path.is_dir():
+        raise UserError(f"{option}: {str(path)!r} is a folder, not a file")
 
 
 def _mask_figure(

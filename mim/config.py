@@ -115,15 +115,20 @@ class MaskScheduleConfig:
 
     to: float | tuple[float, float] | None = None
     """Where the ratio ends, or (from, to) to draw one for each image; none does not move it."""
-    epochs: int = 100
-    """The epoch, counted from 0, in which the end is reached; the ratio then stays."""
+    epochs: int | None = None
+    """The epoch, counted from 0, in which the end is reached; the ratio then stays. Needed with
+    ``to``."""
     shape: str = "linear"
     """How it moves: linear or cosine."""
 
     def __post_init__(self) -> None:
         if self.to is not None:
             _check_ratio("mask.schedule.to", self.to)
-        _above("mask.schedule.epochs", self.epochs, 1, equal=True)
+            if self.epochs is None:
+                reason = "is needed with mask.schedule.to: the epoch in which the end is reached"
+                raise setting_error("mask.schedule.epochs", None, reason)
+        if self.epochs is not None:
+            _above("mask.schedule.epochs", self.epochs, 1, equal=True)
         _one_of("mask.schedule.shape", self.shape, ("linear", "cosine"))
 
 
@@ -281,7 +286,7 @@ class MaskConfig:
 
     def ratio_at(self, epoch: int) -> tuple[float, float]:
         """:attr:`ratio_range` in an epoch; below epoch 0 it has not moved yet."""
-        if self.schedule.to is None or epoch <= 0:
+        if self.schedule.to is None or self.schedule.epochs is None or epoch <= 0:
             return self.ratio_range
         share = min(epoch / self.schedule.epochs, 1.0)
         if self.schedule.shape == "cosine":
@@ -398,7 +403,8 @@ class CrossDecoderConfig:
     mlp_ratio: float = 4.0
     """Hidden width of a block's MLP over the decoder's width."""
     share: float = 0.25
-    """Share of the hidden patches that is decoded in training, drawn for each image and epoch."""
+    """Share of the hidden patches that is decoded in training, drawn for each image and epoch; must
+    be 1 with model.target.loss_on=all."""
     layers: str = "weighted"
     """What the blocks read: last (the encoder's output) or weighted (each block its own learned
     sum of the outputs of the encoder's blocks)."""

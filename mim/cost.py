@@ -17,7 +17,9 @@ from mim.keys import image_keys
 from mim.model import MaskedImageModel
 
 
-def count_flops(model: MaskedImageModel, images: Tensor, sample_ids: Tensor) -> tuple[int, int]:
+def count_flops(
+    model: MaskedImageModel, images: Tensor, sample_ids: Tensor, epoch: int = -1
+) -> tuple[int, int]:
     """(forward, backward) floating-point operations an image in training, by torch's counter.
 
     The forward count holds all that a step computes: the mask, where its generator looks at the
@@ -30,7 +32,8 @@ def count_flops(model: MaskedImageModel, images: Tensor, sample_ids: Tensor) -> 
     model.train()
     with sdpa_kernel(SDPBackend.MATH):
         with forward:
-            mask = model.draw_mask(images, image_keys(0, 0, sample_ids), sample_ids=sample_ids)
+            keys = image_keys(0, epoch, sample_ids, purpose="mask")
+            mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
             loss = model(images, mask).loss
         with backward:
             loss.backward()

@@ -221,6 +221,9 @@ def build_model(config: Config) -> MaskedImageModel:
         seed=config.seed,
     )
     set_norm_eps(decoder, model.norm_eps)
+    if target.config.loss_on == "all" and decoder.share < 1:
+        reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
+        raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
     regime.collects_layers = decoder.needs_layers
     network = generator.network(data.channels, config.seed) if generator.is_trained else None
     teacher = None

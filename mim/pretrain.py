@@ -36,7 +36,7 @@ from mim.errors import setting_error
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer, build_schedule
-from mim.pictures import fixed_masks, reconstruct, save_reconstructions, spread_indices
+from mim.pictures import FIXED_SEED, fixed_masks, reconstruct, save_reconstructions, spread_indices
 from mim.progress import RunProgress
 from mim.settings import flatten, to_dict, to_yaml
 
@@ -210,6 +210,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     start = saved["step"] if saved else 0
 
     model = build_model(config).to(device)
+    for source in (train, val):
+        _check_masks(model, config, source)
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
     optimizer = build_optimizer(config.optim, model, schedule(start))
     ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
@@ -314,6 +316,8 @@ def pretrain(config: Config) -> dict[str, Any]:
             model.update_teacher()
             if ema is not None:
                 ema.update(model)
+                if model.teacher is not None:  # an average already: targets come from itself
+                    ema.module.teacher.load_state_dict(model.teacher.state_dict())
             pending.append(step_loss)
             recent.append((step, batch.sample_ids.tolist()))
             step, interval_steps = step + 1, interval_steps + 1
@@ -391,22 +395,41 @@ def pretrain(config: Config) -> dict[str, Any]:
     return result
 
 
+def _check_masks(model: MaskedImageModel, config: Config, source: ImageSource) -> None:
+    """Refuse masks from files that some images lack, before any training."""
+    lacking = model.mask_generator.missing(model.grid, source.sample_ids)
+    if not len(lacking):
+        return
+    first = source.describe(int(lacking[0]))
+    reason = f"has no mask for {len(lacking)} of {len(source)} images, the first of them {first}"
+    raise setting_error("mask.file.path", config.mask.file.path, reason)
+
+
 def _measure_flops(
     model: MaskedImageModel, config: Config, val: ImageSource, device: torch.device
 ) -> dict[str, float]:
-    """Cost an image under the fixed masks of two held-out images, and tokens in the encoder."""
-    indices = list(range(min(2, len(val))))
+    """Cost an image and tokens in the encoder, under masks of held-out images.
+
+    Where the ratio is drawn or moves, they are means over several epochs, and over more images:
+    a batch is as long as its longest row.
+    """
+    moves = len({*itertools.chain(*(config.mask.ratio_at(e) for e in range(config.train.epochs)))})
+    images_at_once = 2 if moves == 1 else min(16, config.data.batch_size)
+    epochs = [-1]
+    if moves > 1:
+        last = config.train.epochs - 1
+        epochs = sorted({round(last * part / 4) for part in range(5)})
+    indices = list(range(min(images_at_once, len(val))))
     (batch,) = eval_loader(val, config.data, batch_size=len(indices), indices=indices)
     images = normalize(batch.images.to(device), val.mean, val.std)
-    forward, backward = count_flops(model, images, batch.sample_ids)
-    ends = [config.mask.ratio_at(epoch) for epoch in range(config.train.epochs)]
-    if len({*itertools.chain(*ends)}) == 1:  # a fixed ratio: what it comes to on this grid
-        mask = fixed_masks(model, images, batch.sample_ids)
-        visible = float((~mask.is_masked).sum(dim=1).double().mean())
-    else:
-        hidden = sum(low + high for low, high in ends) / (2 * len(ends))
-        visible = (1 - hidden) * model.grid[0] * model.grid[1]
-    tokens = model.regime.encoder_tokens(model.backbone, visible)
+    found = []
+    for epoch in epochs:
+        keys = image_keys(FIXED_SEED, epoch, batch.sample_ids, purpose="mask")
+        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=batch.sample_ids)
+        tokens = model.regime.encoder_tokens(model.backbone, mask.num_visible)
+        found.append((*count_flops(model, images, batch.sample_ids, epoch), tokens))
+    forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
+    forward, backward = round(forward), round(backward)
     return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
 
 

@@ -27,7 +27,7 @@ from mim.config import Config
 from mim.data import Batch, ImageSource, eval_loader, normalize, open_source
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys
-from mim.masks import MASKS, PatchMask
+from mim.masks import MASKS, PatchMask, build_mask_generator
 from mim.masks.attention import (
     both,
     causal,
@@ -168,6 +168,7 @@ def draw_masks(
         UserError: for an unknown generator. One that does not fit the config is kept, with the
             reason.
     """
+    shared = build_model(config) if model is None else model
     names = list(MASKS) if generators is None else list(generators)
     for name in names:
         MASKS.get(name)
@@ -180,9 +181,13 @@ def draw_masks(
         for ratio in ratios:
             try:
                 changed = _masked_config(config, name, ratio)
-                drawer = _mask_model(changed, model)
-                mask = drawer.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
-                statistics = mask_statistics(mask, drawer.grid)
+                generator = build_mask_generator(changed.mask, shared.grid, shared.patch_size)
+                if generator.needs_images or generator.needs_attention or generator.is_trained:
+                    drawer = _mask_model(changed, model)
+                    mask = drawer.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
+                else:
+                    mask = generator(shared.grid, keys, epoch=0, sample_ids=batch.sample_ids)
+                statistics = mask_statistics(mask, shared.grid)
             except UserError as error:
                 drawn.append(DrawnMasks(name, ratio, batch.images, None, str(error)))
             else:

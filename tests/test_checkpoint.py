@@ -199,6 +199,12 @@ def test_what_makes_another_run() -> None:
     for key, value in other.items():
         with pytest.raises(UserError, match=key):
             checkpoint.check_same_run(saved, load_config(None, {key: value}), Path("run"))
+    # A run of a version that had fewer settings is the same run while those stay at their defaults.
+    older = {key: value for key, value in saved.items() if not key.startswith("mask.")}
+    checkpoint.check_same_run({**older, "mask.ratio": 0.75}, load_config(None, same), Path("run"))
+    with pytest.raises(UserError, match=r"mask\.block\.exact"):
+        changed = load_config(None, {**same, "mask.block.exact": False})
+        checkpoint.check_same_run({**older, "mask.ratio": 0.75}, changed, Path("run"))
     with pytest.raises(UserError, match=r"and \d more"):
         checkpoint.check_same_run(saved, load_config(None, other), Path("run"))
 

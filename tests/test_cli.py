@@ -275,15 +275,61 @@ def test_what_is_no_run(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert "at least 1" in expect(mim("bench", "step", "--config", tiny(), "--rounds", 0), 2)
     assert "not a run folder" in expect(mim("visualize", "reconstruct", tiny()), 2)
     assert "not a run folder" in expect(mim("visualize", "attention", tiny()), 2)
+    for what, options in {
+        "masks": ("--indices", 3),
+        "attention": ("--ratios", 0.5),
+        "algebra": ("--json", tmp_path / "x.json"),
+    }.items():
+        message = f"{options[0]}: has no meaning for visualize {what}"
+        assert message in expect(mim("visualize", what, tiny(), *options), 2)
+    for option in ("--output", "--json"):
+        assert "is a folder" in expect(mim("visualize", "masks", tiny(), option, tmp_path), 2)
+    line = expect(mim("visualize", "reconstruct", tiny(), "--indices", "1.5"), 2)
+    assert "--indices: '1.5' is no list of whole numbers" in line
     wrong = {
         ("--ratios", "half"): "--ratios: 'half' is no list of numbers",
-        ("--indices", "1.5"): "--indices: '1.5' is no list of whole numbers",
         ("--generators", "blok"): "did you mean 'block'",
         ("--ratios", "1.5"): "no generator fits; mask.ratio: 1.5",
         ("--generators", "file"): "mask.file.path",
     }
     for options, message in wrong.items():
         assert message in expect(mim("visualize", "masks", tiny(), *options), 2)
+
+
+def test_masks_from_files_are_asked_for_before_training_and_not_after(
+    tmp_path: Path, mim: Mim, tiny: Tiny
+) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 2)):
+        for index in range(count):
+            for kind in ("cat", "dog"):
+                image = tmp_path / "data" / part / kind / f"{index}.png"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(image)
+                mask = tmp_path / "masks" / part / kind / f"{index}.npy"
+                mask.parent.mkdir(parents=True, exist_ok=True)
+                np.save(mask, np.eye(4, dtype=bool))
+    changes = {
+        "data.source": "imagefolder",
+        "data.path": str(tmp_path / "data"),
+        "data.batch_size": 4,
+        "data.augment": "none",
+        "mask.name": "file",
+        "mask.file.path": str(tmp_path / "masks"),
+        "train.max_steps": 2,
+    }
+    run, gone = tmp_path / "run", tmp_path / "masks" / "train" / "dog" / "3.npy"
+    gone.rename(tmp_path / "aside.npy")
+    line = expect(mim("pretrain", "--config", tiny(changes), "--output", run), 2)
+    assert "mask.file.path" in line and "1 of 10 images" in line and "train/dog/3.png" in line
+    assert not (run / "config.yaml").exists()
+    (tmp_path / "aside.npy").rename(gone)
+    assert mim("pretrain", "--config", tiny(changes), "--output", run).code == 0
+    # What was trained needs no masks any more.
+    (tmp_path / "masks").rename(tmp_path / "elsewhere")
+    assert mim("export", run, "--output", tmp_path / "encoder.safetensors").code == 0
+    settings = ("--set", "k=[1]", "few_shot=[]", "temperature=[0.1]")
+    assert mim("evaluate", "knn", run, *settings).code == 0
 
 
 def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:

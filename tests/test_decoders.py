@@ -17,6 +17,7 @@ from mim.config import (
     MlpDecoderConfig,
     ModelConfig,
     RegimeConfig,
+    TargetConfig,
     ZeroConfig,
 )
 from mim.errors import UserError
@@ -33,12 +34,15 @@ REGIMES = {
 ANY_REGIME = pytest.mark.parametrize("regime", REGIMES)
 
 
-def cross_model(regime: str = "drop", **settings: Any) -> MaskedImageModel:
+def cross_model(
+    regime: str = "drop", target: TargetConfig | None = None, **settings: Any
+) -> MaskedImageModel:
     config = Config(
         data=DataConfig(image_size=32),
         model=ModelConfig(
             backbone_args={"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2},
             regime=REGIMES[regime],
+            target=target or TargetConfig(),
             decoder=DecoderConfig(
                 "cross_attention", cross_attention=CrossDecoderConfig(16, 2, 2, **settings)
             ),
@@ -79,6 +83,23 @@ def test_a_share_of_unequal_rows_is_padded() -> None:
     for row, keep, flags in zip(ids, valid, mask.is_masked, strict=True):
         assert flags[row[keep]].all()
         assert len(row[keep].unique()) == keep.sum()
+
+
+def test_the_share_of_an_image_does_not_depend_on_its_neighbours() -> None:
+    """150 hidden patches at 0.21 are 31.5, hence 32: in single precision they would be 31."""
+    flags = torch.zeros(2, 256, dtype=torch.bool)
+    flags[0, :150] = True
+    flags[1, :40] = True
+    _, valid = PatchMask(flags).masked_share(0.21)
+    alone, _ = PatchMask(flags[:1]).masked_share(0.21)
+    assert valid is not None
+    assert int(valid[0].sum()) == alone.shape[1] == 32
+
+
+def test_a_share_needs_a_loss_on_masked_patches() -> None:
+    with pytest.raises(UserError, match=r"model\.decoder\.cross_attention\.share: 0\.5 must be 1"):
+        cross_model(target=TargetConfig(loss_on="all"), share=0.5)
+    cross_model(target=TargetConfig(loss_on="all"), share=1.0)
 
 
 def test_every_hidden_patch_is_drawn_equally_often_over_epochs() -> None:

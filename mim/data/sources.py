@@ -95,6 +95,10 @@ class ImageSource(ABC):
             UserError: if it cannot be read; names the file.
         """
 
+    def describe(self, index: int) -> str:
+        """What a message calls the image at a position."""
+        return f"image {int(self.sample_ids[index])}"
+
     def check(self, indices: Tensor | None = None) -> None:
         """Looks cheaply for images that cannot be read; ``open_source`` calls this.
 
@@ -136,6 +140,9 @@ class Subset(ImageSource):
 
     def image(self, index: int) -> Picture:
         return self.source.image(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
 
     def check(self, indices: Tensor | None = None) -> None:
         self.source.check(self.indices if indices is None else self.indices[indices])
@@ -470,6 +477,9 @@ class ImageFolder(ImageSource):
             files += found
             labels += [label] * len(found)
         return files, labels
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
 
     def path(self, index: int) -> Path:
         """The file of an image."""

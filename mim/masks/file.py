@@ -98,11 +98,19 @@ class FileMask(MaskGenerator):
         if request.sample_ids is None:
             raise self._error("has a mask for each image: pass sample_ids")
         wanted = request.sample_ids.cpu().long()  # (B,)
-        place = torch.searchsorted(masks.ids, wanted).clamp(max=len(masks.ids) - 1)
-        lacking = masks.ids[place] != wanted
-        if lacking.any():
-            raise self._error(f"has no mask for the image with id {int(wanted[lacking][0])}")
+        lacking = self.missing(request.grid, wanted)
+        if len(lacking):
+            raise self._error(f"has no mask for the image with id {int(wanted[lacking[0]])}")
+        place = torch.searchsorted(masks.ids, wanted)
         return masks.flags[masks.rows[place]].to(device)  # (B, N)
+
+    def missing(self, grid: Grid, sample_ids: Tensor) -> Tensor:
+        """See :class:`MaskGenerator`."""
+        ids = self._masks(grid).ids
+        if ids is None:
+            return super().missing(grid, sample_ids)
+        place = torch.searchsorted(ids, sample_ids).clamp(max=len(ids) - 1)
+        return (ids[place] != sample_ids).nonzero()[:, 0]
 
     def check(self, grid: Grid) -> None:
         """Read the masks; the ratio is not used and not tested.
@@ -119,7 +127,8 @@ class FileMask(MaskGenerator):
 
     def _masks(self, grid: Grid) -> _Masks:
         if self._read is None or self._read[0] != grid:
-            self._read = grid, self._load(grid)
+            with torch.device("cpu"):  # a config is checked on the meta device
+                self._read = grid, self._load(grid)
         return self._read[1]
 
     def _load(self, grid: Grid) -> _Masks:

@@ -119,10 +119,14 @@ class MaskGenerator(ABC):
 
         Raises:
             TypeError: if the keys are no (B,) int64 tensor.
+            ValueError: if there are not as many ids or images as keys.
             UserError: if the generator needs something that is not given.
         """
         if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
             raise TypeError("masks need one int64 key an image, from mim.keys.image_keys")
+        for what, given in (("sample_ids", sample_ids), ("images", images)):
+            if given is not None and len(given) != len(keys):
+                raise ValueError(f"{len(keys)} keys and {len(given)} {what}: one each is needed")
         seen = logits = None
         if self.needs_images or self.needs_attention or self.is_trained:
             lacks_teacher = self.needs_attention and attention is None
@@ -137,7 +141,12 @@ class MaskGenerator(ABC):
         if high > low:
             drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
         request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits)
-        return PatchMask(self.draw(request), keys=keys)
+        return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
+
+    def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
+        """(lowest, highest) number of visible patches for ratios from ``low`` to ``high``, where it
+        is known before drawing: it then need not be read back from a device."""
+        return None
 
     def check(self, grid: Grid) -> None:
         """Refuse settings that make no sense on this grid.
@@ -146,6 +155,10 @@ class MaskGenerator(ABC):
             UserError: if a ratio would hide no patch, or all of them.
         """
         self.check_units(grid, grid[0] * grid[1], "patch")
+
+    def missing(self, grid: Grid, sample_ids: Tensor) -> Tensor:
+        """Positions of the images (n,) that have no mask; most generators have one for each."""
+        return sample_ids.new_empty(0)
 
     def check_units(self, grid: Grid, units: int, kind: str) -> None:
         """Refuse ratios that hide none or all of so many units.
@@ -167,6 +180,12 @@ class RankedMask(MaskGenerator):
     @abstractmethod
     def ranks(self, request: MaskRequest) -> Tensor:
         """(B, N) int64, each row a permutation of 0..N-1; low ranks are hidden first."""
+
+    def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
+        """See :class:`MaskGenerator`."""
+        patches = grid[0] * grid[1]
+        visible = patches - hidden_count(high, patches), patches - hidden_count(low, patches)
+        return visible if visible[0] == visible[1] else None
 
     def draw(self, request: MaskRequest) -> Tensor:
         """See :class:`MaskGenerator`."""

@@ -32,7 +32,7 @@ class PatchMask:
 
     Raises:
         TypeError: if ``is_masked`` is no bool tensor.
-        ValueError: if it is not (B, N) with B and N above 0.
+        ValueError: if it is not (B, N) with B and N above 0, or the keys are not (B,).
     """
 
     is_masked: Tensor
@@ -50,6 +50,9 @@ class PatchMask:
         if self.is_masked.ndim != 2 or 0 in self.is_masked.shape:
             shape = tuple(self.is_masked.shape)
             raise ValueError(f"is_masked must have shape (images, patches), not {shape}")
+        if self.keys is not None and self.keys.shape != self.is_masked.shape[:1]:
+            shape, images = tuple(self.keys.shape), len(self.is_masked)
+            raise ValueError(f"keys must have shape ({images},), one an image, not {shape}")
         patches = self.is_masked.shape[1]
         visible = patches - self.is_masked.sum(dim=1)  # (B,)
         low, high = self.counts or (int(visible.min()), int(visible.max()))
@@ -151,7 +154,7 @@ class PatchMask:
             ~self.is_masked, torch.iinfo(torch.int64).max
         )
         hidden = self.is_masked.sum(dim=1)  # (B,)
-        counts = torch.floor(hidden * share + 0.5).long().clamp(min=1).minimum(hidden)
+        counts = torch.floor(hidden.double() * share + 0.5).long().clamp(min=1).minimum(hidden)
         highest = self.num_masked
         most = min(max(math.floor(highest * share + 0.5), 1), highest)
         ids = noise.argsort(dim=1, stable=True)[:, :most]  # (B, M')

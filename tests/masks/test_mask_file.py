@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mim import load_config
 from mim.config import DataConfig, FileMaskConfig, MaskConfig
 from mim.data import sources
 from mim.data.sources import ImageFolder
@@ -18,6 +19,7 @@ from mim.errors import UserError
 from mim.keys import image_keys, name_to_int
 from mim.masks import PatchMask, build_mask_generator, sample_masks
 from mim.masks.file import IMAGE_EXTENSIONS
+from mim.model import build_model
 
 GRID = (2, 3)
 MASK = np.array([[1, 0, 0], [0, 1, 1]])
@@ -256,3 +258,30 @@ def test_a_bad_mask_of_a_folder_is_named(tmp_path: Path) -> None:
     save(bad, MASK)
     save(tmp_path / "dog/two.png", (MASK * 255).astype(np.uint8))
     refused(tmp_path, r"has two masks for one image, dog/two\.npy and dog/two\.png")
+
+
+# --- Through a config ----------------------------------------------------------------------------
+
+
+def test_masks_for_each_image_are_read_with_the_config(tmp_path: Path) -> None:
+    flags = np.zeros((2000, 4, 4), dtype=bool)
+    flags[:, :2] = True
+    np.save(tmp_path / "each.npy", flags)
+    small = {"patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    settings = {
+        "data.source": "digits",
+        "data.image_size": 8,
+        "data.channels": 1,
+        "mask.name": "file",
+        "mask.file.path": str(tmp_path / "each.npy"),
+        "model.backbone_args": small,
+    }
+    config = load_config(None, settings)  # checked on the meta device
+    model = build_model(config)
+    ids = torch.tensor([3, 1000])
+    mask = model.draw_mask(torch.zeros(2, 1, 8, 8), image_keys(0, 0, ids), sample_ids=ids)
+    assert torch.equal(mask.is_masked, torch.from_numpy(flags[[3, 1000]]).flatten(1))
+    missing = model.mask_generator.missing((4, 4), torch.tensor([5, 2000, 7, -1]))
+    assert missing.tolist() == [1, 3]
+    with pytest.raises(ValueError, match="2 keys and 3 sample_ids"):
+        model.mask_generator((4, 4), image_keys(0, 0, ids), sample_ids=torch.arange(3))

@@ -218,8 +218,13 @@ def test_a_range_moves_end_by_end() -> None:
     assert (counts.min(), counts.max()) == (30, 50)
 
 
+def test_a_schedule_without_an_end_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mask\.schedule\.epochs: None is needed"):
+        MaskScheduleConfig(to=0.9)
+
+
 def test_where_a_schedule_ends_is_checked_too() -> None:
-    config = MaskConfig(ratio=0.5, schedule=MaskScheduleConfig(to=0.99))
+    config = MaskConfig(ratio=0.5, schedule=MaskScheduleConfig(to=0.99, epochs=3))
     with pytest.raises(UserError, match=r"mask\.schedule\.to: 0\.99 hides every patch of a grid"):
         build_mask_generator(config, (2, 4))
 
