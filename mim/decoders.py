@@ -7,6 +7,7 @@ A decoder works in two parts: ``forward`` gives a hidden vector at the patches a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,31 @@ from mim.regimes import Latents, Regime, place_tokens
 from mim.registry import Registry
 
 
+@dataclass(frozen=True, eq=False)
+class DecoderContext:
+    """What a decoder is built for.
+
+    Attributes:
+        width: D, of the latents.
+        output: values predicted for a patch.
+        grid: (rows, columns) of patches.
+        regime: the regime it decodes for.
+        num_prefix: P, tokens in front of the patches.
+    """
+
+    width: int
+    output: int
+    grid: tuple[int, int]
+    regime: Regime
+    num_prefix: int
+
+
 class Decoder(nn.Module, ABC):
     """Base class.
 
     Args:
         config: the settings under ``model.decoder``.
-        width: D, of the latents.
-        output: values predicted for a patch.
-        grid: (rows, columns) of patches.
-        regime: the regime it decodes for.
+        context: what it is built for.
     """
 
     needs_all_tokens: bool
@@ -41,15 +58,7 @@ class Decoder(nn.Module, ABC):
     share: float = 1.0
     """Share of the hidden patches that it predicts in training."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        output: int,
-        grid: tuple[int, int],
-        regime: Regime,
-        num_prefix: int,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
         super().__init__()
 
     @abstractmethod
@@ -97,30 +106,22 @@ class TransformerDecoder(Decoder):
 
     needs_all_tokens = False
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        output: int,
-        grid: tuple[int, int],
-        regime: Regime,
-        num_prefix: int,
-    ) -> None:
-        super().__init__(config, width, output, grid, regime, num_prefix)
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
         settings = config.transformer
-        self.embed = nn.Linear(width, settings.width)
-        positions = sincos_position_embedding(grid, settings.width, num_prefix)
+        self.embed = nn.Linear(context.width, settings.width)
+        positions = sincos_position_embedding(context.grid, settings.width, context.num_prefix)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, P + N, E)
         self.blocks = nn.ModuleList(
             Block(settings.width, settings.heads, settings.mlp_ratio, qkv_bias=True)
             for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
-        self.head = nn.Linear(settings.width, output)
+        self.head = nn.Linear(settings.width, context.output)
         _xavier(self)
         # Last, so that the weights above are the same whether or not there is a mask token.
         self.mask_token: nn.Parameter | None = None
-        if not regime.keeps_all_tokens:
+        if not context.regime.keeps_all_tokens:
             self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
@@ -148,17 +149,9 @@ class LinearDecoder(Decoder):
 
     needs_all_tokens = True
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        output: int,
-        grid: tuple[int, int],
-        regime: Regime,
-        num_prefix: int,
-    ) -> None:
-        super().__init__(config, width, output, grid, regime, num_prefix)
-        self.head = nn.Linear(width, output)
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
+        self.head = nn.Linear(context.width, context.output)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -177,22 +170,17 @@ class MlpDecoder(Decoder):
 
     needs_all_tokens = True
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        output: int,
-        grid: tuple[int, int],
-        regime: Regime,
-        num_prefix: int,
-    ) -> None:
-        super().__init__(config, width, output, grid, regime, num_prefix)
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
         settings = config.mlp
         layers: list[nn.Module] = []
         for index in range(settings.depth):
-            layers += [nn.Linear(settings.width if index else width, settings.width), nn.GELU()]
+            layers += [
+                nn.Linear(settings.width if index else context.width, settings.width),
+                nn.GELU(),
+            ]
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(settings.width, output)
+        self.head = nn.Linear(settings.width, context.output)
         _xavier(self)
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
@@ -245,37 +233,29 @@ class CrossAttentionDecoder(Decoder):
 
     needs_all_tokens = False
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        width: int,
-        output: int,
-        grid: tuple[int, int],
-        regime: Regime,
-        num_prefix: int,
-    ) -> None:
-        super().__init__(config, width, output, grid, regime, num_prefix)
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
         settings = config.cross_attention
         self.share = settings.share
         self.needs_layers = settings.layers == "weighted"
-        self.embed = nn.Linear(width, settings.width)
-        positions = sincos_position_embedding(grid, settings.width)
+        self.embed = nn.Linear(context.width, settings.width)
+        positions = sincos_position_embedding(context.grid, settings.width)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, E)
         self.blocks = nn.ModuleList(
             CrossBlock(settings.width, settings.heads, settings.mlp_ratio)
             for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
-        self.head = nn.Linear(settings.width, output)
+        self.head = nn.Linear(settings.width, context.output)
         _xavier(self)
         self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
         if self.needs_layers:
             # The last block alone, to begin with.
-            weights = torch.zeros(settings.depth, regime.num_layers)
+            weights = torch.zeros(settings.depth, context.regime.num_layers)
             weights[:, -1] = 1.0
             self.layer_weights = nn.Parameter(weights)  # (blocks, encoder blocks)
             self.layer_norms = nn.ModuleList(
-                nn.LayerNorm(width, eps=1e-6) for _ in range(settings.depth)
+                nn.LayerNorm(context.width, eps=1e-6) for _ in range(settings.depth)
             )
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
@@ -330,4 +310,4 @@ def build_decoder(
         raise setting_error("model.decoder.name", config.name, reason)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "decoder"))
-        return kind(config, width, output, grid, regime, num_prefix)
+        return kind(config, DecoderContext(width, output, grid, regime, num_prefix))
