@@ -23,7 +23,15 @@ from mim.data import Subset, open_source
 from mim.errors import UserError
 from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_encoder
 from mim.evaluate.base import low_shot
-from mim.evaluate.finetune import RandAugment, build_classifier, erase, fit, mix, parameter_groups
+from mim.evaluate.finetune import (
+    RandAugment,
+    _split,
+    build_classifier,
+    erase,
+    fit,
+    mix,
+    parameter_groups,
+)
 from mim.keys import image_keys
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -253,7 +261,7 @@ def test_val_is_asked_once_and_does_not_choose(encoder: Encoder) -> None:
     first = evaluation.run(encoder, train, val)
     assert asked == list(range(len(val)))
     assert val.labels is not None
-    val.labels = val.labels[torch.randperm(len(val), generator=torch.Generator().manual_seed(1))]
+    val.labels = 9 - val.labels
     second = evaluation.run(encoder, train, val)
     assert first["accuracy"] != second["accuracy"]
     chosen = ("chosen_epoch", "chosen_accuracy", "train_loss")
@@ -266,6 +274,15 @@ def test_the_best_epoch_is_kept(encoder: Encoder) -> None:
     assert len(accuracies) == 4
     assert classifier.numbers["chosen_accuracy"] == max(accuracies)
     assert classifier.numbers["chosen_epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+def test_the_epoch_is_chosen_on_images_that_are_not_fitted() -> None:
+    train = open_source(DATA, "train")
+    fitted, held = _split(train, FinetuneSettings(held_out=0.25))
+    assert sorted([*fitted.tolist(), *held.tolist()]) == list(range(len(train)))
+    assert train.labels is not None
+    shares = train.labels[held].bincount() / train.labels.bincount()
+    assert ((shares - 0.25).abs() < 0.01).all()
 
 
 def test_digits_are_learned(encoder: Encoder) -> None:
