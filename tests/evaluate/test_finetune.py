@@ -442,3 +442,15 @@ def test_in_a_comparison(
     assert not list((tmp_path / "compare").rglob("finetune.safetensors"))
     report = (tmp_path / "compare" / "report.md").read_text()
     assert "Fine-tuning" in report
+
+
+def test_precision(encoder: Encoder) -> None:
+    train, val = open_source(DATA, "train"), open_source(DATA, "val")
+    evaluation = Finetune(replace(SHORT, epochs=1))
+    full = evaluation.run(encoder, train, val)
+    for precision in ("bf16", "fp16"):
+        half = evaluation.run(encoder, train, val, precision=precision)
+        assert half["train_loss"] != full["train_loss"]
+        assert half["train_loss"] == pytest.approx(full["train_loss"], abs=0.05)
+    with pytest.raises(UserError, match="precision: 'fp8' is not one of"):
+        evaluation.run(encoder, train, val, precision="fp8")
