@@ -178,6 +178,8 @@ def test_rand_augment_follows_the_key(channels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (300, channels, 16, 16), generator=generator).byte()
     keys = image_keys(0, 0, range(300), purpose="augment")
+    strongest = RandAugment("rand-m10-inc1", (16, 16), [0.5] * channels)
+    strongest(images, keys)  # 0 bits of posterization, which Pillow refuses
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     changed = augment(images, keys)
     assert (changed != images).flatten(1).any(1).float().mean() > 0.5
@@ -233,6 +235,12 @@ def test_it_starts_from_the_encoder_and_leaves_it(encoder: Encoder) -> None:
     assert not any(torch.equal(trained.state_dict()[k], before[k]) for k in same)
     assert all(torch.equal(v, before[k]) for k, v in encoder.vit.state_dict().items())
     assert not any(p.requires_grad for p in encoder.vit.parameters())
+
+
+def test_fixed_position_embeddings_learn_too() -> None:
+    model = replace(CONFIG.model, position_embedding="sincos2d")
+    encoder = open_encoder("untrained", replace(CONFIG, model=model))
+    assert build_classifier(encoder, 10, SHORT).model.pos_embed.requires_grad
 
 
 def test_the_same_twice_and_with_workers(encoder: Encoder) -> None:
