@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mim.config import Config
     from mim.errors import UserError
     from mim.estimator import MIMFeatures
+    from mim.evaluate.finetune import finetune
     from mim.interop import export_run, import_model, import_run
     from mim.masks import PatchMask, sample_masks
     from mim.model import build_model
@@ -28,6 +29,7 @@ _HOME = {
     "build_model": "mim.model",
     "encode": "mim.api",
     "export_run": "mim.interop",
+    "finetune": "mim.evaluate.finetune",
     "import_model": "mim.interop",
     "import_run": "mim.interop",
     "load": "mim.api",
@@ -42,6 +44,7 @@ __all__ = [
     "build_model",
     "encode",
     "export_run",
+    "finetune",
     "import_model",
     "import_run",
     "load",

@@ -76,14 +76,16 @@ def _settings(pairs: Sequence[str]) -> dict[str, object]:
 
 
 def _evaluate(args: list[str]) -> int:
-    """Measure frozen encoders: knn or linear, on runs, timm models or untrained ones."""
+    """Measure encoders: knn, linear or finetune, on runs, timm models or untrained ones."""
     about = (
-        "Measure frozen encoders on full images; hyper-parameters come from a split of train.\n\n"
+        "Measure encoders on full images; hyper-parameters come from a split of train.\n"
+        "knn and linear leave the encoder as it is; finetune trains all of it with a head, and\n"
+        "leaves finetune.safetensors, which timm loads, in the run folder.\n\n"
         "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
         "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE."
     )
     parser = _parser("evaluate", about)
-    parser.add_argument("evaluation", help="knn, linear, or several separated by commas")
+    parser.add_argument("evaluation", help="knn, linear, finetune; or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")

@@ -256,10 +256,24 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     if item.given:
         result["given"] = item.given
     if encoder is not None:
-        numbers = evaluate(encoder, evaluations, device=device)
-        result["evaluations"] = numbers
+        left_out = _without_encoder(evaluations) if encoder.vit is None else {}
+        for name, reason in left_out.items():
+            print(f"{item.folder}: {name} left out: {reason}", file=sys.stderr, flush=True)
+        wanted = {name: given for name, given in evaluations.items() if name not in left_out}
+        result["evaluations"] = evaluate(encoder, wanted, device=device, folder=run)
+        if left_out:
+            result["evaluations_left_out"] = left_out
     result["evaluated_with"] = _evaluations_key(evaluations)
     checkpoint.write_json_atomic(run / "result.json", result)
+
+
+def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
+    """Evaluations that raw pixels cannot have, and why."""
+    from mim.evaluate import EVALUATIONS, EncoderEvaluation
+
+    reason = "it trains an encoder, and raw pixels have none"
+    names = [n for n in evaluations if issubclass(EVALUATIONS.get(n), EncoderEvaluation)]
+    return dict.fromkeys(names, reason)
 
 
 def _on_images_of(encoder: Encoder, config: Config) -> Encoder:

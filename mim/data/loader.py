@@ -9,9 +9,9 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from mim.data.sources import ImageSource
 from mim.data.transforms import eval_transform, train_transform
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys, permutation
+
+Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) uint8 and their keys (B,) -> images; must pickle."""
 
 # Photographs are decoded so many at a time, so that a large batch never holds all at full size.
 _DECODED_AT_ONCE = 64
@@ -81,9 +84,12 @@ class _Failure:
 class _Batches(Dataset[Any]):
     """Maps a number to its batch; a mistake of the user becomes a :class:`_Failure`."""
 
-    def __init__(self, source: ImageSource, config: DataConfig) -> None:
+    def __init__(
+        self, source: ImageSource, config: DataConfig, augment: Augment | None = None
+    ) -> None:
         self.source = source
         self.config = config
+        self.augment = augment
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         try:
@@ -103,7 +109,8 @@ class _Batches(Dataset[Any]):
             if keys is None:
                 parts.append(eval_transform(images, self.config))
             else:
-                parts.append(train_transform(images, keys[part], self.config))
+                cut = train_transform(images, keys[part], self.config)
+                parts.append(cut if self.augment is None else self.augment(cut, keys[part]))
         labels = self.source.labels
         return Batch(
             images=torch.cat(parts),
@@ -116,9 +123,15 @@ class _Batches(Dataset[Any]):
 
 class _TrainBatches(_Batches):
     def __init__(
-        self, source: ImageSource, config: DataConfig, seed: int, rank: int, world: int
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        seed: int,
+        rank: int,
+        world: int,
+        augment: Augment | None,
     ) -> None:
-        super().__init__(source, config)
+        super().__init__(source, config, augment)
         self.seed = seed
         self.per_epoch = steps_per_epoch(source, config)
         self.share = config.batch_size // world
@@ -218,6 +231,7 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
     start_method: str | None = None,
+    augment: Augment | None = None,
 ) -> BatchLoader:
     """This process's share of the training batches of steps ``start_step`` to ``total_steps``.
 
@@ -233,6 +247,7 @@ def train_loader(
         rank: number of this process.
         world: count of processes.
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
+        augment: follows the crop and the mirror; what it draws must follow from the keys.
 
     Raises:
         UserError: if the batch is larger than the data set or does not divide among processes.
@@ -241,7 +256,7 @@ def train_loader(
     if config.batch_size % world:
         reason = f"does not divide among {world} processes"
         raise setting_error("data.batch_size", config.batch_size, reason)
-    batches = _TrainBatches(source, config, seed, rank, world)
+    batches = _TrainBatches(source, config, seed, rank, world, augment)
     steps = range(start_step, max(start_step, total_steps))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
 

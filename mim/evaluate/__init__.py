@@ -1,4 +1,4 @@
-"""Measurements of frozen encoders.
+"""Measurements of encoders, frozen or fine-tuned.
 
 ``evaluate`` measures any encoder, ``evaluate_run`` a run folder, whose ``result.json`` it adds to.
 A new evaluation is one class in one file of this package, registered, and imported below.
@@ -18,6 +18,7 @@ from mim.data import ImageSource, open_source
 from mim.errors import UserError
 from mim.evaluate.base import (
     EVALUATIONS,
+    EncoderEvaluation,
     Evaluation,
     Features,
     ProbeSettings,
@@ -32,14 +33,19 @@ from mim.evaluate.encoders import (
     untrained_encoder,
 )
 from mim.evaluate.features import check_pool, extract_features, pool_tokens
+from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
 from mim.evaluate.knn import Knn, KnnSettings, knn_predict
 from mim.evaluate.linear import Linear, LinearSettings
 
 __all__ = [
     "EVALUATIONS",
+    "Classifier",
     "Encoder",
+    "EncoderEvaluation",
     "Evaluation",
     "Features",
+    "Finetune",
+    "FinetuneSettings",
     "Knn",
     "KnnSettings",
     "Linear",
@@ -71,6 +77,7 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Runs evaluations on one encoder; features are computed once for each pooling.
 
@@ -82,34 +89,44 @@ def evaluate(
         batch_size: images in the encoder at once.
         device: where encoder and probes run.
         precision: fp32, bf16 or fp16, of the encoder.
+        folder: where files that an evaluation makes go, a fine-tuned classifier; None: none are.
 
     Returns:
         Evaluation -> named numbers.
 
     Raises:
         UserError: for an unknown name or setting, missing labels, a class too small for few-shot,
-            or a pooling the encoder has no tokens for.
+            a pooling the encoder has no tokens for, or raw pixels where an encoder is needed.
     """
     built = {name: build_evaluation(name, given) for name, given in evaluations.items()}
     train = open_source(encoder.data, "train") if train is None else train
     val = open_source(encoder.data, "val") if val is None else val
     for evaluation in built.values():
         check_pool(encoder.vit, evaluation.settings.pool)
+        if isinstance(evaluation, EncoderEvaluation):
+            evaluation.check_encoder(encoder)
         evaluation.check(train, val)
 
-    by_pool: dict[str, list[str]] = {}
+    by_pool: dict[str, list[tuple[str, Evaluation]]] = {}
     for name, evaluation in built.items():
+        if isinstance(evaluation, EncoderEvaluation):
+            continue
         # Raw pixels have no tokens to pool.
         pool = "mean" if encoder.vit is None else evaluation.settings.pool
-        by_pool.setdefault(pool, []).append(name)
+        by_pool.setdefault(pool, []).append((name, evaluation))
     numbers: dict[str, dict[str, float]] = {}
-    for pool, names in by_pool.items():
+    for pool, probes in by_pool.items():
         sets = [
             extract_features(encoder, source, pool, batch_size, device, precision).to(device)
             for source in (train, val)
         ]
-        for name in names:
-            numbers[name] = built[name].run(*sets)
+        for name, probe in probes:
+            numbers[name] = probe.run(*sets)
+    for name, evaluation in built.items():
+        if isinstance(evaluation, EncoderEvaluation):
+            numbers[name] = evaluation.run(
+                encoder, train, val, device=device, precision=precision, folder=folder
+            )
     return {name: numbers[name] for name in built}
 
 
@@ -154,7 +171,12 @@ def evaluate_run(
     built = {name: build_evaluation(name, given) for name, given in chosen.items()}
     read_result(run)  # a broken file is told before the work, not after
     numbers = evaluate(
-        run_encoder(run), chosen, batch_size=batch_size, device=device, precision=precision
+        run_encoder(run),
+        chosen,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        folder=run,
     )
     result = read_result(run)
     used = {name: asdict(evaluation.settings) for name, evaluation in built.items()}

@@ -1,4 +1,4 @@
-"""What an evaluation is: settings, the features it reads, named numbers out.
+"""What an evaluation is: settings, the features or the encoder it reads, named numbers out.
 
 All of them choose their hyper-parameters by the keyed splits below, which depend on the seed and
 the images' ids alone: every encoder is probed on the same images.
@@ -19,7 +19,10 @@ from mim.keys import image_keys
 from mim.registry import Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mim.data import ImageSource
+    from mim.evaluate.encoders import Encoder
 
 POOLS = ("mean", "cls", "both")
 
@@ -44,15 +47,11 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
-    """Settings that all probes of frozen features share."""
+class EvaluationSettings:
+    """Settings that all evaluations share."""
 
     pool: str = "mean"
     """What stands for an image: mean (of the patch tokens), cls (the class token) or both."""
-    few_shot: tuple[int, ...] = (10,)
-    """Numbers of training images a class; each is measured beside all of the training images."""
-    draws: int = 5
-    """How many few-shot sets are drawn for each of these numbers."""
     seed: int = 0
     """Splits and few-shot sets follow from it; the same for all that is to be compared."""
 
@@ -61,8 +60,6 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise choice_error(f"evaluations.{self.name}.pool", self.pool, POOLS)
-        self._positive("draws", self.draws)
-        self._positive("few_shot", *self.few_shot)
 
     def _positive(self, setting: str, *values: float) -> None:
         if not all(value > 0 for value in values):
@@ -74,23 +71,35 @@ class ProbeSettings:
             raise setting_error(f"evaluations.{self.name}.{setting}", (), "must not be empty")
 
 
-class Evaluation(ABC):
-    """A measurement of a frozen encoder.
+@dataclass(frozen=True)
+class ProbeSettings(EvaluationSettings):
+    """Settings that all probes of frozen features share."""
 
-    A new one subclasses this, names its settings and registers itself in :data:`EVALUATIONS`.
-    """
+    few_shot: tuple[int, ...] = (10,)
+    """Numbers of training images a class; each is measured beside all of the training images."""
+    draws: int = 5
+    """How many few-shot sets are drawn for each of these numbers."""
 
-    Settings: ClassVar[type[ProbeSettings]]
-    settings: ProbeSettings
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("draws", self.draws)
+        self._positive("few_shot", *self.few_shot)
 
-    def __init__(self, settings: ProbeSettings | None = None) -> None:
+
+class AnyEvaluation(ABC):
+    """What the two kinds, :class:`Evaluation` and :class:`EncoderEvaluation`, share."""
+
+    Settings: ClassVar[type[EvaluationSettings]]
+    settings: EvaluationSettings
+
+    def __init__(self, settings: EvaluationSettings | None = None) -> None:
         self.settings = self.Settings() if settings is None else settings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """Refuses, before any feature is computed, images that :meth:`run` could not use.
+        """Refuses, before anything is computed, images that ``run`` could not use.
 
         Raises:
-            UserError: if labels are missing or a class is too small for ``few_shot``.
+            UserError: if there are no images or no labels.
         """
         for source in (train, val):
             if source.labels is None:
@@ -103,6 +112,24 @@ class Evaluation(ABC):
                     f"data.source {source.name!r} has no images; "
                     f"evaluation {self.settings.name} needs train and val"
                 )
+
+
+class Evaluation(AnyEvaluation):
+    """A measurement of a frozen encoder, by its features.
+
+    A new one subclasses this, names its settings and registers itself in :data:`EVALUATIONS`.
+    """
+
+    Settings: ClassVar[type[ProbeSettings]]
+    settings: ProbeSettings
+
+    def check(self, train: ImageSource, val: ImageSource) -> None:
+        """See :meth:`AnyEvaluation.check`.
+
+        Raises:
+            UserError: also if a class is too small for ``few_shot``.
+        """
+        super().check(train, val)
         assert train.labels is not None
         check_few_shot(torch.as_tensor(train.labels), self.settings, train.classes)
 
@@ -115,10 +142,55 @@ class Evaluation(ABC):
         """
 
 
-EVALUATIONS: Registry[type[Evaluation]] = Registry("evaluations")
+class EncoderEvaluation(AnyEvaluation):
+    """A measurement that needs the encoder itself and the images, not only features.
+
+    It leaves the encoder it is given as it was. Raw pixels, which have no encoder, are refused;
+    ``mim compare`` leaves it out of their row.
+    """
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Refuses an encoder that :meth:`run` could not use.
+
+        Raises:
+            UserError: for raw pixels.
+        """
+        if encoder.vit is None:
+            reason = f"needs an encoder, and {encoder.name} has none"
+            raise UserError(f"evaluation {self.settings.name} {reason}")
+
+    @abstractmethod
+    def run(
+        self,
+        encoder: Encoder,
+        train: ImageSource,
+        val: ImageSource,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> dict[str, float]:
+        """Measures on ``val`` what was chosen and fitted on ``train``.
+
+        Args:
+            encoder: with a ViT.
+            train: images to fit and to choose on.
+            val: images to measure on, once.
+            device: where it runs.
+            precision: fp32, bf16 or fp16 (autocast).
+            folder: where files that it makes go; None writes none.
+
+        Returns:
+            Named numbers; ``accuracy`` lies between 0 and 1.
+        """
 
 
-def build_evaluation(name: str, settings: Mapping[str, Any] | None = None) -> Evaluation:
+EVALUATIONS: Registry[type[Evaluation] | type[EncoderEvaluation]] = Registry("evaluations")
+
+
+def build_evaluation(
+    name: str, settings: Mapping[str, Any] | None = None
+) -> Evaluation | EncoderEvaluation:
     """The evaluation of a name, with its settings.
 
     Args:
@@ -187,12 +259,20 @@ def _rank_in_class(keys: Tensor, labels: Tensor) -> Tensor:
     return rank
 
 
-def holdout(sample_ids: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """(n,) bool: the fifth of each class on which hyper-parameters are chosen."""
+def holdout(sample_ids: Tensor, labels: Tensor, seed: int, share: float = HOLDOUT) -> Tensor:
+    """(n,) bool: the share of each class, a fifth, on which hyper-parameters are chosen."""
     keys = image_keys(seed, -1, sample_ids, purpose="probe-split")
     rank = _rank_in_class(keys, labels)
     counts = torch.bincount(labels)[labels]
-    return rank < (counts * HOLDOUT).round()
+    return rank < (counts * share).round()
+
+
+def low_shot(sample_ids: Tensor, labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Positions of a share of each class, 1 image at least; larger shares hold smaller ones."""
+    keys = image_keys(seed, -1, sample_ids, purpose="low-shot")
+    counts = torch.bincount(labels)[labels]
+    wanted = (counts * fraction).round().clamp_min(1)
+    return (_rank_in_class(keys, labels) < wanted).nonzero()[:, 0]
 
 
 def few_shot_draw(sample_ids: Tensor, labels: Tensor, n: int, seed: int, draw: int) -> Tensor:

@@ -35,6 +35,8 @@ class Encoder:
     """The model; None for raw pixels, which are their own features."""
     left_out: tuple[str, ...] = ()
     """Entries of the checkpoint that are no part of the encoder and were not loaded."""
+    model: ModelConfig | None = None
+    """How the ViT was built; what trains it further builds it again with a head."""
 
     def __post_init__(self) -> None:
         if self.vit is not None:
@@ -61,12 +63,12 @@ def run_encoder(run: Path) -> Encoder:
     config = read_config(run)
     vit = _build(config)
     load_backbone(vit, encoder_weights(run), f"run {run}")
-    return Encoder(name=run.name, kind="run", data=config.data, vit=vit)
+    return Encoder(run.name, "run", config.data, vit, model=config.model)
 
 
 def untrained_encoder(config: Config) -> Encoder:
     """The encoder a run of this config starts from: its initial weights, nothing loaded."""
-    return Encoder(name="untrained", kind="untrained", data=config.data, vit=_build(config))
+    return Encoder("untrained", "untrained", config.data, _build(config), model=config.model)
 
 
 def pixels_encoder(data: DataConfig) -> Encoder:
@@ -104,7 +106,7 @@ def timm_encoder(
     if left_out:
         logger.info("%s: left out %s", checkpoint, _some(list(left_out)))
     name = f"{backbone}@{checkpoint.name}"
-    return Encoder(name=name, kind="timm", data=data, vit=vit, left_out=left_out)
+    return Encoder(name, "timm", data, vit, left_out, model)
 
 
 def open_encoder(spec: str | Path, config: Config | None = None) -> Encoder:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_pool(vit: VisionTransformer | None, pool: str) -> None:
@@ -81,10 +81,10 @@ def extract_features(
         UserError: see :func:`check_pool`; or an unknown precision.
     """
     check_pool(encoder.vit, pool)
-    if precision not in _AUTOCAST:
-        raise choice_error("precision", precision, _AUTOCAST)
+    if precision not in AUTOCAST:
+        raise choice_error("precision", precision, AUTOCAST)
     device = torch.device(device)
-    dtype = _AUTOCAST[precision]
+    dtype = AUTOCAST[precision]
     if encoder.vit is not None:
         encoder.vit.to(device)
     values, labels, ids = [], [], []
