@@ -104,9 +104,10 @@ def _read_torch(path: Path) -> Any:
                 f"{str(path)!r} was not loaded: it asks for {some(names)}, and what is no tensor "
                 "may run code. Save its state dict alone, best as safetensors"
             ) from error
-        reason = str(error).strip().partition("\n")[0][:160]
+        # torch's own text goes on to say how to load it all the same, which runs what it holds.
         raise UserError(
-            f"{str(path)!r} was not loaded: it is no file of weights alone: {reason}"
+            f"{str(path)!r} was not loaded: it is no file of weights alone, and what is no tensor "
+            "may run code. Save its state dict alone, best as safetensors"
         ) from error
     except Exception as error:  # torch raises many kinds for a broken file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
