@@ -153,7 +153,8 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     """
     now = fingerprint(config)
     # A setting that did not exist yet had what is the default now.
-    saved = {**fingerprint(Config()), **saved}
+    defaults = fingerprint(Config())
+    saved = {**{key: defaults[key] for key in now if key in defaults}, **saved}
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*saved, *now})

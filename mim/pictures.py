@@ -24,10 +24,15 @@ COLUMNS = ("original", "masked", "prediction", "composite")
 Pixels = NDArray[np.uint8]
 
 
-def fixed_masks(model: MaskedImageModel, images: Tensor, sample_ids: Tensor) -> PatchMask:
-    """The masks under which held-out images (B, C, H, W), normalised, are always seen."""
-    keys = image_keys(FIXED_SEED, FIXED_EPOCH, sample_ids, purpose="mask")
-    return model.draw_mask(images, keys, epoch=FIXED_EPOCH, sample_ids=sample_ids)
+def fixed_masks(
+    model: MaskedImageModel, images: Tensor, sample_ids: Tensor, epoch: int = FIXED_EPOCH
+) -> PatchMask:
+    """The masks under which held-out images (B, C, H, W), normalised, are always seen.
+
+    Another ``epoch`` shows a ratio that moves as it is then.
+    """
+    keys = image_keys(FIXED_SEED, epoch, sample_ids, purpose="mask")
+    return model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
 
 
 def spread_indices(count: int, images: int) -> list[int]:

@@ -36,7 +36,7 @@ from mim.errors import setting_error
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer, build_schedule
-from mim.pictures import FIXED_SEED, fixed_masks, reconstruct, save_reconstructions, spread_indices
+from mim.pictures import fixed_masks, reconstruct, save_reconstructions, spread_indices
 from mim.progress import RunProgress
 from mim.settings import flatten, to_dict, to_yaml
 
@@ -424,8 +424,7 @@ def _measure_flops(
     images = normalize(batch.images.to(device), val.mean, val.std)
     found = []
     for epoch in epochs:
-        keys = image_keys(FIXED_SEED, epoch, batch.sample_ids, purpose="mask")
-        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=batch.sample_ids)
+        mask = fixed_masks(model, images, batch.sample_ids, epoch)
         tokens = model.regime.encoder_tokens(model.backbone, mask.num_visible)
         found.append((*count_flops(model, images, batch.sample_ids, epoch), tokens))
     forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))

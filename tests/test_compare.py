@@ -368,7 +368,7 @@ def test_variants_in_the_report(tmp_path: Path, mim: Mim, write: Callable[..., P
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == list(VARIANTS)
     report = (tmp_path / "cmp" / "report.md").read_text()
-    assert "| zero, read |" in report and "model.regime.zero.attend_mask" in report
+    assert "| zero, read | model.regime.zero.attend\\_mask | true | false |" in report
     # Called again, nothing is trained; a changed variant is not silently reused.
     assert "done" in mim("compare", "--config", path).err
     changed = VARIANTS | {"token": {"model.regime.name": "drop"}}
