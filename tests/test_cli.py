@@ -194,7 +194,8 @@ def test_faults_of_an_image_folder(tmp_path: Path, mim: Mim, tiny: Tiny) -> None
 def test_labels_missing_for_an_evaluation(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     plugin, run = tmp_path / "unlabelled.py", tmp_path / "run"
     plugin.write_text(
-        "from mim.data.sources import SOURCES, Digits\n"
+        "from mim.data import SOURCES\n"
+        "from mim.data.embedded import Digits\n"
         "@SOURCES.register('unlabelled')\n"
         "class Unlabelled(Digits):\n"
         "    def __init__(self, config, split):\n"

@@ -1,5 +1,6 @@
 """Images: sources, transforms and loaders. Never imports the model."""
 
+from mim.data import embedded, folder, torchvision_sets  # noqa: F401  (they register sources)
 from mim.data.loader import (
     Batch,
     BatchLoader,

@@ -15,8 +15,16 @@ import torch
 from PIL import Image
 
 from mim.config import DataConfig
-from mim.data import SOURCES, Subset, holdout, open_source, train_loader
-from mim.data import sources as sources_module
+from mim.data import (
+    SOURCES,
+    ImageSource,
+    Subset,
+    holdout,
+    open_source,
+    torchvision_sets,
+    train_loader,
+)
+from mim.data import folder as folder_module
 from mim.errors import UserError
 from mim.keys import name_to_int
 
@@ -220,7 +228,7 @@ def test_large_folders_are_not_read_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     not_an_image(tmp_path)
-    monkeypatch.setattr(sources_module, "_HEADERS_CHECKED", 1)
+    monkeypatch.setattr(folder_module, "_HEADERS_CHECKED", 1)
     source = open_source(at(tmp_path), "train")
     with pytest.raises(UserError, match=r"unreadable image .*fake\.jpg"):
         source.image(1)
@@ -299,7 +307,7 @@ def test_every_listed_torchvision_set_exists_with_its_arguments() -> None:
 
     import torchvision
 
-    for name, (parts, (mean, std)) in sources_module._TORCHVISION.items():
+    for name, (parts, (mean, std)) in torchvision_sets._TORCHVISION.items():
         parameters = inspect.signature(getattr(torchvision.datasets, name)).parameters
         for arguments in parts or ():
             assert set(arguments) <= set(parameters), name
@@ -310,7 +318,7 @@ def test_a_source_of_ones_own() -> None:
     name = "test-stripes"
 
     @SOURCES.register(name)
-    class Stripes(sources_module.ImageSource):
+    class Stripes(ImageSource):
         has_val = False
         mean, std = (0.5,) * 5, (0.5,) * 5
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mim import load_config
 from mim.config import DataConfig, FileMaskConfig, MaskConfig
 from mim.data import sources
-from mim.data.sources import ImageFolder
+from mim.data.folder import ImageFolder
 from mim.errors import UserError
 from mim.keys import image_keys, name_to_int
 from mim.masks import PatchMask, build_mask_generator, sample_masks
