@@ -81,7 +81,7 @@ class _Failure:
         return self
 
 
-class _Batches(Dataset[Any]):
+class StepBatches(Dataset[Any]):
     """Maps a number to its batch; a mistake of the user becomes a :class:`_Failure`."""
 
     def __init__(
@@ -121,7 +121,7 @@ class _Batches(Dataset[Any]):
         )
 
 
-class _TrainBatches(_Batches):
+class _TrainBatches(StepBatches):
     def __init__(
         self,
         source: ImageSource,
@@ -148,7 +148,7 @@ class _TrainBatches(_Batches):
         return self.gather(indices, keys, epoch=epoch, step=number)
 
 
-class _EvalBatches(_Batches):
+class _EvalBatches(StepBatches):
     def __init__(
         self, source: ImageSource, config: DataConfig, indices: Tensor, batch_size: int
     ) -> None:
@@ -173,7 +173,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        batches: _Batches,
+        batches: StepBatches,
         steps: range,
         *,
         workers: int,
