@@ -418,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Interrupted" and isinstance(code, int):
             print(f"mim: {error}", file=sys.stderr)
             return code
-        if type(error).__name__ == "TrainingError":
+        if type(error).__name__ in ("TrainingError", "WorkerError"):
             print(f"mim: error: {error}", file=sys.stderr)
             return 1
         raise

@@ -28,6 +28,42 @@ def _above(setting: str, value: float, low: float, *, equal: bool = False) -> No
 
 
 @dataclass(frozen=True)
+class SubsetConfig:
+    """Which of a source's images; what is chosen is written into the run folder."""
+
+    list: str | None = None
+    """Classes by name or WordNet id: a text file, one a line, or imagenet-100, imagenette,
+    imagewoof. Train and val."""
+    classes: int | None = None
+    """So many classes, drawn by key; fewer are among more. Train and val."""
+    per_class: int | None = None
+    """So many training images of each class, drawn by key; fewer are among more."""
+    fraction: float | None = None
+    """Share of the training images of each class, drawn by key; a smaller one is inside a larger
+    one, and each class keeps at least one."""
+    files: str | None = None
+    """Text file that names the training images, one a line, by path or file name: SimCLR's lists
+    of 1 % and 10 % of ImageNet have this form."""
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "per_class"):
+            if (value := getattr(self, name)) is not None:
+                _above(f"data.subset.{name}", value, 1, equal=True)
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            reason = "must be above 0 and at most 1"
+            raise setting_error("data.subset.fraction", self.fraction, reason)
+        given = [n for n in ("per_class", "fraction", "files") if getattr(self, n) is not None]
+        if len(given) > 1:
+            reason = f"cannot be combined with data.subset.{given[0]}: choose one"
+            raise setting_error(f"data.subset.{given[1]}", getattr(self, given[1]), reason)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is left out."""
+        return self != SubsetConfig()
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they reach the model."""
 
@@ -61,6 +97,16 @@ class DataConfig:
     """Standard deviation of each channel on the scale 0 to 1; by default the source's own."""
     val_fraction: float = 0.1
     """Share of the images held out where the source has no val split of its own."""
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    """Which of the source's images."""
+    fingerprint: str | None = None
+    """Digest of the names and labels of all images; a run writes it into its config, and one that
+    starts from such a config refuses other images. null takes what is there."""
+    max_unreadable: float = 0.001
+    """Share of the images that may be unreadable: each is named in unreadable.txt in the run folder
+    and another stands in for it. More stop the run."""
+    max_pixels: int = 89_478_485
+    """Larger images count as unreadable: a small file can decode to more than the memory."""
 
     def __post_init__(self) -> None:
         for side in self.size:
@@ -84,6 +130,10 @@ class DataConfig:
                 raise setting_error(f"data.{name}", values, reason)
         if self.std is not None and min(self.std) <= 0:
             raise setting_error("data.std", self.std, "must be above 0")
+        if not 0 <= self.max_unreadable < 1:
+            reason = "must be at least 0 and below 1"
+            raise setting_error("data.max_unreadable", self.max_unreadable, reason)
+        _above("data.max_pixels", self.max_pixels, 1, equal=True)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in a setting, a file or the data; the CLI prints one line and exits with 2."""
 
 
+class WorkerError(RuntimeError):
+    """A loader process died; the message is one line, and the CLI exits with 1."""
+
+
 def setting_error(setting: str, value: object, reason: str) -> UserError:
     """The error for a setting whose value cannot be used.
 

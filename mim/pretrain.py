@@ -31,6 +31,7 @@ from mim.data import (
     open_source,
     steps_per_epoch,
     train_loader,
+    worker_deaths,
 )
 from mim.errors import setting_error
 from mim.keys import image_keys, seed_of
@@ -194,7 +195,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     done = checkpoint.read_result(run)
     if saved is not None and done.get("status") == "finished":
         return done
-    train, val = open_source(config.data, "train"), open_source(config.data, "val")
+    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
     accelerator = _accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
@@ -290,7 +291,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     )
     recent: list[tuple[int, list[int]]] = []
     wrapped.train()
-    with RunProgress(label, total, start, main) as progress, _Signals() as signals:
+    progressing = RunProgress(label, total, start, main)
+    with progressing as progress, _Signals() as signals, worker_deaths():
         for batch in batches:
             step, lr = batch.step, schedule(batch.step)
             torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
@@ -381,6 +383,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             "train_images": len(train),
             "val_images": len(val),
             "fingerprint": f"{train.fingerprint()}-{val.fingerprint()}",
+            "unreadable": {
+                source.ledger.split: len(source.ledger) for source in (train, val) if source.ledger
+            },
         },
         "config": to_dict(config),
     }

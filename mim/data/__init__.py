@@ -1,12 +1,14 @@
 """Images: sources, transforms and loaders. Never imports the model."""
 
 from mim.data import embedded, folder, torchvision_sets  # noqa: F401  (they register sources)
+from mim.data.decode import UnreadableImage
 from mim.data.loader import (
     Batch,
     BatchLoader,
     eval_loader,
     steps_per_epoch,
     train_loader,
+    worker_deaths,
 )
 from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout, open_source
 from mim.data.transforms import (
@@ -27,6 +29,7 @@ __all__ = [
     "Picture",
     "Split",
     "Subset",
+    "UnreadableImage",
     "crop_parameters",
     "denormalize",
     "eval_loader",
@@ -38,4 +41,5 @@ __all__ = [
     "steps_per_epoch",
     "train_loader",
     "train_transform",
+    "worker_deaths",
 ]

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mim.config import DataConfig
-from mim.data.decode import DECODE_ERRORS, EXTENSIONS
+from mim.data.decode import EXTENSIONS, UnreadableImage, check_header, decode, decoding
+from mim.data.faults import Fault
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
-from mim.errors import UserError, setting_error
+from mim.data.transforms import Picture
+from mim.errors import setting_error
 from mim.keys import name_to_int
 
 # Reading so many headers takes a second or two; above that a bad file shows when it is decoded.
 _HEADERS_CHECKED = 20_000
+VAL_NAMES = ("val", "valid", "test")
+"""Folders that hold a val split, the first that is there."""
 
 
 def _folders(path: Path) -> list[str]:
@@ -45,8 +48,56 @@ def _files(root: Path, folder: str) -> list[str]:
     return sorted(found)
 
 
+class Files(ImageSource):
+    """Images that are files below one folder; ids come from their paths relative to it."""
+
+    mean, std = IMAGENET
+
+    def __init__(self, config: DataConfig) -> None:
+        if config.path is None:
+            raise setting_error("data.path", None, f"is needed by data.source={config.source}")
+        self.root = Path(config.path)
+        if not self.root.is_dir():
+            raise setting_error("data.path", config.path, "is not a folder")
+        self.name = config.source
+        self._given = config.path
+        self._max_pixels = config.max_pixels
+
+    def _set_files(self, files: list[str]) -> None:
+        """Takes POSIX paths relative to the root."""
+        self.sample_ids = torch.tensor([name_to_int(file) for file in files], dtype=torch.int64)
+        # One array: a list of a million strings is copied into every worker, page by page.
+        self._paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.root / os.fsdecode(self._paths[index])
+
+    def image(self, index: int) -> Picture:
+        name = self.describe(index)
+        with decoding(name):
+            data = self.path(index).read_bytes()
+        return decode(data, name, self._max_pixels)
+
+    def check(self, indices: Tensor | None = None) -> list[Fault]:
+        """Reads the header of each file, if they are 20,000 at most."""
+        chosen = range(len(self)) if indices is None else indices.tolist()
+        faults = []
+        for index in chosen if len(chosen) <= _HEADERS_CHECKED else ():
+            name = self.describe(index)
+            try:
+                with decoding(name):
+                    check_header(self.path(index), name, self._max_pixels)
+            except UnreadableImage as error:
+                faults.append(Fault(error.name, error.reason))
+        return faults
+
+
 @SOURCES.register("imagefolder")
-class ImageFolder(ImageSource):
+class ImageFolder(Files):
     """Images in one folder a class: ``data.path/train/CLASS/...`` and ``data.path/val/CLASS/...``.
 
     ``valid/`` or ``test/`` stand in for a missing ``val/``; with neither, or with the class folders
@@ -54,39 +105,28 @@ class ImageFolder(ImageSource):
     to ``data.path``, with forward slashes.
     """
 
-    mean, std = IMAGENET
-
     def __init__(self, config: DataConfig, split: Split) -> None:
-        if config.path is None:
-            raise setting_error("data.path", None, "is needed by data.source=imagefolder")
-        self.root = Path(config.path)
-        if not self.root.is_dir():
-            raise setting_error("data.path", config.path, "is not a folder")
-        self.name = "imagefolder"
-        self._given = config.path
+        super().__init__(config)
         try:
             train, part = self._divide(split)
             self.classes = self._class_folders(train)
             if part != train:
                 self._check_classes(part)
             files, labels = self._list(part)
-            ids = [name_to_int(file) for file in files]
+            self._set_files(files)
         except (OSError, UnicodeEncodeError) as error:
             raise setting_error("data.path", config.path, f"cannot be read: {error}") from error
         self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.sample_ids = torch.tensor(ids, dtype=torch.int64)
-        # One array: a list of a million strings is copied into every worker, page by page.
-        self._paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
 
     def _divide(self, split: Split) -> tuple[str, str]:
         """Folders, relative to the root, of the training images and of the wanted ones."""
         if not (self.root / "train").is_dir():
             folders = _folders(self.root)
-            if folders and set(folders) <= {"val", "valid", "test"}:
+            if folders and set(folders) <= set(VAL_NAMES):
                 raise setting_error("data.path", self._given, f"has {folders[0]}/ but no train/")
             self.has_val = False
             return ".", "."
-        for name in ("val", "valid", "test"):
+        for name in VAL_NAMES:
             if (self.root / name).is_dir():
                 return "train", "train" if split == "train" else name
         self.has_val = False
@@ -121,34 +161,27 @@ class ImageFolder(ImageSource):
             labels += [label] * len(found)
         return files, labels
 
-    def describe(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
 
-    def path(self, index: int) -> Path:
-        """The file of an image."""
-        return self.root / os.fsdecode(self._paths[index])
+@SOURCES.register("flat")
+class FlatFolder(Files):
+    """Unlabelled images at any depth below ``data.path``.
 
-    def _unreadable(self, index: int, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        path = self.path(index)
-        return setting_error("data.path", self._given, f"has an unreadable image {path}: {reason}")
+    If it holds ``train/``, training images are those below, and ``val/``, ``valid/`` or ``test/``
+    holds the val images; else a share is held out. Ids are as those of ``imagefolder``.
+    """
 
-    def image(self, index: int) -> Image.Image:
+    labels = None
+
+    def __init__(self, config: DataConfig, split: Split) -> None:
+        super().__init__(config)
+        self.classes = []
         try:
-            with Image.open(self.path(index)) as image:
-                image.load()
-        except DECODE_ERRORS as error:
-            raise self._unreadable(index, error) from error
-        return image
-
-    def check(self, indices: Tensor | None = None) -> None:
-        """Reads the header of each file, if they are 20,000 at most."""
-        chosen = range(len(self)) if indices is None else indices.tolist()
-        if len(chosen) > _HEADERS_CHECKED:
-            return
-        for index in chosen:
-            try:
-                with Image.open(self.path(index)):
-                    pass
-            except DECODE_ERRORS as error:
-                raise self._unreadable(index, error) from error
+            folders = _folders(self.root)
+            val = next((name for name in VAL_NAMES if name in folders), None)
+            part = "."
+            if "train" in folders:
+                part = val if split == "val" and val is not None else "train"
+            self.has_val = part != "." and val is not None
+            self._set_files(_files(self.root, part))
+        except (OSError, UnicodeEncodeError) as error:
+            raise setting_error("data.path", config.path, f"cannot be read: {error}") from error

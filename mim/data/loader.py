@@ -10,7 +10,8 @@ Shapes: B images, C channels, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mim.config import DataConfig
+from mim.data.faults import Fault, read_images
 from mim.data.sources import ImageSource
 from mim.data.transforms import eval_transform, train_transform
-from mim.errors import UserError, setting_error
+from mim.errors import UserError, WorkerError, setting_error
 from mim.keys import image_keys, permutation
 
 Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -44,30 +46,30 @@ class Batch:
     """The pass over the images; -1 in evaluations."""
     step: int
     """The step of training, or the number of the batch in an evaluation."""
+    faults: tuple[Fault, ...] = ()
+    """Images that could not be read."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on ``device``."""
-        return Batch(
+        return replace(
+            self,
             images=self.images.to(device, non_blocking=non_blocking),
             labels=None
             if self.labels is None
             else self.labels.to(device, non_blocking=non_blocking),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
-            epoch=self.epoch,
-            step=self.step,
         )
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""
-        return Batch(
+        return replace(
+            self,
             images=self.images.pin_memory(),
             labels=None if self.labels is None else self.labels.pin_memory(),
             sample_ids=self.sample_ids.pin_memory(),
-            epoch=self.epoch,
-            step=self.step,
         )
 
 
@@ -100,24 +102,44 @@ class StepBatches(Dataset[Any]):
     def batch(self, number: int) -> Batch:
         raise NotImplementedError
 
-    def gather(self, indices: Tensor, keys: Tensor | None, epoch: int, step: int) -> Batch:
-        """Reads images (B,); ``keys`` None asks for the evaluation transform."""
-        parts = []
-        for start in range(0, len(indices), _DECODED_AT_ONCE):
-            part = slice(start, start + _DECODED_AT_ONCE)
-            images = [self.source.image(index) for index in indices[part].tolist()]
-            if keys is None:
+    def gather(
+        self,
+        indices: Tensor,
+        *,
+        seed: int | None,
+        epoch: int,
+        step: int,
+        stand_in: bool = True,
+    ) -> Batch:
+        """Reads images.
+
+        Args:
+            indices: (B,) positions.
+            seed: of the run; None asks for the evaluation transform.
+            epoch: see :class:`Batch`.
+            step: see :class:`Batch`.
+            stand_in: whether a neighbour takes the place of an unreadable image, or nothing.
+        """
+        parts, positions, faults = [], [], []
+        for part in indices.split(_DECODED_AT_ONCE):
+            images, part, missing = read_images(self.source, part, replace=stand_in)
+            faults += missing
+            positions.append(part)
+            if seed is None:
                 parts.append(eval_transform(images, self.config))
-            else:
-                cut = train_transform(images, keys[part], self.config)
-                parts.append(cut if self.augment is None else self.augment(cut, keys[part]))
+                continue
+            keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
+            cut = train_transform(images, keys, self.config)
+            parts.append(cut if self.augment is None else self.augment(cut, keys))
+        found = torch.cat(positions)
         labels = self.source.labels
         return Batch(
             images=torch.cat(parts),
-            labels=None if labels is None else labels[indices],
-            sample_ids=self.source.sample_ids[indices],
+            labels=None if labels is None else labels[found],
+            sample_ids=self.source.sample_ids[found],
             epoch=epoch,
             step=step,
+            faults=tuple(faults),
         )
 
 
@@ -144,19 +166,25 @@ class _TrainBatches(StepBatches):
             self._order = epoch, permutation(self.seed, epoch, len(self.source))
         start = position * self.config.batch_size + self.offset
         indices = self._order[1][start : start + self.share]  # (B,)
-        keys = image_keys(self.seed, epoch, self.source.sample_ids[indices], purpose="augment")
-        return self.gather(indices, keys, epoch=epoch, step=number)
+        return self.gather(indices, seed=self.seed, epoch=epoch, step=number)
 
 
 class _EvalBatches(StepBatches):
     def __init__(
-        self, source: ImageSource, config: DataConfig, indices: Tensor, batch_size: int
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        indices: Tensor,
+        batch_size: int,
+        stand_in: bool,
     ) -> None:
         super().__init__(source, config)
+        self.stand_in = stand_in
         self.parts = indices.split(batch_size) if len(indices) else ()
 
     def batch(self, number: int) -> Batch:
-        return self.gather(self.parts[number], None, epoch=-1, step=number)
+        part = self.parts[number]
+        return self.gather(part, seed=None, epoch=-1, step=number, stand_in=self.stand_in)
 
 
 def _alone(batch: Any) -> Any:
@@ -164,11 +192,33 @@ def _alone(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Says in one line that a loader process was killed.
+
+    torch raises this from a signal handler, hence anywhere in the loop over the batches.
+
+    Raises:
+        WorkerError: in the place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = " ".join(str(error).split())
+        raise WorkerError(
+            f"{what} Too little memory is the usual cause: lower data.workers or data.batch_size. "
+            "What was saved is kept; go on with --resume auto"
+        ) from error
+
+
 class BatchLoader:
     """Iterates over the batches of ``steps``; may be iterated more than once.
 
-    A mistake of the user that shows only now (an image that cannot be decoded) raises
-    :class:`mim.errors.UserError` here, also where a worker process met it.
+    Unreadable images are noted in the source's ledger, which ends the run at too many of them. A
+    mistake of the user that shows only now raises :class:`mim.errors.UserError` here, also where a
+    worker process met it; one that was killed raises :class:`mim.errors.WorkerError`.
     """
 
     def __init__(
@@ -180,6 +230,7 @@ class BatchLoader:
         start_method: str | None = None,
     ) -> None:
         self.steps = steps
+        self._ledger = batches.source.ledger
         workers = min(workers, len(steps))
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -198,10 +249,14 @@ class BatchLoader:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            yield batch
+        with worker_deaths():
+            for batch in self._loader:
+                if isinstance(batch, _Failure):
+                    raise UserError(batch.message)
+                if batch.faults and self._ledger is not None:
+                    self._ledger.add(batch.faults)
+                if len(batch):  # an evaluation may have left out all of it
+                    yield batch
 
 
 def steps_per_epoch(source: ImageSource, config: DataConfig) -> int:
@@ -274,7 +329,9 @@ def eval_loader(
     """Every image once, in order, under the evaluation transform.
 
     A process takes a contiguous share: the shares of all ranks, one after the other, are the
-    images in order. Shares differ by one image at most, and nothing is dropped or repeated.
+    images in order. Shares differ by one image at most, and nothing is dropped or repeated, but
+    that an unreadable image is left out. Where ``indices`` choose some, to be shown, a neighbour
+    stands in for it.
 
     Args:
         source: the images.
@@ -290,6 +347,6 @@ def eval_loader(
     chosen = torch.as_tensor(range(len(source)) if indices is None else indices).long()
     share = chosen.tensor_split(world)[rank]
     size = max(1, config.batch_size // world) if batch_size is None else batch_size
-    batches = _EvalBatches(source, config, share, size)
+    batches = _EvalBatches(source, config, share, size, stand_in=indices is not None)
     steps = range(len(batches.parts))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)

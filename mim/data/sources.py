@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim.config import DataConfig
+from mim.data.faults import Fault, Ledger
 from mim.data.transforms import Picture
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys
@@ -54,6 +56,8 @@ class ImageSource(ABC):
     """Standard deviation of each channel, likewise."""
     has_val: bool = True
     """Whether the set comes divided; if not, ``open_source`` holds a share out."""
+    ledger: Ledger | None = None
+    """Where loaders note the images that cannot be read; of ``open_source``."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -63,23 +67,20 @@ class ImageSource(ABC):
         """Image at a position: PIL of any mode, or (height, width, channels) uint8.
 
         Raises:
-            UserError: if it cannot be read; names the file.
+            UnreadableImage: if it cannot be decoded; loaders let another stand in for it.
         """
 
     def describe(self, index: int) -> str:
         """What a message calls the image at a position."""
         return f"image {int(self.sample_ids[index])}"
 
-    def check(self, indices: Tensor | None = None) -> None:
+    def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Looks cheaply for images that cannot be read; ``open_source`` calls this.
 
         Args:
             indices: (m,) positions to look at; by default all.
-
-        Raises:
-            UserError: for the first such image; names the file.
         """
-        return
+        return []
 
     def fingerprint(self) -> str:
         """Digest of ids and labels: two runs with the same one saw the same images."""
@@ -108,6 +109,7 @@ class Subset(ImageSource):
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
+        self.ledger = source.ledger
 
     def image(self, index: int) -> Picture:
         return self.source.image(int(self.indices[index]))
@@ -115,8 +117,8 @@ class Subset(ImageSource):
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
 
-    def check(self, indices: Tensor | None = None) -> None:
-        self.source.check(self.indices if indices is None else self.indices[indices])
+    def check(self, indices: Tensor | None = None) -> list[Fault]:
+        return self.source.check(self.indices if indices is None else self.indices[indices])
 
 
 SourceFactory: TypeAlias = Callable[[DataConfig, Split], ImageSource]
@@ -145,7 +147,7 @@ def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:
     return part.sort().values
 
 
-def open_source(config: DataConfig, split: Split) -> ImageSource:
+def open_source(config: DataConfig, split: Split, folder: Path | None = None) -> ImageSource:
     """The images that the config names.
 
     A set without a val split of its own gives ``data.val_fraction`` of its images to "val" by
@@ -153,12 +155,14 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
     else the set's own, in ``data.channels`` channels.
 
     Args:
-        config: source, path, download, channels, val_fraction, mean and std are read.
+        config: all that says which images, and the statistics, is read.
         split: "train" or "val".
+        folder: the run folder, where unreadable images are named; None names them in messages.
 
     Raises:
-        UserError: for an unknown source, a missing or empty folder, an empty class, an unreadable
-            image, a failed download, or channels that the images cannot have.
+        UserError: for an unknown source, a missing or empty folder, an empty class, more unreadable
+            images than ``data.max_unreadable``, a failed download, or channels that the images
+            cannot have.
     """
     name = config.source
     family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
@@ -171,10 +175,8 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
         source = Subset(source, holdout(source.sample_ids, config.val_fraction, split))
     if not len(source):
         raise setting_error("data.source", config.source, f"has no images in its {split} split")
-    source.check()
-    if config.channels not in (1, 3) and len(source.mean) != config.channels:
-        reason = f"must be 1 or 3 for the images of {source.name}"
-        raise setting_error("data.channels", config.channels, reason)
+    source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
+    source.ledger.add(source.check())
     source.mean, source.std = _statistics(source, config)
     return source
 
@@ -187,6 +189,12 @@ def _statistics(
     def fit(values: tuple[float, ...]) -> tuple[float, ...]:
         if len(values) == config.channels:
             return values
+        if config.channels not in (1, 3) or len(values) not in (1, 3):
+            reason = (
+                f"is not what the statistics of {source.name} are for: set data.mean and data.std "
+                "(mim data stats computes them)"
+            )
+            raise setting_error("data.channels", config.channels, reason)
         if len(values) == 1:
             return values * config.channels
         return (sum(share * value for share, value in zip(_LUMINANCE, values, strict=True)),)

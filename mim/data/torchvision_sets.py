@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from mim.config import DataConfig
-from mim.data.decode import DECODE_ERRORS
+from mim.data.decode import decoding
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
-from mim.errors import UserError, choice_error, setting_error
+from mim.errors import choice_error, setting_error
 
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -93,11 +93,8 @@ class TorchvisionSource(ImageSource):
         self.sample_ids = torch.arange(len(self.dataset))
 
     def image(self, index: int) -> Image.Image:
-        try:
+        with decoding(f"{self.name}: image {index}"):
             image: Image.Image = self.dataset[index][0]
-        except DECODE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.name}: image {index} is unreadable: {reason}") from error
         return image
 
 

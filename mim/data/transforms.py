@@ -10,6 +10,7 @@ Shapes: B images, C channels, H x W pixels of the result.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -28,29 +29,39 @@ Picture: TypeAlias = Image.Image | NDArray[np.uint8]
 
 _TRIES = 10
 _ORIENTATION = 0x0112  # EXIF tag
-_MODES = {1: "L", 3: "RGB"}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image  # damaged EXIF says nothing
 
 
 def prepare(image: Picture, channels: int) -> Picture:
-    """An upright image with the wanted channels: 1 is grayscale, 3 is RGB, else an array as it is.
+    """An upright image with the wanted channels: 1 is grayscale, 3 RGB, 4 RGBA; an array of as many
+    channels is taken as it is.
 
-    EXIF orientation is applied. Alpha is left out; 16-bit images keep their upper 8 bits.
+    EXIF orientation is applied, and where it is damaged the image stays as stored. Alpha is left
+    out, but for 4 channels; 16-bit images keep their upper 8 bits.
 
     Raises:
         UserError: if the image cannot have so many channels.
     """
     if isinstance(image, np.ndarray):
         given = image.shape[2]
-        if given == channels and given not in _MODES:
+        if given == channels and given not in (1, 3):
             return image
-        if given not in _MODES or channels not in _MODES:
+        if given not in (1, 3) or channels not in (1, 3):
             reason = f"does not fit images of {given} channels"
             raise setting_error("data.channels", channels, reason)
         image = Image.fromarray(image[:, :, 0] if given == 1 else image)
     if channels not in _MODES:
-        raise setting_error("data.channels", channels, "must be 1 or 3 for this source's images")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+        raise setting_error("data.channels", channels, "must be 1, 3 or 4 for this source's images")
+    image = _upright(image)
     if image.mode == _MODES[channels]:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -59,6 +70,8 @@ def prepare(image: Picture, channels: int) -> Picture:
         image = Image.fromarray(upper.astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    elif channels == 4 and image.mode in ("CMYK", "YCbCr", "HSV"):  # have no way to RGBA
+        image = image.convert("RGB")
     try:
         return image.convert(_MODES[channels])
     except ValueError as error:

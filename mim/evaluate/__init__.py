@@ -99,8 +99,8 @@ def evaluate(
             a pooling the encoder has no tokens for, or raw pixels where an encoder is needed.
     """
     built = {name: build_evaluation(name, given) for name, given in evaluations.items()}
-    train = open_source(encoder.data, "train") if train is None else train
-    val = open_source(encoder.data, "val") if val is None else val
+    train = open_source(encoder.data, "train", folder) if train is None else train
+    val = open_source(encoder.data, "val", folder) if val is None else val
     for evaluation in built.values():
         check_pool(encoder.vit, evaluation.settings.pool)
         if isinstance(evaluation, EncoderEvaluation):

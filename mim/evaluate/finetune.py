@@ -402,15 +402,16 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[ob
 @torch.no_grad()
 def _logits(
     model: nn.Module, source: ImageSource, data: DataConfig, device: torch.device, precision: str
-) -> Tensor:
-    """(n, K) float32 on the CPU, of every image in order."""
+) -> tuple[Tensor, Tensor]:
+    """(n, K) float32 and labels (n,) on the CPU, of every readable image in order."""
     model.eval()
-    parts = []
+    parts, labels = [], []
     for batch in eval_loader(source, data):
         images = normalize(batch.images.to(device), source.mean, source.std)
         with _autocast(device, precision):
             parts.append(model(images).float().cpu())
-    return torch.cat(parts)
+        labels.append(torch.as_tensor(batch.labels).long())
+    return torch.cat(parts), torch.cat(labels)
 
 
 def _labels(source: ImageSource) -> Tensor:
@@ -527,7 +528,7 @@ def _fit(
             losses.clear()
             if not math.isfinite(mean):
                 s._refuse("base_lr", f"gives a loss of {mean} in epoch {batch.epoch + 1}; lower it")
-            accuracy = _accuracy(_logits(subject, held, data, device, precision), _labels(held))
+            accuracy = _accuracy(*_logits(subject, held, data, device, precision))
             classifier.history.append({"train_loss": mean, "held_out_accuracy": accuracy})
             if accuracy > best_accuracy:
                 best, best_accuracy = copy.deepcopy(subject.state_dict()), accuracy
@@ -611,8 +612,9 @@ class Finetune(EncoderEvaluation):
         self.check_encoder(encoder)
         self.check(train, val)
         classifier = fit(encoder, train, self.settings, device, precision)
-        logits = _logits(classifier.model, val, encoder.data, torch.device(device), precision)
-        labels = _labels(val)
+        logits, labels = _logits(
+            classifier.model, val, encoder.data, torch.device(device), precision
+        )
         found = {"accuracy": _accuracy(logits, labels)}
         if logits.shape[1] > _TOP:
             found[f"accuracy_top{_TOP}"] = _accuracy(logits, labels, _TOP)

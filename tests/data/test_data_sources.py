@@ -181,7 +181,6 @@ BAD_FOLDERS = {
     "no classes": (lambda root: folder(root, "a.png"), "has no class sub-folders"),
     "no classes in train": (lambda root: folder(root, "train/a.png"), "sub-folders in .*train"),
     "empty class": (empty_class, "empty class: no image in .*train/dog"),
-    "unreadable": (not_an_image, "unreadable image .*fake.jpg"),
     "only val": (lambda root: folder(root, "val/cat/a.png"), "has val/ but no train/"),
     "new class in val": (
         lambda root: folder(root, "train/cat/a.png", "train/cat/b.png", "val/dog/a.png"),
@@ -230,7 +229,7 @@ def test_large_folders_are_not_read_through(
     not_an_image(tmp_path)
     monkeypatch.setattr(folder_module, "_HEADERS_CHECKED", 1)
     source = open_source(at(tmp_path), "train")
-    with pytest.raises(UserError, match=r"unreadable image .*fake\.jpg"):
+    with pytest.raises(UserError, match=r"unreadable image .*fake\.jpg: the file holds no image"):
         source.image(1)
 
 
@@ -251,7 +250,9 @@ def test_unknown_sources(name: str, message: str) -> None:
 
 
 def test_channels_that_the_images_cannot_have() -> None:
-    with pytest.raises(UserError, match=r"data\.channels: 4 must be 1 or 3 .*digits"):
+    with pytest.raises(
+        UserError, match=r"data\.channels: 4 .*digits.*set data\.mean and data\.std"
+    ):
         open_source(DataConfig(source="digits", channels=4), "train")
 
 

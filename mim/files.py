@@ -1,0 +1,61 @@
+"""Files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mim.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under another name, flush it to disk, and rename it.
+
+    Args:
+        path: where it shall be.
+        write: is given the temporary path.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text; see :func:`write_atomic`."""
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write JSON; see :func:`write_atomic`."""
+    write_text_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def prepare_folder(path: Path, setting: str = "output") -> None:
+    """Make a folder and see that files can be written there.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{setting}: cannot write to {str(path)!r}: {reason}") from error
