@@ -107,6 +107,10 @@ class DataConfig:
     and another stands in for it. More stop the run."""
     max_pixels: int = 89_478_485
     """Larger images count as unreadable: a small file can decode to more than the memory."""
+    weights: str | None = None
+    """How much each training image counts in the loss, 0 leaves it out: a .csv with the columns
+    image and weight, an .npy indexed by sample id, or the name of a function that a plug-in
+    registers. Held-out images count alike."""
 
     def __post_init__(self) -> None:
         for side in self.size:

@@ -160,8 +160,12 @@ class MaskedImageModel(nn.Module):
         Args:
             images: (B, C, H, W), normalised.
             mask: (B, N), what is hidden.
-            weight: (B,) how much each image counts; 0 leaves it out. None counts all alike.
+            weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold. None
+                counts all alike.
         """
+        if weight is not None:
+            # Not only its loss: a NaN anywhere in the forward pass makes 0 * NaN in the backward.
+            images = images.masked_fill((weight == 0).view(-1, 1, 1, 1), 0.0)
         latents = self.latents(images, mask)
         readable = latents
         if not isinstance(self.backbone.fc_norm, nn.Identity):

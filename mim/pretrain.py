@@ -29,6 +29,7 @@ from mim.data import (
     eval_loader,
     normalize,
     open_source,
+    open_weights,
     steps_per_epoch,
     train_loader,
     worker_deaths,
@@ -196,6 +197,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     if saved is not None and done.get("status") == "finished":
         return done
     train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    weigh = open_weights(train, config.data)
     accelerator = _accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
@@ -221,7 +223,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         model.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     pending: list[Tensor] = []
-    elapsed, train_seconds = 0.0, 0.0
+    elapsed, train_seconds, total_images = 0.0, 0.0, 0
     mean, val_loss = math.nan, math.nan
     if saved:
         model.load_state_dict(saved["model"])
@@ -232,6 +234,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             accelerator.scaler.load_state_dict(saved["scaler"])
         pending = list(saved["pending"].to(device))
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
+        total_images = saved.get("images", start * config.data.batch_size)
         mean, val_loss = saved["train_loss"], saved["val_loss"]
     _start_trackers(accelerator, config, start)
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
@@ -257,6 +260,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
             "elapsed": elapsed + time.monotonic() - began,
             "train_seconds": train_seconds + paused - interval_began,
+            "images": total_images + interval_images,
             "train_loss": mean,
             "val_loss": val_loss,
         }
@@ -278,7 +282,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     memory_before = resident_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    interval_steps, rate, paused = 0, 0.0, began
+    interval_images, rate, paused = 0, 0.0, began
     label = run.name
     batches = train_loader(
         train,
@@ -288,6 +292,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         total_steps=total,
         rank=rank,
         world=world,
+        weigh=weigh,
     )
     recent: list[tuple[int, list[int]]] = []
     wrapped.train()
@@ -301,14 +306,21 @@ def pretrain(config: Config) -> dict[str, Any]:
             keys = image_keys(config.seed, batch.epoch, batch.sample_ids, purpose="mask")
             images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
             mask = model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
+            if mask.num_masked == 0 and config.model.target.loss_on == "masked":
+                raise TrainingError(
+                    f"mask: no patch of the batch of step {step} is hidden, so "
+                    "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
+                )
+            weight = None if batch.weight is None else batch.weight.to(device)
             step_loss = torch.zeros((), device=device)
             cuts = list(parts(batch, config.train.accumulate))
             for number, cut in enumerate(cuts):
                 last = number == len(cuts) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                     part_mask = mask if len(cuts) == 1 else mask[cut]
-                    share = (cut.stop - cut.start) / len(batch)
-                    output = wrapped(images[cut], part_mask)
+                    part_weight = None if weight is None else weight[cut]
+                    share = _share(batch, cut, part_weight, world)
+                    output = wrapped(images[cut], part_mask, part_weight)
                     accelerator.backward(output.loss * share)
                 step_loss += output.reconstruction.detach() * share
             if config.optim.clip_grad is not None:
@@ -322,7 +334,9 @@ def pretrain(config: Config) -> dict[str, Any]:
                     ema.module.teacher.load_state_dict(model.teacher.state_dict())
             pending.append(step_loss)
             recent.append((step, batch.sample_ids.tolist()))
-            step, interval_steps = step + 1, interval_steps + 1
+            counted = batch.total_counted
+            interval_images += config.data.batch_size if counted is None else counted
+            step += 1
 
             end = step == total
             saving = due(config.train.checkpoint_every, step) or end
@@ -338,13 +352,14 @@ def pretrain(config: Config) -> dict[str, Any]:
             if logging:
                 seconds = time.monotonic() - interval_began
                 train_seconds += seconds
-                rate = interval_steps * config.data.batch_size / seconds
+                rate = interval_images / seconds
+                total_images += interval_images
                 mean = sum(losses) / len(losses)
                 pending.clear()
                 recent.clear()
                 log(step, loss=mean, lr=lr, images_per_second=rate)
                 progress.update(step, mean, rate)
-                interval_began, interval_steps = time.monotonic(), 0
+                interval_began, interval_images = time.monotonic(), 0
             paused = time.monotonic()
             if due(config.train.validate_every, step) or end:
                 val_loss = held_out_loss(subject, config, val, accelerator)
@@ -370,7 +385,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         "train_loss": mean,
         "val_loss": val_loss,
         **flops,
-        "images_per_second": total * config.data.batch_size / max(train_seconds, 1e-9),
+        "images_per_second": total_images / max(train_seconds, 1e-9),
         "peak_memory_bytes": (
             torch.cuda.max_memory_allocated(device)
             if device.type == "cuda"
@@ -398,6 +413,16 @@ def pretrain(config: Config) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result
+
+
+def _share(batch: Batch, cut: slice, weight: Tensor | None, world: int) -> Tensor | float:
+    """The factor that turns a part's mean loss into its share of the loss of all processes.
+
+    Gradients are averaged over processes, and so is the loss that is logged.
+    """
+    if weight is None or batch.total_weight is None:
+        return (cut.stop - cut.start) / len(batch)
+    return weight.sum() * (world / batch.total_weight)
 
 
 def _check_masks(model: MaskedImageModel, config: Config, source: ImageSource) -> None:

@@ -54,20 +54,21 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def pair(folder: Path, args: list[object], second: str = "") -> list[int | None]:
+def pair(folder: Path, args: list[object], second: str = "", both: str = "") -> list[int | None]:
     """Two processes with the libraries loaded; returns their exit codes.
 
     Args:
         folder: for the plugins.
         args: of the command line.
         second: Python that only the second process runs first.
+        both: Python that both run first.
     """
     port, processes = free_port(), []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SERVER_MODULES)
     for rank in (0, 1):
         plugin = folder / f"rank_{rank}_{port}.py"
-        plugin.write_text(RANK.format(rank=rank, port=port) + (second if rank else ""))
+        plugin.write_text(RANK.format(rank=rank, port=port) + both + (second if rank else ""))
         call = ["mim", *map(str, args), "--plugins", f"[{plugin}]"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", call)  # the process inherits it
@@ -126,6 +127,49 @@ def test_two_processes_are_one(regime: str, tmp_path: Path, mim: Mim, tiny: Tiny
         assert other[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
     # A run may go on with another number of processes: accumulation there and here.
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+
+
+WEIGH = """
+import torch
+import mim.pretrain
+from mim.data import WEIGHTS
+
+if "half" not in WEIGHTS:
+    @WEIGHTS.register("half")
+    def half(source, indices, epoch):
+        ids = source.sample_ids[indices]
+        return (ids % 2) * (1 + ids % 3)
+
+real = mim.pretrain.normalize
+
+def broken(images, mean, std):
+    values = real(images, mean, std)
+    if mim.pretrain.of_step is not None:  # in training, images of weight 0 hold NaN
+        values[mim.pretrain.of_step % 2 == 0] = float("nan")
+    mim.pretrain.of_step = None
+    return values
+
+keys = mim.pretrain.image_keys
+
+def noted(seed, epoch, ids, purpose):
+    mim.pretrain.of_step = ids
+    return keys(seed, epoch, ids, purpose=purpose)
+
+mim.pretrain.of_step = None
+mim.pretrain.normalize, mim.pretrain.image_keys = broken, noted
+"""
+
+
+def test_weights_mean_the_same_on_two_processes(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    """Half the images are left out, unequally many a process; in the second run they are NaN."""
+    (tmp_path / "weigh.py").write_text(WEIGH.partition("real =")[0])
+    one, two = tmp_path / "one", tmp_path / "two"
+    plugin = f"[{tmp_path / 'weigh.py'}]"
+    config = tiny({**CHANGES, "data.weights": "half", "train.accumulate": 2})
+    args = ["pretrain", "--config", config, "--output"]
+    assert mim(*args, one, "--plugins", plugin).code == 0
+    assert pair(tmp_path, [*args, two], both=WEIGH) == [0, 0]
+    assert_alike(one, two)
 
 
 def test_all_stop_at_the_same_step_and_go_on_alone(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:

@@ -20,9 +20,11 @@ from mim.data.transforms import (
     prepare,
     train_transform,
 )
+from mim.data.weights import WEIGHTS, Weigh, open_weights
 
 __all__ = [
     "SOURCES",
+    "WEIGHTS",
     "Batch",
     "BatchLoader",
     "ImageSource",
@@ -30,6 +32,7 @@ __all__ = [
     "Split",
     "Subset",
     "UnreadableImage",
+    "Weigh",
     "crop_parameters",
     "denormalize",
     "eval_loader",
@@ -37,6 +40,7 @@ __all__ = [
     "holdout",
     "normalize",
     "open_source",
+    "open_weights",
     "prepare",
     "steps_per_epoch",
     "train_loader",

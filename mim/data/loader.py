@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ from mim.config import DataConfig
 from mim.data.faults import Fault, read_images
 from mim.data.sources import ImageSource
 from mim.data.transforms import eval_transform, train_transform
+from mim.data.weights import Weigh, batch_weights
 from mim.errors import UserError, WorkerError, setting_error
 from mim.keys import image_keys, permutation
 
@@ -48,29 +49,31 @@ class Batch:
     """The step of training, or the number of the batch in an evaluation."""
     faults: tuple[Fault, ...] = ()
     """Images that could not be read."""
+    weight: Tensor | None = None
+    """(B,) float32, how much each image counts; None where all count alike."""
+    total_weight: float | None = None
+    """Sum of the weights over all processes."""
+    total_counted: int | None = None
+    """Images with a weight above 0, over all processes."""
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        values = {
+            field.name: move(value) if isinstance(value, Tensor) else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return replace(self, **values)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on ``device``."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            labels=None
-            if self.labels is None
-            else self.labels.to(device, non_blocking=non_blocking),
-            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
-        )
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-        )
+        return self._moved(Tensor.pin_memory)
 
 
 @dataclass
@@ -152,8 +155,10 @@ class _TrainBatches(StepBatches):
         rank: int,
         world: int,
         augment: Augment | None,
+        weigh: Weigh | None = None,
     ) -> None:
         super().__init__(source, config, augment)
+        self.weigh = weigh
         self.seed = seed
         self.per_epoch = steps_per_epoch(source, config)
         self.share = config.batch_size // world
@@ -164,9 +169,26 @@ class _TrainBatches(StepBatches):
         epoch, position = divmod(number, self.per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, permutation(self.seed, epoch, len(self.source))
-        start = position * self.config.batch_size + self.offset
-        indices = self._order[1][start : start + self.share]  # (B,)
-        return self.gather(indices, seed=self.seed, epoch=epoch, step=number)
+        start = position * self.config.batch_size
+        everywhere = self._order[1][start : start + self.config.batch_size]
+        mine = slice(self.offset, self.offset + self.share)
+        indices = everywhere[mine]  # (B,)
+        batch = self.gather(indices, seed=self.seed, epoch=epoch, step=number)
+        if self.weigh is None:
+            return batch
+        given = self.config.weights
+        weights = batch_weights(self.weigh, self.source, everywhere, epoch, number, given)
+        own = weights[mine].clone()
+        for row in (batch.sample_ids != self.source.sample_ids[indices]).nonzero()[:, 0]:
+            # A stand-in for an unreadable image counts as that one does, unless it is left out.
+            place = (self.source.sample_ids == batch.sample_ids[row]).nonzero()[:, 0]
+            own[row] *= bool(self.weigh(self.source, place, epoch)[0] > 0)
+        return replace(
+            batch,
+            weight=own.float(),
+            total_weight=float(weights.sum()),
+            total_counted=int((weights > 0).sum()),
+        )
 
 
 class _EvalBatches(StepBatches):
@@ -287,6 +309,7 @@ def train_loader(
     world: int = 1,
     start_method: str | None = None,
     augment: Augment | None = None,
+    weigh: Weigh | None = None,
 ) -> BatchLoader:
     """This process's share of the training batches of steps ``start_step`` to ``total_steps``.
 
@@ -303,6 +326,7 @@ def train_loader(
         world: count of processes.
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         augment: follows the crop and the mirror; what it draws must follow from the keys.
+        weigh: how much each image counts, from :func:`mim.data.open_weights`.
 
     Raises:
         UserError: if the batch is larger than the data set or does not divide among processes.
@@ -311,7 +335,7 @@ def train_loader(
     if config.batch_size % world:
         reason = f"does not divide among {world} processes"
         raise setting_error("data.batch_size", config.batch_size, reason)
-    batches = _TrainBatches(source, config, seed, rank, world, augment)
+    batches = _TrainBatches(source, config, seed, rank, world, augment, weigh)
     steps = range(start_step, max(start_step, total_steps))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
 

@@ -58,6 +58,8 @@ class ImageSource(ABC):
     """Whether the set comes divided; if not, ``open_source`` holds a share out."""
     ledger: Ledger | None = None
     """Where loaders note the images that cannot be read; of ``open_source``."""
+    weights: Tensor | None = None
+    """(n,) how much each image counts in training, or None where all count alike."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -110,6 +112,7 @@ class Subset(ImageSource):
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
         self.ledger = source.ledger
+        self.weights = None if source.weights is None else source.weights[self.indices]
 
     def image(self, index: int) -> Picture:
         return self.source.image(int(self.indices[index]))
