@@ -60,7 +60,7 @@ class Batch:
         return len(self.images)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        values = {
+        values: dict[str, Any] = {
             field.name: move(value) if isinstance(value, Tensor) else value
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
