@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mim import checkpoint
+from mim.backbone import family_of
 from mim.model import MaskedImageModel, build_model
 
 
@@ -29,7 +30,7 @@ def load(path: str | Path) -> MaskedImageModel:
 
 @torch.no_grad()
 def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
-    """Features of full images: the mean over the patch tokens, and its norm where the ViT has one.
+    """Features of full images: the mean over the patch tokens, normed where the backbone does so.
 
     Args:
         model: of :func:`load`.
@@ -38,5 +39,5 @@ def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
     Returns:
         (B, D).
     """
-    tokens = model.encode(images)
-    return model.backbone.fc_norm(tokens[:, model.backbone.num_prefix_tokens :].mean(dim=1))
+    family = family_of(model.backbone)
+    return family.pool_norm(model.encode(images)[:, family.num_prefix :].mean(dim=1))

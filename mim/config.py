@@ -612,7 +612,7 @@ class ModelConfig:
     """Encoder, regime, decoder and target."""
 
     backbone: str = "vit_tiny_patch16_224"
-    """Name of a timm VisionTransformer."""
+    """Name of a timm model: a VisionTransformer or Eva (EVA-02, RoPE-ViT, DINOv3)."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ..."""
     position_embedding: str = "learned"

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from mim import checkpoint
 from mim.api import load
+from mim.backbone import family_of
 from mim.config import Config
 from mim.data import Picture, eval_transform, normalize
 from mim.errors import UserError, setting_error
@@ -67,7 +68,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         check_pool(model.backbone, self.pool)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model_ = model.to(device)
-        self.n_features_out_ = model.backbone.embed_dim * (2 if self.pool == "both" else 1)
+        self.n_features_out_ = family_of(model.backbone).width * (2 if self.pool == "both" else 1)
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -102,7 +103,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
             pictures = [_picture(X[row], row) for row in rows]
             images = eval_transform(pictures, self.config_.data)  # (B, C, H, W) uint8
             with torch.inference_mode():
-                tokens = vit.forward_features(
+                tokens = family_of(vit).features(
                     normalize(images.to(device), self.mean_, self.std_)
                 )  # (B, P + N, D)
                 found.append(pool_tokens(vit, tokens, self.pool).cpu())

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import (
-    build_backbone,
-    grid_of,
-    patch_size_of,
-    set_norm_eps,
-    supports_split,
-)
+from mim.backbone import build_backbone, family_of, grid_of, patch_size_of, set_norm_eps
 from mim.config import Config
 from mim.decoders import Decoder, build_decoder
 from mim.errors import setting_error
@@ -60,7 +53,7 @@ class MaskedImageModel(nn.Module):
     """A backbone pre-trained by predicting what a mask hides.
 
     Args:
-        backbone: a timm VisionTransformer.
+        backbone: a timm model of one of the families of :mod:`mim.backbone`.
         regime: how hidden patches meet it.
         decoder: what predicts them.
         target: what must be predicted.
@@ -71,7 +64,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: nn.Module,
         regime: Regime,
         decoder: Decoder,
         target: Target,
@@ -149,8 +142,9 @@ class MaskedImageModel(nn.Module):
     def encode(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
         """Features: the tokens of :meth:`latents`, prefix first, (B, P + T, D).
 
-        Without a mask they equal timm's own ``backbone.forward_features(images)``. With one,
-        ``drop`` returns the visible patches only; the other regimes return all, in order.
+        Without a mask they equal timm's own ``backbone.forward_features(images)``, a map laid out
+        row by row. With one, ``drop`` returns the visible patches only; the other regimes return
+        all, in order.
         """
         return self.latents(images, mask).tokens
 
@@ -168,9 +162,10 @@ class MaskedImageModel(nn.Module):
             images = images.masked_fill((weight == 0).view(-1, 1, 1, 1), 0.0)
         latents = self.latents(images, mask)
         readable = latents
-        if not isinstance(self.backbone.fc_norm, nn.Identity):
+        norm = family_of(self.backbone).pool_norm
+        if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
-            readable = replace(latents, tokens=self.backbone.fc_norm(latents.tokens))
+            readable = replace(latents, tokens=norm(latents.tokens))
         target = self.target(images, self.teacher)  # (B, N, dim)
         if self.target.config.loss_on == "all":
             ids, valid, wanted = None, None, target
@@ -208,33 +203,39 @@ def build_model(config: Config) -> MaskedImageModel:
     """
     data, model = config.data, config.model
     vit = build_backbone(model, data.size, data.channels, config.seed)
-    generator = build_mask_generator(config.mask, grid_of(vit), patch_size_of(vit))
+    family = family_of(vit)
+    grid, patch = family.grid, family.patch_size
+    generator = build_mask_generator(config.mask, grid, patch)
     regime = build_regime(model.regime, vit, config.seed)
     regime.checkpointing = config.train.gradient_checkpointing
-    context = TargetContext(
-        patch_size_of(vit), data.channels, grid_of(vit), vit.embed_dim, len(vit.blocks)
-    )
+    context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
     target = build_target(model.target, context)
     decoder = build_decoder(
         model.decoder,
-        width=vit.embed_dim,
+        width=family.width,
         output=target.dim,
-        grid=grid_of(vit),
+        grid=grid,
         regime=regime,
-        num_prefix=vit.num_prefix_tokens,
+        num_prefix=family.num_prefix,
         seed=config.seed,
     )
     set_norm_eps(decoder, model.norm_eps)
     if target.config.loss_on == "all" and decoder.share < 1:
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
         raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
+    if decoder.needs_layers and not family.is_uniform:
+        reason = f"needs blocks of one width, and {model.backbone} has several; choose last"
+        raise setting_error(f"model.decoder.{model.decoder.name}.layers", "weighted", reason)
     regime.collects_layers = decoder.needs_layers
     network = generator.network(data.channels, config.seed) if generator.is_trained else None
     teacher = None
     if generator.needs_attention or target.needs_teacher:
-        if generator.needs_attention and not supports_split(vit):
+        if generator.needs_attention and not family.splits:
             reason = f"needs plain timm blocks, and {model.backbone} has others"
             raise setting_error("mask.name", config.mask.name, reason)
+        if target.needs_teacher and not family.is_uniform:
+            reason = f"needs blocks of one width, and {model.backbone} has several"
+            raise setting_error("model.target.name", model.target.name, reason)
         teacher = Teacher(vit, model.teacher_decay)
     return MaskedImageModel(vit, regime, decoder, target, generator, network, teacher)
 

@@ -9,10 +9,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import add_positions, grid_of, patch_size_of, run_blocks, supports_split
+from mim.backbone import Embedded, Family, family_of
 from mim.config import RegimeConfig
 from mim.errors import UserError, setting_error
 from mim.keys import seed_of
@@ -85,13 +84,15 @@ class Regime(nn.Module, ABC):
     keeps_all_tokens: bool
     """Whether there is a token at every patch, so that any decoder can be used."""
 
-    def __init__(self, config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> None:
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False
         self.collects_layers = False
-        self.num_layers = len(vit.blocks)
-        patches = vit.patch_embed.num_patches
+        family = family_of(vit)
+        family.check(config)
+        self.num_layers = len(family.blocks)
+        patches = family.grid[0] * family.grid[1]
         if config.causal_prefix > patches:
             reason = f"is more than the {patches} patches of the grid"
             raise setting_error("model.regime.causal_prefix", config.causal_prefix, reason)
@@ -126,17 +127,16 @@ class Regime(nn.Module, ABC):
 
     def encode(
         self,
-        vit: VisionTransformer,
-        tokens: Tensor,
+        family: Family,
+        embedded: Embedded,
         *,
         bias: Tensor | None = None,
         num_keys: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:func:`mim.backbone.run_blocks`, with every block's output where they are collected."""
+        """:meth:`mim.backbone.Family.run`, with every block's output where they are collected."""
         layers: list[Tensor] | None = [] if self.collects_layers else None
-        tokens = run_blocks(
-            vit,
-            tokens,
+        tokens = family.run(
+            embedded,
             bias=bias,
             num_keys=num_keys,
             checkpointing=self.checkpointing,
@@ -146,8 +146,8 @@ class Regime(nn.Module, ABC):
 
     @abstractmethod
     def inputs(
-        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
-    ) -> tuple[Tensor, Tensor | None]:
+        self, vit: nn.Module, images: Tensor, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
         """What the blocks work on.
 
         Args:
@@ -156,31 +156,34 @@ class Regime(nn.Module, ABC):
             mask: (B, N), what is hidden.
 
         Returns:
-            tokens (B, P + T, D), embedded, and what is added to the scores of every layer, or None.
+            Tokens (B, P + T, D), embedded and with what goes along with each, and what is added to
+            the scores of every layer, or None.
         """
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
         """Encode (B, C, H, W) normalised images of which only the visible patches count."""
-        tokens, bias = self.inputs(vit, images, mask)
-        tokens, layers = self.encode(vit, tokens, bias=bias)
-        return Latents(tokens, vit.num_prefix_tokens, mask.num_patches, layers=layers)
+        family = family_of(vit)
+        embedded, bias = self.inputs(vit, images, mask)
+        tokens, layers = self.encode(family, embedded, bias=bias)
+        return Latents(tokens, family.num_prefix, mask.num_patches, layers=layers)
 
-    def encoder_tokens(self, vit: VisionTransformer, visible: float) -> float:
+    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
         """Tokens a block of the encoder works on, with so many visible patches."""
-        return vit.num_prefix_tokens + vit.patch_embed.num_patches
+        family = family_of(vit)
+        return family.length(family.grid[0] * family.grid[1])
 
 
 REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
 
 
-def _refuse_empty_rows(vit: VisionTransformer, mask: PatchMask) -> None:
-    if vit.num_prefix_tokens == 0 and not mask.is_equal:
+def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
+    if family.num_prefix == 0 and not mask.is_equal:
         if bool((mask.is_masked.all(dim=1)).any()):
             raise UserError(
                 "mask: an image has every patch masked and the backbone has no prefix token, "
                 "so nothing is left to attend to; lower mask.ratio or add a class token"
             )
-    elif vit.num_prefix_tokens == 0 and mask.num_visible == 0:
+    elif family.num_prefix == 0 and mask.num_visible == 0:
         raise UserError(
             "mask: every patch is masked and the backbone has no prefix token, so nothing is "
             "left to attend to; lower mask.ratio or add a class token"
@@ -192,17 +195,6 @@ def _with_prefix(valid: Tensor, prefix: int) -> Tensor:
     return torch.cat([valid.new_ones(len(valid), prefix), valid], dim=1)
 
 
-def _embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Embedded patches as the backbone's position embedding expects them."""
-    return vit.patch_embed(images)
-
-
-def _replace(patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-    """``fill`` at the masked patches of (B, N, D) or (B, rows, columns, D)."""
-    flags = is_masked.view(*patches.shape[:-1], 1)
-    return torch.where(flags, torch.as_tensor(fill, dtype=patches.dtype), patches)
-
-
 @REGIMES.register("drop")
 class Drop(Regime):
     """Only visible patches are encoded (MAE's encoder, He et al. 2021, arXiv:2111.06377)."""
@@ -210,33 +202,30 @@ class Drop(Regime):
     keeps_all_tokens = False
 
     def inputs(
-        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
-    ) -> tuple[Tensor, Tensor | None]:
+        self, vit: nn.Module, images: Tensor, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
         """Prefix and visible patches; see :class:`Regime`."""
-        _refuse_empty_rows(vit, mask)
-        prefix = vit.num_prefix_tokens
-        tokens = add_positions(vit, _embed(vit, images))  # (B, P + N, D)
-        ids = mask.visible_ids  # (B, K)
-        index = ids[..., None].expand(-1, -1, tokens.shape[-1])
-        visible = tokens[:, prefix:].gather(1, index)  # (B, K, D)
-        bias = None
-        if mask.visible_valid is not None:
-            # Padding holds zeros, so that not even an unread place depends on a masked patch.
-            visible = visible.masked_fill(~mask.visible_valid[..., None], 0.0)
-            bias = key_bias(_with_prefix(mask.visible_valid, prefix), tokens.dtype)
+        family = family_of(vit)
+        _refuse_empty_rows(family, mask)
+        prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
+        embedded = family.place(family.embed(images, mask.is_masked))
+        # Padding holds zeros, so that not even an unread place depends on a masked patch.
+        embedded = family.take(embedded, ids, valid)
+        tokens, bias = embedded.tokens, None  # (B, P + K, D)
+        if valid is not None:
+            bias = key_bias(_with_prefix(valid, prefix), tokens.dtype)
             # As a query padding comes last, so that it has something to read.
-            ids = ids.masked_fill(~mask.visible_valid, mask.num_patches)
-        tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P + K, D)
-        return tokens, self.order_bias(bias, tokens, prefix, ids)
+            ids = ids.masked_fill(~valid, mask.num_patches)
+        return embedded, self.order_bias(bias, tokens, prefix, ids)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
         """Encode the visible patches; see :class:`Regime`."""
         latents = super().forward(vit, images, mask)
         return replace(latents, patch_ids=mask.visible_ids, valid=mask.visible_valid)
 
-    def encoder_tokens(self, vit: VisionTransformer, visible: float) -> float:
+    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
         """Prefix and visible patches."""
-        return vit.num_prefix_tokens + visible
+        return family_of(vit).length(visible)
 
 
 @REGIMES.register("zero")
@@ -250,63 +239,61 @@ class Zero(Regime):
 
     keeps_all_tokens = True
 
-    def __init__(self, config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> None:
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
         super().__init__(config, vit, seed)
         if config.order == "causal" and config.zero.attend_mask:
             if config.zero.attention == "split":
                 reason = "takes no order of the tokens, and model.regime.order=causal; choose dense"
                 raise setting_error("model.regime.zero.attention", "split", reason)
-            if vit.num_prefix_tokens == 0:
+            if family_of(vit).num_prefix == 0:
                 reason = (
                     "needs a class or register token with zero: a hidden patch with none visible "
                     "before it would have nothing to read"
                 )
                 raise setting_error("model.regime.order", "causal", reason)
-        if config.zero.attend_mask and config.zero.attention == "split" and not supports_split(vit):
-            kind = type(vit.blocks[0]).__name__
+        is_split = config.zero.attend_mask and config.zero.attention == "split"
+        if is_split and not family_of(vit).splits:
+            kind = type(family_of(vit).blocks[0]).__name__
             reason = f"needs plain timm blocks and this backbone has {kind}; choose dense"
             raise setting_error("model.regime.zero.attention", "split", reason)
 
     def inputs(
-        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
-    ) -> tuple[Tensor, Tensor | None]:
+        self, vit: nn.Module, images: Tensor, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
         """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
-        _refuse_empty_rows(vit, mask)
+        family = family_of(vit)
+        _refuse_empty_rows(family, mask)
         if self.config.zero.at == "pixels":
-            rows, columns = grid_of(vit)
-            height, width = patch_size_of(vit)
-            flags = mask.is_masked.view(-1, 1, rows, columns)
-            flags = flags.repeat_interleave(height, 2).repeat_interleave(width, 3)
-            patches = _embed(vit, images.masked_fill(flags, 0.0))
+            patches = family.embed(family.hide_pixels(images, mask.is_masked))
         else:
-            patches = _replace(_embed(vit, images), mask.is_masked, 0.0)
-        tokens = add_positions(vit, patches)  # (B, P + N, D)
-        prefix, bias = vit.num_prefix_tokens, None
+            patches = family.embed(images, mask.is_masked)
+            patches = family.hide(patches, mask.is_masked, 0.0)
+        embedded = family.place(patches)  # (B, P + N, D)
+        dtype, bias = embedded.tokens.dtype, None
         if self.config.zero.attend_mask:
-            bias = key_bias(_with_prefix(~mask.is_masked, prefix), tokens.dtype)
-        return tokens, self.order_bias(bias, tokens, prefix)
+            bias = key_bias(_with_prefix(~mask.is_masked, family.num_prefix), dtype)
+        return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
         """Encode all patches; see :class:`Regime`."""
         settings = self.config.zero
         if not settings.attend_mask or settings.attention == "dense":
             return super().forward(vit, images, mask)
-        tokens, _ = self.inputs(vit, images, mask)
-        tokens, layers = self._split(vit, tokens, mask)
-        return Latents(tokens, vit.num_prefix_tokens, mask.num_patches, layers=layers)
+        family = family_of(vit)
+        embedded, _ = self.inputs(vit, images, mask)
+        tokens, layers = self._split(family, embedded, mask)
+        return Latents(tokens, family.num_prefix, mask.num_patches, layers=layers)
 
     def _split(
-        self, vit: VisionTransformer, tokens: Tensor, mask: PatchMask
+        self, family: Family, embedded: Embedded, mask: PatchMask
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Order prefix, visible, masked, so that the keys are a slice; then order back."""
-        prefix = vit.num_prefix_tokens
-        patches = tokens[:, prefix:]  # (B, N, D)
+        prefix, dtype = family.num_prefix, embedded.tokens.dtype
         ids = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)  # (B, K + M)
-        index = ids[..., None].expand(-1, -1, patches.shape[-1])
-        ordered = torch.cat([tokens[:, :prefix], patches.gather(1, index)], dim=1)
+        ordered = family.take(embedded, ids)
         bias = valid = None
         if mask.visible_valid is not None and mask.masked_valid is not None:
-            bias = key_bias(_with_prefix(mask.visible_valid, prefix), tokens.dtype)
+            bias = key_bias(_with_prefix(mask.visible_valid, prefix), dtype)
             valid = torch.cat([mask.visible_valid, mask.masked_valid], dim=1)
 
         def back(ordered: Tensor) -> Tensor:
@@ -314,8 +301,9 @@ class Zero(Regime):
             fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
             return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
 
-        ordered, layers = self.encode(vit, ordered, bias=bias, num_keys=prefix + mask.num_visible)
-        return back(ordered), tuple(back(layer) for layer in layers)
+        num_keys = prefix + mask.num_visible
+        tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys)
+        return back(tokens), tuple(back(layer) for layer in layers)
 
 
 @REGIMES.register("token")
@@ -328,22 +316,23 @@ class Token(Regime):
 
     keeps_all_tokens = True
 
-    def __init__(self, config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> None:
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
         super().__init__(config, vit, seed)
         generator = torch.Generator().manual_seed(seed_of(seed, "regime.mask_token"))
-        values = torch.randn(1, 1, vit.embed_dim, generator=generator) * 0.02
+        values = torch.randn(1, 1, family_of(vit).token_width, generator=generator) * 0.02
         self.mask_token = nn.Parameter(values)
 
     def inputs(
-        self, vit: VisionTransformer, images: Tensor, mask: PatchMask
-    ) -> tuple[Tensor, Tensor | None]:
+        self, vit: nn.Module, images: Tensor, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
         """All patches, the mask token at masked ones; see :class:`Regime`."""
-        patches = _replace(_embed(vit, images), mask.is_masked, self.mask_token[0, 0])
-        tokens = add_positions(vit, patches)
-        return tokens, self.order_bias(None, tokens, vit.num_prefix_tokens)
+        family = family_of(vit)
+        patches = family.embed(images, mask.is_masked)
+        embedded = family.place(family.hide(patches, mask.is_masked, self.mask_token[0, 0]))
+        return embedded, self.order_bias(None, embedded.tokens, family.num_prefix)
 
 
-def build_regime(config: RegimeConfig, vit: VisionTransformer, seed: int = 0) -> Regime:
+def build_regime(config: RegimeConfig, vit: nn.Module, seed: int = 0) -> Regime:
     """The regime that ``config`` names.
 
     Raises:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone import add_positions, block_outputs, patch_attention
+from mim.backbone import block_outputs, family_of, patch_attention
 
 
 class Teacher(nn.Module):
@@ -22,7 +21,7 @@ class Teacher(nn.Module):
         decay: share of the old weights that each update keeps.
     """
 
-    def __init__(self, vit: VisionTransformer, decay: float) -> None:
+    def __init__(self, vit: nn.Module, decay: float) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(vit).requires_grad_(False).eval()
         self.decay = decay
@@ -34,7 +33,7 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, vit: VisionTransformer) -> None:
+    def update(self, vit: nn.Module) -> None:
         """Move a step towards ``vit``."""
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
             mine.lerp_(new, 1 - self.decay)
@@ -44,13 +43,13 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def layers(self, images: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
-        vit = self.encoder
-        tokens = add_positions(vit, vit.patch_embed(images))
-        return [x[:, vit.num_prefix_tokens :] for x in block_outputs(vit, tokens)]
+        family = family_of(self.encoder)
+        embedded = family.place(family.embed(images))
+        outputs = block_outputs(self.encoder, embedded)
+        return [tokens[:, family.num_prefix :] for tokens in outputs]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N), how much the last block attends to each patch."""
-        vit = self.encoder
-        tokens = add_positions(vit, vit.patch_embed(images))
-        return patch_attention(vit, tokens)
+        family = family_of(self.encoder)
+        return patch_attention(self.encoder, family.place(family.embed(images)))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mim import checkpoint
 from mim.api import load
-from mim.backbone import attention_maps, supports_split
+from mim.backbone import attention_maps, family_of
 from mim.checkpoint import write_atomic
 from mim.config import Config
 from mim.data import Batch, ImageSource, eval_loader, normalize, open_source
@@ -372,8 +372,10 @@ def attention_figure(
     config = checkpoint.read_config(run)
     model = load(run)
     vit = model.backbone
-    if not supports_split(vit):
-        raise setting_error("model.backbone", config.model.backbone, "has no plain timm blocks")
+    family = family_of(vit)
+    if not family.splits:
+        reason = f"is a {family.kind} whose blocks do not show their attention; a ViT's do"
+        raise setting_error("model.backbone", config.model.backbone, reason)
     source = open_source(config.data, "val")
     chosen = spread_indices(len(source), images) if indices is None else list(indices)
     batch = _batch(config, source, chosen)
@@ -385,21 +387,20 @@ def attention_figure(
     full = attention_maps(vit, full_tokens)
     tokens, bias = model.regime.inputs(vit, normalized, mask)
     under = attention_maps(vit, tokens, bias)
-    prefix, grid = vit.num_prefix_tokens, model.grid
-    depth = len(vit.blocks)
+    prefix, grid, depth = family.num_prefix, model.grid, len(family.blocks)
     blocks = list(dict.fromkeys((0, depth // 2, depth - 1)))
     ends = list(dict.fromkeys((0, depth - 1)))
     pixels = _pixels(batch.images)
     hidden = _hide(pixels, mask, grid)
     figure, axes = _grid_of_axes(len(chosen), 2 + len(blocks) + len(ends), left=0.5, top=0.55)
     keeps_all = model.regime.keeps_all_tokens
-    reader = "class token" if vit.cls_token is not None else "mean query"
+    reader = "class token" if family.has_class_token else "mean query"
     for row in range(len(chosen)):
         line = axes[row]
         _row_label(line[0], f"{chosen[row]}")
         _show(line[0], pixels[row])
         for place, block in enumerate(blocks):
-            weights = _read(full[block][row], prefix, None, vit.cls_token is not None)
+            weights = _read(full[block][row], prefix, None, family.has_class_token)
             _show(line[1 + place], weights.view(grid).numpy(), cmap="magma", vmin=0)
         masked = line[1 + len(blocks)]
         _show(masked, hidden[row])
@@ -407,7 +408,7 @@ def attention_figure(
         if query is not None:
             _frame(masked, query, grid, pixels.shape[1:3])
         for place, block in enumerate(ends):
-            weights = _read(under[block][row], prefix, query, vit.cls_token is not None)
+            weights = _read(under[block][row], prefix, query, family.has_class_token)
             if not keeps_all:  # put the visible patches in their places
                 count = int((~mask.is_masked[row]).sum())
                 placed = torch.full((mask.num_patches,), float("nan"))
@@ -441,7 +442,7 @@ def algebra_figure(config: Config, index: int = 0) -> Figure:
     normalized = normalize(batch.images, source.mean, source.std)
     keys = image_keys(config.seed, 0, batch.sample_ids, purpose="mask")
     mask = model.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
-    grid, prefix = model.grid, model.backbone.num_prefix_tokens
+    grid, prefix = model.grid, family_of(model.backbone).num_prefix
     count, length = mask.num_patches, prefix + mask.num_patches
     columns = torch.arange(length)
     padded = columns[None] < length - length // 4

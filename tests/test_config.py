@@ -233,8 +233,8 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
         ["model.backbone", "'resnet18'"],
     ),
     "another transformer": (
-        Config(model=ModelConfig(backbone="eva02_tiny_patch14_224")),
-        ["model.backbone: 'eva02_tiny_patch14_224'", "is a Eva", "timm VisionTransformer"],
+        Config(model=ModelConfig(backbone="beit_base_patch16_224")),
+        ["model.backbone: 'beit_base_patch16_224'", "is a Beit", "timm's VisionTransformer, Eva"],
     ),
     "patches by a convolutional stem": (
         Config(model=ModelConfig(backbone="vit_tiny_r_s16_p8_224")),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.backbone import build_backbone, grid_of, patch_size_of, supports_split
@@ -63,10 +62,31 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, int], int, str]] = {
     "1 channel": ("vit_tiny_patch16_224", {}, (16, 16), 1, "learned"),
     "5 channels": ("vit_tiny_patch16_224", {}, (16, 16), 5, "learned"),
     "sincos2d": ("vit_tiny_patch16_224", {"reg_tokens": 1}, (8, 24), 3, "sincos2d"),
+    # Rotary position embeddings: on top of learned ones, alone with registers, learned for each
+    # block and head, with queries that share keys, and none.
+    "EVA-02": ("eva02_tiny_patch14_224", {}, (16, 16), 3, "learned"),
+    "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 0.1}, (8, 24), 3, "learned"),
+    "RoPE mixed": ("vit_small_patch16_rope_mixed_224", {}, (16, 16), 3, "learned"),
+    "RoPE, shared keys": (
+        "vit_small_patch16_rope_224",
+        {"qkv_fused": False, "num_kv_heads": 1, "qk_norm": True, "scale_attn_inner": True},
+        (12, 16),
+        3,
+        "learned",
+    ),
+    "EVA, no rotation": (
+        "eva02_tiny_patch14_224",
+        {"use_rot_pos_emb": False, "qkv_fused": False},
+        (16, 16),
+        3,
+        "sincos2d",
+    ),
 }
+ROTARY = ["EVA-02", "DINOv3", "RoPE mixed", "RoPE, shared keys"]
 ANY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 SOME_VARIANTS = pytest.mark.parametrize(
-    "variant", ["class token", "no prefix", "registers", "pre-norm", "QK norm", "non-square"]
+    "variant",
+    ["class token", "no prefix", "registers", "pre-norm", "QK norm", "non-square", *ROTARY],
 )
 
 
@@ -79,7 +99,7 @@ def stir(module: nn.Module) -> None:
             parameter.data += 0.1 * noise.to(parameter.dtype)
 
 
-def make_vit(variant: str = "class token", dtype: torch.dtype = torch.float64) -> VisionTransformer:
+def make_vit(variant: str = "class token", dtype: torch.dtype = torch.float64) -> Any:
     name, args, size, channels, position = VARIANTS[variant]
     config = ModelConfig(
         backbone=name, backbone_args={**SMALL, **args}, position_embedding=position
@@ -89,13 +109,13 @@ def make_vit(variant: str = "class token", dtype: torch.dtype = torch.float64) -
     return vit.to(dtype)
 
 
-def make_regime(name: str, vit: VisionTransformer, checkpointing: bool = False) -> Regime:
+def make_regime(name: str, vit: Any, checkpointing: bool = False) -> Regime:
     regime = build_regime(REGIMES[name], vit).to(next(vit.parameters()).dtype)
     regime.checkpointing = checkpointing
     return regime
 
 
-def make_images(vit: VisionTransformer, count: int = 4, seed: int = 0) -> Tensor:
+def make_images(vit: Any, count: int = 4, seed: int = 0) -> Tensor:
     rows, columns = grid_of(vit)
     height, width = patch_size_of(vit)
     channels = vit.patch_embed.proj.in_channels
@@ -105,7 +125,7 @@ def make_images(vit: VisionTransformer, count: int = 4, seed: int = 0) -> Tensor
     return images.to(next(vit.parameters()).dtype)
 
 
-def make_mask(vit: VisionTransformer, hidden: list[int]) -> PatchMask:
+def make_mask(vit: Any, hidden: list[int]) -> PatchMask:
     """Hide as many patches of each image as the list says."""
     rows, columns = grid_of(vit)
     patches = rows * columns
@@ -121,7 +141,7 @@ COUNTS: dict[str, Callable[[int], list[int]]] = {
 ANY_COUNTS = pytest.mark.parametrize("counts", COUNTS)
 
 
-def mask_of(vit: VisionTransformer, counts: str) -> PatchMask:
+def mask_of(vit: Any, counts: str) -> PatchMask:
     rows, columns = grid_of(vit)
     return make_mask(vit, COUNTS[counts](rows * columns))
 
@@ -139,7 +159,7 @@ def at_visible(latents: Latents, mask: PatchMask) -> Tensor:
     return torch.cat([latents.prefix, patches], dim=1)
 
 
-def gradients(vit: VisionTransformer, output: Tensor) -> dict[str, Tensor]:
+def gradients(vit: Any, output: Tensor) -> dict[str, Tensor]:
     """Of an arbitrary fixed function of the output, for every parameter of the backbone."""
     generator = torch.Generator().manual_seed(2)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
@@ -191,7 +211,7 @@ def test_without_a_mask_each_regime_is_timms_forward(regime: str, variant: str) 
 # --- What enters the first block -----------------------------------------------------------------
 
 
-def tokens_entering(vit: VisionTransformer, regime: Regime, mask: PatchMask) -> Tensor:
+def tokens_entering(vit: Any, regime: Regime, mask: PatchMask) -> Tensor:
     seen: list[Tensor] = []
     hook = vit.blocks[0].norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -323,7 +343,7 @@ def test_without_the_key_mask_masked_places_are_read() -> None:
 @pytest.mark.parametrize("value", [7.0, float("nan"), float("inf")])
 @ANY_COUNTS
 @ANY_REGIME
-@pytest.mark.parametrize("variant", ["class token", "no prefix", "non-square"])
+@pytest.mark.parametrize("variant", ["class token", "no prefix", "non-square", "RoPE mixed"])
 def test_masked_pixels_change_no_latent(
     variant: str, regime: str, counts: str, value: float
 ) -> None:
@@ -401,6 +421,38 @@ def test_place_tokens_by_hand() -> None:
     valid = torch.tensor([[True, True], [True, False]])  # padding goes nowhere
     placed = place_tokens(tokens, ids, valid, fill)
     assert placed[..., 0].tolist() == [[2, -2, 1], [-1, 3, -3]]
+
+
+@pytest.mark.parametrize("variant", ROTARY)
+def test_each_patch_keeps_its_own_rotation(variant: str) -> None:
+    """Without learned positions only rotation tells places apart: a swap must be seen."""
+    vit = make_vit(variant)
+    if vit.pos_embed is not None:
+        vit.pos_embed.data.zero_()
+    (rows, columns), mask = grid_of(vit), mask_of(vit, "equal")
+    images = make_images(vit)
+    drop = make_regime("drop", vit)
+    expected = drop(vit, images, mask)
+    # The same visible patches at other places: the image and its mask turned upside down.
+    size = patch_size_of(vit)
+    turned = torch.arange(rows * columns).flip(0)
+    moved = unpatchify(patchify(images, size)[:, turned], size, (rows, columns))
+    got = drop(vit, moved, PatchMask(mask.is_masked[:, turned]))
+    assert torch.equal(got.patch_ids.flip(1), rows * columns - 1 - expected.patch_ids)
+    assert (got.patches.flip(1) - expected.patches).abs().max() > 1e-3
+
+
+def test_blocks_that_norm_behind_are_run_dense() -> None:
+    config = ModelConfig(
+        backbone="eva02_tiny_patch14_224", backbone_args={**SMALL, "use_post_norm": True}
+    )
+    vit = build_backbone(config, (16, 16), 3).double()
+    with pytest.raises(UserError, match=r"zero\.attention: 'split'.*EvaBlockPostNorm.*dense"):
+        make_regime("zero pixels split", vit)
+    mask, images = mask_of(vit, "unequal"), make_images(vit)
+    dropped = at_visible(make_regime("drop", vit)(vit, images, mask), mask)
+    zeroed = at_visible(make_regime("zero pixels dense", vit)(vit, images, mask), mask)
+    assert_same(zeroed, dropped, torch.float64)
 
 
 def test_split_needs_plain_blocks() -> None:

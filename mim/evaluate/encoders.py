@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from mim.backbone import build_backbone, load_backbone, load_weights
 from mim.checkpoint import encoder_weights, read_config
@@ -31,7 +31,7 @@ class Encoder:
     """run, timm, untrained or pixels."""
     data: DataConfig
     """The images it reads: source, size, channels, normalisation."""
-    vit: VisionTransformer | None
+    vit: nn.Module | None
     """The model; None for raw pixels, which are their own features."""
     left_out: tuple[str, ...] = ()
     """Entries of the checkpoint that are no part of the encoder and were not loaded."""
@@ -43,7 +43,7 @@ class Encoder:
             self.vit.eval().requires_grad_(False)
 
 
-def _build(config: Config) -> VisionTransformer:
+def _build(config: Config) -> nn.Module:
     return build_backbone(config.model, config.data.size, config.data.channels, config.seed)
 
 
@@ -89,7 +89,7 @@ def timm_encoder(
     pooling layer and MAE's decoder are left out (``left_out`` names them); all else must match.
 
     Args:
-        backbone: name of a timm VisionTransformer.
+        backbone: name of a timm model.
         checkpoint: the file.
         data: the images it shall read.
         backbone_args: arguments of the timm model; ``global_pool="avg"`` where the checkpoint

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
+from mim.backbone import family_of
 from mim.data import eval_loader, normalize
 from mim.errors import UserError, choice_error
 from mim.evaluate.base import POOLS, Features
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_pool(vit: VisionTransformer | None, pool: str) -> None:
+def check_pool(vit: nn.Module | None, pool: str) -> None:
     """Refuses a pooling the encoder has no tokens for; raw pixels have none and take any.
 
     Raises:
@@ -28,16 +28,16 @@ def check_pool(vit: VisionTransformer | None, pool: str) -> None:
     """
     if pool not in POOLS:
         raise choice_error("pool", pool, POOLS)
-    if vit is not None and pool != "mean" and not vit.has_class_token:
+    if vit is not None and pool != "mean" and not family_of(vit).has_class_token:
         raise UserError(f"pool: {pool!r} needs a class token, which the encoder has not; use mean")
 
 
-def pool_tokens(vit: VisionTransformer, tokens: Tensor, pool: str) -> Tensor:
+def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str) -> Tensor:
     """One vector for an image.
 
     Args:
-        vit: the encoder; its ``fc_norm``, where it has one, follows each pooling, as in timm.
-        tokens: (B, prefix + N, D), what ``vit.forward_features`` returned.
+        vit: the encoder; its norm behind the pooling, where it has one, follows, as in timm.
+        tokens: (B, prefix + N, D), what ``vit.forward_features`` returned, row by row.
         pool: mean (over the patch tokens, never the prefix), cls, or both side by side.
 
     Returns:
@@ -47,11 +47,12 @@ def pool_tokens(vit: VisionTransformer, tokens: Tensor, pool: str) -> Tensor:
         UserError: see :func:`check_pool`.
     """
     check_pool(vit, pool)
+    family = family_of(vit)
     parts = []
     if pool in ("mean", "both"):
-        parts.append(vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(1)))
+        parts.append(family.pool_norm(tokens[:, family.num_prefix :].mean(1)))
     if pool in ("cls", "both"):
-        parts.append(vit.fc_norm(tokens[:, 0]))
+        parts.append(family.pool_norm(tokens[:, 0]))
     return torch.cat(parts, 1)
 
 
@@ -98,7 +99,7 @@ def extract_features(
                     nullcontext() if dtype is None else torch.autocast(device.type, dtype)
                 )
                 with autocast:
-                    tokens = encoder.vit.forward_features(images)
+                    tokens = family_of(encoder.vit).features(images)
                 pooled = pool_tokens(encoder.vit, tokens.float(), pool)
             values.append(pooled.float().cpu())
         ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))

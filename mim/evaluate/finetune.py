@@ -33,12 +33,11 @@ from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone
+from mim.backbone import build_backbone, family_of
 from mim.checkpoint import save_encoder
 from mim.config import DataConfig, ModelConfig
 from mim.data import (
@@ -257,7 +256,7 @@ def mix(
     return mixed, targets
 
 
-def parameter_groups(model: VisionTransformer, settings: FinetuneSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
     """AdamW's groups by layer, with ``lr_scale`` and ``weight_decay`` of each (BEiT, MAE).
 
     With L blocks, ``lr_scale`` is ``layer_decay`` to the power L + 1 for embeddings and tokens,
@@ -292,14 +291,13 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
     mean = settings.pool == "mean"
     arguments = {
         **encoder.model.backbone_args,
-        "global_pool": "avg" if mean else "token",
-        "fc_norm": mean or not isinstance(encoder.vit.fc_norm, nn.Identity),
+        **family_of(encoder.vit).classifier_args(mean),
     }
     model = replace(
         encoder.model, backbone_args={**arguments, "drop_path_rate": settings.drop_path}
     )
     data = encoder.data
-    vit = build_backbone(model, data.size, data.channels, settings.seed)
+    vit: Any = build_backbone(model, data.size, data.channels, settings.seed)
     own, given = vit.state_dict(), encoder.vit.state_dict()
     odd = [k for k in {*own} ^ {*given} if not k.startswith(_NORMS)]
     if odd:
@@ -310,9 +308,10 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(settings.seed, "head"))
         vit.reset_classifier(classes)
-        assert isinstance(vit.head, nn.Linear)
-        nn.init.trunc_normal_(vit.head.weight, std=_HEAD_STD)
-        nn.init.zeros_(vit.head.bias)
+        head = vit.get_classifier()
+        assert isinstance(head, nn.Linear)
+        nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
+        nn.init.zeros_(head.bias)
     vit.requires_grad_(True)
     return Classifier(vit, replace(model, backbone_args=arguments), data)
 
@@ -321,7 +320,7 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
 class Classifier:
     """A fine-tuned encoder with its head, and how it reads images."""
 
-    model: VisionTransformer
+    model: Any
     """timm's model; ``model(images)`` gives (B, K) logits of normalised images."""
     built: ModelConfig
     """Its name and arguments in timm."""

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from mim import checkpoint
 from mim.api import load
-from mim.backbone import build_backbone, grid_of, load_backbone, patch_size_of, supports_split
+from mim.backbone import (
+    build_backbone,
+    family_of,
+    grid_of,
+    load_backbone,
+    patch_size_of,
+    supports_split,
+)
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
 from mim.interop.card import write_card
@@ -63,11 +70,23 @@ class _Job:
         weights = checkpoint.encoder_weights(self.run)
         return {f"backbone.{key}": value for key, value in weights.items()}
 
-    def vit(self) -> VisionTransformer:
+    def vit(self) -> nn.Module:
         config = self.config
         vit = build_backbone(config.model, config.data.size, config.data.channels, config.seed)
         load_backbone(vit, checkpoint.encoder_weights(self.run), f"run {self.run}")
         return vit.eval()
+
+    def plain_vit(self, to: str) -> VisionTransformer:
+        """The encoder, which must be of the only kind that other layouts hold.
+
+        Raises:
+            UserError: if it is not.
+        """
+        vit = self.vit()
+        if not isinstance(vit, VisionTransformer):
+            reason = f"holds plain ViTs, and this encoder is a {type(vit).__name__}; use timm"
+            raise setting_error("--to", to, reason)
+        return vit
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -137,6 +156,7 @@ def _safetensors(job: _Job) -> str:
 
 
 def _mae(job: _Job) -> str:
+    job.plain_vit("mae")
     decoder = job.part == "model" or (job.part is None and _is_mae(job))
     if decoder and not _is_mae(job):
         raise setting_error("--part", "model", _not_mae(job))
@@ -218,7 +238,7 @@ def _is_gelu(vit: VisionTransformer) -> bool:
 
 
 def _hf(job: _Job) -> str:
-    vit, config = job.vit(), job.config
+    vit, config = job.plain_vit("hf"), job.config
     _check_hf(vit, config)
     whole = job.part == "model" or (job.part is None and _is_mae(job))
     if whole and not _is_mae(job):
@@ -316,13 +336,14 @@ def _with_normalisation(config: Config) -> Config:
 class _Features(nn.Module):
     """Normalised images to tokens and their mean over patches."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: nn.Module) -> None:
         super().__init__()
         self.vit = vit
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.vit.forward_features(images)  # (B, P + N, D)
-        return tokens, tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
+        family = family_of(self.vit)
+        tokens = family.features(images)  # (B, P + N, D)
+        return tokens, tokens[:, family.num_prefix :].mean(dim=1)
 
 
 def _onnx(job: _Job) -> str:

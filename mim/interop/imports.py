@@ -13,6 +13,7 @@ import torch
 import yaml
 from timm import create_model, list_models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim import checkpoint
@@ -561,6 +562,7 @@ def _move_prefix_positions(
     key, vit = "backbone.pos_embed", model.backbone
     if key not in fitted or key not in own or not reader.prefix:
         return
+    assert isinstance(vit, VisionTransformer)  # no other kind is imported
     positions = fitted[key]
     wanted = 0 if vit.no_embed_class else vit.num_prefix_tokens
     if wanted == reader.position_prefix or reader.prefix != vit.num_prefix_tokens:

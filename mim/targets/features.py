@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.backbone import build_backbone, grid_of, load_weights
+from mim.backbone import build_backbone, family_of, grid_of, load_weights
 from mim.config import ModelConfig, TargetConfig
 from mim.errors import UserError, setting_error
 from mim.keys import seed_of
@@ -66,7 +66,11 @@ class FrozenFeatures(Target):
             reason = f"has a grid of {theirs} patches where model.backbone has {ours}: "
             reason += "the patch sizes must agree"
             raise setting_error(f"{place}.backbone", settings.backbone, reason)
-        depth = len(vit.blocks)
+        family = family_of(vit)
+        if not family.is_uniform:
+            reason = f"is a {family.kind}, whose blocks differ in width; choose a ViT"
+            raise setting_error(f"{place}.backbone", settings.backbone, reason)
+        depth = len(family.blocks)
         if not -depth <= settings.layer < depth:
             reason = f"must lie between {-depth} and {depth - 1}, for {depth} blocks"
             raise setting_error(f"{place}.layer", settings.layer, reason)
@@ -77,8 +81,8 @@ class FrozenFeatures(Target):
                 raise UserError(f"{place}: {error}") from error
         self._layer = settings.layer % depth
         # In a tuple, torch does not see that it is a module.
-        self._teacher = (vit.eval().requires_grad_(False),)
-        self.dim = vit.embed_dim
+        self._teacher: tuple[Any] = (vit.eval().requires_grad_(False),)
+        self.dim = family.width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatures:
         """Follows this module to its device and type; see :meth:`torch.nn.Module.to`."""

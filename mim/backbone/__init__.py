@@ -1,0 +1,49 @@
+"""The encoder: a timm model, used through timm's own modules; its state dict stays timm's.
+
+``family.py`` says what a kind of backbone must tell; each kind has a file; ``build.py`` makes a
+model and loads its weights.
+"""
+
+from mim.backbone.build import (
+    build_backbone,
+    grid_of,
+    load_backbone,
+    load_weights,
+    patch_size_of,
+    set_norm_eps,
+    sincos_position_embedding,
+    supports_split,
+)
+from mim.backbone.family import (
+    FAMILIES,
+    Embedded,
+    Family,
+    attention_maps,
+    block_outputs,
+    family_of,
+    patch_attention,
+    register_family,
+)
+from mim.backbone.plain import PlainViT
+from mim.backbone.rotary import RotaryViT
+
+__all__ = [
+    "FAMILIES",
+    "Embedded",
+    "Family",
+    "PlainViT",
+    "RotaryViT",
+    "attention_maps",
+    "block_outputs",
+    "build_backbone",
+    "family_of",
+    "grid_of",
+    "load_backbone",
+    "load_weights",
+    "patch_attention",
+    "patch_size_of",
+    "register_family",
+    "set_norm_eps",
+    "sincos_position_embedding",
+    "supports_split",
+]
