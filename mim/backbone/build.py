@@ -110,7 +110,8 @@ def build_backbone(
     if pretrained and not is_model_pretrained(model.backbone):
         reason = f"is refused by timm: it has no weights of {model.backbone}"
         raise setting_error(f"{setting}.pretrained", True, reason)
-    if not isinstance(vit, tuple(FAMILIES)):
+    kinds: Any = tuple(FAMILIES)
+    if not isinstance(vit, kinds):
         names = ", ".join(kind.__name__ for kind in FAMILIES)
         reason = f"is a {type(vit).__name__}; the regimes need one of timm's {names}"
         raise setting_error(setting_name, model.backbone, reason)
