@@ -91,6 +91,12 @@ class DataConfig:
     """Width over height of a random crop, from and to."""
     flip: bool = True
     """Whether half the images are mirrored left to right."""
+    decode: str = "auto"
+    """What decodes JPEG: torchvision (libjpeg-turbo, straight to an array), pil, nvjpeg (on a GPU)
+    or auto, the fastest that gives PIL's very pixels: torchvision, PIL for odd files."""
+    resize: str = "auto"
+    """Whose antialiased bicubic resizes: pil, torch (several times as fast, rounds otherwise) or
+    auto: pil for results of less than 128 pixels a side, else torch."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel on the scale 0 to 1; by default the source's own."""
     std: tuple[float, ...] | None = None
@@ -119,6 +125,11 @@ class DataConfig:
         _above("data.batch_size", self.batch_size, 1, equal=True)
         _above("data.workers", self.workers, 0, equal=True)
         _one_of("data.augment", self.augment, ("mae", "none"))
+        _one_of("data.decode", self.decode, ("auto", "pil", "torchvision", "nvjpeg"))
+        if self.decode == "nvjpeg" and self.workers:
+            reason = "needs data.workers=0: loader processes have no GPU"
+            raise setting_error("data.decode", self.decode, reason)
+        _one_of("data.resize", self.resize, ("auto", "pil", "torch"))
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise setting_error("data.crop_scale", self.crop_scale, "must be 0 < from <= to <= 1")

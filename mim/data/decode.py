@@ -10,6 +10,9 @@ What is odd and still an image is taken as it is meant:
 - tiny: enlarged, down to 1 x 1;
 - misnamed (a PNG called .jpg): by its content, never by its name.
 
+JPEG is decoded in full, whatever is cut out of it later: on photographs of ImageNet's size the
+reduced sizes of libjpeg save nothing (docs/benchmarks.md).
+
 What cannot be decoded whole is :class:`UnreadableImage`, and its reason says why: an empty file,
 one that holds no image, one cut short or damaged (never half an image), one of more than
 ``data.max_pixels``, one of pixels that have no range (floats).
@@ -17,7 +20,9 @@ one that holds no image, one cut short or damaged (never half an image), one of 
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -141,13 +147,48 @@ def check_header(path: Path, name: str, max_pixels: int) -> None:
             pass
 
 
-def decode(data: bytes, name: str, max_pixels: int) -> Picture:
+@functools.cache
+def _has_nvjpeg() -> bool:
+    """Whether torchvision decodes on the GPU; says so once if it does not."""
+    try:
+        from torchvision.io import decode_jpeg, encode_jpeg
+
+        small = encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
+        decode_jpeg(small, device="cuda")
+    except (ImportError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log = logging.getLogger("mim")
+        log.warning("data.decode: nvjpeg is not to be had (%s); JPEG is decoded as by auto", reason)
+        return False
+    return True
+
+
+def _jpeg(data: bytes, image: Image.Image, decoder: str) -> NDArray[np.uint8] | None:
+    """(h, w, 3) of an upright RGB JPEG; None leaves the file to PIL, which knows why it is odd."""
+    plain = image.format == "JPEG" and image.mode == "RGB" and "exif" not in image.info
+    if decoder == "pil" or not plain:
+        return None
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+    except ImportError:  # torchvision means to take it out some day
+        return None
+    device = "cuda" if decoder == "nvjpeg" and _has_nvjpeg() else "cpu"
+    content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        planes = decode_jpeg(content, mode=ImageReadMode.RGB, device=device)  # (3, h, w)
+    except RuntimeError:
+        return None
+    return planes.permute(1, 2, 0).cpu().numpy()
+
+
+def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
     """The image in a file.
 
     Args:
         data: the whole file.
         name: what a message calls it.
         max_pixels: width times height at most.
+        decoder: ``data.decode``.
 
     Returns:
         A loaded PIL image of one of the modes that ``prepare`` knows, or (H, W, C) uint8.
@@ -161,6 +202,9 @@ def decode(data: bytes, name: str, max_pixels: int) -> Picture:
         if not data:
             raise ValueError("the file is empty")
         image = _open(io.BytesIO(data), max_pixels)
+        pixels = _jpeg(data, image, decoder)
+        if pixels is not None:
+            return pixels
         image.load()
         if image.mode not in _READABLE_MODES:
             raise ValueError(f"pixels of mode {image.mode} have no range to bring to 0 to 255")

@@ -62,6 +62,7 @@ class Files(ImageSource):
         self.name = config.source
         self._given = config.path
         self._max_pixels = config.max_pixels
+        self._decoder = config.decode
 
     def _set_files(self, files: list[str]) -> None:
         """Takes POSIX paths relative to the root."""
@@ -80,7 +81,7 @@ class Files(ImageSource):
         name = self.describe(index)
         with decoding(name):
             data = self.path(index).read_bytes()
-        return decode(data, name, self._max_pixels)
+        return decode(data, name, self._max_pixels, self._decoder)
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Reads the header of each file, if they are 20,000 at most."""

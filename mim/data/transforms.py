@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 from mim.config import DataConfig
 from mim.errors import UserError, setting_error
@@ -28,6 +29,7 @@ Picture: TypeAlias = Image.Image | NDArray[np.uint8]
 """What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
 
 _TRIES = 10
+_TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
 _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -53,9 +55,9 @@ def prepare(image: Picture, channels: int) -> Picture:
     """
     if isinstance(image, np.ndarray):
         given = image.shape[2]
-        if given == channels and given not in (1, 3):
+        if given == channels:
             return image
-        if given not in (1, 3) or channels not in (1, 3):
+        if given not in (1, 3) or channels not in _MODES:
             reason = f"does not fit images of {given} channels"
             raise setting_error("data.channels", channels, reason)
         image = Image.fromarray(image[:, :, 0] if given == 1 else image)
@@ -133,25 +135,63 @@ def _size_of(image: Picture) -> tuple[int, int]:
     return image.height, image.width
 
 
-def _crop_resize(
-    image: Picture,
-    box: tuple[int, int, int, int],
-    size: tuple[int, int],
-    mirrored: bool,
-) -> NDArray[np.uint8]:
-    """(H, W, C) uint8: the box (top, left, height, width), resized to ``size`` by PIL's bicubic."""
+def resizer(config: DataConfig) -> str:
+    """Which library's bicubic makes the images of a config: "pil" or "torch".
+
+    It follows from the config alone, never from where an image comes from.
+    """
+    if config.resize != "auto":
+        return config.resize
+    return "torch" if max(config.size) >= _TORCH_FROM else "pil"
+
+
+def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
+    """(H, W, C) uint8, by antialiased bicubic interpolation: lines first, then columns.
+
+    :func:`mim.data.batched.crop_resize` gives the same bytes.
+
+    Args:
+        image: prepared, see :func:`prepare`.
+        size: (H, W) of the result.
+        how: "pil" or "torch".
+    """
+    if how == "torch":
+        pixels = _pixels(image)
+        if pixels.shape[:2] == size:
+            return pixels
+        if not pixels.flags.writeable:  # a warning of torch's; nothing is written
+            pixels = pixels.copy()
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
+        done = functional.interpolate(planes, size, mode="bicubic", antialias=True)
+        return done[0].permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
-        planes = [Image.fromarray(image[:, :, channel]) for channel in range(image.shape[2])]
-        return np.concatenate([_crop_resize(p, box, size, mirrored) for p in planes], axis=2)
-    top, left, height, width = box
-    if box != (0, 0, image.height, image.width):
-        image = image.crop((left, top, left + width, top + height))
-    if (height, width) != size:
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)  # (H, W) or (H, W, C)
-    if mirrored:
-        pixels = pixels[:, ::-1]
+        if image.shape[2] != 3:
+            split = [Image.fromarray(image[:, :, channel]) for channel in range(image.shape[2])]
+            return np.concatenate([resize(plane, size, how) for plane in split], axis=2)
+        image = Image.fromarray(image)
+    height, width = size
+    # Left to itself, Pillow chooses which way to go first, and not in all versions alike.
+    if image.width != width and image.height > height:
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _pixels(image)
+
+
+def _pixels(image: Picture) -> NDArray[np.uint8]:
+    """(h, w, C)."""
+    pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _cut(image: Picture, box: tuple[int, int, int, int]) -> Picture:
+    """The box (top, left, height, width) of an image."""
+    top, left, height, width = box
+    if isinstance(image, np.ndarray):
+        return image[top : top + height, left : left + width]
+    if box == (0, 0, image.height, image.width):
+        return image
+    return image.crop((left, top, left + width, top + height))
 
 
 def _stack(pixels: Sequence[NDArray[np.uint8]], shape: tuple[int, int, int]) -> Tensor:
@@ -184,17 +224,20 @@ def train_transform(images: Sequence[Picture], keys: Tensor, config: DataConfig)
     if not config.flip:
         mirrored = torch.zeros_like(mirrored)
     rows = zip(upright, boxes.tolist(), mirrored.tolist(), strict=True)
-    pixels = [_crop_resize(image, tuple(box), config.size, flip) for image, box, flip in rows]
+    how, pixels = resizer(config), []
+    for image, box, flip in rows:
+        cut = resize(_cut(image, tuple(box)), config.size, how)
+        pixels.append(cut[:, ::-1] if flip else cut)
     return _stack(pixels, (config.channels, *config.size))
 
 
-def _cover(image: Picture, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
     """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
     height, width = _size_of(image)
     scale = max(size[0] / height, size[1] / width)
     # Rounding must not leave a side one pixel short.
     covering = max(round(height * scale), size[0]), max(round(width * scale), size[1])
-    pixels = _crop_resize(image, (0, 0, height, width), covering, mirrored=False)
+    pixels = resize(image, covering, how)
     top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
     return pixels[top : top + size[0], left : left + size[1]]
 
@@ -211,7 +254,8 @@ def eval_transform(images: Sequence[Picture], config: DataConfig) -> Tensor:
     Returns:
         (B, C, H, W) uint8.
     """
-    pixels = [_cover(prepare(image, config.channels), config.size) for image in images]
+    how = resizer(config)
+    pixels = [_cover(prepare(image, config.channels), config.size, how) for image in images]
     return _stack(pixels, (config.channels, *config.size))
 
 
