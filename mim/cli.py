@@ -75,20 +75,39 @@ def _settings(pairs: Sequence[str]) -> dict[str, object]:
     return settings
 
 
+def _settings_file(path: str) -> dict[str, dict[str, object]]:
+    """Evaluation -> settings."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error
+    blocks = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(block, dict) for block in blocks):
+        raise UserError(f"--settings: {path!r} does not map evaluations to their settings")
+    return content
+
+
 def _evaluate(args: list[str]) -> int:
-    """Measure encoders: knn, linear or finetune, on runs, timm models or untrained ones."""
+    """Measure encoders, frozen or fine-tuned: runs, timm models or untrained ones."""
     about = (
         "Measure encoders on full images; hyper-parameters come from a split of train.\n"
         "knn and linear leave the encoder as it is; finetune trains all of it with a head, and\n"
-        "leaves finetune.safetensors, which timm loads, in the run folder.\n\n"
+        "leaves finetune.safetensors, which timm loads, in the run folder. segment and detect\n"
+        "read images of their own (--set path=DIR) and leave a model and pictures.\n\n"
         "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
         "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE."
     )
     parser = _parser("evaluate", about)
-    parser.add_argument("evaluation", help="knn, linear, finetune; or several, by commas")
+    parser.add_argument(
+        "evaluation", help="knn, linear, finetune, segment, detect; or several, by commas"
+    )
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
+    parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
     parser.add_argument("--device", help="cpu or cuda; by default what there is")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
@@ -103,7 +122,11 @@ def _evaluate(args: list[str]) -> int:
 
     for name in names:
         EVALUATIONS.get(name)
-    settings = {name: _settings(options.set) for name in names}
+    given = _settings_file(options.settings) if options.settings else {}
+    for name in given:
+        if name not in names:
+            raise UserError(f"--settings: {name!r} has settings, but only {', '.join(names)} run")
+    settings = {name: {**given.get(name, {}), **_settings(options.set)} for name in names}
     config = load_config(options.config) if options.config else None
     if options.like:
         config = checkpoint.read_config(options.like)

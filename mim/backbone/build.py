@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from timm import create_model, is_model, is_model_pretrained, list_models
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
 
@@ -213,6 +213,23 @@ def load_weights(vit: nn.Module, checkpoint: Path, backbone: str) -> tuple[str, 
         raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
     load_backbone(vit, converted, f"checkpoint {checkpoint}")
     return left_out
+
+
+def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
+    """The weights of one ViT for another that differs in the size of the images alone.
+
+    Position embeddings are resampled (bicubic) where the grid of patches differs.
+
+    Returns:
+        A state dict that ``target`` loads.
+    """
+    state: dict[str, Tensor] = dict(source.state_dict())
+    if source.pos_embed is not None and grid_of(source) != grid_of(target):
+        prefix = 0 if source.no_embed_class else source.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(
+            source.pos_embed.detach(), list(grid_of(target)), list(grid_of(source)), prefix
+        )
+    return state
 
 
 def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None:

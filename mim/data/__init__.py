@@ -5,6 +5,7 @@ from mim.data.decode import UnreadableImage
 from mim.data.loader import (
     Batch,
     BatchLoader,
+    StepBatches,
     eval_loader,
     steps_per_epoch,
     train_loader,
@@ -30,6 +31,7 @@ __all__ = [
     "ImageSource",
     "Picture",
     "Split",
+    "StepBatches",
     "Subset",
     "UnreadableImage",
     "Weigh",

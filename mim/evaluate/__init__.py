@@ -20,10 +20,13 @@ from mim.evaluate.base import (
     EVALUATIONS,
     EncoderEvaluation,
     Evaluation,
+    EvaluationSettings,
     Features,
     ProbeSettings,
+    TaskEvaluation,
     build_evaluation,
 )
+from mim.evaluate.detect import Detect, DetectSettings
 from mim.evaluate.encoders import (
     Encoder,
     open_encoder,
@@ -36,10 +39,13 @@ from mim.evaluate.features import check_pool, extract_features, pool_tokens
 from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
 from mim.evaluate.knn import Knn, KnnSettings, knn_predict
 from mim.evaluate.linear import Linear, LinearSettings
+from mim.evaluate.segment import Segment, SegmentSettings
 
 __all__ = [
     "EVALUATIONS",
     "Classifier",
+    "Detect",
+    "DetectSettings",
     "Encoder",
     "EncoderEvaluation",
     "Evaluation",
@@ -51,6 +57,9 @@ __all__ = [
     "Linear",
     "LinearSettings",
     "ProbeSettings",
+    "Segment",
+    "SegmentSettings",
+    "TaskEvaluation",
     "build_evaluation",
     "evaluate",
     "evaluate_run",
@@ -84,7 +93,8 @@ def evaluate(
     Args:
         encoder: see :func:`open_encoder`.
         evaluations: names and settings. All are checked before any feature is computed.
-        train: images to fit and choose on; the train split of ``encoder.data`` by default.
+        train: images to fit and choose on; the train split of ``encoder.data`` by default. An
+            evaluation with images of its own (segment, detect) does not read it.
         val: images to measure on; its val split by default.
         batch_size: images in the encoder at once.
         device: where encoder and probes run.
@@ -99,9 +109,34 @@ def evaluate(
             a pooling the encoder has no tokens for, or raw pixels where an encoder is needed.
     """
     built = {name: build_evaluation(name, given) for name, given in evaluations.items()}
-    train = open_source(encoder.data, "train", folder) if train is None else train
-    val = open_source(encoder.data, "val", folder) if val is None else val
+    tasks = {n: e for n, e in built.items() if isinstance(e, TaskEvaluation)}
+    for task in tasks.values():
+        task.check_encoder(encoder)
+        task.check()
+    numbers: dict[str, dict[str, float]] = {}
+    others = {name: e for name, e in built.items() if name not in tasks}
+    if others:
+        train = open_source(encoder.data, "train", folder) if train is None else train
+        val = open_source(encoder.data, "val", folder) if val is None else val
+        numbers = _measure(encoder, others, train, val, batch_size, device, precision, folder)
+    for name, task in tasks.items():
+        numbers[name] = task.run(encoder, device=device, precision=precision, folder=folder)
+    return {name: numbers[name] for name in built}
+
+
+def _measure(
+    encoder: Encoder,
+    built: Mapping[str, Evaluation | EncoderEvaluation],
+    train: ImageSource,
+    val: ImageSource,
+    batch_size: int,
+    device: torch.device | str,
+    precision: str,
+    folder: Path | None,
+) -> dict[str, dict[str, float]]:
+    """The evaluations that read the encoder's own images."""
     for evaluation in built.values():
+        assert isinstance(evaluation.settings, EvaluationSettings)
         check_pool(encoder.vit, evaluation.settings.pool)
         if isinstance(evaluation, EncoderEvaluation):
             evaluation.check_encoder(encoder)
@@ -127,7 +162,7 @@ def evaluate(
             numbers[name] = evaluation.run(
                 encoder, train, val, device=device, precision=precision, folder=folder
             )
-    return {name: numbers[name] for name in built}
+    return numbers
 
 
 def evaluate_run(

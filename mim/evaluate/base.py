@@ -47,19 +47,13 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class AnySettings:
     """Settings that all evaluations share."""
 
-    pool: str = "mean"
-    """What stands for an image: mean (of the patch tokens), cls (the class token) or both."""
     seed: int = 0
-    """Splits and few-shot sets follow from it; the same for all that is to be compared."""
+    """Splits and all that is drawn follow from it; the same for all that is to be compared."""
 
     name: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise choice_error(f"evaluations.{self.name}.pool", self.pool, POOLS)
 
     def _positive(self, setting: str, *values: float) -> None:
         if not all(value > 0 for value in values):
@@ -69,6 +63,18 @@ class EvaluationSettings:
     def _not_empty(self, setting: str) -> None:
         if not getattr(self, setting):
             raise setting_error(f"evaluations.{self.name}.{setting}", (), "must not be empty")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(AnySettings):
+    """Settings of the evaluations that have one vector for an image."""
+
+    pool: str = "mean"
+    """What stands for an image: mean (of the patch tokens), cls (the class token) or both."""
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise choice_error(f"evaluations.{self.name}.pool", self.pool, POOLS)
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,13 @@ class ProbeSettings(EvaluationSettings):
 
 
 class AnyEvaluation(ABC):
-    """What the two kinds, :class:`Evaluation` and :class:`EncoderEvaluation`, share."""
+    """What all kinds, :class:`Evaluation`, :class:`EncoderEvaluation`, :class:`TaskEvaluation`,
+    share."""
 
-    Settings: ClassVar[type[EvaluationSettings]]
-    settings: EvaluationSettings
+    Settings: ClassVar[type[AnySettings]]
+    settings: AnySettings
 
-    def __init__(self, settings: EvaluationSettings | None = None) -> None:
+    def __init__(self, settings: AnySettings | None = None) -> None:
         self.settings = self.Settings() if settings is None else settings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
@@ -185,6 +192,31 @@ class EncoderEvaluation(AnyEvaluation):
         """
 
 
+class TaskEvaluation(EncoderEvaluation):
+    """A measurement with images of its own, which its settings name; it needs no others."""
+
+    @abstractmethod
+    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
+        """Refuses settings and images that :meth:`run` could not use; opens its own.
+
+        Raises:
+            UserError: see the evaluation.
+        """
+
+    @abstractmethod
+    def run(
+        self,
+        encoder: Encoder,
+        train: ImageSource | None = None,
+        val: ImageSource | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> dict[str, float]:
+        """See :meth:`EncoderEvaluation.run`; ``train`` and ``val`` are not read."""
+
+
 EVALUATIONS: Registry[type[Evaluation] | type[EncoderEvaluation]] = Registry("evaluations")
 
 
@@ -215,7 +247,8 @@ def _like(setting: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
         if not isinstance(value, (list, tuple)):
             raise setting_error(setting, value, "must be a list")
-        return tuple(_like(setting, item, default[0]) for item in value)
+        # What an empty default leaves open, the settings check themselves.
+        return tuple(_like(setting, item, default[0]) if default else item for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

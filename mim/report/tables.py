@@ -29,6 +29,11 @@ from mim.report.statistics import Paired, Summary, paired_difference, summarize
 MISSING = "\u2013"
 # How an evaluation names what it chose or checked, as against what it found.
 _CHOSEN = ("chosen_", "converged", "mean_k_", "mean_strength_", "mean_temperature_")
+# What stands in the CSV alone: the same quality of each class.
+_EACH = ("iou_", "map_class_", "mask_map_class_", "mended_")
+# Measures between 0 and 1 that papers print in per cent.
+_SHARES = re.compile(r"accuracy|(pixel|class)_accuracy|miou$|(mask_)?(map|mar)(_|$)")
+_WORDS = {"miou": "mIoU", "map": "mAP"}
 # Sections whose measures need no section to be understood.
 _PLAIN = ("", "Loss", "Per image", "On this machine")
 _EVALUATIONS = {
@@ -37,6 +42,7 @@ _EVALUATIONS = {
     "attentive": "Attentive probe",
     "finetune": "Fine-tuning",
     "segment": "Segmentation",
+    "detect": "Detection",
 }
 
 
@@ -145,11 +151,12 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
     """The evaluations' qualities; spreads over draws and what was chosen stand in the CSV."""
     measures = []
     for key in comparison.evaluation_keys:
-        if key.endswith("_std") or key.rpartition(".")[2].startswith(_CHOSEN):
+        if key.endswith("_std") or key.partition(".")[2].startswith(_CHOSEN + _EACH):
             continue
         evaluation, _, name = key.partition(".")
         label = re.sub(r"_(\d+)_per_class$", r", \1 per class", name).replace("_", " ")
-        is_share = name.startswith("accuracy")
+        label = re.sub(r"\bm(iou|ap)\b", lambda word: _WORDS[word[0]], label)
+        is_share = _SHARES.match(name) is not None
         measures.append(
             Measure(
                 key,
