@@ -9,6 +9,7 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -31,6 +32,7 @@ Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Photographs are decoded so many at a time, so that a large batch never holds all at full size.
 _DECODED_AT_ONCE = 64
+_SIGNAL_SECONDS = 1.0  # within which torch tells of a worker that died
 
 
 @dataclass
@@ -225,10 +227,16 @@ def worker_deaths() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        found: BaseException = error
+        if not isinstance(error, RuntimeError):  # a torn pipe is seen before the signal
+            try:
+                time.sleep(_SIGNAL_SECONDS)
+            except RuntimeError as told:
+                found = told
+        if "DataLoader worker" not in str(found):
             raise
-        what = " ".join(str(error).split())
+        what = " ".join(str(found).split())
         raise WorkerError(
             f"{what} Too little memory is the usual cause: lower data.workers or data.batch_size. "
             "What was saved is kept; go on with --resume auto"
