@@ -29,7 +29,7 @@ FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
 # What may differ when a run goes on: it does not change what is computed.
 _FREE = re.compile(
-    r"output|resume|plugins|data\.(path|download|workers)|log\..*"
+    r"output|resume|plugins|data\.(path|val_path|download|workers|fingerprint|max_unreadable)|log\..*"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|compile)"
 )
 

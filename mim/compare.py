@@ -346,8 +346,11 @@ def _state(item: Planned, evaluations: str) -> str:
     run = Path(item.config.output)
     if not (run / "config.yaml").is_file():
         return "train"
-    saved = checkpoint.fingerprint(_loose_config(run))
-    checkpoint.check_same_run(saved, item.config, run)
+    old = _loose_config(run)
+    checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
+    if old.data.fingerprint not in (None, item.config.data.fingerprint):
+        reason = "holds a run over other images: names or labels have changed"
+        raise UserError(f"output: {str(run)!r} {reason}. Choose another output")
     result = checkpoint.read_result(run)
     if result.get("status") != "finished":
         (run / "result.json").unlink(missing_ok=True)  # of a failure: try again
@@ -384,7 +387,7 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     planned = plan(config)
     for name, settings in config.evaluations.items():
         build_evaluation(name, settings)
-    _check_data(planned, config)
+    planned = _check_data(planned, config)
     todo = _evaluations_key(config.evaluations)
     states = {item.folder: _state(item, todo) for item in planned}
     overview = {
@@ -479,22 +482,34 @@ def _context() -> Any:
     return context
 
 
-def _check_data(planned: list[Planned], config: CompareConfig) -> None:
-    """Open each distinct data set once, so that its faults show before any training."""
+def _check_data(planned: list[Planned], config: CompareConfig) -> list[Planned]:
+    """Open each distinct data set once, so that its faults show before any training.
+
+    Returns:
+        The plan, with the fingerprint of its images in each config: runs that come later may not
+        see others.
+    """
     from mim.data import open_source, steps_per_epoch
     from mim.evaluate import build_evaluation
 
-    seen = set()
+    seen: dict[str, str] = {}
+    held = []
     for item in planned:
         key = json.dumps(to_dict(item.config.data), sort_keys=True)
-        if key in seen:
-            continue
-        seen.add(key)
-        train = open_source(item.config.data, "train")
-        val = open_source(item.config.data, "val")
-        steps_per_epoch(train, item.config.data)
-        for name, settings in config.evaluations.items():
-            build_evaluation(name, settings).check(train, val)
+        if key not in seen:
+            train = open_source(item.config.data, "train")
+            val = open_source(item.config.data, "val")
+            steps_per_epoch(train, item.config.data)
+            for name, settings in config.evaluations.items():
+                build_evaluation(name, settings).check(train, val)
+            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
+        wanted = item.config.data.fingerprint
+        if wanted not in (None, seen[key]):
+            reason = f"asks for other images than there are, which have {seen[key]}"
+            raise setting_error("data.fingerprint", wanted, reason)
+        data = replace(item.config.data, fingerprint=seen[key])
+        held.append(replace(item, config=replace(item.config, data=data)))
+    return held
 
 
 def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:

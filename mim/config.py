@@ -68,11 +68,14 @@ class DataConfig:
     """Which images, and how they reach the model."""
 
     source: str = "photos"
-    """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder,
-    or torchvision/NAME."""
+    """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder, flat
+    (unlabelled images), shards (tar files), or torchvision/NAME."""
     path: str | None = None
-    """Folder of the images (imagefolder: holds train/ and optionally val/) or of the download
-    (torchvision: by default ~/.cache/mim/torchvision)."""
+    """Folder of the images (imagefolder, flat: holds train/ and optionally val/) or of the download
+    (torchvision: by default ~/.cache/mim/torchvision); shards: a file, folder, pattern such as
+    train-{000..146}.tar, or URL."""
+    val_path: str | None = None
+    """Shards of the val images, where data.path names training ones alone."""
     download: bool = True
     """Whether a torchvision data set may be downloaded."""
     image_size: int | tuple[int, int] = 224

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,8 +34,9 @@ from mim.data import (
     steps_per_epoch,
     train_loader,
     worker_deaths,
+    write_list,
 )
-from mim.errors import setting_error
+from mim.errors import UserError, setting_error
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer, build_schedule
@@ -152,6 +154,22 @@ def _start_folder(config: Config) -> dict[str, Any] | None:
     return state
 
 
+def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
+    """The config with the fingerprint of its images.
+
+    Raises:
+        UserError: if it, or the checkpoint, asks for other images.
+    """
+    wanted = config.data.fingerprint
+    if saved is not None and saved.get("data") not in (None, seen):
+        reason = "is over other images than those that are there now: names or labels have changed"
+        raise UserError(f"resume: the run in {config.output!r} {reason}")
+    if wanted not in (None, seen):
+        reason = f"asks for other images than there are, which have {seen}; null takes these"
+        raise setting_error("data.fingerprint", wanted, reason)
+    return replace(config, data=replace(config.data, fingerprint=seen))
+
+
 def _accelerator(config: Config) -> Accelerator:
     trackers = ["tensorboard"] if config.log.tensorboard else []
     if config.log.wandb != "disabled":
@@ -197,6 +215,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     if saved is not None and done.get("status") == "finished":
         return done
     train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    seen = f"{train.fingerprint()}-{val.fingerprint()}"
+    config = _hold_to(config, seen, saved)
     weigh = open_weights(train, config.data)
     accelerator = _accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -240,6 +260,9 @@ def pretrain(config: Config) -> dict[str, Any]:
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
     if main and saved is None:
         checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+        if config.data.subset.chooses:
+            write_list(run / "subset_train.txt", train)
+            write_list(run / "subset_val.txt", val)
     subject = ema.module if ema is not None else model
 
     def log(step: int, **values: float) -> None:
@@ -253,6 +276,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             return
         state = {
             "fingerprint": json.dumps(checkpoint.fingerprint(config)),
+            "data": seen,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "ema": ema.module.state_dict() if ema is not None else {},
@@ -397,7 +421,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             "source": train.name,
             "train_images": len(train),
             "val_images": len(val),
-            "fingerprint": f"{train.fingerprint()}-{val.fingerprint()}",
+            "fingerprint": seen,
             "unreadable": {
                 source.ledger.split: len(source.ledger) for source in (train, val) if source.ledger
             },

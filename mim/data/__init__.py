@@ -1,6 +1,6 @@
 """Images: sources, transforms and loaders. Never imports the model."""
 
-from mim.data import embedded, folder, torchvision_sets  # noqa: F401  (they register sources)
+from mim.data import embedded, folder, shards, torchvision_sets  # noqa: F401  (they register sources)
 from mim.data.decode import UnreadableImage
 from mim.data.loader import (
     Batch,
@@ -11,7 +11,9 @@ from mim.data.loader import (
     train_loader,
     worker_deaths,
 )
-from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout, open_source
+from mim.data.opening import open_source
+from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout
+from mim.data.subset import CLASS_LISTS, write_list
 from mim.data.transforms import (
     Picture,
     crop_parameters,
@@ -24,6 +26,7 @@ from mim.data.transforms import (
 from mim.data.weights import WEIGHTS, Weigh, open_weights
 
 __all__ = [
+    "CLASS_LISTS",
     "SOURCES",
     "WEIGHTS",
     "Batch",
@@ -48,4 +51,5 @@ __all__ = [
     "train_loader",
     "train_transform",
     "worker_deaths",
+    "write_list",
 ]

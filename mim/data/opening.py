@@ -1,0 +1,74 @@
+"""From a config to the images of a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mim.config import DataConfig
+from mim.data.faults import Ledger
+from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout
+from mim.data.subset import choose
+from mim.errors import setting_error
+
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's own
+
+
+def open_source(config: DataConfig, split: Split, folder: Path | None = None) -> ImageSource:
+    """The images that the config names.
+
+    A set without a val split of its own gives ``data.val_fraction`` of its images to "val" by
+    :func:`holdout`. ``mean`` and ``std`` of the result are those of the config where it has them,
+    else the set's own, in ``data.channels`` channels.
+
+    Args:
+        config: all that says which images, and the statistics, is read.
+        split: "train" or "val".
+        folder: the run folder, where unreadable images are named; None names them in messages.
+
+    Raises:
+        UserError: for an unknown source, a missing or empty folder, an empty class, more unreadable
+            images than ``data.max_unreadable``, a failed download, or channels that the images
+            cannot have.
+    """
+    name = config.source
+    family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
+    kind = family if name not in SOURCES and family in SOURCES else name
+    source = SOURCES.get(kind)(config, split)
+    if not source.has_val:
+        if len(source) < 2:
+            reason = f"has {len(source)} images, too few to hold some out"
+            raise setting_error("data.source", config.source, reason)
+        source = Subset(source, holdout(source.sample_ids, config.val_fraction, split))
+    if not len(source):
+        raise setting_error("data.source", config.source, f"has no images in its {split} split")
+    if config.subset.chooses:
+        source = choose(source, config, split)
+        if not len(source):
+            raise setting_error("data.subset", config.subset, f"leaves no {split} images")
+    source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
+    source.ledger.add(source.check())
+    source.mean, source.std = _statistics(source, config)
+    return source
+
+
+def _statistics(
+    source: ImageSource, config: DataConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for the channels of the config."""
+
+    def fit(values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) == config.channels:
+            return values
+        if config.channels not in (1, 3) or len(values) not in (1, 3):
+            reason = (
+                f"is not what the statistics of {source.name} are for: set data.mean and data.std "
+                "(mim data stats computes them)"
+            )
+            raise setting_error("data.channels", config.channels, reason)
+        if len(values) == 1:
+            return values * config.channels
+        return (sum(share * value for share, value in zip(_LUMINANCE, values, strict=True)),)
+
+    mean = fit(source.mean) if config.mean is None else config.mean
+    std = fit(source.std) if config.std is None else config.std
+    return mean, std

@@ -1,0 +1,360 @@
+"""Images in tar files: WebDataset shards, or a folder of images packed as it is.
+
+One scan of the headers makes an index (name, offset, size), which is kept; then any image is one
+read at its offset. So shards have the same order, the same batches and the same exact resume as
+a folder, and nothing is read through.
+
+What a shard may hold:
+
+- ``train/CLASS/NAME.jpg`` or ``CLASS/NAME.jpg``: the label is the class folder, as in
+  ``imagefolder``, and a packed image folder gives the same ids, labels and order as the folder;
+- WebDataset samples: ``KEY.jpg`` with ``KEY.cls`` (the label as a number) or ``KEY.json`` with
+  ``{"label": number}``; ``classes.txt`` beside the shards names the classes, one a line;
+- ``KEY.jpg`` alone: no labels.
+
+The id of an image is that of its name in the shard; where two shards hold the same name, that of
+``SHARD/NAME``. A shard that ends early is refused with the place where it ends.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mim.config import DataConfig
+from mim.data.decode import EXTENSIONS, decode, decoding
+from mim.data.fetch import cache_folder, fetch, is_url
+from mim.data.folder import VAL_NAMES
+from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
+from mim.data.transforms import Picture
+from mim.errors import UserError, setting_error
+from mim.files import write_atomic
+from mim.keys import name_to_int
+
+_OPEN_SHARDS = 64
+_BLOCK = 512  # bytes of a tar block
+_NO_LABEL = -1
+_INDEX_FORMAT = 1
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(pattern: str) -> list[str]:
+    """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
+
+    Raises:
+        ValueError: for a range whose ends are not whole numbers.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    inside = match[1]
+    if ".." in inside:
+        first, _, last = inside.partition("..")
+        if not (first.isdigit() and last.isdigit()):
+            raise ValueError(f"{{{inside}}} is no range of whole numbers")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        low, high = int(first), int(last)
+        step = 1 if low <= high else -1
+        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
+    else:
+        choices = inside.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [whole for choice in choices for whole in expand(f"{head}{choice}{tail}")]
+
+
+@dataclass
+class ShardIndex:
+    """The images of one shard."""
+
+    names: NDArray[np.bytes_]
+    """(n,) names of the members."""
+    offsets: NDArray[np.int64]
+    """(n,) where the bytes of each begin."""
+    sizes: NDArray[np.int64]
+    """(n,) how many there are."""
+    labels: NDArray[np.int64]
+    """(n,) of .cls or .json, -1 without."""
+
+
+def _stem(name: str) -> str:
+    """What the members of one WebDataset sample share: the path up to the first dot of its name."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def scan(path: Path) -> ShardIndex:
+    """Reads the headers of a tar file.
+
+    Raises:
+        UserError: if it is compressed, damaged or ends early.
+    """
+    images: list[tuple[str, int, int]] = []
+    labels: dict[str, int] = {}
+    shown = f"shard {str(path)!r}"
+    try:
+        with path.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                reason = "is compressed, and images in it cannot be reached: unpack it with gunzip"
+                raise UserError(f"{shown} {reason}")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps a million
+                    name = member.name.removeprefix("./")
+                    base = name.rpartition("/")[2]
+                    if not member.isfile() or base.startswith("."):
+                        continue
+                    if base.lower().endswith(EXTENSIONS):
+                        images.append((name, member.offset_data, member.size))
+                    elif base.endswith((".cls", ".json")):
+                        text = os.pread(file.fileno(), member.size, member.offset_data)
+                        found = _read_label(text, base, f"{shown}: {name}")
+                        if found is not None:
+                            labels[_stem(name)] = found
+                file.seek(tar.offset)
+                # tarfile takes a cut between members, or in a header, for the end.
+                if file.read(_BLOCK) != bytes(_BLOCK):
+                    raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+    except (tarfile.TarError, OSError) as error:
+        if not path.is_file():
+            raise UserError(f"{shown} is missing") from error
+        reason = f"ends early or is damaged, after {len(images)} whole images ({error})"
+        raise UserError(f"{shown} {reason}: fetch or write it again") from error
+    return ShardIndex(
+        names=np.array([os.fsencode(name) for name, _, _ in images], dtype=np.bytes_),
+        offsets=np.array([offset for _, offset, _ in images], dtype=np.int64),
+        sizes=np.array([size for _, _, size in images], dtype=np.int64),
+        labels=np.array([labels.get(_stem(n), _NO_LABEL) for n, _, _ in images], dtype=np.int64),
+    )
+
+
+def _read_label(text: bytes, name: str, shown: str) -> int | None:
+    try:
+        if name.endswith(".cls"):
+            return int(text)
+        label = json.loads(text).get("label")
+        return None if label is None else int(label)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{shown} holds no label: {error}") from error
+
+
+def read_index(path: Path) -> ShardIndex:
+    """The index of a shard: kept from an earlier scan of the same file, or of a new one.
+
+    Raises:
+        UserError: see :func:`scan`.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"shard {str(path)!r} is missing") from error
+    state = f"{_INDEX_FORMAT}/{path.resolve()}/{status.st_size}/{status.st_mtime_ns}"
+    kept = (
+        cache_folder("index") / f"{hashlib.blake2b(state.encode(), digest_size=16).hexdigest()}.npz"
+    )
+    if kept.is_file():
+        with np.load(kept, allow_pickle=False) as arrays:
+            return ShardIndex(**{name: arrays[name] for name in arrays.files})
+    index = scan(path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **vars(index))
+
+    write_atomic(kept, write)
+    return index
+
+
+def _local(setting: str, given: str) -> list[Path]:
+    """The shards that a folder, file, pattern or URL names, in order; URLs are fetched."""
+    try:
+        places = expand(given)
+    except ValueError as error:
+        raise setting_error(setting, given, str(error)) from error
+    if is_url(given):
+        return fetch(places)
+    found: list[Path] = []
+    for place in places:
+        if Path(place).is_dir():
+            found += sorted(Path(place).glob("*.tar"))
+        elif glob.has_magic(place):
+            found += [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        else:
+            found.append(Path(place))
+    missing = [path for path in found if not path.is_file()]
+    if missing or not found:
+        reason = f"has no shard {missing[0].as_posix()}" if missing else "names no .tar files"
+        raise setting_error(setting, given, reason)
+    return found
+
+
+def _begins(path: Path, *names: str) -> bool:
+    return path.name.startswith(names)
+
+
+@SOURCES.register("shards")
+class Shards(ImageSource):
+    """Images in tar files, local or by URL; see the head of this file.
+
+    ``data.path`` is a file, a folder, a pattern with ``*`` or ``{000..146}``, or a URL with braces;
+    ``data.val_path`` likewise for val. Without it, shards in a folder whose names begin with val,
+    valid or test are val, as are such folders inside the tars; else a share is held out.
+    """
+
+    mean, std = IMAGENET
+
+    def __init__(self, config: DataConfig, split: Split) -> None:
+        if config.path is None:
+            raise setting_error("data.path", None, "is needed by data.source=shards")
+        self.name = "shards"
+        self._max_pixels = config.max_pixels
+        self._given = config.path
+        train, val = self._divide(config)
+        everything = self._gather(train + val)
+        self._take(everything, len(train), split)
+        self._handles: OrderedDict[int, int] = OrderedDict()
+
+    def _divide(self, config: DataConfig) -> tuple[list[Path], list[Path]]:
+        """Train shards and val shards."""
+        assert config.path is not None
+        if config.val_path is not None:
+            val = _local("data.val_path", config.val_path)
+            return _local("data.path", config.path), val
+        root = Path(config.path)
+        if root.is_dir() and (root / "train").is_dir():
+            names = [name for name in VAL_NAMES if (root / name).is_dir()]
+            val = _local("data.path", str(root / names[0])) if names else []
+            return _local("data.path", str(root / "train")), val
+        shards = _local("data.path", config.path)
+        val = [path for path in shards if _begins(path, *VAL_NAMES)]
+        if len(val) == len(shards):
+            return shards, []
+        return [path for path in shards if path not in val], val
+
+    def _gather(self, paths: list[Path]) -> list[ShardIndex]:
+        self._shards = [str(path) for path in paths]
+        return [read_index(path) for path in paths]
+
+    def _take(self, indices: list[ShardIndex], trains: int, split: Split) -> None:
+        """Sets names, labels and ids of one split; classes are those of train."""
+        shard = np.concatenate([np.full(len(x.names), i) for i, x in enumerate(indices)])
+        if not len(shard):
+            raise setting_error("data.path", self._given, "has no images in its shards")
+        names = np.concatenate([x.names for x in indices])
+        given = np.concatenate([x.labels for x in indices])
+        place = {
+            "shard": shard.astype(np.int32),
+            "offset": np.concatenate([x.offsets for x in indices]),
+            "size": np.concatenate([x.sizes for x in indices]),
+        }
+        folders = [_folders(os.fsdecode(name)) for name in names]
+        in_val = np.array([part in VAL_NAMES for part, _ in folders])
+        in_train = np.array([part == "train" for part, _ in folders])
+        if trains < len(indices):
+            is_val = shard >= trains
+            self.has_val = True
+        else:
+            is_val = in_val & in_train.any()
+            self.has_val = bool(is_val.any())
+        labels = self._label(given, [name for _, name in folders], is_val)
+        chosen = is_val if self.has_val and split == "val" else ~is_val
+        keys: list[Any] = [] if labels is None else [labels[chosen]]
+        # By label and name, as a folder is listed: how images were packed does not matter.
+        order = np.flatnonzero(chosen)[np.lexsort((shard[chosen], names[chosen], *keys))]
+        self._names = names[order]
+        self._place = {key: values[order] for key, values in place.items()}
+        self.labels = None if labels is None else torch.from_numpy(labels[order])
+        self.sample_ids = self._ids(names, shard, order)
+
+    def _label(
+        self, given: NDArray[np.int64], folders: Sequence[str], is_val: NDArray[np.bool_]
+    ) -> NDArray[np.int64] | None:
+        """(n,) labels, of .cls or .json, else of class folders, else None."""
+        if (given != _NO_LABEL).any():
+            if (given == _NO_LABEL).any():
+                count = int((given == _NO_LABEL).sum())
+                reason = f"has {count} images without .cls or .json, and {len(given) - count} with"
+                raise setting_error("data.path", self._given, reason)
+            self.classes = self._class_names(int(given.max()) + 1)
+            return given
+        if not all(folders):
+            self.classes = []
+            return None
+        self.classes = sorted({name for name, val in zip(folders, is_val, strict=True) if not val})
+        position = {name: label for label, name in enumerate(self.classes)}
+        unknown = sorted(set(folders) - set(position))
+        if unknown:
+            reason = f"has the class {unknown[0]!r} in val but not in train"
+            raise setting_error("data.path", self._given, reason)
+        return np.array([position[name] for name in folders], dtype=np.int64)
+
+    def _class_names(self, least: int) -> list[str]:
+        path = Path(self._shards[0]).parent / "classes.txt"
+        if not path.is_file():
+            return [str(label) for label in range(least)]
+        names = path.read_text(encoding="utf-8").split("\n")
+        names = names[:-1] if names[-1] == "" else names
+        if len(names) < least:
+            reason = f"names {len(names)} classes, and there are labels up to {least - 1}"
+            raise setting_error("data.path", self._given, f"has a classes.txt that {reason}")
+        return names
+
+    def _ids(
+        self, names: NDArray[np.bytes_], shard: NDArray[np.int64], order: NDArray[np.int64]
+    ) -> torch.Tensor:
+        whole = [os.fsdecode(name) for name in names]
+        if len(set(whole)) < len(whole):
+            tars = [Path(path).name for path in self._shards]
+            whole = [f"{tars[s]}/{name}" for s, name in zip(shard, whole, strict=True)]
+        if len(set(whole)) < len(whole):
+            reason = "holds an image twice under one name"
+            raise setting_error("data.path", self._given, reason)
+        return torch.tensor([name_to_int(whole[i]) for i in order], dtype=torch.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": OrderedDict()}  # a worker opens its own
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image's file."""
+        shard, offset, size = (int(self._place[key][index]) for key in ("shard", "offset", "size"))
+        handle = self._handles.pop(shard, None)
+        if handle is None:
+            handle = os.open(self._shards[shard], os.O_RDONLY)
+        self._handles[shard] = handle  # the newest stands last
+        if len(self._handles) > _OPEN_SHARDS:
+            os.close(self._handles.popitem(last=False)[1])
+        data = os.pread(handle, size, offset)
+        if len(data) < size:
+            name = Path(self._shards[shard]).name
+            raise OSError(f"shard {name} ends after {len(data)} of {size} bytes of the image")
+        return data
+
+    def image(self, index: int) -> Picture:
+        name = self.describe(index)
+        with decoding(name):
+            data = self.read(index)
+        return decode(data, name, self._max_pixels)
+
+
+def _folders(name: str) -> tuple[str, str]:
+    """The split folder and the class folder of a member; empty where there is none."""
+    parts = name.split("/")[:-1]
+    split = parts[0] if parts and parts[0] in ("train", *VAL_NAMES) else ""
+    rest = parts[1:] if split else parts
+    return split, rest[0] if rest else ""
