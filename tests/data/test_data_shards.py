@@ -275,7 +275,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         stop = len(data)
-        if kind.cuts:
+        if kind.cuts and path.suffix == ".tar":
             kind.cuts -= 1
             stop = start + (len(data) - start) // 2
         self.wfile.write(data[start:stop])
@@ -303,7 +303,7 @@ def test_a_url_that_fails_then_recovers(tmp_path: Path, server: tuple[str, type[
     packed(kind.root, members, 2)
     sums = [f"{sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in kind.root.glob("*.tar")]
     (kind.root / "SHA256SUMS").write_text("".join(sums))
-    kind.failures, kind.cuts = 2, 4
+    kind.failures, kind.cuts = 2, 3
     remote = config("shards", f"{url}/part-{{000..001}}.tar")
     folder = config("imagefolder", write_folder(tmp_path / "folder", members))
     assert_same(batches(folder), batches(remote))
