@@ -221,6 +221,7 @@ class Shards(ImageSource):
             raise setting_error("data.path", None, "is needed by data.source=shards")
         self.name = "shards"
         self._max_pixels = config.max_pixels
+        self._decoder = config.decode
         self._given = config.path
         train, val = self._divide(config)
         everything = self._gather(train + val)
@@ -349,7 +350,7 @@ class Shards(ImageSource):
         name = self.describe(index)
         with decoding(name):
             data = self.read(index)
-        return decode(data, name, self._max_pixels)
+        return decode(data, name, self._max_pixels, self._decoder)
 
 
 def _folders(name: str) -> tuple[str, str]:
