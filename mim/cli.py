@@ -7,6 +7,7 @@ mistake in what was asked, in one line; 130 and 143 interrupted, with everything
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.errors import UserError
+from mim.parsing import VerbParser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,16 +53,9 @@ def _pretrain(args: list[str]) -> int:
     return 0
 
 
-class _LineParser(argparse.ArgumentParser):
-    """One line instead of a usage page."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{self.prog}: {message}")
-
-
-def _parser(verb: str, about: str) -> _LineParser:
+def _parser(verb: str, about: str) -> VerbParser:
     form = argparse.RawDescriptionHelpFormatter
-    return _LineParser(prog=f"mim {verb}", description=about, formatter_class=form)
+    return VerbParser(prog=f"mim {verb}", description=about, formatter_class=form)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, object]:
@@ -150,31 +145,71 @@ def _evaluate(args: list[str]) -> int:
 
 def _compare(args: list[str]) -> int:
     """Pre-train and evaluate a grid of runs, everything else held equal; write the report."""
-    from mim.compare import compare, read_compare_config
-
     about = (
         "Pre-train every combination of the axes from one base config (--base.KEY VALUE), evaluate "
         "each the same way, and write report.html, report.md and results.csv. Call it again to go "
-        "on: finished runs are kept."
+        "on: finished runs are kept. --show live, plain or quiet says what is told meanwhile (live "
+        "is a table of all runs, and the default on a terminal); --json FILE also writes every "
+        "run's state and numbers (- for stdout)."
     )
-    config = read_compare_config(args, prog="mim compare", description=about)
-    report = compare(config, command="mim compare " + shlex.join(args))
+    flags = VerbParser(prog="mim compare", add_help=False, allow_abbrev=False)
+    flags.add_argument("--show", default="auto")
+    flags.add_argument("--json")
+    options, rest = flags.parse_known_args(args)
+    if options.json not in (None, "-"):
+        _prepare_file(Path(options.json), "--json")
+    from mim.compare import compare, read_compare_config
+
+    config = read_compare_config(rest, prog="mim compare", description=about)
+    report = compare(config, command="mim compare " + shlex.join(rest), show=options.show)
     from mim.report import read_comparison, summary_line
+    from mim.report.overview import as_json, closing_table
+    from mim.terminal import show_table
 
     comparison = read_comparison(report.parent)
-    _say(summary_line(comparison))
-    _say(f"report: {report}")
+    _give_json(options.json, as_json(comparison, report))
+    if options.json != "-":
+        if options.show != "quiet":
+            show_table(*closing_table(comparison))
+            _say(summary_line(comparison))
+        _say(f"report: {report}")
     return 1 if any(run.status == "failed" for run in comparison.runs) else 0
+
+
+def _give_json(place: str | None, value: Any) -> None:
+    """``--json FILE``; - is stdout."""
+    from mim.checkpoint import write_json_atomic
+    from mim.terminal import show_json
+
+    if place == "-":
+        show_json(value)
+    elif place is not None:
+        write_json_atomic(Path(place), value)
 
 
 def _report(args: list[str]) -> int:
     """Write a comparison's report again from what its folders hold."""
-    parser = _parser("report", "Write report.html, report.md and results.csv of a comparison.")
-    parser.add_argument("folder", help="the comparison folder")
+    about = (
+        "Write report.html, report.md, results.csv, tables/ and figures/ of a comparison; or,\n"
+        "with --watch, serve the page and renew it as its runs train, until Ctrl-C."
+    )
+    parser = _parser("report", about)
+    parser.add_argument("folder", metavar="DIR", help="the comparison folder")
+    parser.add_argument("--watch", action="store_true", help="serve a live page; writes nothing")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on: this machine's")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
     options = parser.parse_args(args)
-    from mim.report import write_report
+    from mim.report import report_server, write_report
 
-    _say(f"report: {write_report(Path(options.folder))}")
+    if not options.watch:
+        _say(f"report: {write_report(Path(options.folder))}")
+        return 0
+    with report_server(Path(options.folder), options.host, options.port, options.every) as server:
+        address = f"http://{options.host}:{server.server_port}/"
+        _say(f"watching {options.folder} at {address} (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
 
 
@@ -392,6 +427,87 @@ def _import(args: list[str]) -> int:
     return 0
 
 
+def _runs(args: list[str]) -> int:
+    """List and filter the run folders below a folder."""
+    about = (
+        "List run folders: their state, what they are and what they reached. In a pipe: lines\n"
+        "with tabs. --where takes any setting or number: model.regime.name=zero\n"
+        "'linear.accuracy>0.8' status=failed."
+    )
+    parser = _parser("runs", about)
+    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="where to look")
+    parser.add_argument("--where", nargs="+", default=[], metavar="KEY=VALUE", help="conditions")
+    parser.add_argument("--show", nargs="+", default=[], metavar="KEY", help="more columns")
+    parser.add_argument("--json", metavar="FILE", help="all they say, to a file (- for stdout)")
+    options = parser.parse_args(args)
+    if options.json not in (None, "-"):
+        _prepare_file(Path(options.json), "--json")
+    from mim.runs import as_json, find_runs, listing
+    from mim.terminal import show_table
+
+    root = Path(options.folder)
+    found = find_runs(root, options.where)
+    _give_json(options.json, [as_json(run) for run in found])
+    if options.json != "-":
+        show_table(*listing(found, root, options.show))
+    return 0
+
+
+def _diff(args: list[str]) -> int:
+    """What differs between two runs: settings, data, environment, results."""
+    parser = _parser("diff", "What differs between two runs, and by how much.")
+    parser.add_argument("first", metavar="RUN", help="a run folder")
+    parser.add_argument("second", metavar="RUN", help="another one")
+    parser.add_argument("--json", metavar="FILE", help="to a file (- for stdout)")
+    options = parser.parse_args(args)
+    if options.json not in (None, "-"):
+        _prepare_file(Path(options.json), "--json")
+    import dataclasses
+
+    from mim.runs import diff_rows, diff_runs, read_run
+    from mim.terminal import show_table
+
+    found = diff_runs(*(read_run(Path(path)) for path in (options.first, options.second)))
+    _give_json(options.json, [dataclasses.asdict(item) for item in found])
+    if options.json != "-":
+        show_table(("part", "key", "first", "second", "change"), diff_rows(found))
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    """Check versions, devices, precision, loader speed and disk, and say what to set."""
+    about = "Look at this machine and say what to set. Exit code 1 where something cannot work."
+    parser = _parser("doctor", about)
+    parser.add_argument("--config", metavar="FILE", help="whose images and precision are tried")
+    parser.add_argument("--output", default="runs", metavar="DIR", help="where runs shall go")
+    parser.add_argument("--quick", action="store_true", help="time nothing")
+    parser.add_argument("--json", metavar="FILE", help="to a file (- for stdout)")
+    options = parser.parse_args(args)
+    if options.json not in (None, "-"):
+        _prepare_file(Path(options.json), "--json")
+    from mim.doctor import as_rows, examine
+    from mim.settings import load_config
+    from mim.terminal import show_table
+
+    checks = examine(load_config(options.config), Path(options.output), options.quick)
+    _give_json(options.json, as_rows(checks))
+    if options.json != "-":
+        rows = [[check.name, check.state, check.found, check.advice] for check in checks]
+        show_table(("what", "state", "found", "what to set"), rows)
+    return 1 if any(check.state == "problem" for check in checks) else 0
+
+
+def _completion(args: list[str]) -> int:
+    """Print a shell's completion script (needs shtab)."""
+    from mim.completion import SHELLS, completion_script
+
+    parser = _parser("completion", "Print the completion script of a shell.")
+    parser.add_argument("shell", choices=SHELLS, help="which")
+    options = parser.parse_args(args)
+    _say(completion_script(options.shell, VERBS))
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "pretrain": _pretrain,
     "evaluate": _evaluate,
@@ -401,6 +517,10 @@ VERBS: dict[str, Verb] = {
     "bench": _bench,
     "export": _export,
     "import": _import,
+    "runs": _runs,
+    "diff": _diff,
+    "doctor": _doctor,
+    "completion": _completion,
 }
 
 

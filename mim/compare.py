@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from mim import checkpoint
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
@@ -289,9 +291,18 @@ def _on_images_of(encoder: Encoder, config: Config) -> Encoder:
     return replace(encoder, data=data)
 
 
-def _child(item: Planned, evaluations: dict[str, Any]) -> None:
+def _child(item: Planned, evaluations: dict[str, Any], show: str) -> None:
     """One run in a process of its own: its memory is its own, and its failure too."""
+    from mim import progress
     from mim.pretrain import Interrupted, TrainingError
+
+    if show != "plain":
+        progress.silence()
+    if show == "live":  # what libraries print would tear the table on the terminal
+        run = Path(item.config.output)
+        checkpoint.prepare_folder(run)
+        with (run / "stderr.log").open("ab") as file:
+            os.dup2(file.fileno(), 2)
 
     # A fork server's children inherit its start method; loader workers started by it would not
     # notice when the run is killed.
@@ -362,7 +373,10 @@ def _loose_config(run: Path) -> Config:
     return read_args(Config, ["--config", str(run / "config.yaml")])
 
 
-def compare(config: CompareConfig, command: str = "") -> Path:
+SHOWS = ("auto", "live", "plain", "quiet")
+
+
+def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Path:
     """Run a comparison and write its report.
 
     Finished runs are kept; an interrupted one goes on from its checkpoint; a run whose config has
@@ -371,6 +385,9 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     Args:
         config: the comparison.
         command: how it was called, for the report.
+        show: live (a table of all runs, on a terminal), plain (lines), quiet (failures alone), all
+            on stderr; auto is live on a terminal and plain elsewhere. Where it is live, what a run
+            prints to stderr goes to ``stderr.log`` in its folder.
 
     Returns:
         The path of ``report.html``.
@@ -382,6 +399,10 @@ def compare(config: CompareConfig, command: str = "") -> Path:
     from mim.evaluate import build_evaluation
     from mim.report import write_report
 
+    if show not in SHOWS:
+        raise choice_error("show", show, SHOWS)
+    if show == "auto":
+        show = "live" if Console(stderr=True).is_terminal else "plain"
     output = Path(config.output)
     checkpoint.prepare_folder(output)
     planned = plan(config)
@@ -399,12 +420,16 @@ def compare(config: CompareConfig, command: str = "") -> Path:
         "base": to_dict(config.base),
         "evaluations": config.evaluations,
         "runs": [item.folder for item in planned],
+        "planned": [
+            {"folder": i.folder, "kind": i.kind, "axes": i.axes, "seed": i.config.seed}
+            for i in planned
+        ],
     }
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
 
     with _sigterm_interrupts():
-        failed = _run_all(planned, states, config.evaluations)
+        failed = _run_all(planned, states, config.evaluations, output, show)
     report = write_report(output)
     if failed:
         names = ", ".join(failed)
@@ -413,30 +438,48 @@ def compare(config: CompareConfig, command: str = "") -> Path:
 
 
 def _run_all(
-    planned: list[Planned], states: dict[str, str], evaluations: dict[str, Any]
+    planned: list[Planned],
+    states: dict[str, str],
+    evaluations: dict[str, Any],
+    output: Path,
+    show: str,
 ) -> list[str]:
     """Runs what is left, one after the other; returns the folders of those that failed."""
+    from mim.report.overview import Watched, live_overview
+
     context = _context()
     failed = []
-    for number, item in enumerate(planned, start=1):
-        state = states[item.folder]
-        print(f"[{number}/{len(planned)}] {item.folder}: {state}", file=sys.stderr, flush=True)
-        if state == "done":
-            continue
-        process = context.Process(target=_child, args=(item, evaluations))
-        process.start()
-        try:
-            process.join()
-        except KeyboardInterrupt:
-            process.terminate()  # Ctrl-C has reached the child too, a kill of this process has not
-            process.join()  # it saves
-            raise
-        if process.exitcode in (130, 143):
-            raise KeyboardInterrupt
-        if process.exitcode:
-            failed.append(item.folder)
-            _note_death(item, process.exitcode)
+    with contextlib.ExitStack() as stack:
+        watched = Watched()
+        if show == "live":
+            watched = stack.enter_context(live_overview(output, Console(stderr=True)))
+        for number, item in enumerate(planned, start=1):
+            state = states[item.folder]
+            if show == "plain":
+                line = f"[{number}/{len(planned)}] {item.folder}: {state}"
+                print(line, file=sys.stderr, flush=True)
+            if state == "done":
+                continue
+            watched.active = item.folder
+            code = _run_process(context.Process(target=_child, args=(item, evaluations, show)))
+            if code:
+                failed.append(item.folder)
+                _note_death(item, code)
     return failed
+
+
+def _run_process(process: Any) -> int | None:
+    """Starts a process and waits for it; returns its exit code."""
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()  # Ctrl-C has reached the child too, a kill of this process has not
+        process.join()  # it saves
+        raise
+    if process.exitcode in (130, 143):
+        raise KeyboardInterrupt
+    return int(process.exitcode)
 
 
 class Terminated(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,20 @@ from PIL import Image
 from torch import Tensor
 
 from mim.checkpoint import write_atomic
-from mim.config import Config
+from mim.config import Config, MaskScheduleConfig
 from mim.data import ImageSource, denormalize, eval_loader, normalize
+from mim.errors import UserError
 from mim.keys import image_keys
 from mim.masks import PatchMask
+from mim.masks.generators import build_mask_generator
 from mim.model import MaskedImageModel
 from mim.patches import patchify, unpatchify
 
 # Held-out losses and pictures use one fixed mask an image, the same in every run and epoch.
 FIXED_SEED, FIXED_EPOCH = 0, -1
 COLUMNS = ("original", "masked", "prediction", "composite")
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of hidden patches under which a finished run is pictured besides its own."""
 Pixels = NDArray[np.uint8]
 
 
@@ -90,6 +95,49 @@ def reconstruct(
     return arrays
 
 
+def reconstruct_ratios(
+    model: MaskedImageModel,
+    config: Config,
+    source: ImageSource,
+    indices: list[int],
+    ratios: tuple[float, ...] = RATIOS,
+) -> dict[str, NDArray[np.generic]]:
+    """Predictions under the model's own generator, trained as it is, at other ratios.
+
+    A ratio that hides nothing or everything on this grid, or that changes nothing (masks from a
+    file), is left out.
+
+    Returns:
+        ``ratio`` float (R,), ``prediction`` uint8 (R, n, H, W, C), ``is_masked`` bool
+        (R, n, rows, columns).
+    """
+    (batch,) = eval_loader(source, config.data, batch_size=len(indices), indices=indices)
+    images = normalize(batch.images, source.mean, source.std)
+    images = images.to(next(model.parameters()).device)
+    own = model.mask_generator
+    seen = {fixed_masks(model, images, batch.sample_ids).is_masked.cpu().numpy().tobytes()}
+    found: list[tuple[float, dict[str, NDArray[np.generic]]]] = []
+    for ratio in ratios:
+        settings = replace(config.mask, ratio=ratio, schedule=MaskScheduleConfig())
+        try:
+            model.mask_generator = build_mask_generator(settings, model.grid, model.patch_size)
+            mask = fixed_masks(model, images, batch.sample_ids)
+        except UserError:  # this grid has no such mask
+            continue
+        finally:
+            model.mask_generator = own
+        content = mask.is_masked.cpu().numpy().tobytes()
+        if content not in seen:
+            seen.add(content)
+            found.append((ratio, reconstruct(model, config, source, indices, mask)))
+    if not found:
+        return {}
+    arrays = {
+        key: np.stack([item[key] for _, item in found]) for key in ("prediction", "is_masked")
+    }
+    return {"ratio": np.array([ratio for ratio, _ in found]), **arrays}
+
+
 def picture(arrays: dict[str, NDArray[np.generic]], side: int = 96, gap: int = 4) -> Image.Image:
     """A sheet: a row an image; original, masked, prediction, composite.
 
@@ -120,10 +168,15 @@ def save_reconstructions(run: Path, arrays: dict[str, NDArray[np.generic]], name
     path = folder / f"{name}.png"
     sheet = picture(arrays)
     write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    save_arrays(run / "reconstructions.npz", arrays)
+    return path
+
+
+def save_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Write an ``.npz``, whole or not at all."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
-    write_atomic(run / "reconstructions.npz", write)
-    return path
+    write_atomic(path, write)

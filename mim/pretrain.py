@@ -40,7 +40,14 @@ from mim.errors import UserError, setting_error
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
 from mim.optim import build_optimizer, build_schedule
-from mim.pictures import fixed_masks, reconstruct, save_reconstructions, spread_indices
+from mim.pictures import (
+    fixed_masks,
+    reconstruct,
+    reconstruct_ratios,
+    save_arrays,
+    save_reconstructions,
+    spread_indices,
+)
 from mim.progress import RunProgress
 from mim.settings import flatten, to_dict, to_yaml
 
@@ -296,6 +303,13 @@ def pretrain(config: Config) -> dict[str, Any]:
             path = save_reconstructions(run, arrays, f"step_{step:08d}")
             _track_picture(accelerator, path, step)
 
+    def draw_ratios() -> None:
+        if main:
+            indices = spread_indices(len(val), PICTURED_IMAGES)
+            arrays = reconstruct_ratios(subject, config, val, indices)
+            if arrays:
+                save_arrays(run / "reconstructions_ratios.npz", arrays)
+
     def due(every: float, step: int) -> bool:
         """Whether a multiple of ``every`` epochs was passed by this step."""
         if every <= 0:
@@ -390,6 +404,8 @@ def pretrain(config: Config) -> dict[str, Any]:
                 log(step, val_loss=val_loss)
             if due(config.train.picture_every, step) or end:
                 draw(step)
+            if end:
+                draw_ratios()
             if saving or caught:
                 save(step)
                 accelerator.wait_for_everyone()

@@ -17,9 +17,17 @@ from rich.progress import (
 )
 
 _SECONDS_BETWEEN_LINES = 15.0
+_silent = False
 
 
-def _clock(seconds: float) -> str:
+def silence() -> None:
+    """From now on no run of this process shows its progress: somebody else does, or nobody."""
+    global _silent
+    _silent = True
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -36,6 +44,7 @@ class RunProgress:
     """
 
     def __init__(self, label: str, total: int, start: int = 0, enabled: bool = True) -> None:
+        enabled = enabled and not _silent
         self.label, self.total, self.start, self.enabled = label, total, start, enabled
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -87,5 +96,5 @@ class RunProgress:
         self._last = now
         done = max(step - self.start, 1)
         left = (now - self._began) / done * (self.total - step)
-        line = f"{self.label}  step {step}/{self.total}  {figures}  left {_clock(left)}"
+        line = f"{self.label}  step {step}/{self.total}  {figures}  left {clock(left)}"
         print(line, file=sys.stderr, flush=True)

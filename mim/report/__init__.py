@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from mim.report.collect import read_comparison
 from mim.report.page import summary_line, write_report
+from mim.report.serve import report_server
 
-__all__ = ["read_comparison", "summary_line", "write_report"]
+__all__ = ["read_comparison", "report_server", "summary_line", "write_report"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mim.errors import UserError, setting_error
+from mim.report.status import Progress, read_progress
 
 FORMAT = 1
 REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
@@ -50,13 +51,17 @@ class Run:
     axes: dict[str, Any]
     seed: int
     status: str
-    """``finished``, ``failed`` or ``missing`` (no ``result.json`` yet)."""
+    """``finished``, ``failed``; without a ``result.json`` ``waiting``, ``running``, ``stopped``."""
     error: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
     """Finite numbers only; evaluations under ``evaluation.measure``."""
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    progress: Progress | None = None
+    """Of a run without a result."""
+    placed: bool = True
+    """Whether its axes are known."""
 
     @property
     def finished(self) -> bool:
@@ -131,7 +136,10 @@ def read_comparison(folder: Path) -> Comparison:
         raise UserError(f"{folder}: is not a comparison folder (it holds no comparison.json)")
     content = _read_json(path)
     names = content.get("runs", [])
-    runs = tuple(_read_run(folder / name, content.get("base", {})) for name in names)
+    plans = {item["folder"]: item for item in content.get("planned", [])}
+    runs = tuple(
+        _read_run(folder / name, content.get("base", {}), plans.get(name)) for name in names
+    )
     axes = content.get("axes", {})
     base = content.get("base", {})
     labels = axis_labels([key for key in axes if key != "seed"])
@@ -215,7 +223,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def same_task(groups: Iterable[Group]) -> bool:
     """Whether the losses of groups mean the same: same target, masks, data and patch size."""
-    return len({_task(group) for group in groups}) <= 1
+    return len({_task(group) for group in groups if group.config}) <= 1
 
 
 def _task(group: Group) -> str:
@@ -243,10 +251,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_run(folder: Path, base: Mapping[str, Any]) -> Run:
+def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> Run:
     path = folder / "result.json"
     if not path.is_file():
-        return Run(folder, folder.name, "run", {}, 0, "missing", "not run yet: no result.json")
+        progress, known = read_progress(folder), plan or {}
+        return Run(
+            folder,
+            folder.name,
+            str(known.get("kind", "run")),
+            known.get("axes") or {},
+            int(known.get("seed") or 0),
+            progress.status,
+            progress.reason,
+            progress=progress,
+            placed=plan is not None,
+        )
     result = _read_json(path)
     kind = str(result.get("kind", "run"))
     if kind not in ("run", GIVEN, *REFERENCES):
@@ -288,7 +307,7 @@ def _is_number(value: Any) -> bool:
 def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
-        if run.status == "missing":  # its axes are unknown; the list of failures shows it
+        if not run.placed:  # the list of runs without a result shows it
             continue
         axes = {key: value for key, value in run.axes.items() if key != "seed"}
         members.setdefault(json.dumps(axes, sort_keys=True), []).append(run)

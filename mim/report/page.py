@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from mim.errors import UserError
-from mim.report import figures, tables
+from mim.report import figures, interactive, tables
+from mim.report.charts import Chart, loss_charts, quality_charts
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
 from mim.report.finding import Finding, findings
+from mim.report.gallery import gallery
+from mim.report.tables import Table
+from mim.report.tiles import reconstructions, viewer
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html``, ``report.md`` and ``results.csv`` into a comparison folder.
+    """Write the report of a comparison into its folder.
 
-    Each file appears whole or not at all; nothing is written before all three are ready.
+    ``report.html``, ``report.md``, ``results.csv``; ``tables/`` with each table as ``.tex``,
+    ``.csv`` and ``.md``; ``figures/`` with each chart as ``.svg``, ``.png`` and
+    ``.pdf``. Each file appears
+    whole or not at all; nothing is written before all are ready.
 
     Args:
         folder: holds ``comparison.json`` and the run folders that it names.
@@ -33,39 +46,155 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     comparison = read_comparison(folder)
-    contents = {
+    contents: dict[str, str | bytes] = {
         "results.csv": tables.results_csv(comparison),
         "report.md": report_markdown(comparison),
-        "report.html": report_html(comparison),
     }
-    for name, content in contents.items():
-        _write(folder / name, content)
+    for _, table in _tables(comparison):
+        for form, write in _TABLE_FORMS.items():
+            contents[f"tables/{table.key}.{form}"] = write(table)
+    stills = {}
+    for chart in _charts(comparison):
+        drawn = figures.draw(chart, figures.FORMATS)
+        stills[chart.key] = drawn["svg"]
+        contents |= {f"figures/{chart.key}.{form}": content for form, content in drawn.items()}
+    # Last: who sees the page finds the others.
+    contents["report.html"] = report_html(comparison, stills=stills)
+    for name, written in contents.items():
+        _write(folder / name, written)
     return folder / "report.html"
 
 
-def report_html(comparison: Comparison) -> str:
-    """The page: one file, without scripts, that loads nothing."""
+_TABLE_FORMS: dict[str, Callable[[Table], str]] = {
+    "tex": tables.latex,
+    "csv": tables.table_csv,
+    "md": lambda table: tables.markdown(table) + "\n",
+}
+_TEXT_KINDS = {"tex": "text/x-tex", "csv": "text/csv", "md": "text/markdown"}
+
+
+def _downloads(table: Table) -> list[dict[str, str]]:
+    """The exports of a table, inside the page."""
+    return [
+        {
+            "name": f"{table.key}.{form}",
+            "label": {"tex": "LaTeX", "csv": "CSV", "md": "Markdown"}[form],
+            "source": figures.data_uri(_TEXT_KINDS[form], write(table).encode()),
+        }
+        for form, write in _TABLE_FORMS.items()
+    ]
+
+
+def _charts(comparison: Comparison) -> list[Chart]:
+    return [*loss_charts(comparison), *quality_charts(comparison)]
+
+
+def report_html(
+    comparison: Comparison, live: bool = False, stills: Mapping[str, bytes] | None = None
+) -> str:
+    """The page: one file that loads nothing.
+
+    Its scripts are its own and plotly's, named by their hashes in the page's security policy, so
+    that no other can run.
+
+    Args:
+        comparison: what it shows.
+        live: whether the page asks its server for news and renews itself.
+        stills: the charts as SVG, by key, where they are drawn already.
+    """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = resources.files("mim.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    charts = _charts(comparison)
+    if stills is None:
+        stills = {chart.key: figures.draw(chart, ("svg",))["svg"] for chart in charts}
+    pictures = {
+        chart.key: figures.Picture(figures.data_uri("image/svg+xml", stills[chart.key]), chart.alt)
+        for chart in charts
+    }
+    plotly = interactive.plotly_script() if charts else ""
+    scripts = [script for script in (plotly, _asset("report.js")) if script]
+    if live:
+        scripts.append(_asset("live.js"))
+    shown, left_out = gallery(comparison)
+    data = {
+        "charts": {chart.key: interactive.plotly_figure(chart) for chart in charts},
+        "viewer": viewer(comparison),
+    }
+    return environment.from_string(_asset("template.html")).render(
         comparison=comparison,
         summary=summary_line(comparison),
         findings=findings(comparison),
+        runs_table=tables.runs_table(comparison) if live else None,
         comparison_table=tables.comparison_table(comparison),
         difference_table=tables.difference_table(comparison),
         margin_table=tables.margin_table(comparison),
         settings_table=tables.settings_table(comparison),
         facts_table=tables.facts_table(comparison),
         failures_table=tables.failures_table(comparison),
+        downloads=_downloads,
         notes=notes(comparison),
         warnings=warnings(comparison),
-        tiles=figures.reconstructions(comparison),
-        curves=figures.loss_curves(comparison),
-        quality=figures.quality_against_compute(comparison),
+        tiles=reconstructions(comparison),
+        viewer=data["viewer"],
+        curves=[(chart, pictures[chart.key]) for chart in charts if chart.lines],
+        quality=[(chart, pictures[chart.key]) for chart in charts if chart.clouds],
+        gallery=shown,
+        left_out=[path.relative_to(comparison.folder) for path in left_out],
+        configs=configs(comparison),
         base_config=tables.base_config_text(comparison),
+        style=Markup(_asset("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts, live),
+        data=Markup(_json(data)),
+        interactive=bool(plotly),
+        live=live,
     )
+
+
+def configs(comparison: Comparison) -> list[tuple[str, str]]:
+    """(label, YAML) of each group: the exact config of its first run."""
+    return [
+        (group.label, yaml.safe_dump(group.config, sort_keys=False, allow_unicode=True))
+        for group in comparison.groups
+        if group.config
+    ]
+
+
+def _asset(name: str) -> str:
+    return resources.files("mim.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: list[str], live: bool) -> str:
+    """A content security policy under which these scripts run and nothing is loaded."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
+    connect = "connect-src 'self'; " if live else ""
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
+        f"{connect}img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _json(data: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
+    """(heading, table) of all that have rows."""
+    found = [
+        ("Results", tables.comparison_table(comparison)),
+        ("Runs without a result", tables.failures_table(comparison)),
+        ("Worth of pre-training", tables.margin_table(comparison)),
+        ("Paired differences", tables.difference_table(comparison)),
+        ("Settings", tables.settings_table(comparison)),
+        ("Data and environment", tables.facts_table(comparison)),
+    ]
+    return [(title, table) for title, table in found if table is not None]
 
 
 def report_markdown(comparison: Comparison) -> str:
@@ -74,23 +203,14 @@ def report_markdown(comparison: Comparison) -> str:
     parts = [f"# {escape(comparison.name)}", escape(summary_line(comparison)), "## Finding"]
     parts += [_markdown_finding(finding) for finding in findings(comparison)]
     parts += [f"**Warning.** {escape(warning)}" for warning in warnings(comparison)]
-    sections = [
-        ("Results", tables.comparison_table(comparison)),
-        ("Failed runs", tables.failures_table(comparison)),
-        ("Worth of pre-training", tables.margin_table(comparison)),
-        ("Paired differences", tables.difference_table(comparison)),
-        ("Settings", tables.settings_table(comparison)),
-        ("Data and environment", tables.facts_table(comparison)),
-    ]
-    for title, table in sections:
-        if table is not None:
-            parts += [f"## {title}", f"{table.caption}.", tables.markdown(table)]
+    for title, table in _tables(comparison):
+        parts += [f"## {title}", f"{table.caption}.", tables.markdown(table)]
     parts += ["## How to read it", "\n".join(f"- {escape(note)}" for note in notes(comparison))]
     if comparison.command:
         longest = max(map(len, re.findall("`+", comparison.command)), default=0)
         fence = "`" * max(3, longest + 1)
         parts += ["## Run it again", f"{fence}sh\n{comparison.command}\n{fence}"]
-    parts.append("The figures are in [report.html](report.html).")
+    parts.append("The figures are in [report.html](report.html) and in `figures/`.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,10 +282,11 @@ def _markdown_finding(finding: Finding) -> str:
     return f"**{escape(finding.title)}.** {escape(finding.text)}{basis}"
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -13,8 +13,12 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
+from mim.progress import clock
 from mim.report.collect import (
     COSTS,
+    GIVEN,
     LOSSES,
     REFERENCES,
     Comparison,
@@ -117,6 +121,8 @@ class Cell:
     note: str = ""
     """Second line, smaller."""
     strong: bool = False
+    value: float | None = None
+    """What the column is sorted by; None sorts by the text, and a dash last."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,16 @@ class Table:
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    key: str = ""
+    """Names its files."""
+
+    @property
+    def heads(self) -> list[str]:
+        """A name for each column that stands by itself."""
+        return [
+            column.label if column.section in _PLAIN else f"{column.section}: {column.label}"
+            for column in self.columns
+        ]
 
     @property
     def sections(self) -> list[tuple[str, int]]:
@@ -237,23 +253,58 @@ def comparison_table(comparison: Comparison) -> Table:
         *evaluation_measures(comparison),
         *cost_measures(comparison),
     ]
+    judged = [*evaluation_measures(comparison)]
+    if same_task(comparison.groups):
+        judged += loss_measures(comparison)
+    leaders = {
+        measure.key: label
+        for measure in judged
+        if (label := leader(comparison, measure)) is not None
+    }
     rows = []
     for group in (*comparison.groups, *comparison.references):
         done, n = len(group.runs), len(group.finished)
         count = str(n) if n == done else f"{n} of {done}"
-        cells = [Cell(group.label), Cell(count if done else MISSING)]
+        cells = [Cell(group.label), Cell(count if done else MISSING, value=float(n))]
         for measure in measures:
             summary = summarize(group.values(measure.key).values())
             fewer = summary is not None and summary.n != n
             note = f"n = {summary.n}" if fewer and summary else ""
-            cells.append(Cell(measure.summary(summary), note))
+            best = leaders.get(measure.key) == group.label
+            mean = summary.mean if summary else None
+            cells.append(Cell(measure.summary(summary), note, best, mean))
         rows.append(Row(tuple(cells), group.kind))
     heads = [Column(measure.head, measure.section) for measure in measures]
+    bold = "; bold: ahead of every other row, each by a 95% interval that leaves out 0"
     return Table(
-        "Mean ± standard deviation over seeds",
+        f"Mean ± standard deviation over seeds{bold if leaders else ''}",
         (Column("Encoder", numeric=False), Column("n"), *heads),
         tuple(rows),
+        "results",
     )
+
+
+def leader(comparison: Comparison, measure: Measure) -> str | None:
+    """The group that is shown to be ahead of every other one and of the references.
+
+    None where an interval contains 0 or is lacking: one seed, or nothing to be ahead of.
+    """
+    sign = 1 if measure.higher else -1
+    groups = [group for group in comparison.groups if group.values(measure.key)]
+    if len(groups) < 2:
+        return None
+    best = max(groups, key=lambda g: sign * float(np.mean(list(g.values(measure.key).values()))))
+    found = [
+        paired_difference(best.values(measure.key), other.values(measure.key))
+        for other in groups
+        if other is not best
+    ]
+    margins = [margin(comparison, best, kind, measure) for kind in REFERENCES]
+    found += [paired for paired in margins if paired is not None]
+    given = [reference for reference in comparison.references if reference.kind == GIVEN]
+    ahead = all(paired and paired.shown and paired.mean * sign > 0 for paired in found)
+    # A given encoder has one value and no seed to pair by: nothing is shown against it.
+    return best.label if ahead and not any(g.values(measure.key) for g in given) else None
 
 
 def pairs(comparison: Comparison) -> list[tuple[str, Group, Group]]:
@@ -294,6 +345,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         "Mean paired difference with its 95% interval",
         (Column("Difference", numeric=False), *heads),
         tuple(rows),
+        "differences",
     )
 
 
@@ -316,6 +368,7 @@ def margin_table(comparison: Comparison) -> Table | None:
         "Mean difference from the references, with its 95% interval",
         (Column("Difference", numeric=False), *heads),
         tuple(rows),
+        "margins",
     )
 
 
@@ -349,7 +402,7 @@ def settings_table(comparison: Comparison) -> Table | None:
         return None
     heads = ("Encoder", "Setting", "Base", "Here")
     columns = tuple(Column(head, numeric=False) for head in heads)
-    return Table("Settings that differ from the base config", columns, tuple(rows))
+    return Table("Settings that differ from the base config", columns, tuple(rows), "settings")
 
 
 def facts_table(comparison: Comparison) -> Table | None:
@@ -367,7 +420,7 @@ def facts_table(comparison: Comparison) -> Table | None:
     if not rows:
         return None
     columns = (Column("What", numeric=False), Column("Value", numeric=False))
-    return Table("What the runs saw, and where they ran", columns, tuple(rows))
+    return Table("What the runs saw, and where they ran", columns, tuple(rows), "facts")
 
 
 def failures_table(comparison: Comparison) -> Table | None:
@@ -380,7 +433,36 @@ def failures_table(comparison: Comparison) -> Table | None:
     if not rows:
         return None
     columns = tuple(Column(head, numeric=False) for head in ("Run", "Status", "Reason"))
-    return Table("Runs that have no result", columns, tuple(rows))
+    return Table("Runs that have no result", columns, tuple(rows), "failures")
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """Every run and where it is."""
+    rows = []
+    for run in comparison.runs:
+        progress = run.progress
+        share = 1.0 if run.finished else 0.0
+        if progress is not None and progress.total:
+            share = progress.step / progress.total
+        left = progress.seconds_left if progress is not None else None
+        loss = progress.loss if progress is not None else run.measures.get("train_loss")
+        cells = (
+            Cell(run.name),
+            Cell(run.status),
+            Cell(f"{share:.0%}", value=share),
+            Cell(f"{loss:.4g}" if loss is not None else MISSING, value=loss),
+            Cell(clock(left) if left is not None else MISSING, value=left),
+            Cell(run.error if run.status == "failed" else ""),
+        )
+        rows.append(Row(cells, run.kind))
+    heads = ("done", "loss", "time left")
+    columns = (
+        Column("Run", numeric=False),
+        Column("State", numeric=False),
+        *(Column(head) for head in heads),
+        Column("Reason", numeric=False),
+    )
+    return Table("All runs, in their order", columns, tuple(rows), "runs")
 
 
 def results_csv(comparison: Comparison) -> str:
@@ -398,7 +480,7 @@ def results_csv(comparison: Comparison) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["run", *axes, "seed", "kind", *measures, "status"])
     for run in comparison.runs:
-        known = run.status != "missing"
+        known = run.placed
         writer.writerow(
             [
                 run.folder.name,
@@ -414,12 +496,8 @@ def results_csv(comparison: Comparison) -> str:
 
 def markdown(table: Table) -> str:
     """A table in Markdown."""
-    heads = [
-        column.label if column.section in _PLAIN else f"{column.section}: {column.label}"
-        for column in table.columns
-    ]
     lines = [
-        "| " + " | ".join(map(escape_markdown, heads)) + " |",
+        "| " + " | ".join(map(escape_markdown, table.heads)) + " |",
         "|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|",
     ]
     for row in table.rows:
@@ -430,6 +508,74 @@ def markdown(table: Table) -> str:
         ]
         lines.append("| " + " | ".join(marked) + " |")
     return "\n".join(lines)
+
+
+def latex(table: Table) -> str:
+    """A table in LaTeX; needs the package booktabs."""
+    align = "".join("r" if column.numeric else "l" for column in table.columns)
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{table}",
+        f"\\caption{{{escape_latex(table.caption)}.}}",
+        f"\\begin{{tabular}}{{{align}}}",
+        "\\toprule",
+    ]
+    if table.sections:
+        parts, rules, start = [], [], 1
+        for section, span in table.sections:
+            title = escape_latex(section)
+            if not section:
+                parts += [""] * span
+            else:
+                parts.append(f"\\multicolumn{{{span}}}{{c}}{{{title}}}")
+                rules.append(f"\\cmidrule(lr){{{start}-{start + span - 1}}}")
+            start += span
+        lines += [" & ".join(parts) + " \\\\", "".join(rules)]
+    lines.append(" & ".join(escape_latex(column.label) for column in table.columns) + " \\\\")
+    lines.append("\\midrule")
+    for row in table.rows:
+        cells = []
+        for cell in row.cells:
+            text = escape_latex(f"{cell.text} ({cell.note})" if cell.note else cell.text)
+            cells.append(f"\\textbf{{{text}}}" if cell.strong else text)
+        lines.append(" & ".join(cells) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}", "\\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    "±": r"$\pm$",
+    "\u2212": "$-$",
+    "\u2013": "--",
+    "\u00b7": r"$\cdot$",
+    "\u00a0": "~",
+    "\u2009": r"\,",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def table_csv(table: Table) -> str:
+    """A table as it is printed, in CSV; the numbers as measured are in ``results.csv``."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(table.heads)
+    for row in table.rows:
+        writer.writerow(
+            [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
+        )
+    return buffer.getvalue()
 
 
 def escape_markdown(text: str) -> str:
@@ -443,7 +589,8 @@ def _difference_cell(measure: Measure, paired: Paired | None) -> Cell:
     note = f"n = {paired.n}"
     if paired.low is not None:
         note = f"{measure.interval(paired)}, {note}"
-    return Cell(measure.number(paired.mean, sign=True), note, strong=paired.shown)
+    text = measure.number(paired.mean, sign=True)
+    return Cell(text, note, strong=paired.shown, value=paired.mean)
 
 
 def _setting(settings: Mapping[str, Any], key: str) -> str:

@@ -1,0 +1,221 @@
+"""What the charts of a report show, as plain arrays that every renderer draws.
+
+Colours are those of Okabe and Ito (2008), "Color Universal Design", which people with any common
+colour blindness tell apart; line styles and markers say the same again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim.report.collect import Comparison, Group, read_metrics, show_value
+from mim.report.statistics import summarize
+from mim.report.tables import Measure, evaluation_measures, time_unit
+
+_KNOWN_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
+_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#5D3A9B", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_REFERENCE_LINES = {
+    "untrained": ("#6B6B6B", "--"),
+    "pixels": ("#000000", ":"),
+    "given": ("#6B6B6B", "-."),
+}
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a group is drawn, the same in every figure; in matplotlib's words."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: the mean over seeds, and its spread where there are several."""
+
+    label: str
+    style: Style
+    x: Floats
+    mean: Floats
+    spread: Floats | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of one group, one a seed, with their mean."""
+
+    label: str
+    style: Style
+    seeds: list[int]
+    x: Floats
+    y: Floats
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation of the heights; none with one seed."""
+        summary = summarize(self.y)
+        return summary.sd if summary else None
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line: a reference, which costs no training."""
+
+    label: str
+    style: Style
+    y: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart; ``key`` names its files."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    alt: str
+    lines: tuple[Line, ...] = ()
+    clouds: tuple[Cloud, ...] = ()
+    levels: tuple[Level, ...] = ()
+    x_limit: float | None = None
+    """Right end of an x axis that begins at 0; None lets the data decide both."""
+
+
+def styles(comparison: Comparison) -> dict[str, Style]:
+    """Label of a group -> its style.
+
+    The regime sets the colour (without one, the first axis); the other axes set line and marker.
+    """
+    axes = [key for key in comparison.axes if key != "seed"]
+    regime = [key for key in axes if key.endswith("regime.name")]
+    main = (regime or axes or [""])[0]
+    colours: dict[str, str] = {}
+    variants: dict[str, int] = {}
+    found = {}
+    for group in comparison.groups:
+        value = show_value(group.axes[main]) if main in group.axes else group.label
+        unused = [colour for colour in _COLOURS if colour not in colours.values()]
+        fallback = unused[0] if unused else _COLOURS[len(colours) % len(_COLOURS)]
+        colour = colours.setdefault(value, _KNOWN_COLOURS.get(value, fallback))
+        rest = str([show_value(group.axes[key]) for key in group.axes if key != main])
+        variant = variants.setdefault(rest, len(variants))
+        # With a single variant the marker repeats the colour; otherwise it tells variants apart.
+        single = len(comparison.groups) == len(colours)
+        marker = _MARKERS[(len(colours) - 1 if single else variant) % len(_MARKERS)]
+        found[group.label] = Style(colour, _LINES[variant % len(_LINES)], marker)
+    return found
+
+
+def loss_charts(comparison: Comparison) -> list[Chart]:
+    """Training and held-out loss over epochs: mean over seeds, band of one standard deviation."""
+    look = styles(comparison)
+    charts = []
+    for key, name in (("loss", "Training loss"), ("val_loss", "Held-out loss")):
+        lines = []
+        for group in comparison.groups:
+            curve = mean_curve(group, key)
+            if curve is not None:
+                lines.append(Line(group.label, look[group.label], *curve))
+        if not lines:
+            continue
+        ends = [f"{line.label} ends at {line.mean[-1]:.4g} (n = {line.n})" for line in lines]
+        alt = f"{name} against epoch. {'; '.join(ends)}."
+        file = name.lower().replace(" ", "_").replace("-", "_")
+        charts.append(Chart(file, name, "epoch", name.lower(), alt, lines=tuple(lines)))
+    return charts
+
+
+def mean_curve(group: Group, key: str) -> tuple[Floats, Floats, Floats | None, int] | None:
+    """Mean of a metric over the runs of a group, at the steps that all of them logged.
+
+    Runs that have finished count; while none has, those that are on their way.
+
+    Returns:
+        (epochs, mean, standard deviation or none with one run, number of runs); none without data.
+    """
+    curves: list[dict[int, tuple[float, float]]] = []
+    for run in group.finished or group.runs:
+        # A resumed run may log a step twice: the later line counts.
+        points = {
+            int(line["step"]): (line["epoch"], line[key])
+            for line in read_metrics(run)
+            if line.get(key) is not None
+        }
+        if points:
+            curves.append(points)
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    if not steps:
+        return None
+    epochs = np.array([curves[0][step][0] for step in steps], dtype=np.float64)
+    values = np.array([[curve[step][1] for step in steps] for curve in curves], dtype=np.float64)
+    spread = values.std(axis=0, ddof=1) if len(curves) > 1 else None
+    return epochs, values.mean(axis=0), spread, len(curves)
+
+
+def quality_charts(comparison: Comparison) -> list[Chart]:
+    """Each evaluation's first measure over training FLOPs and over wall time."""
+    first: dict[str, Measure] = {}
+    for measure in evaluation_measures(comparison):
+        first.setdefault(measure.section, measure)
+    charts = []
+    for measure in first.values():
+        for key, name in (("train_flops", "training compute"), ("wall_seconds", "wall time")):
+            chart = _quality(comparison, measure, key, name)
+            if chart:
+                charts.append(chart)
+    return charts
+
+
+def _quality(comparison: Comparison, measure: Measure, key: str, name: str) -> Chart | None:
+    look = styles(comparison)
+    points = {}
+    for group in comparison.groups:
+        costs, values = group.values(key), group.values(measure.key)
+        seeds = sorted(costs.keys() & values.keys())
+        if seeds:
+            points[group.label] = (seeds, [costs[s] for s in seeds], [values[s] for s in seeds])
+    if not points:
+        return None
+    largest = max(max(spent) for _, spent, _ in points.values())
+    per_unit, unit = time_unit(largest) if key == "wall_seconds" else _flops_unit(largest)
+    clouds = [
+        Cloud(
+            label, look[label], seeds, np.array(spent) / per_unit, np.array(reached) * measure.scale
+        )
+        for label, (seeds, spent, reached) in points.items()
+    ]
+    levels = []
+    for reference in comparison.references:
+        summary = summarize(reference.values(measure.key).values())
+        if summary:
+            colour, line = _REFERENCE_LINES[reference.kind]
+            style = Style(colour, line, "")
+            levels.append(Level(reference.label, style, summary.mean * measure.scale))
+    said = [f"{c.label}: {c.y.mean():.4g} at {c.x.mean():.3g} {unit}" for c in clouds]
+    said += [f"{level.label}: {level.y:.4g}" for level in levels]
+    return Chart(
+        key=f"{measure.key}_against_{key}".replace(".", "_"),
+        title=f"{measure.title} against {name}",
+        x_label=f"{name} ({unit})",
+        y_label=measure.title,
+        alt=f"{measure.title} against {name}. {'; '.join(said)}.",
+        clouds=tuple(clouds),
+        levels=tuple(levels),
+        x_limit=largest / per_unit * 1.1,
+    )
+
+
+def _flops_unit(largest: float) -> tuple[float, str]:
+    for scale, unit in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs")):
+        if largest >= scale:
+            return scale, unit
+    return 1e6, "MFLOPs"

@@ -1,0 +1,99 @@
+"""What a terminal shows of a comparison: all its runs while they train, the table at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as Grid
+
+from mim.report.collect import Comparison, read_comparison
+from mim.report.tables import Table, comparison_table, runs_table
+from mim.terminal import grid
+
+_SECONDS = 2.0
+_SHOWN = ("held-out loss", "wall time")
+
+
+@dataclass
+class Watched:
+    """What the comparison knows and the files do not: which run is being worked on."""
+
+    active: str = ""
+
+
+@contextmanager
+def live_overview(folder: Path, console: Console) -> Iterator[Watched]:
+    """Shows the state of all runs on a terminal until the block ends, and then leaves it there."""
+    watched, done = Watched(), threading.Event()
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+
+        def refresh() -> None:
+            live.update(overview(read_comparison(folder), watched.active), refresh=True)
+
+        def follow() -> None:
+            while not done.wait(_SECONDS):
+                refresh()
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield watched
+        finally:
+            done.set()
+            thread.join()
+            watched.active = ""
+            refresh()
+
+
+def overview(comparison: Comparison, active: str = "") -> Grid:
+    """All runs: their state, how far they are, the time left, why one failed."""
+    table = runs_table(comparison)
+    rows = []
+    for run, row in zip(comparison.runs, table.rows, strict=True):
+        cells = [cell.text for cell in row.cells]
+        if run.folder.name == active:
+            # It has its result before its evaluations.
+            cells[1] = "evaluating" if run.finished else "running"
+        elif run.status == "running":
+            cells[1] = "waiting"  # begun by an earlier call
+        rows.append(cells)
+    heads = [column.label.lower() for column in table.columns]
+    finished = sum(run.finished and run.folder.name != active for run in comparison.runs)
+    return grid(heads, rows, f"{comparison.name}: {finished} of {len(rows)} done")
+
+
+def closing_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of what matters at the end: held-out loss, the evaluations, the time."""
+    table: Table = comparison_table(comparison)
+    own = ("", "Loss", "Per image", "On this machine")
+    places = [
+        place
+        for place, column in enumerate(table.columns)
+        if place < 2 or column.section not in own or column.label.startswith(_SHOWN)
+    ]
+    heads = [table.heads[place] for place in places]
+    return heads, [[row.cells[place].text for place in places] for row in table.rows]
+
+
+def as_json(comparison: Comparison, report: Path) -> dict[str, Any]:
+    """The comparison for scripts: every run with its state and its numbers."""
+    runs = [
+        {
+            "name": run.folder.name,
+            "kind": run.kind,
+            "status": run.status,
+            "reason": run.error,
+            "axes": run.axes,
+            "seed": run.seed,
+            "measures": run.measures,
+        }
+        for run in comparison.runs
+    ]
+    return {"name": comparison.name, "report": str(report), "runs": runs}

@@ -1,0 +1,236 @@
+"""Reconstructions of a comparison: a sheet that prints, and a viewer with a ratio slider."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mim.errors import UserError
+from mim.report.charts import styles
+from mim.report.collect import Comparison, Run
+from mim.report.figures import Picture, data_uri
+
+Pixels = NDArray[np.uint8]
+_SMALL = 112
+"""Images below this side are kept as they are and shown enlarged."""
+_LARGE = 144
+"""Larger ones are brought to at most this side; a multiple of 16, JPEG's unit."""
+_TILES = 160
+"""How many tiles the sheet, and the viewer, hold at most, so that a page stays small."""
+_IMAGES = 8
+_NAMES = {"composite": "with visible patches"}
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """A heading above some columns of reconstructions."""
+
+    label: str
+    colour: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Reconstructions: rows are images, columns stand under the headings of ``groups``."""
+
+    groups: tuple[TileGroup, ...]
+    rows: tuple[tuple[Picture, ...], ...]
+    caption: str
+
+    @property
+    def starts(self) -> set[int]:
+        """Indices of the columns that open a group, except the first: a gap stands before them."""
+        return set(accumulate(len(group.columns) for group in self.groups[:-1]))
+
+
+def _shown_runs(comparison: Comparison) -> dict[str, Run]:
+    """Label -> the run that is shown: each group's with the first seed that all groups have."""
+    available = {
+        group.label: {run.seed: run for run in group.finished if _pictures_of(run).is_file()}
+        for group in comparison.groups
+    }
+    available = {label: runs for label, runs in available.items() if runs}
+    if not available:
+        return {}
+    shared = set.intersection(*(set(runs) for runs in available.values()))
+    return {label: runs[min(shared) if shared else min(runs)] for label, runs in available.items()}
+
+
+def reconstructions(comparison: Comparison) -> Tiles | None:
+    """The same images under the same masks in every group, side by side.
+
+    What the groups share (originals, masked images) stands once; what they do not, under each.
+    """
+    shown = _shown_runs(comparison)
+    if not shown:
+        return None
+    arrays = {label: _load(run) for label, run in shown.items()}
+    look = styles(comparison)
+    first = next(iter(arrays.values()))
+    common = [
+        key
+        for key in ("original", "masked")
+        if all(np.array_equal(first[key], other[key]) for other in arrays.values())
+    ]
+    own = [key for key in ("original", "masked", "prediction", "composite") if key not in common]
+    columns: list[tuple[str, str]] = [("", key) for key in common]
+    groups = [TileGroup("", "transparent", tuple(common))] if common else []
+    for label in arrays:
+        columns += [(label, key) for key in own]
+        heads = tuple(_NAMES.get(key, key) for key in own)
+        groups.append(TileGroup(label, look[label].colour, heads))
+    count = min(
+        _IMAGES,
+        max(1, _TILES // len(columns)),
+        *(len(array["original"]) for array in arrays.values()),
+    )
+    rows = []
+    for index in range(count):
+        row = []
+        for label, key in columns:
+            image = (arrays[label] if label else first)[key][index]
+            alt = f"Image {index + 1}, {f'{label}, ' if label else ''}{_NAMES.get(key, key)}"
+            source, small = _encode(image[None])
+            row.append(Picture(source, alt, small))
+        rows.append(tuple(row))
+    same = len(common) == 2
+    what = "The same images under the same masks" if same else "Masks or images differ by group"
+    seeds = sorted({run.seed for run in shown.values()})
+    plural = "seed" if len(seeds) == 1 else "seeds"
+    caption = (
+        f"{what}; {plural} {', '.join(map(str, seeds))}. Prediction: what the decoder "
+        "says of every patch. With visible patches: the hidden patches predicted, the others given."
+    )
+    return Tiles(tuple(groups), tuple(rows), caption)
+
+
+def viewer(comparison: Comparison) -> dict[str, Any] | None:
+    """What the page's viewer shows: predictions of every group at several mask ratios.
+
+    Returns:
+        ``width``, ``height`` of a tile in pixels; ``small``; ``count`` of images; ``originals``, a
+        sheet with an image a column; ``ratios``, ``start`` (the trained one); ``masks``, distinct
+        masks as strings of 0 and 1; ``groups`` with ``label``, ``colour``, ``grid``, ``sheet`` (a
+        row a ratio, a column an image), ``row`` and ``mask`` (by ratio; None where it has none).
+        None where groups show other images than each other, or none.
+    """
+    shown = _shown_runs(comparison)
+    arrays = {label: _load(run) for label, run in shown.items()}
+    if not arrays:
+        return None
+    first = next(iter(arrays.values()))["original"]
+    if not all(np.array_equal(first, array["original"]) for array in arrays.values()):
+        return None
+    own = {label: round(float(array["is_masked"].mean()), 2) for label, array in arrays.items()}
+    seen = {label: {own[label]: (a["prediction"], a["is_masked"])} for label, a in arrays.items()}
+    for label, run in shown.items():
+        extra = _load_ratios(run)
+        for place, ratio in enumerate(extra.get("ratio", ())):
+            pair = (extra["prediction"][place], extra["is_masked"][place])
+            seen[label].setdefault(round(float(ratio), 2), pair)
+    ratios = sorted({ratio for found in seen.values() for ratio in found})
+    if len(ratios) * len(seen) > _TILES:
+        ratios = sorted(set(own.values()))
+    count = max(1, min(_IMAGES, len(first), _TILES // (len(ratios) * len(seen))))
+    look = styles(comparison)
+    masks: dict[str, int] = {}
+    groups = []
+    for label, found in seen.items():
+        has = [ratio for ratio in ratios if ratio in found]
+        sheet, _ = _encode(np.concatenate([found[ratio][0][:count] for ratio in has]), count)
+        hidden = {
+            ratio: [
+                masks.setdefault("".join("01"[int(bit)] for bit in flags.ravel()), len(masks))
+                for flags in found[ratio][1][:count]
+            ]
+            for ratio in has
+        }
+        groups.append(
+            {
+                "label": label,
+                "colour": look[label].colour,
+                "grid": [int(side) for side in found[has[0]][1].shape[1:]],
+                "sheet": sheet,
+                "row": [has.index(ratio) if ratio in has else None for ratio in ratios],
+                "mask": [hidden.get(ratio) for ratio in ratios],
+            }
+        )
+    originals, small = _encode(first[:count], count)
+    height, width = _size(first.shape[1], first.shape[2])
+    return {
+        "width": width,
+        "height": height,
+        "small": small,
+        "count": count,
+        "originals": originals,
+        "ratios": ratios,
+        "start": ratios.index(next(iter(own.values()))),
+        "masks": list(masks),
+        "groups": groups,
+    }
+
+
+def _pictures_of(run: Run) -> Path:
+    return run.folder / "reconstructions.npz"
+
+
+def _load(run: Run) -> Mapping[str, NDArray[Any]]:
+    keys = ("original", "masked", "prediction", "composite", "is_masked")
+    return _read(_pictures_of(run), keys)
+
+
+def _load_ratios(run: Run) -> Mapping[str, NDArray[Any]]:
+    path = run.folder / "reconstructions_ratios.npz"
+    return _read(path, ("ratio", "prediction", "is_masked")) if path.is_file() else {}
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> Mapping[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in keys}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as reconstructions ({error})") from error
+
+
+def _size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) that a tile has in the page."""
+    side = max(height, width)
+    if side < _SMALL:
+        return height, width
+    factor = min(1.0, _LARGE / side)
+    # Whole units of JPEG, so that neighbours in a sheet do not bleed into each other.
+    return (max(round(height * factor / 16), 1) * 16, max(round(width * factor / 16), 1) * 16)
+
+
+def _encode(images: Pixels, columns: int = 1) -> tuple[str, bool]:
+    """Images (n, H, W, C) as one sheet; 1 channel gray, 3 colour, otherwise the first.
+
+    Returns:
+        (data URI, whether the images are small): small ones without loss.
+    """
+    n, height, width, channels = images.shape
+    pixels = images if channels == 3 else images[..., :1].repeat(3, axis=-1)
+    tall, wide = _size(height, width)
+    sheet = Image.new("RGB", (columns * wide, -(-n // columns) * tall))
+    for place, array in enumerate(pixels):
+        tile = Image.fromarray(np.ascontiguousarray(array))
+        if (tall, wide) != (height, width):
+            tile = tile.resize((wide, tall), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (place % columns * wide, place // columns * tall))
+    buffer = io.BytesIO()
+    small = max(height, width) < _SMALL
+    if small:
+        sheet.save(buffer, format="PNG", optimize=True)
+        return data_uri("image/png", buffer.getvalue()), True
+    sheet.save(buffer, format="JPEG", quality=80)
+    return data_uri("image/jpeg", buffer.getvalue()), False
