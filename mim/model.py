@@ -207,6 +207,8 @@ def build_model(config: Config) -> MaskedImageModel:
     grid, patch = family.grid, family.patch_size
     generator = build_mask_generator(config.mask, grid, patch)
     regime = build_regime(model.regime, vit, config.seed)
+    if not regime.keeps_all_tokens and not family.takes_padding:
+        _refuse_ratios(config)
     regime.checkpointing = config.train.gradient_checkpointing
     context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
     target = build_target(model.target, context)
@@ -238,6 +240,18 @@ def build_model(config: Config) -> MaskedImageModel:
             raise setting_error("model.target.name", model.target.name, reason)
         teacher = Teacher(vit, model.teacher_decay)
     return MaskedImageModel(vit, regime, decoder, target, generator, network, teacher)
+
+
+def _refuse_ratios(config: Config) -> None:
+    """Refuse ratios drawn for each image, where all must show equally many patches."""
+    to = config.mask.schedule.to
+    for setting, ratio in (("mask.ratio", config.mask.ratio), ("mask.schedule.to", to)):
+        if isinstance(ratio, tuple) and ratio[0] != ratio[1]:
+            reason = (
+                f"draws one for each image, and with model.regime.name={config.model.regime.name!r}"
+            )
+            reason += f" {config.model.backbone} takes no padding: give one ratio"
+            raise setting_error(setting, ratio, reason)
 
 
 def check_config(config: Config) -> None:

@@ -25,15 +25,19 @@ from mim.backbone.family import (
     patch_attention,
     register_family,
 )
+from mim.backbone.hiera import HieraFamily
 from mim.backbone.plain import PlainViT
 from mim.backbone.rotary import RotaryViT
+from mim.backbone.swin import Swin
 
 __all__ = [
     "FAMILIES",
     "Embedded",
     "Family",
+    "HieraFamily",
     "PlainViT",
     "RotaryViT",
+    "Swin",
     "attention_maps",
     "block_outputs",
     "build_backbone",

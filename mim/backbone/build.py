@@ -119,7 +119,13 @@ def build_backbone(
     refusal = family.refusal()
     if refusal is not None:
         raise setting_error(setting_name, model.backbone, refusal)
-    _check_patch(family.patch_size, size, setting_args)
+    height, width = family.patch_size
+    if family.is_uniform:
+        _check_patch((height, width), size, setting_args)
+    elif size[0] % height or size[1] % width:
+        reason = f"is no multiple of {height} x {width} pixels, for which a token of "
+        reason += f"{model.backbone} stands in the end: change it, or the patches or stages"
+        raise setting_error("data.image_size", f"{size[0]} x {size[1]}", reason)
     if getattr(vit, "attn_pool", None) is not None:
         vit.reset_classifier(0, "token" if family.has_class_token else "avg")
     if model.position_embedding == "sincos2d":

@@ -48,6 +48,8 @@ class Family(ABC):
 
     is_uniform: bool = True
     """Whether every block returns a token for each patch, as wide as the last block does."""
+    takes_padding: bool = True
+    """Whether images of a batch may show different numbers of patches under ``drop``."""
     takes_fixed_positions: bool = False
     """Whether its position embedding can be replaced by fixed sines and cosines."""
 
