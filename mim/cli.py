@@ -86,25 +86,32 @@ def _settings_file(path: str) -> dict[str, dict[str, object]]:
 
 
 def _evaluate(args: list[str]) -> int:
-    """Measure encoders, frozen or fine-tuned: runs, timm models or untrained ones."""
+    """Measure encoders: probes, fine-tuning, ..., on runs, timm models or untrained ones."""
     about = (
-        "Measure encoders on full images; hyper-parameters come from a split of train.\n"
-        "knn and linear leave the encoder as it is; finetune trains all of it with a head, and\n"
-        "leaves finetune.safetensors, which timm loads, in the run folder. segment and detect\n"
-        "read images of their own (--set path=DIR) and leave a model and pictures.\n\n"
+        "Measure encoders on full images; hyper-parameters come from a split of train.\n\n"
+        "knn          weighted nearest neighbours (DINO)\n"
+        "linear       logistic regression at its optimum, L2 strength chosen\n"
+        "linear_grid  many learning rates and weight decays at once (DINOv2, CAPI)\n"
+        "linear_mae   batch norm, LARS, augmentation, 90 epochs (MAE)\n"
+        "attentive    one cross-attention with a learned query (AIM, CAPI)\n"
+        "finetune     all of the encoder with a head, by MAE's recipe; finetune.safetensors\n"
+        "segment      semantic segmentation of images of its own (--set path=DIR); pictures\n"
+        "detect       detection, likewise\n"
+        "analysis     each layer's probe, reach of attention, effective rank; figures\n\n"
+        "What trains goes on where it was interrupted when the same is called again on a folder,\n"
+        "and takes several processes: accelerate launch -m mim evaluate ...\n\n"
         "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
         "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE."
     )
     parser = _parser("evaluate", about)
-    parser.add_argument(
-        "evaluation", help="knn, linear, finetune, segment, detect; or several, by commas"
-    )
+    parser.add_argument("evaluation", help="one of these, or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
     parser.add_argument("--device", help="cpu or cuda; by default what there is")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, of the encoder")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
     options = parser.parse_args(args)
     names = options.evaluation.split(",")
@@ -128,18 +135,26 @@ def _evaluate(args: list[str]) -> int:
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # each process its own GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    main = int(os.environ.get("RANK", "0")) == 0
     everything = {}
     for spec in options.run:
+        how = {"device": device, "precision": options.precision}
         if Path(spec).is_dir():
-            numbers = evaluate_run(Path(spec), names, settings, device=device)
+            numbers = evaluate_run(Path(spec), names, settings, **how)
         else:
-            numbers = evaluate(open_encoder(spec, config), settings, device=device)
+            numbers = evaluate(open_encoder(spec, config), settings, **how)
         everything[spec] = numbers
+        if not main:
+            continue
         for name, values in numbers.items():
             shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
             _say(f"{spec}  {name}  {shown}")
-    if options.json:
+    if options.json and main:
         checkpoint.write_json_atomic(Path(options.json), everything)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -233,13 +233,12 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     import torch
 
     from mim.evaluate import evaluate, pixels_encoder, run_encoder, untrained_encoder
+    from mim.pretrain import ONLINE, pretrain
 
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if item.kind == "run":
-        from mim.pretrain import pretrain
-
         result = pretrain(item.config)
         encoder = run_encoder(run) if evaluations else None
     else:
@@ -262,7 +261,9 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         for name, reason in left_out.items():
             print(f"{item.folder}: {name} left out: {reason}", file=sys.stderr, flush=True)
         wanted = {name: given for name, given in evaluations.items() if name not in left_out}
-        result["evaluations"] = evaluate(encoder, wanted, device=device, folder=run)
+        online = {k: v for k, v in result.get("evaluations", {}).items() if k == ONLINE}
+        measured = evaluate(encoder, wanted, device=device, folder=run)
+        result["evaluations"] = {**online, **measured}
         if left_out:
             result["evaluations_left_out"] = left_out
     result["evaluated_with"] = _evaluations_key(evaluations)

@@ -723,6 +723,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OnlineProbeConfig:
+    """A linear probe on full images that learns during pre-training and does not touch it."""
+
+    enabled: bool = False
+    """Whether there is one; it costs a forward pass of the full images in each step, and writes
+    online_loss and online_accuracy, and at each held-out loss online_val_accuracy."""
+    lr: float = 1e-3
+    """Learning rate of its AdamW."""
+
+    def __post_init__(self) -> None:
+        _above("online_probe.lr", self.lr, 0)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Where curves go besides metrics.jsonl."""
 
@@ -759,6 +773,8 @@ class Config:
     """The optimizer and its schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, precision and bookkeeping."""
+    online_probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    """A linear probe beside the training."""
     log: LogConfig = field(default_factory=LogConfig)
     """Trackers."""
 

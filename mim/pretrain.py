@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -37,8 +36,10 @@ from mim.data import (
     write_list,
 )
 from mim.errors import UserError, setting_error
+from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
+from mim.online import OnlineProbe
 from mim.optim import build_optimizer, build_schedule
 from mim.pictures import (
     fixed_masks,
@@ -52,47 +53,13 @@ from mim.progress import RunProgress
 from mim.settings import flatten, to_dict, to_yaml
 
 PICTURED_IMAGES = 8
+ONLINE = "linear_online"
+"""How results call the probe that learns during pre-training, among the evaluations."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line, and the last good checkpoint is kept."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its state was saved.
-
-    Attributes:
-        code: the exit code, 128 + the signal's number.
-    """
-
-    def __init__(self, number: int, step: int, run: Path) -> None:
-        self.code = 128 + number
-        name = signal.Signals(number).name
-        super().__init__(f"{name}: saved step {step} of {str(run)!r}; go on with --resume auto")
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save."""
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        self.caught = number
-
-    def __exit__(self, *details: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
 
 
 class Metrics:
@@ -245,13 +212,16 @@ def pretrain(config: Config) -> dict[str, Any]:
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
     optimizer = build_optimizer(config.optim, model, schedule(start))
     ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
+    online = None
+    if config.online_probe.enabled:
+        online = OnlineProbe(model, train, config, accelerator)
     flops = _measure_flops(model, config, val, device)
     if config.train.compile:
         model.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     pending: list[Tensor] = []
     elapsed, train_seconds, total_images = 0.0, 0.0, 0
-    mean, val_loss = math.nan, math.nan
+    mean, val_loss, online_accuracy = math.nan, math.nan, math.nan
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -259,6 +229,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             ema.module.load_state_dict(saved["ema"])
         if accelerator.scaler is not None and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
+        if online is not None:
+            online.load(saved["online"])
+            online_accuracy = saved["online_accuracy"]
         pending = list(saved["pending"].to(device))
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
         total_images = saved.get("images", start * config.data.batch_size)
@@ -279,6 +252,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         accelerator.log(values, step=step)
 
     def save(step: int) -> None:
+        probed = {} if online is None else online.state()  # all processes add up what they saw
         if not main:
             return
         state = {
@@ -288,6 +262,8 @@ def pretrain(config: Config) -> dict[str, Any]:
             "optimizer": optimizer.state_dict(),
             "ema": ema.module.state_dict() if ema is not None else {},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
+            "online": probed,
+            "online_accuracy": online_accuracy,
             "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
             "elapsed": elapsed + time.monotonic() - began,
             "train_seconds": train_seconds + paused - interval_began,
@@ -335,7 +311,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     recent: list[tuple[int, list[int]]] = []
     wrapped.train()
     progressing = RunProgress(label, total, start, main)
-    with progressing as progress, _Signals() as signals, worker_deaths():
+    with progressing as progress, Signals() as signals, worker_deaths():
         for batch in batches:
             step, lr = batch.step, schedule(batch.step)
             torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
@@ -370,6 +346,9 @@ def pretrain(config: Config) -> dict[str, Any]:
                 ema.update(model)
                 if model.teacher is not None:  # an average already: targets come from itself
                     ema.module.teacher.load_state_dict(model.teacher.state_dict())
+            if online is not None:
+                assert batch.labels is not None
+                online.step(images, batch.labels)
             pending.append(step_loss)
             recent.append((step, batch.sample_ids.tolist()))
             counted = batch.total_counted
@@ -395,13 +374,17 @@ def pretrain(config: Config) -> dict[str, Any]:
                 mean = sum(losses) / len(losses)
                 pending.clear()
                 recent.clear()
-                log(step, loss=mean, lr=lr, images_per_second=rate)
+                probed = {} if online is None else online.take()
+                log(step, loss=mean, lr=lr, images_per_second=rate, **probed)
                 progress.update(step, mean, rate)
                 interval_began, interval_images = time.monotonic(), 0
             paused = time.monotonic()
             if due(config.train.validate_every, step) or end:
                 val_loss = held_out_loss(subject, config, val, accelerator)
                 log(step, val_loss=val_loss)
+                if online is not None:
+                    online_accuracy = online.accuracy(val)
+                    log(step, online_val_accuracy=online_accuracy)
             if due(config.train.picture_every, step) or end:
                 draw(step)
             if end:
@@ -412,7 +395,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             interval_began += time.monotonic() - paused  # measuring and saving is not training
             if caught and not end:
                 accelerator.end_training()
-                raise Interrupted(caught, step, run)
+                raise Interrupted(
+                    caught, f"saved step {step} of {str(run)!r}; go on with --resume auto"
+                )
 
     result = {
         "format": checkpoint.FORMAT,
@@ -444,6 +429,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         },
         "config": to_dict(config),
     }
+    if online is not None:
+        result["evaluations"] = {ONLINE: {"accuracy": online_accuracy}}
     if main:
         state = subject.state_dict()
         details = {"backbone": config.model.backbone, "source": train.name}
@@ -556,7 +543,7 @@ def _stop(
     )
 
 
-def _caught(signals: _Signals, accelerator: Accelerator, reading: bool) -> int | None:
+def _caught(signals: Signals, accelerator: Accelerator, reading: bool) -> int | None:
     """The signal on which to stop after this step.
 
     Several processes must stop at the same step, or they wait for each other for ever: they ask

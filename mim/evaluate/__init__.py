@@ -6,6 +6,7 @@ A new evaluation is one class in one file of this package, registered, and impor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from mim.checkpoint import read_result, write_json_atomic
 from mim.data import ImageSource, open_source
 from mim.errors import UserError
+from mim.evaluate.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
+from mim.evaluate.attentive import Attentive, AttentiveSettings
 from mim.evaluate.base import (
     EVALUATIONS,
     EncoderEvaluation,
@@ -39,10 +42,16 @@ from mim.evaluate.features import check_pool, extract_features, pool_tokens
 from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
 from mim.evaluate.knn import Knn, KnnSettings, knn_predict
 from mim.evaluate.linear import Linear, LinearSettings
+from mim.evaluate.linear_grid import LinearGrid, LinearGridSettings
+from mim.evaluate.linear_mae import LinearMae, LinearMaeSettings
 from mim.evaluate.segment import Segment, SegmentSettings
 
 __all__ = [
     "EVALUATIONS",
+    "Analysis",
+    "AnalysisSettings",
+    "Attentive",
+    "AttentiveSettings",
     "Classifier",
     "Detect",
     "DetectSettings",
@@ -55,16 +64,22 @@ __all__ = [
     "Knn",
     "KnnSettings",
     "Linear",
+    "LinearGrid",
+    "LinearGridSettings",
+    "LinearMae",
+    "LinearMaeSettings",
     "LinearSettings",
     "ProbeSettings",
     "Segment",
     "SegmentSettings",
     "TaskEvaluation",
     "build_evaluation",
+    "effective_rank",
     "evaluate",
     "evaluate_run",
     "extract_features",
     "knn_predict",
+    "linear_cka",
     "open_encoder",
     "pixels_encoder",
     "pool_tokens",
@@ -108,7 +123,7 @@ def evaluate(
         UserError: for an unknown name or setting, missing labels, a class too small for few-shot,
             a pooling the encoder has no tokens for, or raw pixels where an encoder is needed.
     """
-    built = {name: build_evaluation(name, given) for name, given in evaluations.items()}
+    built = {name: build_evaluation(name, given, encoder) for name, given in evaluations.items()}
     tasks = {n: e for n, e in built.items() if isinstance(e, TaskEvaluation)}
     for task in tasks.values():
         task.check_encoder(encoder)
@@ -203,10 +218,13 @@ def evaluate_run(
             EVALUATIONS.get(name)
             raise UserError(f"evaluations.{name}: has settings, but only {', '.join(names)} run")
     chosen = {name: settings.get(name) for name in names}
-    built = {name: build_evaluation(name, given) for name, given in chosen.items()}
+    for name, given in chosen.items():
+        build_evaluation(name, given)
     read_result(run)  # a broken file is told before the work, not after
+    encoder = run_encoder(run)
+    built = {name: build_evaluation(name, given, encoder) for name, given in chosen.items()}
     numbers = evaluate(
-        run_encoder(run),
+        encoder,
         chosen,
         batch_size=batch_size,
         device=device,
@@ -217,5 +235,6 @@ def evaluate_run(
     used = {name: asdict(evaluation.settings) for name, evaluation in built.items()}
     result["evaluations"] = {**result.get("evaluations", {}), **numbers}
     result["evaluation_settings"] = {**result.get("evaluation_settings", {}), **used}
-    write_json_atomic(run / "result.json", result)
+    if int(os.environ.get("RANK", "0")) == 0:  # several processes hold the same numbers
+        write_json_atomic(run / "result.json", result)
     return numbers

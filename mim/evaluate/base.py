@@ -55,6 +55,16 @@ class AnySettings:
 
     name: ClassVar[str] = ""
 
+    @classmethod
+    def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
+        """Values that take the place of defaults, but not of what was given.
+
+        Args:
+            given: the settings that were given.
+            encoder: what will be measured, where that is known.
+        """
+        return {}
+
     def _positive(self, setting: str, *values: float) -> None:
         if not all(value > 0 for value in values):
             value = getattr(self, setting)
@@ -221,13 +231,14 @@ EVALUATIONS: Registry[type[Evaluation] | type[EncoderEvaluation]] = Registry("ev
 
 
 def build_evaluation(
-    name: str, settings: Mapping[str, Any] | None = None
+    name: str, settings: Mapping[str, Any] | None = None, encoder: Encoder | None = None
 ) -> Evaluation | EncoderEvaluation:
     """The evaluation of a name, with its settings.
 
     Args:
         name: as registered.
         settings: fields of its settings; the others keep their defaults.
+        encoder: what will be measured; some defaults follow from it.
 
     Raises:
         UserError: for an unknown name, an unknown setting or a value of the wrong type.
@@ -239,7 +250,7 @@ def build_evaluation(
         if key not in defaults:
             raise choice_error(f"evaluations.{name}", key, defaults)
         given[key] = _like(f"evaluations.{name}.{key}", value, defaults[key])
-    return cls(cls.Settings(**given))
+    return cls(cls.Settings(**{**cls.Settings.presets(given, encoder), **given}))
 
 
 def _like(setting: str, value: Any, default: Any) -> Any:

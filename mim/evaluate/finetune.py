@@ -3,24 +3,22 @@
 The recipe is that of He et al. 2022 (https://arxiv.org/abs/2111.06377, table 9) for ViT-B, from
 timm's parts. From an untrained encoder the same recipe is training from scratch.
 
-What is drawn never depends on workers, batches or what was drawn before. Crop, mirror, RandAugment
-and erasing of an image follow from (seed, epoch, sample id): timm's transforms read the global
-generators of random, numpy and torch, so these are seeded from the image's key around each call
-and put back. Mixup and CutMix, which pair the images of a batch, and drop path follow from (seed,
-step).
+What is drawn never depends on workers, processes, batches or what was drawn before. Crop, mirror,
+RandAugment, erasing and drop path of an image follow from (seed, epoch, sample id): timm's
+transforms read the global generators of random, numpy and torch, so these are seeded from the
+image's key around each call and put back. Mixup and CutMix mix neighbours of a batch, by what
+follows from (seed, step). Hence a run that is interrupted goes on bit for bit, and several
+processes compute what one does.
 
 Shapes: B images, K classes, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import random
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,61 +30,66 @@ from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.loss import SoftTargetCrossEntropy
+from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.backbone import build_backbone, family_of
 from mim.checkpoint import save_encoder
 from mim.config import DataConfig, ModelConfig
-from mim.data import (
-    ImageSource,
-    Picture,
-    Subset,
-    eval_loader,
-    eval_transform,
-    normalize,
-    open_source,
-    train_loader,
-)
+from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
 from mim.errors import UserError, choice_error, setting_error
-from mim.evaluate.base import (
-    EVALUATIONS,
-    EncoderEvaluation,
-    EvaluationSettings,
-    build_evaluation,
-    holdout,
-    low_shot,
-)
+from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.encoders import Encoder, open_encoder
-from mim.evaluate.features import AUTOCAST, check_pool
-from mim.keys import image_keys, random_bits, seed_of
+from mim.evaluate.features import check_pool
+from mim.evaluate.training import (
+    TrainedSettings,
+    Training,
+    accuracies,
+    autocast,
+    check_learnable,
+    class_count,
+    global_batch,
+    identity_of,
+    measured,
+    run_training,
+    split,
+    start_accelerator,
+)
+from mim.keys import image_keys, random_bits, seed_of, uniforms
 from mim.optim import Schedule
-from mim.progress import RunProgress
 
 _HEAD_STD = 2e-5  # MAE's: the head begins almost at zero
-_TOP = 5
 # The norm stands before the pooling or behind it; the one a classifier has not is left out.
 _NORMS = ("norm.", "fc_norm.")
 FILE = "finetune.safetensors"
 """Name of the fine-tuned classifier in a run folder."""
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "base": {"epochs": 100, "base_lr": 5e-4, "layer_decay": 0.65, "drop_path": 0.1},
+    "large": {"epochs": 50, "base_lr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2},
+    "huge": {"epochs": 50, "base_lr": 1e-3, "layer_decay": 0.75, "drop_path": 0.3},
+}
+"""What MAE's fine-tuning changes with the size of the ViT (its FINETUNE.md)."""
+
+
+def recipe_of(width: int) -> str:
+    """The recipe for an encoder of a width: ViT-L's is 1024, ViT-H's 1280."""
+    return "huge" if width >= 1280 else "large" if width >= 1024 else "base"
+
+
 @dataclass(frozen=True)
-class FinetuneSettings(EvaluationSettings):
+class FinetuneSettings(TrainedSettings):
     """Settings of fine-tuning; the defaults are MAE's for ViT-B."""
 
-    epochs: int = 100
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Images a step; fewer, and an even number, where there are fewer training images."""
+    recipe: str = "auto"
+    """Which of MAE's recipes gives epochs, base_lr, layer_decay and drop_path where these are not
+    set: base, large, huge, or auto, by the encoder's width."""
     base_lr: float = 5e-4
     """Peak learning rate of the head for a batch of 256; scaled with the batch size."""
     min_lr: float = 1e-6
     """Where the half cosine ends."""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, at most half of all."""
     weight_decay: float = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -105,14 +108,10 @@ class FinetuneSettings(EvaluationSettings):
     """timm's name of a RandAugment policy; empty is none."""
     erasing: float = 0.25
     """Probability with which a rectangle of an image becomes noise (random erasing)."""
-    crop_scale: tuple[float, ...] = (0.08, 1.0)
-    """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
     ema: float = 0.0
     """Decay of an average of the weights that is measured in their stead; 0 is none."""
-    held_out: float = 0.1
-    """Share of each class of the training images on which the best epoch is chosen."""
-    fraction: float = 1.0
-    """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
+    low_shot: tuple[float, ...] = ()
+    """Shares of each class at which it is fine-tuned besides, by the same recipe: [0.01, 0.1]."""
     save: bool = True
     """Whether the classifier is written into the run folder."""
 
@@ -122,36 +121,37 @@ class FinetuneSettings(EvaluationSettings):
         if self.pool == "both":
             raise choice_error("evaluations.finetune.pool", self.pool, ("mean", "cls"))
         super().__post_init__()
-        self._positive("epochs", self.epochs)
+        if self.recipe not in ("auto", *RECIPES):
+            raise choice_error("evaluations.finetune.recipe", self.recipe, ("auto", *RECIPES))
         self._positive("base_lr", self.base_lr)
-        if self.batch_size < 2:
-            self._refuse("batch_size", "must be at least 2")
-        for setting in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix"):
+        for setting in ("mixup", "cutmix"):
             if not getattr(self, setting) >= 0:
                 self._refuse(setting, "must not be below 0")
-        for setting in ("layer_decay", "fraction"):
-            if not 0 < getattr(self, setting) <= 1:
-                self._refuse(setting, "must be above 0 and at most 1")
+        if not 0 < self.layer_decay <= 1:
+            self._refuse("layer_decay", "must be above 0 and at most 1")
         for setting in ("drop_path", "smoothing", "ema"):
             if not 0 <= getattr(self, setting) < 1:
                 self._refuse(setting, "must be at least 0 and below 1")
         if not 0 <= self.erasing <= 1:
             self._refuse("erasing", "must lie between 0 and 1")
-        if not 0 < self.held_out < 1:
-            self._refuse("held_out", "must lie between 0 and 1")
+        if not all(isinstance(share, float) and 0 < share < 1 for share in self.low_shot):
+            self._refuse("low_shot", "must be shares above 0 and below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             self._refuse("betas", "must be two numbers, at least 0 and below 1")
-        scale = self.crop_scale
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            self._refuse("crop_scale", "must be 0 < from <= to <= 1")
         if self.rand_augment:
             try:
                 rand_augment_transform(self.rand_augment, {})
             except (AssertionError, ValueError, KeyError, TypeError):
                 self._refuse("rand_augment", "is no policy of timm's, such as rand-m9-mstd0.5-inc1")
 
-    def _refuse(self, setting: str, reason: str) -> None:
-        raise setting_error(f"evaluations.finetune.{setting}", getattr(self, setting), reason)
+    @classmethod
+    def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
+        """See :meth:`EvaluationSettings.presets`."""
+        recipe = given.get("recipe", "auto")
+        if recipe == "auto":
+            vit = None if encoder is None else encoder.vit
+            recipe = "base" if vit is None else recipe_of(family_of(vit).width)
+        return {**RECIPES.get(recipe, {}), "recipe": recipe}
 
 
 @contextmanager
@@ -223,6 +223,9 @@ def erase(images: Tensor, keys: Tensor, probability: float) -> Tensor:
     if probability > 0:
         erasing = RandomErasing(probability, mode="pixel", device="cpu")
         for image, bits in zip(images, random_bits(keys, 1)[:, 0].tolist(), strict=True):
+            # timm's own first draw; seeding three generators for nothing would cost more than all.
+            if random.Random(bits).random() > probability:
+                continue
             with _seeded(bits):
                 erasing(image)
     return images
@@ -232,6 +235,9 @@ def mix(
     images: Tensor, labels: Tensor, classes: int, settings: FinetuneSettings, step: int
 ) -> tuple[Tensor, Tensor]:
     """timm's Mixup or CutMix of a batch, and its smoothed labels.
+
+    timm pairs the first image with the last; here each is paired with its neighbour, so that the
+    pairs are the same however many processes share the batch.
 
     Args:
         images: (B, C, H, W), B even; may be changed in place.
@@ -251,9 +257,63 @@ def mix(
         label_smoothing=settings.smoothing,
         num_classes=classes,
     )
+    place = torch.arange(len(images), device=images.device)
+    order = torch.cat([place[::2], place[1::2].flip(0)])  # its mirror image pairs neighbours
     with _seeded(seed_of(settings.seed, "mixup", step)):
-        mixed, targets = mixing(images, labels)
-    return mixed, targets
+        mixed, targets = mixing(images[order], labels[order])
+    back = order.argsort()
+    return mixed[back], targets[back]
+
+
+class DropPathDraws:
+    """What the drop paths of a model draw for the present batch: (B, drop paths) in [0, 1)."""
+
+    values: Tensor | None = None
+
+
+class KeyedDropPath(DropPath):
+    """timm's DropPath whose draws are given; without any it is timm's own.
+
+    Args:
+        plain: what it takes the place of.
+        draws: of the model.
+        column: its place among the model's drop paths.
+    """
+
+    def __init__(self, plain: DropPath, draws: DropPathDraws, column: int) -> None:
+        super().__init__(plain.drop_prob, plain.scale_by_keep)
+        self.draws, self.column = draws, column
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> the same, some rows 0."""
+        values = self.draws.values
+        if not self.training or self.drop_prob == 0 or values is None:
+            kept_by_timm: Tensor = super().forward(x)
+            return kept_by_timm
+        keep = 1 - self.drop_prob
+        kept = (values[:, self.column] < keep).to(x.dtype)
+        if self.scale_by_keep:
+            kept = kept / keep
+        return x * kept.view(-1, *[1] * (x.ndim - 1))
+
+
+def key_drop_paths(model: nn.Module) -> DropPathDraws:
+    """Puts a :class:`KeyedDropPath` in the place of each drop path; returns what feeds them."""
+    draws, column = DropPathDraws(), 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, DropPath):
+                setattr(module, name, KeyedDropPath(child, draws, column))
+                column += 1
+    return draws
+
+
+def _draw_drop_paths(model: nn.Module, batch: Batch, seed: int, device: torch.device) -> None:
+    """For every drop path of the model, by the images' keys."""
+    paths = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    if paths:
+        keys = image_keys(seed, batch.epoch, batch.sample_ids, purpose="drop-path")
+        paths[0].draws.values = uniforms(keys, len(paths)).to(device)  # (B, drop paths)
 
 
 def parameter_groups(model: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -313,6 +373,7 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
         nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
         nn.init.zeros_(head.bias)
     vit.requires_grad_(True)
+    key_drop_paths(vit)
     return Classifier(vit, replace(model, backbone_args=arguments), data)
 
 
@@ -393,52 +454,13 @@ def _open(path: str | Path) -> Image.Image:
     return image
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    dtype = AUTOCAST[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-@torch.no_grad()
-def _logits(
-    model: nn.Module, source: ImageSource, data: DataConfig, device: torch.device, precision: str
-) -> tuple[Tensor, Tensor]:
-    """(n, K) float32 and labels (n,) on the CPU, of every readable image in order."""
-    model.eval()
-    parts, labels = [], []
-    for batch in eval_loader(source, data):
-        images = normalize(batch.images.to(device), source.mean, source.std)
-        with _autocast(device, precision):
-            parts.append(model(images).float().cpu())
-        labels.append(torch.as_tensor(batch.labels).long())
-    return torch.cat(parts), torch.cat(labels)
-
-
-def _labels(source: ImageSource) -> Tensor:
-    assert source.labels is not None  # see check
-    return torch.as_tensor(source.labels).long()
-
-
-def _accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
-    hits = (logits.topk(top, dim=1).indices == labels[:, None]).any(1)
-    return float(hits.double().mean())
-
-
-def _split(train: ImageSource, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
-    """Positions of the images to fit, and of those on which the epoch is chosen."""
-    ids, labels = torch.as_tensor(train.sample_ids), _labels(train)
-    used = torch.arange(len(ids))
-    if settings.fraction < 1:
-        used = low_shot(ids, labels, settings.fraction, settings.seed)
-    held = holdout(ids[used], labels[used], settings.seed, settings.held_out)
-    return used[~held], used[held]
-
-
 def fit(
     encoder: Encoder,
     train: ImageSource,
     settings: FinetuneSettings,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    state: Path | None = None,
 ) -> Classifier:
     """Fine-tunes; the weights of the best epoch on the held-out part of ``train``.
 
@@ -448,17 +470,14 @@ def fit(
         settings: the recipe.
         device: where it trains.
         precision: fp32, bf16 or fp16 (autocast).
+        state: file from which it goes on where it was interrupted; None keeps none.
 
     Raises:
-        UserError: for an unknown precision, channels that RandAugment cannot have, or a loss that
-            is not finite.
+        UserError: for an unknown precision, channels that RandAugment cannot have, a batch that
+            does not divide among the processes, or a loss that is not finite.
+        Interrupted: after a signal, where there is a state.
     """
-    if precision not in AUTOCAST:
-        raise choice_error("precision", precision, AUTOCAST)
-    device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        return _fit(encoder, train, settings, device, precision)
+    return _fit(encoder, train, settings, torch.device(device), precision, state)[0]
 
 
 def _fit(
@@ -467,81 +486,62 @@ def _fit(
     settings: FinetuneSettings,
     device: torch.device,
     precision: str,
-) -> Classifier:
+    state: Path | None = None,
+) -> tuple[Classifier, Training]:
     s = settings
-    fit_on, held = (Subset(train, part) for part in _split(train, s))
-    classes = max(len(train.classes), int(_labels(train).max()) + 1)
+    autocast(device, precision)  # an unknown precision is told before anything is built
+    accelerator = start_accelerator(device)
+    device = accelerator.device
+    classes = class_count(train)
     classifier = build_classifier(encoder, classes, s)
     classifier.classes = list(train.classes) or [str(label) for label in range(classes)]
     classifier.mean, classifier.std = tuple(train.mean), tuple(train.std)
     model = classifier.model.to(device)
-    ema = ModelEmaV3(model, decay=s.ema) if s.ema else None
-    subject = model if ema is None else ema.module
 
-    size = min(s.batch_size, len(fit_on)) // 2 * 2  # mixing pairs the images of a batch
+    images = len(split(train, s)[0])
+    size = global_batch(s, images, accelerator.num_processes)
     scale = (s.crop_scale[0], s.crop_scale[1])
     data = replace(encoder.data, batch_size=size, augment="mae", crop_scale=scale)
     augment = RandAugment(s.rand_augment, data.size, train.mean) if s.rand_augment else None
     if augment is not None and data.channels not in (1, 3):
         s._refuse("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
-    per_epoch = len(fit_on) // size
+    per_epoch = images // size
     total = s.epochs * per_epoch
     warmup = min(s.warmup_epochs * per_epoch, total / 2)
     schedule = Schedule(s.base_lr * size / 256, s.min_lr, warmup, total)
     groups = parameter_groups(model, s)
-    optimizer = torch.optim.AdamW(
-        groups, lr=schedule(0), betas=(s.betas[0], s.betas[1]), fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    criterion = SoftTargetCrossEntropy()
-    batches = train_loader(fit_on, data, s.seed, start_step=0, total_steps=total, augment=augment)
 
-    best, best_accuracy = copy.deepcopy(subject.state_dict()), -1.0
-    losses: list[Tensor] = []
-    began, label = time.monotonic(), f"finetune {encoder.name}"
-    with RunProgress(label, total) as progress:
-        model.train()
-        for batch in batches:
-            lr = schedule(batch.step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            images = normalize(batch.images.to(device), train.mean, train.std)
-            keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
-            images = erase(images, keys, s.erasing)
-            assert batch.labels is not None
-            images, targets = mix(images, batch.labels.to(device), classes, s, batch.step)
-            torch.manual_seed(seed_of(s.seed, "step", batch.step))  # for drop path
-            with _autocast(device, precision):
-                logits = model(images)
-            loss = criterion(logits.float(), targets)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if ema is not None:
-                ema.update(model)
-            losses.append(loss.detach())
-            if (batch.step + 1) % per_epoch:
-                continue
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            if not math.isfinite(mean):
-                s._refuse("base_lr", f"gives a loss of {mean} in epoch {batch.epoch + 1}; lower it")
-            accuracy = _accuracy(*_logits(subject, held, data, device, precision))
-            classifier.history.append({"train_loss": mean, "held_out_accuracy": accuracy})
-            if accuracy > best_accuracy:
-                best, best_accuracy = copy.deepcopy(subject.state_dict()), accuracy
-                classifier.numbers = {
-                    "train_loss": mean,
-                    "chosen_epoch": float(batch.epoch + 1),
-                    "chosen_accuracy": accuracy,
-                }
-            model.train()
-            rate = (batch.step + 1) * size / (time.monotonic() - began)
-            progress.update(batch.step + 1, mean, rate)
-    model.load_state_dict(best)
-    model.eval()
-    return classifier
+    def prepare(batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
+        _draw_drop_paths(model, batch, s.seed, device)
+        keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
+        assert batch.labels is not None
+        images = erase(images, keys, s.erasing)
+        return mix(images, batch.labels.to(device), classes, s, batch.step)
+
+    def forward(model: nn.Module, images: Tensor) -> Tensor:
+        with autocast(device, precision):
+            logits: Tensor = model(images)
+        return logits[None].float()
+
+    training = Training(
+        label=f"finetune {encoder.name}",
+        settings=s,
+        data=data,
+        model=model,
+        forward=forward,
+        prepare=prepare,
+        optimizer=torch.optim.AdamW(
+            groups, lr=schedule(0), betas=(s.betas[0], s.betas[1]), fused=True
+        ),
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        augment=augment,
+        ema=s.ema,
+        identity=identity_of(encoder, precision),
+    )
+    trained = run_training(training, train, accelerator, state)
+    classifier.numbers, classifier.history = trained.numbers, trained.history
+    return classifier, training
 
 
 @EVALUATIONS.register("finetune")
@@ -555,27 +555,12 @@ class Finetune(EncoderEvaluation):
         """See :meth:`AnyEvaluation.check`.
 
         Raises:
-            UserError: also if train has one class only or too few images to choose an epoch on, or
-                val a class that train has not.
+            UserError: see :func:`mim.evaluate.training.check_learnable`; also for low-shot sets.
         """
         super().check(train, val)
-        s = self.settings
-        present = _labels(train).unique()
-        if len(present) < 2:
-            raise UserError(
-                f"evaluation finetune needs at least 2 classes; train has {len(present)}"
-            )
-        unknown = [k for k in _labels(val).unique().tolist() if k not in present.tolist()]
-        if unknown:
-            name = repr(val.classes[unknown[0]]) if val.classes else unknown[0]
-            raise UserError(f"evaluation finetune: class {name} is in val but not in train")
-        parts = _split(train, s)
-        if len(parts[1]) == 0:
-            reason = f"of each class holds none of the {len(parts[0])} training images out"
-            raise setting_error("evaluations.finetune.held_out", s.held_out, reason)
-        if len(parts[0]) < 2:
-            reason = f"leaves {len(parts[0])} training images; at least 2 are needed"
-            raise setting_error("evaluations.finetune.held_out", s.held_out, reason)
+        check_learnable(train, val, self.settings)
+        for share in self.settings.low_shot:
+            check_learnable(train, val, replace(self.settings, fraction=share))
 
     def run(
         self,
@@ -587,11 +572,26 @@ class Finetune(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`; the classifier goes to ``finetune.safetensors``."""
-        classifier = self.classifier(encoder, train, val, device=device, precision=precision)
-        if folder is not None and self.settings.save:
+        """See :meth:`EncoderEvaluation.run`; the classifier goes to ``finetune.safetensors``.
+
+        Low-shot numbers end in ``_of_1_percent``, or what their share is.
+        """
+        s = self.settings
+        given: dict[str, Any] = {"device": device, "precision": precision}
+        states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
+        classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
+        numbers = dict(classifier.numbers)
+        for share in s.low_shot:
+            part = Finetune(replace(s, fraction=share, low_shot=()))
+            found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
+            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+        main = start_accelerator(device).is_main_process
+        if folder is not None and s.save and main:
             classifier.save(folder / FILE)
-        return classifier.numbers
+        for state in states.values():
+            if state is not None and main:
+                state.unlink(missing_ok=True)
+        return numbers
 
     def classifier(
         self,
@@ -601,6 +601,7 @@ class Finetune(EncoderEvaluation):
         *,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
+        state: Path | None = None,
     ) -> Classifier:
         """The fine-tuned classifier; ``val`` is asked once, when its epoch has been chosen.
 
@@ -610,15 +611,19 @@ class Finetune(EncoderEvaluation):
         check_pool(encoder.vit, self.settings.pool)
         self.check_encoder(encoder)
         self.check(train, val)
-        classifier = fit(encoder, train, self.settings, device, precision)
-        logits, labels = _logits(
-            classifier.model, val, encoder.data, torch.device(device), precision
-        )
-        found = {"accuracy": _accuracy(logits, labels)}
-        if logits.shape[1] > _TOP:
-            found[f"accuracy_top{_TOP}"] = _accuracy(logits, labels, _TOP)
-        classifier.numbers = {**found, **classifier.numbers}
+        chosen = (encoder, train, self.settings, torch.device(device), precision, state)
+        classifier, training = _fit(*chosen)
+        found = accuracies(training, classifier.model, val, start_accelerator(device))
+        best = measured(found, 0, classifier.model.num_classes)
+        classifier.numbers = {**best, **classifier.numbers}
         return classifier
+
+
+def _state_file(folder: Path | None, settings: FinetuneSettings, share: float) -> Path | None:
+    """Where an interrupted fine-tuning is kept."""
+    if folder is None or settings.checkpoint_every == 0:
+        return None
+    return folder / "evaluations" / f"{settings.name}_{share:g}.pt"
 
 
 def finetune(
@@ -650,9 +655,10 @@ def finetune(
     Raises:
         UserError: for a mistake in any of these.
     """
-    evaluation = build_evaluation("finetune", settings)
-    assert isinstance(evaluation, Finetune)
+    build_evaluation("finetune", settings)  # a mistake is told before weights are read
     encoder = run if isinstance(run, Encoder) else open_encoder(run)
+    evaluation = build_evaluation("finetune", settings, encoder)
+    assert isinstance(evaluation, Finetune)
     if isinstance(data, (str, Path)):
         encoder = replace(encoder, data=replace(encoder.data, source="imagefolder", path=str(data)))
     elif data is not None:

@@ -25,13 +25,13 @@ from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_enc
 from mim.evaluate.base import low_shot
 from mim.evaluate.finetune import (
     RandAugment,
-    _split,
     build_classifier,
     erase,
     fit,
     mix,
     parameter_groups,
 )
+from mim.evaluate.training import split
 from mim.keys import image_keys
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -286,7 +286,7 @@ def test_the_best_epoch_is_kept(encoder: Encoder) -> None:
 
 def test_the_epoch_is_chosen_on_images_that_are_not_fitted() -> None:
     train = open_source(DATA, "train")
-    fitted, held = _split(train, FinetuneSettings(held_out=0.25))
+    fitted, held = split(train, FinetuneSettings(held_out=0.25))
     assert sorted([*fitted.tolist(), *held.tolist()]) == list(range(len(train)))
     assert train.labels is not None
     shares = train.labels[held].bincount() / train.labels.bincount()

@@ -1,0 +1,43 @@
+"""Signals that end a long computation after its step, with its state saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """A signal ended a computation after its state was saved.
+
+    Attributes:
+        code: the exit code, 128 + the signal's number.
+    """
+
+    def __init__(self, number: int, saved: str) -> None:
+        self.code = 128 + number
+        super().__init__(f"{signal.Signals(number).name}: {saved}")
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM, so that a loop can finish its step and save."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.caught = number
+
+    def __exit__(self, *details: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
