@@ -376,6 +376,106 @@ def _bench(args: list[str]) -> int:
     return 0
 
 
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML; any setting can follow, --data.KEY")
+
+
+def _read_config(file: str | None, rest: list[str], *, whole: bool = True) -> Config:
+    """``whole``: whether its model must fit the images too."""
+    from mim.config import Config
+    from mim.settings import checked, import_plugin, read_args
+
+    config = read_args(Config, (["--config", file] if file else []) + rest)
+    if whole:
+        return checked(config)
+    for plugin in config.plugins:
+        import_plugin(plugin)
+    return config
+
+
+def _data_inspect(args: list[str]) -> int:
+    """Count and draw what a config would train on."""
+    about = (
+        "Decode the images of both splits; print counts, sizes, modes and unreadable files, and\n"
+        "draw a sheet: an image, and its crop and mask in two epochs. Settings may follow:\n"
+        "--data.source imagefolder --data.path DIR"
+    )
+    parser = _parser("data inspect", about)
+    _config_arguments(parser)
+    parser.add_argument("--images", type=int, help="decode so many of each split, not all")
+    parser.add_argument("--output", metavar="PNG", default="inspect.png", help="the sheet")
+    parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
+    options, rest = parser.parse_known_args(args)
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images: {options.images} must be at least 1")
+    _prepare_file(Path(options.output), "--output")
+    if options.json:
+        _prepare_file(Path(options.json), "--json")
+    config = _read_config(options.config, rest)
+    from dataclasses import asdict
+
+    from mim.files import write_json_atomic
+    from mim.inspection import inspect
+
+    found = inspect(config, images=options.images, output=Path(options.output))
+    for part in found.values():
+        for line in part.lines():
+            _say(line)
+    if options.json:
+        numbers = {split: asdict(part) for split, part in found.items()}
+        write_json_atomic(Path(options.json), numbers)
+    _say(options.output)
+    return 0
+
+
+def _data_stats(args: list[str]) -> int:
+    """Compute data.mean and data.std of the training images."""
+    about = (
+        "Print data.mean and data.std of the training images, as YAML for a config. Settings may\n"
+        "follow: --data.source imagefolder --data.path DIR"
+    )
+    parser = _parser("data stats", about)
+    _config_arguments(parser)
+    parser.add_argument("--images", type=int, help="read so many, not all")
+    parser.add_argument("--output", metavar="FILE", help="also write them to this YAML file")
+    options, rest = parser.parse_known_args(args)
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images: {options.images} must be at least 1")
+    if options.output:
+        _prepare_file(Path(options.output), "--output")
+    config = _read_config(options.config, rest, whole=False)
+    import yaml
+
+    from mim.files import write_text_atomic
+    from mim.inspection import statistics
+
+    mean, std = statistics(config.data, options.images)
+    tree = {"mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+    text = yaml.safe_dump({"data": tree}, default_flow_style=None, sort_keys=False)
+    if options.output:
+        write_text_atomic(Path(options.output), text)
+    _say(text.rstrip())
+    return 0
+
+
+_DATA_VERBS: dict[str, Verb] = {"inspect": _data_inspect, "stats": _data_stats}
+
+
+def _data(args: list[str]) -> int:
+    """Look at data sets: inspect, stats."""
+    if not args or args[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _DATA_VERBS.items()
+        ]
+        _say("usage: mim data VERB ...\n\n" + "\n".join(lines))
+        return 0 if args else 2
+    if args[0] not in _DATA_VERBS:
+        from mim.errors import choice_error
+
+        raise choice_error("data", args[0], _DATA_VERBS)
+    return _DATA_VERBS[args[0]](args[1:])
+
+
 def _export(args: list[str]) -> int:
     """Write a run's weights as files that others load, with a model card."""
     about = (
@@ -530,6 +630,7 @@ VERBS: dict[str, Verb] = {
     "report": _report,
     "visualize": _visualize,
     "bench": _bench,
+    "data": _data,
     "export": _export,
     "import": _import,
     "runs": _runs,

@@ -64,18 +64,51 @@ class SubsetConfig:
 
 
 @dataclass(frozen=True)
+class HuggingFaceConfig:
+    """Settings of the source huggingface."""
+
+    name: str | None = None
+    """Which configuration of a data set on the hub."""
+    revision: str | None = None
+    """Its commit, branch or tag."""
+    image: str | None = None
+    """The column of images; by default image, img, jpg or what is there of that kind."""
+    label: str | None = None
+    """The column of labels; by default label, labels or fine_label, if there is one."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """One source of a mixture."""
+
+    source: str
+    """As data.source."""
+    path: str | None = None
+    """As data.path."""
+    val_path: str | None = None
+    """As data.val_path."""
+    weight: float = 1.0
+    """How often an image is drawn from it, in ratio to the others."""
+
+    def __post_init__(self) -> None:
+        _above("data.mix.weight", self.weight, 0)
+        if self.source == "mixed":
+            raise setting_error("data.mix.source", "mixed", "cannot be one of the sources mixed")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they reach the model."""
 
     source: str = "photos"
     """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder, flat
-    (unlabelled images), shards (tar files), or torchvision/NAME."""
+    (unlabelled images), shards (tar files), huggingface, mixed (several), or torchvision/NAME."""
     path: str | None = None
     """Folder of the images (imagefolder, flat: holds train/ and optionally val/) or of the download
     (torchvision: by default ~/.cache/mim/torchvision); shards: a file, folder, pattern such as
-    train-{000..146}.tar, or URL."""
+    train-{000..146}.tar, or URL; huggingface: parquet files likewise, or a name on the hub."""
     val_path: str | None = None
-    """Shards of the val images, where data.path names training ones alone."""
+    """Shards or parquet files of the val images, where data.path names training ones alone."""
     download: bool = True
     """Whether a torchvision data set may be downloaded."""
     image_size: int | tuple[int, int] = 224
@@ -106,6 +139,10 @@ class DataConfig:
     """Standard deviation of each channel on the scale 0 to 1; by default the source's own."""
     val_fraction: float = 0.1
     """Share of the images held out where the source has no val split of its own."""
+    mix: tuple[MixConfig, ...] = ()
+    """The sources of data.source=mixed, each with source, path, val_path and weight."""
+    huggingface: HuggingFaceConfig = field(default_factory=HuggingFaceConfig)
+    """Settings of the source huggingface."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     """Which of the source's images."""
     fingerprint: str | None = None
@@ -148,6 +185,8 @@ class DataConfig:
                 raise setting_error(f"data.{name}", values, reason)
         if self.std is not None and min(self.std) <= 0:
             raise setting_error("data.std", self.std, "must be above 0")
+        if self.mix and self.source != "mixed":
+            raise setting_error("data.mix", [m.source for m in self.mix], "needs data.source=mixed")
         if not 0 <= self.max_unreadable < 1:
             reason = "must be at least 0 and below 1"
             raise setting_error("data.max_unreadable", self.max_unreadable, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,27 +139,32 @@ def reconstruct_ratios(
     return {"ratio": np.array([ratio for ratio, _ in found]), **arrays}
 
 
-def picture(arrays: dict[str, NDArray[np.generic]], side: int = 96, gap: int = 4) -> Image.Image:
-    """A sheet: a row an image; original, masked, prediction, composite.
+def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Image:
+    """A row an image, and its versions side by side.
 
     Args:
-        arrays: of :func:`reconstruct`.
+        columns: (n, H, W, 3) or (n, H, W, 1) each.
         side: least height of an image in the sheet, in pixels; small ones are enlarged.
         gap: white pixels between images.
     """
-    count, height, width = arrays["original"].shape[:3]
+    count, height, width = columns[0].shape[:3]
     factor = max(1, -(-side // height))
     height, width = height * factor, width * factor
-    size = (len(COLUMNS) * (width + gap) - gap, count * (height + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    for column, name in enumerate(COLUMNS):
-        for row, pixels in enumerate(arrays[name]):
+    size = (len(columns) * (width + gap) - gap, count * (height + gap) - gap)
+    drawn = Image.new("RGB", size, "white")
+    for place, column in enumerate(columns):
+        for row, pixels in enumerate(column):
             shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
             tile = Image.fromarray(np.ascontiguousarray(shown)).resize(
                 (width, height), Image.Resampling.NEAREST
             )
-            sheet.paste(tile, (column * (width + gap), row * (height + gap)))
-    return sheet
+            drawn.paste(tile, (place * (width + gap), row * (height + gap)))
+    return drawn
+
+
+def picture(arrays: dict[str, NDArray[np.generic]]) -> Image.Image:
+    """A sheet of what :func:`reconstruct` gives: original, masked, prediction, composite."""
+    return sheet([np.asarray(arrays[name], dtype=np.uint8) for name in COLUMNS])
 
 
 def save_reconstructions(run: Path, arrays: dict[str, NDArray[np.generic]], name: str) -> Path:

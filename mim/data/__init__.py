@@ -1,6 +1,6 @@
 """Images: sources, transforms and loaders. Never imports the model."""
 
-from mim.data import embedded, folder, shards, torchvision_sets  # noqa: F401  (they register sources)
+from mim.data import embedded, folder, huggingface, mixed, shards, torchvision_sets  # noqa: F401  (they register sources)
 from mim.data.decode import UnreadableImage
 from mim.data.loader import (
     Batch,

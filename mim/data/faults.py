@@ -66,6 +66,10 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._known)
 
+    def faults(self) -> list[Fault]:
+        """What is known."""
+        return [Fault(name, reason) for name, reason in self._known.items()]
+
     def add(self, faults: Iterable[Fault]) -> None:
         """Takes note.
 

@@ -25,7 +25,7 @@ from mim.data.sources import ImageSource
 from mim.data.transforms import eval_transform, train_transform
 from mim.data.weights import Weigh, batch_weights
 from mim.errors import UserError, WorkerError, setting_error
-from mim.keys import image_keys, permutation
+from mim.keys import image_keys
 
 Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) uint8 and their keys (B,) -> images; must pickle."""
@@ -170,7 +170,7 @@ class _TrainBatches(StepBatches):
     def batch(self, number: int) -> Batch:
         epoch, position = divmod(number, self.per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(self.seed, epoch, len(self.source))
+            self._order = epoch, self.source.order(self.seed, epoch)
         start = position * self.config.batch_size
         everywhere = self._order[1][start : start + self.config.batch_size]
         mine = slice(self.offset, self.offset + self.share)
@@ -295,10 +295,10 @@ def steps_per_epoch(source: ImageSource, config: DataConfig) -> int:
     Raises:
         UserError: if there are fewer images than one batch has.
     """
-    if len(source) < config.batch_size:
-        reason = f"is more than the {len(source)} training images of {source.name}"
+    if source.epoch_size < config.batch_size:
+        reason = f"is more than the {source.epoch_size} training images of {source.name}"
         raise setting_error("data.batch_size", config.batch_size, reason)
-    return len(source) // config.batch_size
+    return source.epoch_size // config.batch_size
 
 
 def _check_rank(rank: int, world: int) -> None:

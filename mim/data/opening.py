@@ -41,7 +41,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         source = Subset(source, holdout(source.sample_ids, config.val_fraction, split))
     if not len(source):
         raise setting_error("data.source", config.source, f"has no images in its {split} split")
-    if config.subset.chooses:
+    if config.subset.chooses and source.name != "mixed":  # there, each of its sources chooses
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")

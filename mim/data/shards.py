@@ -18,11 +18,9 @@ The id of an image is that of its name in the shard; where two shards hold the s
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -36,8 +34,9 @@ from numpy.typing import NDArray
 
 from mim.config import DataConfig
 from mim.data.decode import EXTENSIONS, decode, decoding
-from mim.data.fetch import cache_folder, fetch, is_url
+from mim.data.fetch import cache_folder
 from mim.data.folder import VAL_NAMES
+from mim.data.places import divide
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
 from mim.errors import UserError, setting_error
@@ -48,31 +47,6 @@ _OPEN_SHARDS = 64
 _BLOCK = 512  # bytes of a tar block
 _NO_LABEL = -1
 _INDEX_FORMAT = 1
-_BRACES = re.compile(r"\{([^{}]*)\}")
-
-
-def expand(pattern: str) -> list[str]:
-    """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
-
-    Raises:
-        ValueError: for a range whose ends are not whole numbers.
-    """
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    inside = match[1]
-    if ".." in inside:
-        first, _, last = inside.partition("..")
-        if not (first.isdigit() and last.isdigit()):
-            raise ValueError(f"{{{inside}}} is no range of whole numbers")
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = int(first), int(last)
-        step = 1 if low <= high else -1
-        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
-    else:
-        choices = inside.split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [whole for choice in choices for whole in expand(f"{head}{choice}{tail}")]
 
 
 @dataclass
@@ -178,33 +152,6 @@ def read_index(path: Path) -> ShardIndex:
     return index
 
 
-def _local(setting: str, given: str) -> list[Path]:
-    """The shards that a folder, file, pattern or URL names, in order; URLs are fetched."""
-    try:
-        places = expand(given)
-    except ValueError as error:
-        raise setting_error(setting, given, str(error)) from error
-    if is_url(given):
-        return fetch(places)
-    found: list[Path] = []
-    for place in places:
-        if Path(place).is_dir():
-            found += sorted(Path(place).glob("*.tar"))
-        elif glob.has_magic(place):
-            found += [Path(name) for name in sorted(glob.glob(place, recursive=True))]
-        else:
-            found.append(Path(place))
-    missing = [path for path in found if not path.is_file()]
-    if missing or not found:
-        reason = f"has no shard {missing[0].as_posix()}" if missing else "names no .tar files"
-        raise setting_error(setting, given, reason)
-    return found
-
-
-def _begins(path: Path, *names: str) -> bool:
-    return path.name.startswith(names)
-
-
 @SOURCES.register("shards")
 class Shards(ImageSource):
     """Images in tar files, local or by URL; see the head of this file.
@@ -223,27 +170,10 @@ class Shards(ImageSource):
         self._max_pixels = config.max_pixels
         self._decoder = config.decode
         self._given = config.path
-        train, val = self._divide(config)
+        train, val = divide(config, ".tar")
         everything = self._gather(train + val)
         self._take(everything, len(train), split)
         self._handles: OrderedDict[int, int] = OrderedDict()
-
-    def _divide(self, config: DataConfig) -> tuple[list[Path], list[Path]]:
-        """Train shards and val shards."""
-        assert config.path is not None
-        if config.val_path is not None:
-            val = _local("data.val_path", config.val_path)
-            return _local("data.path", config.path), val
-        root = Path(config.path)
-        if root.is_dir() and (root / "train").is_dir():
-            names = [name for name in VAL_NAMES if (root / name).is_dir()]
-            val = _local("data.path", str(root / names[0])) if names else []
-            return _local("data.path", str(root / "train")), val
-        shards = _local("data.path", config.path)
-        val = [path for path in shards if _begins(path, *VAL_NAMES)]
-        if len(val) == len(shards):
-            return shards, []
-        return [path for path in shards if path not in val], val
 
     def _gather(self, paths: list[Path]) -> list[ShardIndex]:
         self._shards = [str(path) for path in paths]

@@ -28,7 +28,7 @@ from mim.config import DataConfig
 from mim.data.faults import Fault, Ledger
 from mim.data.transforms import Picture
 from mim.errors import UserError, setting_error
-from mim.keys import image_keys
+from mim.keys import image_keys, permutation
 from mim.registry import Registry
 
 Split: TypeAlias = Literal["train", "val"]
@@ -61,6 +61,15 @@ class ImageSource(ABC):
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def epoch_size(self) -> int:
+        """Images in one epoch of training."""
+        return len(self)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """(epoch_size,) positions of the images of an epoch, in their order."""
+        return permutation(seed, epoch, len(self))
 
     @abstractmethod
     def image(self, index: int) -> Picture:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mim.config import DataConfig
 from mim.data import Batch, ImageSource, eval_loader, fetch, open_source, shards, train_loader
+from mim.data.places import expand
 from mim.errors import UserError
 from mim.keys import name_to_int
 
@@ -172,11 +173,11 @@ def test_val_shards_of_their_own(tmp_path: Path) -> None:
 
 
 def test_braces() -> None:
-    assert shards.expand("a-{008..011}.tar") == [f"a-{n:03}.tar" for n in range(8, 12)]
-    assert shards.expand("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
-    assert shards.expand("{9..10}") == ["9", "10"]
+    assert expand("a-{008..011}.tar") == [f"a-{n:03}.tar" for n in range(8, 12)]
+    assert expand("{x,y}{1..2}") == ["x1", "x2", "y1", "y2"]
+    assert expand("{9..10}") == ["9", "10"]
     with pytest.raises(ValueError, match="no range"):
-        shards.expand("{a..b}")
+        expand("{a..b}")
 
 
 def test_the_scan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_a_shard_that_shrinks_under_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: root / "absent.tar", r"data\.path: .* has no shard .*absent\.tar"),
+        (lambda root: root / "absent.tar", r"data\.path: .* has no file .*absent\.tar"),
         (lambda root: f"{root}/x-{{a..b}}.tar", r"data\.path: .* no range of whole numbers"),
         (lambda root: root, r"data\.path: .* names no \.tar files"),
         (lambda root: write_tar(root / "e.tar", {"a.txt": b""}), r"has no images in its shards"),
