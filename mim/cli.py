@@ -463,17 +463,13 @@ _DATA_VERBS: dict[str, Verb] = {"inspect": _data_inspect, "stats": _data_stats}
 
 def _data(args: list[str]) -> int:
     """Look at data sets: inspect, stats."""
-    if not args or args[0] in ("-h", "--help"):
-        lines = [
-            f"  {name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _DATA_VERBS.items()
-        ]
-        _say("usage: mim data VERB ...\n\n" + "\n".join(lines))
-        return 0 if args else 2
-    if args[0] not in _DATA_VERBS:
-        from mim.errors import choice_error
-
-        raise choice_error("data", args[0], _DATA_VERBS)
-    return _DATA_VERBS[args[0]](args[1:])
+    lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _DATA_VERBS.items()]
+    parser = _parser(
+        "data", "\n".join(["Look at data sets; each verb has its own --help.", *lines])
+    )
+    parser.add_argument("what", choices=tuple(_DATA_VERBS), help="what to do")
+    options = parser.parse_args(args[:1])
+    return _DATA_VERBS[options.what](args[1:])
 
 
 def _export(args: list[str]) -> int:
