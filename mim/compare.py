@@ -432,10 +432,24 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
     with _sigterm_interrupts():
         failed = _run_all(planned, states, config.evaluations, output, show)
     report = write_report(output)
+    _track(config, output)
     if failed:
         names = ", ".join(failed)
         print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
     return report
+
+
+def _track(config: CompareConfig, output: Path) -> None:
+    """The report as the trackers' artifact, where there are trackers."""
+    from mim.report import read_comparison
+    from mim.report.overview import closing_table
+    from mim.trackers import track_report
+
+    files = [output / name for name in ("report.html", "report.md", "results.csv")]
+    files += sorted((output / "tables").iterdir())
+    text = (output / "report.md").read_text(encoding="utf-8")
+    table = closing_table(read_comparison(output))
+    track_report(config.base, config.name, output, files, table, text)
 
 
 def _run_all(

@@ -50,7 +50,8 @@ from mim.pictures import (
     spread_indices,
 )
 from mim.progress import RunProgress
-from mim.settings import flatten, to_dict, to_yaml
+from mim.settings import to_dict, to_yaml
+from mim.trackers import start_trackers, track_picture, tracker_names
 
 PICTURED_IMAGES = 8
 ONLINE = "linear_online"
@@ -145,32 +146,15 @@ def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    trackers = ["tensorboard"] if config.log.tensorboard else []
-    if config.log.wandb != "disabled":
-        trackers.append("wandb")
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         reason = "needs a GPU; choose bf16 or fp32"
         raise setting_error("train.precision", config.train.precision, reason)
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     return Accelerator(
         mixed_precision=_PRECISION[config.train.precision],
-        log_with=trackers or None,
+        log_with=tracker_names(config) or None,
         project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
     )
-
-
-def _start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
-    if not accelerator.log_with:
-        return
-    name = Path(config.output).name
-    group = f"{config.model.regime.name}-{config.mask.name}"
-    wandb = {"mode": config.log.wandb, "dir": config.output, "name": name, "group": group}
-    scalars = {
-        key: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for key, value in flatten(to_dict(config)).items()
-    }
-    options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
-    accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -236,7 +220,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
         total_images = saved.get("images", start * config.data.batch_size)
         mean, val_loss = saved["train_loss"], saved["val_loss"]
-    _start_trackers(accelerator, config, start)
+    start_trackers(accelerator, config, start)
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
     if main and saved is None:
         checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
@@ -277,7 +261,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         if main:
             arrays = reconstruct(subject, config, val, spread_indices(len(val), PICTURED_IMAGES))
             path = save_reconstructions(run, arrays, f"step_{step:08d}")
-            _track_picture(accelerator, path, step)
+            track_picture(accelerator.trackers, path, step)
 
     def draw_ratios() -> None:
         if main:
@@ -487,21 +471,6 @@ def _measure_flops(
     forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
     forward, backward = round(forward), round(backward)
     return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
-
-
-def _track_picture(accelerator: Accelerator, path: Path, step: int) -> None:
-    from PIL import Image
-
-    for tracker in accelerator.trackers:
-        with Image.open(path) as image:
-            if tracker.name == "tensorboard":
-                import numpy as np
-
-                tracker.writer.add_image(
-                    "reconstructions", np.asarray(image), step, dataformats="HWC"
-                )
-            elif tracker.name == "wandb":
-                tracker.log_images({"reconstructions": [image]}, step=step)
 
 
 def _check_finite(

@@ -59,7 +59,7 @@ def _shrunk(path: Path) -> bytes:
         raise UserError(f"{path}: is no picture ({error})") from error
     image.thumbnail((_SIDE, 4 * _SIDE))
     # Few colours are enough for a plot and spare most of the bytes.
-    image = image.quantize(128, dither=Image.Dither.NONE)
+    image = image.quantize(256, kmeans=1, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -1,0 +1,120 @@
+"""TensorBoard and wandb, through Accelerate's trackers; wandb is imported only where asked for.
+
+Names are an interface, see docs/howto/trackers.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from PIL import Image
+
+from mim.config import Config
+from mim.settings import flatten, to_dict
+
+
+def tracker_names(config: Config) -> list[str]:
+    """The trackers that a config asks for."""
+    names = ["tensorboard"] if config.log.tensorboard else []
+    return [*names, "wandb"] if config.log.wandb != "disabled" else names
+
+
+def _tags(config: Config) -> list[str]:
+    """What runs are filtered by; wandb takes up to 64 characters each."""
+    model = config.model
+    tags = (
+        f"regime:{model.regime.name}",
+        f"mask:{config.mask.name}",
+        f"ratio:{config.mask.ratio}",
+        f"target:{model.target.name}",
+        f"decoder:{model.decoder.name}",
+        f"backbone:{model.backbone}",
+        f"data:{config.data.source}",
+        f"seed:{config.seed}",
+    )
+    return [tag[:64] for tag in tags]
+
+
+def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
+    """Open the trackers of a run: its config, its name, group and tags."""
+    if not accelerator.log_with:
+        return
+    wandb = {
+        "mode": config.log.wandb,
+        "dir": config.output,
+        "name": Path(config.output).name,
+        "group": f"{config.model.regime.name}-{config.mask.name}",
+        "job_type": "pretrain",
+        "tags": _tags(config),
+    }
+    scalars = {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in flatten(to_dict(config)).items()
+    }
+    options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
+    accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+
+
+def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
+    """Show a picture as ``reconstructions``."""
+    for tracker in trackers:
+        with Image.open(path) as image:
+            if tracker.name == "tensorboard":
+                pixels = np.asarray(image)
+                tracker.writer.add_image("reconstructions", pixels, step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"reconstructions": [image]}, step=step)
+
+
+def track_report(
+    config: Config,
+    name: str,
+    folder: Path,
+    files: Sequence[Path],
+    table: tuple[list[str], list[list[str]]],
+    text: str,
+) -> None:
+    """Give a comparison's report to the trackers: a table, and the files as an artifact.
+
+    Args:
+        config: the base config; its ``log`` says where to.
+        name: of the comparison.
+        folder: of the comparison.
+        files: of the report.
+        table: (heads, rows), logged as ``results``.
+        text: Markdown, shown as ``report`` where a tracker shows text.
+    """
+    if not tracker_names(config):
+        return
+    PartialState(cpu=True)  # the trackers ask it who is the main process; no GPU is touched
+    heads, rows = table
+    if config.log.tensorboard:
+        board = TensorBoardTracker("report", folder / "logs")
+        board.start()
+        board.writer.add_text("report", text)
+        board.finish()
+    if config.log.wandb != "disabled":
+        import wandb
+
+        tracker = WandBTracker(
+            config.log.project,
+            mode=config.log.wandb,
+            dir=str(folder),
+            name=f"{folder.name} report",
+            group=folder.name,
+            job_type="report",
+            tags=["report"],
+        )
+        tracker.start()
+        tracker.log_table("results", columns=heads, data=rows)
+        safe = re.sub(r"[^\w.-]+", "-", name)[:100] or "comparison"
+        artifact = wandb.Artifact(f"report-{safe}", type="report")
+        for path in files:
+            artifact.add_file(str(path))
+        tracker.run.log_artifact(artifact)
+        tracker.finish()

@@ -1,0 +1,229 @@
+"""Every command and snippet of the README and the docs: it parses, its settings exist, it runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomllib
+import yaml
+from PIL import Image
+
+import mim
+from mim.cli import VERBS
+from mim.compare import read_compare_config
+from mim.config import Config
+from mim.parsing import ParserTaken, VerbParser
+from mim.settings import checked, read_args
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Programs that stand before ours, and those that are known and not ours.
+_LAUNCHERS = ("accelerate", "srun", "torchrun")
+_OTHERS = ("source", "pip")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    page: Path
+    kind: str
+    text: str
+
+
+def blocks(kind: str) -> list[Block]:
+    return [
+        Block(page, found[1], found[2])
+        for page in PAGES
+        for found in _FENCE.finditer(page.read_text(encoding="utf-8"))
+        if found[1] == kind
+    ]
+
+
+def name(block: Block) -> str:
+    return f"{block.page.relative_to(ROOT)}: {block.text.strip().splitlines()[0][:40]}"
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command; comments, redirections and pipes are cut off."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            cut = [place for place, word in enumerate(words) if word in (">", "|", "&&")]
+            yield words[: cut[0]] if cut else words
+
+
+def check_verb(verb: str, args: list[str]) -> None:
+    """The command's options exist, and its config is one that can run."""
+    assert verb in VERBS, verb
+    if verb == "pretrain":
+        kept = [arg for arg in args if arg != "--print_config"]
+        checked(read_args(Config, kept))
+    elif verb == "compare":
+        flags = VerbParser(prog="", add_help=False, allow_abbrev=False)
+        flags.add_argument("--show")
+        flags.add_argument("--json")
+        _, rest = flags.parse_known_args(args)
+        checked(read_compare_config(rest).base)
+    else:
+        VerbParser.taking = True
+        try:
+            VERBS[verb](args)
+        except ParserTaken as taken:
+            parser = taken.parser
+        finally:
+            VerbParser.taking = False
+        if verb == "import":
+            parser.parse_known_args(args)
+        else:
+            parser.parse_args(args)
+
+
+@pytest.mark.parametrize("block", blocks("bash"), ids=name)
+def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    found = list(commands(block.text))
+    assert found
+    for words in found:
+        if words[0] in _LAUNCHERS:
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "mim":
+            check_verb(words[1], words[2:])
+        elif words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), words
+        elif words[0] == "pip":
+            wanted = re.findall(r"\[(\w+)\]", " ".join(words))
+            assert set(wanted) <= set(extras["optional-dependencies"])
+        else:
+            assert words[0] in _OTHERS, f"a program that no test knows: {words}"
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=name)
+def test_settings_exist(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(block.text)
+    content = yaml.safe_load(block.text)
+    if {"axes", "base"} & set(content):
+        checked(read_compare_config(["--config", str(path)]).base)
+    else:
+        checked(read_args(Config, ["--config", str(path)]))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small run under the names that the docs use, and photographs."""
+    from mim.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for index in range(20):
+            path = folder / "photographs" / "train" / label / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    settings = {
+        "output": str(folder / "runs" / "photos"),
+        "data.source": "imagefolder",
+        "data.path": str(folder / "photographs"),
+        "data.image_size": 16,
+        "data.batch_size": 8,
+        "model.backbone_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        "model.decoder.transformer": {"width": 16, "depth": 1, "heads": 2},
+        "optim.warmup_epochs": 0,
+        "train.epochs": 1,
+        "log.tensorboard": False,
+    }
+    pretrain(mim.load_config(None, settings))
+    shutil.copytree(folder / "runs" / "photos", folder / "runs" / "mae")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of a page, block after block, in one namespace; fine-tuning with one epoch."""
+    own = [block for block in blocks("python") if block.page == page]
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    monkeypatch.chdir(place)
+    finetune = mim.finetune
+
+    def short(*args: Any, **options: Any) -> Any:
+        inspect.signature(finetune).bind(*args, **options)
+        quick = {"epochs": 1, "warmup_epochs": 0, "rand_augment": "", "drop_path": 0}
+        return finetune(*args, **{**options, **quick})
+
+    monkeypatch.setattr(mim, "finetune", short, raising=False)
+    photographs = sorted(Path("photographs").rglob("*.png"))
+    Image.open(photographs[0]).save("new.jpg")
+    space: dict[str, Any] = {
+        "mim": mim,
+        "make_pipeline": make_pipeline,
+        "LogisticRegression": LogisticRegression,
+        "paths": [str(path) for path in photographs],
+        "labels": [path.parent.name for path in photographs],
+    }
+    for block in own:
+        exec(compile(block.text, f"{page.name}: {name(block)}", "exec"), space)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_that_the_docs_name_exist() -> None:
+    pattern = re.compile(r"`((?:configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
+    for page in PAGES:
+        for target in pattern.findall(page.read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_settings_that_the_docs_name_exist() -> None:
+    """Words such as `mask.aligned.unit` in the text."""
+    from mim.model import MaskedImageModel
+    from mim.settings import flatten, to_dict
+
+    known = flatten(to_dict(Config()))
+    groups = {key.rpartition(".")[0] for key in known} | set(known)
+    pattern = re.compile(r"`((?:data|mask|model|optim|train|log)\.[a-z_0-9.]+)")
+    for page in PAGES:
+        for key in pattern.findall(page.read_text(encoding="utf-8")):
+            whole = key.rstrip(".")
+            if whole.endswith((".py", "_mask")) or whole.startswith("model.backbone_args."):
+                continue
+            is_method = hasattr(MaskedImageModel, whole.removeprefix("model."))
+            assert whole in groups or is_method, f"{page.name}: {whole}"
+
+
+@pytest.mark.slow  # .ci/run builds the site itself
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    config = pytest.importorskip("mkdocs.config", reason="mkdocs is not installed")
+    for needed in ("material", "mkdocstrings"):
+        pytest.importorskip(needed)
+    from mkdocs.commands.build import build
+
+    loaded = config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
+    build(loaded)
+    reference = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    assert "Share of the patches that is hidden" in reference
+    assert "PatchMask" in (tmp_path / "reference" / "python" / "index.html").read_text()
