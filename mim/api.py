@@ -10,6 +10,7 @@ from torch import Tensor
 from mim import checkpoint
 from mim.backbone import family_of
 from mim.model import MaskedImageModel, build_model
+from mim.patches import Images, Patches
 
 
 def load(path: str | Path) -> MaskedImageModel:
@@ -29,7 +30,7 @@ def load(path: str | Path) -> MaskedImageModel:
 
 
 @torch.no_grad()
-def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
+def encode(model: MaskedImageModel, images: Images) -> Tensor:
     """Features of full images: the mean over the patch tokens, normed where the backbone does so.
 
     Args:
@@ -40,4 +41,9 @@ def encode(model: MaskedImageModel, images: Tensor) -> Tensor:
         (B, D).
     """
     family = family_of(model.backbone)
-    return family.pool_norm(model.encode(images)[:, family.num_prefix :].mean(dim=1))
+    tokens = model.encode(images)[:, family.num_prefix :]  # (B, N, D)
+    if isinstance(images, Patches):
+        valid = images.valid
+        mean = tokens.masked_fill(~valid[..., None], 0.0).sum(dim=1) / valid.sum(1, keepdim=True)
+        return family.pool_norm(mean)
+    return family.pool_norm(tokens.mean(dim=1))

@@ -9,7 +9,7 @@ What needs other modules to check (names of components, a timm model, a grid) is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mim.errors import choice_error, setting_error
@@ -113,6 +113,16 @@ class DataConfig:
     """Whether a torchvision data set may be downloaded."""
     image_size: int | tuple[int, int] = 224
     """Side of the square images in pixels, or (height, width)."""
+    aspect: str = "square"
+    """square (all images become image_size), or keep: each keeps its aspect ratio and is
+    made smaller to at most max_patches patches, never larger. A training crop then has the image's
+    own proportions, crop_ratio is not used, and image_size is where a ViT's position embeddings are
+    learned, from which those of each image's grid are interpolated."""
+    max_patches: int = 256
+    """With aspect keep: the most patches an image may have."""
+    batching: str = "padded"
+    """How images of several sizes share a batch: padded to the longest, or packed (several images
+    in one sequence, none reads another). The numbers are the same."""
     channels: int = 3
     """Channels of an image: 1 converts to grayscale, 3 to RGB."""
     batch_size: int = 256
@@ -161,6 +171,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         for side in self.size:
             _above("data.image_size", side, 1, equal=True)
+        _one_of("data.aspect", self.aspect, ("square", "keep"))
+        _above("data.max_patches", self.max_patches, 1, equal=True)
+        _one_of("data.batching", self.batching, ("padded", "packed"))
+        if self.batching == "packed" and self.aspect == "square":
+            reason = "needs data.aspect=keep: images of one size have no padding"
+            raise setting_error("data.batching", self.batching, reason)
         _above("data.channels", self.channels, 1, equal=True)
         _above("data.batch_size", self.batch_size, 1, equal=True)
         _above("data.workers", self.workers, 0, equal=True)
@@ -191,6 +207,15 @@ class DataConfig:
             reason = "must be at least 0 and below 1"
             raise setting_error("data.max_unreadable", self.max_unreadable, reason)
         _above("data.max_pixels", self.max_pixels, 1, equal=True)
+
+    @property
+    def keeps_aspect(self) -> bool:
+        """Whether images of several sizes share a batch."""
+        return self.aspect == "keep"
+
+    def as_square(self) -> DataConfig:
+        """The same with all images of ``image_size``, for what takes images of one size only."""
+        return replace(self, aspect="square", batching="padded")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim.keys import image_keys
 from mim.model import MaskedImageModel
+from mim.patches import Images
 
 
 def count_flops(
-    model: MaskedImageModel, images: Tensor, sample_ids: Tensor, epoch: int = -1
+    model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = -1
 ) -> tuple[int, int]:
     """(forward, backward) floating-point operations an image in training, by torch's counter.
 

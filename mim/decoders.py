@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Mlp, freq_bands
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from mim.config import DecoderConfig
 from mim.errors import setting_error
 from mim.keys import seed_of
 from mim.masks import key_bias
+from mim.masks.packing import Packing
 from mim.regimes import Latents, Regime, place_tokens
 from mim.registry import Registry
 
@@ -57,6 +58,8 @@ class Decoder(nn.Module, ABC):
     """Whether it reads the output of every encoder block, not of the last alone."""
     share: float = 1.0
     """Share of the hidden patches that it predicts in training."""
+    packs: bool = False
+    """Whether several images of different sizes share a sequence."""
 
     def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
         super().__init__()
@@ -86,6 +89,22 @@ def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
     if ids is None:
         return hidden
     return hidden.gather(1, ids[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:
+    """Fixed positions (1, P + N, E), or (B, P + N, E) where images have several sizes.
+
+    Args:
+        table: (1, P + N, E), of the model's own grid; prefix tokens have zeros.
+        latents: for the row and column of each patch.
+        num_prefix: P.
+    """
+    if latents.coords is None:
+        return table
+    bands = freq_bands(table.shape[-1] // 4, temperature=10000.0, step=1, device=table.device)
+    angles = latents.coords[..., None] * bands  # (B, N, 2, E / 4)
+    patches = torch.cat([angles.sin(), angles.cos()], dim=-2).flatten(-2)  # (B, N, E)
+    return F.pad(patches.to(table.dtype), (0, 0, num_prefix, 0))
 
 
 def _xavier(module: nn.Module) -> None:
@@ -133,10 +152,22 @@ class TransformerDecoder(Decoder):
             fill = self.mask_token.expand(len(x), latents.num_patches, -1).to(x.dtype)
             patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
             x = torch.cat([prefix, patches], dim=1)  # (B, P + N, E)
-        x = x + self.pos_embed
+        x = x + _positions(self.pos_embed, latents, latents.num_prefix)
+        return self.norm(_at(self._run(x, latents)[:, latents.num_prefix :], ids))
+
+    def _run(self, x: Tensor, latents: Latents) -> Tensor:
+        """The blocks, (B, P + N, E); nobody reads padding."""
+        bias, packing = None, None
+        if latents.patch_valid is not None:
+            prefix = latents.patch_valid.new_ones(len(x), latents.num_prefix)
+            valid = torch.cat([prefix, latents.patch_valid], dim=1)
+            bias = key_bias(valid, x.dtype)
+            if self.packs:
+                packing = Packing.of(valid)
+                x, bias = packing.pack(x), packing.bias(None, x.dtype)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(_at(x[:, latents.num_prefix :], ids))
+            x = block(x, attn_mask=bias)
+        return x if packing is None else packing.unpack(x)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""
@@ -261,11 +292,8 @@ class CrossAttentionDecoder(Decoder):
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
         """Decode the patches asked for, and no others; see :class:`Decoder`."""
         tokens = latents.tokens  # (B, P + T, D)
-        if ids is None:
-            queries = self.mask_token + self.pos_embed  # (1, N, E)
-            x = queries.expand(len(tokens), -1, -1)
-        else:
-            x = self.mask_token + self.pos_embed[0][ids]  # (B, M, E)
+        places = _positions(self.pos_embed, latents).expand(len(tokens), -1, -1)  # (B, N, E)
+        x = self.mask_token + _at(places, ids)  # (B, M, E)
         bias = None
         if latents.valid is not None:
             prefix = latents.valid.new_ones(len(tokens), latents.num_prefix)

@@ -199,7 +199,7 @@ def _loader(config: Config) -> Iterator[Check]:
 
 
 def _images_per_second(source: Any, data: Any) -> float:
-    batches = iter(train_loader(source, data, 0, start_step=0, total_steps=10**6))
+    batches = iter(train_loader(source, data.as_square(), 0, start_step=0, total_steps=10**6))
     next(batches)  # workers start
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < _SECONDS:

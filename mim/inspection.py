@@ -143,7 +143,7 @@ def statistics(
     Raises:
         UserError: if more images than ``data.max_unreadable`` cannot be read.
     """
-    known = replace(_lenient(config), max_unreadable=config.max_unreadable)
+    known = replace(_lenient(config.as_square()), max_unreadable=config.max_unreadable)
     source = open_source(known, "train")
     total = torch.zeros(2, config.channels, dtype=torch.int64)
     count = 0
@@ -171,7 +171,7 @@ def sample_sheet(config: Config, images: int = 8) -> Image.Image:
         config: of a run; its seed draws the crops and masks.
         images: how many, spread over the training images.
     """
-    data = config.data
+    data = config.data.as_square()
     source = open_source(replace(data, max_unreadable=_ALL_BUT), "train")
     chosen = spread_indices(len(source), images)
     (whole,) = eval_loader(source, data, indices=chosen, batch_size=len(chosen))

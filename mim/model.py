@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, family_of, grid_of, patch_size_of, set_norm_eps
+from mim.backbone import Family, build_backbone, family_of, grid_of, patch_size_of, set_norm_eps
 from mim.config import Config
 from mim.decoders import Decoder, build_decoder
 from mim.errors import setting_error
 from mim.masks import MaskGenerator, PatchMask, build_mask_generator
+from mim.patches import Images, Patches
 from mim.regimes import Latents, Regime, build_regime
-from mim.targets import Target, TargetContext, build_target, per_image_loss
+from mim.targets import TARGETS, Target, TargetContext, build_target, per_image_loss
 from mim.teacher import Teacher
 
 
@@ -94,7 +95,7 @@ class MaskedImageModel(nn.Module):
     @torch.no_grad()
     def draw_mask(
         self,
-        images: Tensor,
+        images: Images,
         keys: Tensor,
         *,
         epoch: int = -1,
@@ -103,12 +104,15 @@ class MaskedImageModel(nn.Module):
         """The masks of the model's generator, on the device of the images.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised, or patches of several sizes.
             keys: (B,) int64 from :func:`mim.keys.image_keys`.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images.
         """
         generator = self.mask_generator
+        if isinstance(images, Patches):
+            mask = generator.draw_sizes(images, keys, epoch=epoch, sample_ids=sample_ids)
+            return mask.to(images.device, non_blocking=True)
         looks = generator.needs_images or generator.needs_attention or generator.is_trained
         with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
             mask = generator(
@@ -127,19 +131,23 @@ class MaskedImageModel(nn.Module):
         if self.teacher is not None:
             self.teacher.update(self.backbone)
 
-    def latents(self, images: Tensor, mask: PatchMask | None = None) -> Latents:
+    def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
         """Encode under a mask.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised, or patches of several sizes.
             mask: what is hidden; None hides nothing.
         """
+        if isinstance(images, Patches):
+            mask = PatchMask.empty_of(images.valid) if mask is None else mask
+            latents = self.regime(self.backbone, images, mask)
+            return replace(latents, coords=images.coords, patch_valid=mask.valid)
         if mask is None:
             count = self.grid[0] * self.grid[1]
             mask = PatchMask.empty(len(images), count, images.device)
         return self.regime(self.backbone, images, mask)
 
-    def encode(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
+    def encode(self, images: Images, mask: PatchMask | None = None) -> Tensor:
         """Features: the tokens of :meth:`latents`, prefix first, (B, P + T, D).
 
         Without a mask they equal timm's own ``backbone.forward_features(images)``, a map laid out
@@ -148,18 +156,18 @@ class MaskedImageModel(nn.Module):
         """
         return self.latents(images, mask).tokens
 
-    def forward(self, images: Tensor, mask: PatchMask, weight: Tensor | None = None) -> Output:
+    def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Output:
         """One forward pass.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised, or patches of several sizes.
             mask: (B, N), what is hidden.
             weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold. None
                 counts all alike.
         """
         if weight is not None:
             # Not only its loss: a NaN anywhere in the forward pass makes 0 * NaN in the backward.
-            images = images.masked_fill((weight == 0).view(-1, 1, 1, 1), 0.0)
+            images = _blank(images, weight == 0)
         latents = self.latents(images, mask)
         readable = latents
         norm = family_of(self.backbone).pool_norm
@@ -168,7 +176,7 @@ class MaskedImageModel(nn.Module):
             readable = replace(latents, tokens=norm(latents.tokens))
         target = self.target(images, self.teacher)  # (B, N, dim)
         if self.target.config.loss_on == "all":
-            ids, valid, wanted = None, None, target
+            ids, valid, wanted = None, mask.valid, target
         else:
             share = self.decoder.share if self.training else 1.0
             ids, valid = mask.masked_share(share)
@@ -185,6 +193,13 @@ class MaskedImageModel(nn.Module):
             chosen = self.mask_generator.objective(logits, ids, distance, valid)  # (B,)
             loss = reconstruction + _weighted_mean(chosen, weight)
         return Output(loss, reconstruction, losses, target, latents, readable, self.decoder)
+
+
+def _blank(images: Images, left_out: Tensor) -> Images:
+    """0 in all of the images that are left out, (B,) bool."""
+    if isinstance(images, Patches):
+        return images.left_out(left_out)
+    return images.masked_fill(left_out.view(-1, 1, 1, 1), 0.0)
 
 
 def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -210,6 +225,7 @@ def build_model(config: Config) -> MaskedImageModel:
     if not regime.keeps_all_tokens and not family.takes_padding:
         _refuse_ratios(config)
     regime.checkpointing = config.train.gradient_checkpointing
+    regime.packs = data.batching == "packed"
     context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
     target = build_target(model.target, context)
     decoder = build_decoder(
@@ -221,6 +237,9 @@ def build_model(config: Config) -> MaskedImageModel:
         num_prefix=family.num_prefix,
         seed=config.seed,
     )
+    decoder.packs = regime.packs
+    if data.keeps_aspect:
+        _check_sizes(config, family, generator, target)
     set_norm_eps(decoder, model.norm_eps)
     if target.config.loss_on == "all" and decoder.share < 1:
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
@@ -252,6 +271,26 @@ def _refuse_ratios(config: Config) -> None:
             )
             reason += f" {config.model.backbone} takes no padding: give one ratio"
             raise setting_error(setting, ratio, reason)
+
+
+def _check_sizes(config: Config, family: Family, generator: MaskGenerator, target: Target) -> None:
+    """Refuse parts that take images of one size only, or that cannot share a sequence.
+
+    Raises:
+        UserError: naming the part.
+    """
+    name = config.model.backbone
+    if not family.takes_sizes:
+        able = "takes images of one size, and data.aspect is keep; choose a naflexvit or a "
+        raise setting_error("model.backbone", name, f"{able}ViT with a position embedding")
+    if config.data.batching == "packed" and not family.packs:
+        reason = f"packs plain timm blocks, and {name} has others; choose padded"
+        raise setting_error("data.batching", "packed", reason)
+    generator.check_sizes()
+    if not target.takes_sizes:
+        able = ", ".join(target for target in TARGETS if TARGETS.get(target).takes_sizes)
+        reason = f"is made of images of one size, and data.aspect is keep; choose {able}"
+        raise setting_error("model.target.name", config.model.target.name, reason)
 
 
 def check_config(config: Config) -> None:

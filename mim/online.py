@@ -22,6 +22,7 @@ from mim.config import Config
 from mim.data import ImageSource, eval_loader, normalize
 from mim.errors import setting_error
 from mim.model import MaskedImageModel
+from mim.patches import Images
 from mim.standardize import Standardize
 
 
@@ -62,7 +63,7 @@ class OnlineProbe:
         # Since the last line of metrics: sum of losses, right answers, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Images) -> Tensor:
         """(B, C, H, W) normalised -> (B, D), of the encoder as it evaluates."""
         training = self.model.training
         self.model.eval()
@@ -71,7 +72,7 @@ class OnlineProbe:
         self.model.train(training)
         return features.float()
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, images: Images, labels: Tensor) -> None:
         """Learns from (B, C, H, W) normalised images and (B,) labels."""
         labels = labels.to(images.device)
         features = self._features(images)
@@ -103,7 +104,9 @@ class OnlineProbe:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         found = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, images
         self.head.eval()
-        for batch in eval_loader(source, self.config.data, rank=rank, world=world):
+        patch = self.model.patch_size
+        data = self.config.data
+        for batch in eval_loader(source, data, rank=rank, world=world, patch_size=patch):
             images = normalize(batch.images.to(device), source.mean, source.std)
             assert batch.labels is not None
             guess = self.head(self._features(images)).argmax(1)

@@ -12,7 +12,8 @@ from torch import nn
 from mim.config import OptimConfig
 
 # Vectors that timm's rule (no decay for one-dimensional parameters) does not see.
-_NO_DECAY = ("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token", "pos_embed")
+_NO_DECAY = ("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token")
+_NO_DECAY_POSITIONS = ("pos_embed", "pos_embed_x", "pos_embed_y")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def build_schedule(
 
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW; biases, norms, tokens and position embeddings have no weight decay."""
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in _NO_DECAY]
+    vectors = _NO_DECAY + _NO_DECAY_POSITIONS
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in vectors]
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)

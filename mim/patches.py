@@ -1,9 +1,17 @@
-"""Images to patches and back."""
+"""Images to patches and back; images of several sizes as padded patches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+Grid: TypeAlias = tuple[int, int]
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -30,3 +38,103 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
     """
     p, q = patch_size
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=q, h=grid[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Images of several sizes, cut into patches; shorter ones are padded to the longest.
+
+    Args:
+        values: (B, N, P), patches as :func:`patchify` gives them; padding stands last and holds 0.
+        grids: (rows, columns) of each image.
+
+    Attributes:
+        valid: (B, N) bool, False for padding.
+        coords: (B, N, 2) int64, row and column of each patch; 0 for padding.
+
+    Raises:
+        ValueError: if an image has more patches than N, or there are not as many grids as images.
+    """
+
+    values: Tensor
+    grids: tuple[Grid, ...]
+    valid: Tensor
+    coords: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, grids: Sequence[Grid]) -> Patches:
+        """From padded values (B, N, P) and the grid of each image."""
+        images, longest = values.shape[:2]
+        if len(grids) != images or max((r * c for r, c in grids), default=0) > longest:
+            raise ValueError(f"{images} images of {longest} patches at most have other grids")
+        sizes = torch.tensor(grids, dtype=torch.int64, device=values.device).view(-1, 2)
+        places = torch.arange(longest, device=values.device).expand(images, -1)  # (B, N)
+        valid = places < sizes.prod(dim=1, keepdim=True)
+        columns = sizes[:, 1:]
+        coords = torch.stack([places // columns, places % columns], dim=-1)  # (B, N, 2)
+        return cls(values, tuple(grids), valid, coords * valid[..., None])
+
+    @classmethod
+    def pad(cls, images: Sequence[Tensor], grids: Sequence[Grid]) -> Patches:
+        """From the patches (N_i, P) of each image."""
+        longest = max(len(image) for image in images)
+        padded = [F.pad(image, (0, 0, 0, longest - len(image))) for image in images]
+        return cls.of(torch.stack(padded), grids)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Patches]) -> Patches:
+        """Several batches as one."""
+        longest = max(part.values.shape[1] for part in parts)
+        values = [F.pad(p.values, (0, 0, 0, longest - p.values.shape[1])) for p in parts]
+        return cls.of(torch.cat(values), [grid for part in parts for grid in part.grids])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice) -> Patches:
+        """A slice of the images; its padding stays."""
+        moved = (value[rows] for value in (self.values, self.valid, self.coords))
+        values, valid, coords = moved
+        return Patches(values, self.grids[rows], valid, coords)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the patches are."""
+        return self.values.device
+
+    @property
+    def lengths(self) -> list[int]:
+        """Patches of each image."""
+        return [rows * columns for rows, columns in self.grids]
+
+    def with_values(self, values: Tensor) -> Patches:
+        """The same places with other values (B, N, ...); padding stays 0."""
+        return replace(self, values=values.masked_fill(~self.valid[..., None], 0))
+
+    def left_out(self, images: Tensor) -> Patches:
+        """With 0 in all of some images, (B,) bool."""
+        return replace(self, values=self.values.masked_fill(images[:, None, None], 0))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Patches:
+        """The same on another device."""
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("values", "valid", "coords")
+        }
+        return replace(self, **tensors)
+
+    def pin_memory(self) -> Patches:
+        """The same in page-locked memory."""
+        tensors = {n: getattr(self, n).pin_memory() for n in ("values", "valid", "coords")}
+        return replace(self, **tensors)
+
+    def images(self, patch_size: tuple[int, int]) -> list[Tensor]:
+        """Each image as (C, H, W)."""
+        return [
+            unpatchify(values[None, : grid[0] * grid[1]], patch_size, grid)[0]
+            for values, grid in zip(self.values, self.grids, strict=True)
+        ]
+
+
+Images: TypeAlias = Tensor | Patches
+"""(B, C, H, W) of one size, or images of several sizes."""

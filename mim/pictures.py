@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mim.keys import image_keys
 from mim.masks import PatchMask
 from mim.masks.generators import build_mask_generator
 from mim.model import MaskedImageModel
-from mim.patches import patchify, unpatchify
+from mim.patches import Images, Patches, patchify, unpatchify
 
 # Held-out losses and pictures use one fixed mask an image, the same in every run and epoch.
 FIXED_SEED, FIXED_EPOCH = 0, -1
@@ -31,7 +32,7 @@ Pixels = NDArray[np.uint8]
 
 
 def fixed_masks(
-    model: MaskedImageModel, images: Tensor, sample_ids: Tensor, epoch: int = FIXED_EPOCH
+    model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = FIXED_EPOCH
 ) -> PatchMask:
     """The masks under which held-out images (B, C, H, W), normalised, are always seen.
 
@@ -70,18 +71,26 @@ def reconstruct(
 
     Returns:
         ``original``, ``masked``, ``prediction`` and ``composite`` (the prediction with the visible
-        patches pasted), uint8 (n, H, W, C); ``is_masked`` bool (n, rows, columns).
+        patches pasted), uint8 (n, H, W, C), white around images smaller than the largest;
+        ``is_masked`` bool (n, rows, columns).
     """
     device = next(model.parameters()).device
-    (batch,) = eval_loader(source, config.data, batch_size=len(indices), indices=indices)
-    images = normalize(batch.images.to(device), source.mean, source.std)
+    (batch,) = eval_loader(
+        source,
+        config.data,
+        batch_size=len(indices),
+        indices=indices,
+        patch_size=model.patch_size,
+    )
+    images: Any = normalize(batch.images.to(device), source.mean, source.std)
     training = model.training
     model.eval()
     mask = fixed_masks(model, images, batch.sample_ids) if mask is None else mask.to(device)
     output = model(images, mask)
     predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
-    patches = patchify(images, model.patch_size)
+    own = images if isinstance(images, Patches) else None
+    patches = patchify(images, model.patch_size) if own is None else own.values
     hidden = mask.is_masked[..., None]
     gray = torch.zeros_like(patches)  # the mean colour
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -91,8 +100,15 @@ def reconstruct(
         ("prediction", predicted),
         ("composite", torch.where(hidden, predicted, patches)),
     ):
-        arrays[name] = _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
-    arrays["is_masked"] = mask.is_masked.view(-1, *model.grid).cpu().numpy()
+        if own is not None:
+            arrays[name] = _on_canvas(own.with_values(content), model.patch_size, source)
+        else:
+            arrays[name] = _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
+    if own is None:
+        arrays["is_masked"] = mask.is_masked.view(-1, *model.grid).cpu().numpy()
+    else:
+        flags = own.with_values(mask.is_masked[..., None])
+        arrays["is_masked"] = _spread(flags.images((1, 1)), False)[:, 0].numpy()
     return arrays
 
 
@@ -112,7 +128,13 @@ def reconstruct_ratios(
         ``ratio`` float (R,), ``prediction`` uint8 (R, n, H, W, C), ``is_masked`` bool
         (R, n, rows, columns).
     """
-    (batch,) = eval_loader(source, config.data, batch_size=len(indices), indices=indices)
+    (batch,) = eval_loader(
+        source,
+        config.data,
+        batch_size=len(indices),
+        indices=indices,
+        patch_size=model.patch_size,
+    )
     images = normalize(batch.images, source.mean, source.std)
     images = images.to(next(model.parameters()).device)
     own = model.mask_generator
@@ -137,6 +159,25 @@ def reconstruct_ratios(
         key: np.stack([item[key] for _, item in found]) for key in ("prediction", "is_masked")
     }
     return {"ratio": np.array([ratio for ratio, _ in found]), **arrays}
+
+
+def _spread(images: list[Tensor], fill: float) -> Tensor:
+    """Images (C, H_i, W_i) on canvases of one size, top left: (n, C, H, W)."""
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    sheet = images[0].new_full((len(images), images[0].shape[0], height, width), fill)
+    for canvas, image in zip(sheet, images, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    return sheet.cpu()
+
+
+def _on_canvas(images: Patches, patch_size: tuple[int, int], source: ImageSource) -> Pixels:
+    """(n, H, W, C) uint8, white around the smaller images."""
+    shown = [
+        torch.from_numpy(_to_uint8(image[None], source)[0]).permute(2, 0, 1)
+        for image in images.images(patch_size)
+    ]
+    return _spread(shown, 255).permute(0, 2, 3, 1).numpy()
 
 
 def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Image:

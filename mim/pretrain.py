@@ -103,7 +103,14 @@ def held_out_loss(
     training = model.training
     model.eval()
     size = max(1, config.data.batch_size // world // config.train.accumulate)
-    for batch in eval_loader(source, config.data, batch_size=size, rank=rank, world=world):
+    for batch in eval_loader(
+        source,
+        config.data,
+        batch_size=size,
+        rank=rank,
+        world=world,
+        patch_size=model.patch_size,
+    ):
         images = normalize(batch.images.to(device), source.mean, source.std)
         mask = fixed_masks(model, images, batch.sample_ids)
         with accelerator.autocast():
@@ -291,6 +298,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         rank=rank,
         world=world,
         weigh=weigh,
+        patch_size=model.patch_size,
     )
     recent: list[tuple[int, list[int]]] = []
     wrapped.train()
@@ -461,12 +469,22 @@ def _measure_flops(
         last = config.train.epochs - 1
         epochs = sorted({round(last * part / 4) for part in range(5)})
     indices = list(range(min(images_at_once, len(val))))
-    (batch,) = eval_loader(val, config.data, batch_size=len(indices), indices=indices)
+    (batch,) = eval_loader(
+        val,
+        config.data,
+        batch_size=len(indices),
+        indices=indices,
+        patch_size=model.patch_size,
+    )
     images = normalize(batch.images.to(device), val.mean, val.std)
     found = []
     for epoch in epochs:
         mask = fixed_masks(model, images, batch.sample_ids, epoch)
-        tokens = model.regime.encoder_tokens(model.backbone, mask.num_visible)
+        visible, patches = float(mask.num_visible), None
+        if mask.valid is not None:  # padding is no work that counts
+            visible = float(mask.is_visible.sum()) / len(mask)
+            patches = float(mask.valid.sum()) / len(mask)
+        tokens = model.regime.encoder_tokens(model.backbone, visible, patches)
         found.append((*count_flops(model, images, batch.sample_ids, epoch), tokens))
     forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
     forward, backward = round(forward), round(backward)

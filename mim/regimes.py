@@ -17,6 +17,8 @@ from mim.errors import UserError, setting_error
 from mim.keys import seed_of
 from mim.masks import PatchMask, key_bias
 from mim.masks.attention import causal, to_additive
+from mim.masks.packing import Packing
+from mim.patches import Images, Patches
 from mim.registry import Registry
 
 
@@ -32,6 +34,9 @@ class Latents:
         num_prefix: P.
         num_patches: N.
         layers: the output of every block, each as ``tokens``; empty unless the regime collects.
+        coords: (B, N, 2) int64, row and column of each patch, where images have several sizes.
+        patch_valid: (B, N) bool, False where an image has fewer than N patches; None where all have
+            N.
     """
 
     tokens: Tensor
@@ -40,6 +45,8 @@ class Latents:
     patch_ids: Tensor | None = None
     valid: Tensor | None = None
     layers: tuple[Tensor, ...] = ()
+    coords: Tensor | None = None
+    patch_valid: Tensor | None = None
 
     @property
     def prefix(self) -> Tensor:
@@ -89,6 +96,7 @@ class Regime(nn.Module, ABC):
         self.config = config
         self.checkpointing = False
         self.collects_layers = False
+        self.packs = False
         family = family_of(vit)
         family.check(config)
         self.num_layers = len(family.blocks)
@@ -132,9 +140,18 @@ class Regime(nn.Module, ABC):
         *,
         bias: Tensor | None = None,
         num_keys: int | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:meth:`mim.backbone.Family.run`, with every block's output where they are collected."""
+        """:meth:`mim.backbone.Family.run`, with every block's output where they are collected.
+
+        Where :attr:`packs` is set, it runs on the tokens that are ``valid`` (B, L) alone.
+        """
         layers: list[Tensor] | None = [] if self.collects_layers else None
+        packing = None
+        if self.packs and valid is not None:
+            packing = Packing.of(valid, num_keys)
+            bias, num_keys = packing.bias(bias, embedded.tokens.dtype), packing.num_keys
+            embedded = Embedded(packing.pack(embedded.tokens))
         tokens = family.run(
             embedded,
             bias=bias,
@@ -142,17 +159,19 @@ class Regime(nn.Module, ABC):
             checkpointing=self.checkpointing,
             layers=layers,
         )
+        if packing is not None:
+            return packing.unpack(tokens), tuple(packing.unpack(layer) for layer in layers or ())
         return tokens, tuple(layers or ())
 
     @abstractmethod
     def inputs(
-        self, vit: nn.Module, images: Tensor, mask: PatchMask
+        self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
         """What the blocks work on.
 
         Args:
             vit: the backbone.
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalised, or patches of several sizes.
             mask: (B, N), what is hidden.
 
         Returns:
@@ -160,17 +179,30 @@ class Regime(nn.Module, ABC):
             the scores of every layer, or None.
         """
 
-    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
         """Encode (B, C, H, W) normalised images of which only the visible patches count."""
         family = family_of(vit)
         embedded, bias = self.inputs(vit, images, mask)
-        tokens, layers = self.encode(family, embedded, bias=bias)
-        return Latents(tokens, family.num_prefix, mask.num_patches, layers=layers)
+        kept = self.kept(mask)
+        valid = None if kept is None else _with_prefix(kept, family.num_prefix)
+        tokens, layers = self.encode(family, embedded, bias=bias, valid=valid)
+        return Latents(tokens, family.num_prefix, mask.num_patches, valid=kept, layers=layers)
 
-    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
-        """Tokens a block of the encoder works on, with so many visible patches."""
+    def kept(self, mask: PatchMask) -> Tensor | None:
+        """(B, T) bool, False where a token of the encoder is padding; None where none is."""
+        return mask.valid
+
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
+        """Tokens a block of the encoder works on.
+
+        Args:
+            vit: the backbone.
+            visible: patches of an image that are visible.
+            patches: of an image in all; by default those of the backbone's grid.
+        """
         family = family_of(vit)
-        return family.length(family.grid[0] * family.grid[1])
+        rows, columns = family.grid
+        return family.length(rows * columns if patches is None else patches)
 
 
 REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
@@ -178,7 +210,7 @@ REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
     if family.num_prefix == 0 and not mask.is_equal:
-        if bool((mask.is_masked.all(dim=1)).any()):
+        if not bool(mask.is_visible.any(dim=1).all()):
             raise UserError(
                 "mask: an image has every patch masked and the backbone has no prefix token, "
                 "so nothing is left to attend to; lower mask.ratio or add a class token"
@@ -188,6 +220,26 @@ def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
             "mask: every patch is masked and the backbone has no prefix token, so nothing is "
             "left to attend to; lower mask.ratio or add a class token"
         )
+
+
+def _embed(family: Family, images: Images, is_masked: Tensor | None = None) -> Tensor:
+    """:meth:`mim.backbone.Family.embed`, of images of one size or several."""
+    if isinstance(images, Patches):
+        return family.embed_patches(images)
+    return family.embed(images, is_masked)
+
+
+def _place(family: Family, patches: Tensor, images: Images) -> Embedded:
+    """:meth:`mim.backbone.Family.place`, of images of one size or several."""
+    if isinstance(images, Patches):
+        return family.place_patches(patches, images)
+    return family.place(patches)
+
+
+def _hide_pixels(family: Family, images: Images, is_masked: Tensor) -> Images:
+    if isinstance(images, Patches):
+        return images.with_values(images.values.masked_fill(is_masked[..., None], 0.0))
+    return family.hide_pixels(images, is_masked)
 
 
 def _with_prefix(valid: Tensor, prefix: int) -> Tensor:
@@ -202,13 +254,13 @@ class Drop(Regime):
     keeps_all_tokens = False
 
     def inputs(
-        self, vit: nn.Module, images: Tensor, mask: PatchMask
+        self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
         """Prefix and visible patches; see :class:`Regime`."""
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
         prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
-        embedded = family.place(family.embed(images, mask.is_masked))
+        embedded = _place(family, _embed(family, images, mask.is_masked), images)
         # Padding holds zeros, so that not even an unread place depends on a masked patch.
         embedded = family.take(embedded, ids, valid)
         tokens, bias = embedded.tokens, None  # (B, P + K, D)
@@ -218,12 +270,15 @@ class Drop(Regime):
             ids = ids.masked_fill(~valid, mask.num_patches)
         return embedded, self.order_bias(bias, tokens, prefix, ids)
 
-    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
         """Encode the visible patches; see :class:`Regime`."""
-        latents = super().forward(vit, images, mask)
-        return replace(latents, patch_ids=mask.visible_ids, valid=mask.visible_valid)
+        return replace(super().forward(vit, images, mask), patch_ids=mask.visible_ids)
 
-    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
+    def kept(self, mask: PatchMask) -> Tensor | None:
+        """Which visible patches are no padding."""
+        return mask.visible_valid
+
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
         """Prefix and visible patches."""
         return family_of(vit).length(visible)
 
@@ -258,23 +313,24 @@ class Zero(Regime):
             raise setting_error("model.regime.zero.attention", "split", reason)
 
     def inputs(
-        self, vit: nn.Module, images: Tensor, mask: PatchMask
+        self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
         """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
         if self.config.zero.at == "pixels":
-            patches = family.embed(family.hide_pixels(images, mask.is_masked))
+            patches = _embed(family, _hide_pixels(family, images, mask.is_masked))
         else:
-            patches = family.embed(images, mask.is_masked)
+            patches = _embed(family, images, mask.is_masked)
             patches = family.hide(patches, mask.is_masked, 0.0)
-        embedded = family.place(patches)  # (B, P + N, D)
+        embedded = _place(family, patches, images)  # (B, P + N, D)
         dtype, bias = embedded.tokens.dtype, None
-        if self.config.zero.attend_mask:
-            bias = key_bias(_with_prefix(~mask.is_masked, family.num_prefix), dtype)
+        readable = mask.is_visible if self.config.zero.attend_mask else mask.valid
+        if readable is not None:
+            bias = key_bias(_with_prefix(readable, family.num_prefix), dtype)
         return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
-    def forward(self, vit: nn.Module, images: Tensor, mask: PatchMask) -> Latents:
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
         """Encode all patches; see :class:`Regime`."""
         settings = self.config.zero
         if not settings.attend_mask or settings.attention == "dense":
@@ -282,7 +338,8 @@ class Zero(Regime):
         family = family_of(vit)
         embedded, _ = self.inputs(vit, images, mask)
         tokens, layers = self._split(family, embedded, mask)
-        return Latents(tokens, family.num_prefix, mask.num_patches, layers=layers)
+        prefix, patches = family.num_prefix, mask.num_patches
+        return Latents(tokens, prefix, patches, valid=mask.valid, layers=layers)
 
     def _split(
         self, family: Family, embedded: Embedded, mask: PatchMask
@@ -291,10 +348,14 @@ class Zero(Regime):
         prefix, dtype = family.num_prefix, embedded.tokens.dtype
         ids = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)  # (B, K + M)
         ordered = family.take(embedded, ids)
-        bias = valid = None
-        if mask.visible_valid is not None and mask.masked_valid is not None:
+        bias = valid = whole = None
+        if mask.visible_valid is not None:
             bias = key_bias(_with_prefix(mask.visible_valid, prefix), dtype)
-            valid = torch.cat([mask.visible_valid, mask.masked_valid], dim=1)
+        if not mask.is_equal:
+            given = ((mask.visible_ids, mask.visible_valid), (mask.masked_ids, mask.masked_valid))
+            flags = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in given]
+            valid = torch.cat(flags, dim=1)  # (B, K + M)
+            whole = _with_prefix(valid, prefix)
 
         def back(ordered: Tensor) -> Tensor:
             out = ordered[:, prefix:]
@@ -302,7 +363,7 @@ class Zero(Regime):
             return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
 
         num_keys = prefix + mask.num_visible
-        tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys)
+        tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)
         return back(tokens), tuple(back(layer) for layer in layers)
 
 
@@ -323,13 +384,16 @@ class Token(Regime):
         self.mask_token = nn.Parameter(values)
 
     def inputs(
-        self, vit: nn.Module, images: Tensor, mask: PatchMask
+        self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
         """All patches, the mask token at masked ones; see :class:`Regime`."""
         family = family_of(vit)
-        patches = family.embed(images, mask.is_masked)
-        embedded = family.place(family.hide(patches, mask.is_masked, self.mask_token[0, 0]))
-        return embedded, self.order_bias(None, embedded.tokens, family.num_prefix)
+        patches = _embed(family, images, mask.is_masked)
+        hidden = family.hide(patches, mask.is_masked, self.mask_token[0, 0])
+        embedded, bias = _place(family, hidden, images), None
+        if mask.valid is not None:
+            bias = key_bias(_with_prefix(mask.valid, family.num_prefix), embedded.tokens.dtype)
+        return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
 
 def build_regime(config: RegimeConfig, vit: nn.Module, seed: int = 0) -> Regime:

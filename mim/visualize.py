@@ -53,7 +53,7 @@ def save_figure(figure: Figure, output: Path, dpi: int = 130) -> Path:
 
 
 def _batch(config: Config, source: ImageSource, indices: Sequence[int]) -> Batch:
-    """The images at these positions, not augmented.
+    """The images at these positions, not augmented, all of one size.
 
     Raises:
         UserError: if there is no such position.
@@ -62,7 +62,8 @@ def _batch(config: Config, source: ImageSource, indices: Sequence[int]) -> Batch
         if not 0 <= index < len(source):
             raise setting_error("--indices", index, f"is not one of 0 to {len(source) - 1}")
     chosen = list(indices)
-    (batch,) = eval_loader(source, config.data, batch_size=len(chosen), indices=chosen)
+    square = config.data.as_square()
+    (batch,) = eval_loader(source, square, batch_size=len(chosen), indices=chosen)
     return batch
 
 

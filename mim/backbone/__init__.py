@@ -26,6 +26,7 @@ from mim.backbone.family import (
     register_family,
 )
 from mim.backbone.hiera import HieraFamily
+from mim.backbone.naflex import NaFlexViT
 from mim.backbone.plain import PlainViT
 from mim.backbone.rotary import RotaryViT
 from mim.backbone.swin import Swin
@@ -35,6 +36,7 @@ __all__ = [
     "Embedded",
     "Family",
     "HieraFamily",
+    "NaFlexViT",
     "PlainViT",
     "RotaryViT",
     "Swin",

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from timm import create_model, is_model, is_model_pretrained, list_models
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import load_state_dict as read_state_dict
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from mim.backbone.family import FAMILIES, family_of
@@ -115,6 +116,8 @@ def build_backbone(
         names = ", ".join(kind.__name__ for kind in FAMILIES)
         reason = f"is a {type(vit).__name__}; the regimes need one of timm's {names}"
         raise setting_error(setting_name, model.backbone, reason)
+    if isinstance(vit, NaFlexVit):
+        vit.__dict__["image_size"] = size  # it keeps none itself, since it takes any
     family = family_of(vit)
     refusal = family.refusal()
     if refusal is not None:

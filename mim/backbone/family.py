@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim.config import RegimeConfig
+from mim.patches import Patches
 
 Grid = tuple[int, int]
 
@@ -50,6 +51,10 @@ class Family(ABC):
     """Whether every block returns a token for each patch, as wide as the last block does."""
     takes_padding: bool = True
     """Whether images of a batch may show different numbers of patches under ``drop``."""
+    takes_sizes: bool = False
+    """Whether images of several sizes may share a batch (:class:`mim.patches.Patches`)."""
+    packs: bool = False
+    """Whether several images may stand in one sequence."""
     takes_fixed_positions: bool = False
     """Whether its position embedding can be replaced by fixed sines and cosines."""
 
@@ -152,6 +157,19 @@ class Family(ABC):
     @abstractmethod
     def place(self, patches: Tensor) -> Embedded:
         """Embedded patches with their positions, by timm's own rule, and prefix tokens in front."""
+
+    def embed_patches(self, images: Patches) -> Tensor:
+        """:meth:`embed` for images of several sizes: (B, N, D)."""
+        raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
+
+    def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
+        """:meth:`place` for images of several sizes, each by the rule of its own grid.
+
+        Args:
+            patches: (B, N, D), of :meth:`embed_patches`.
+            images: for the place of each patch.
+        """
+        raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
         """Prefix tokens and the patches ``ids`` alone, each with what goes along with it.

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from mim.backbone.family import Embedded, Transformer, register_family
+from mim.backbone.family import Embedded, Grid, Transformer, register_family
+from mim.patches import Patches
 
 
 @register_family(VisionTransformer)
 class PlainViT(Transformer):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), DeiT, CLIP's and DINOv2's among them."""
+
+    packs = True
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__(vit)
+        self.takes_sizes = getattr(vit, "pos_embed", None) is not None  # they are interpolated
 
     @property
     def splits(self) -> bool:
@@ -24,6 +33,37 @@ class PlainViT(Transformer):
     def place(self, patches: Tensor) -> Embedded:
         """See :class:`~mim.backbone.Family`."""
         return Embedded(self.vit.patch_drop(self.vit._pos_embed(patches)))
+
+    def embed_patches(self, images: Patches) -> Tensor:
+        """See :class:`~mim.backbone.Family`; timm's convolution as a product with each patch."""
+        embed = self.vit.patch_embed
+        weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
+        return embed.norm(F.linear(images.values, weight, embed.proj.bias))
+
+    def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
+        """See :class:`~mim.backbone.Family`; timm's resampling, to the grid of each image."""
+        vit, prefix = self.vit, 0 if self.vit.no_embed_class else self.num_prefix
+        tables = {grid: self._positions(grid, prefix) for grid in set(images.grids)}
+        rows = [F.pad(tables[g], (0, 0, 0, patches.shape[1] - g[0] * g[1])) for g in images.grids]
+        tokens = patches + torch.stack(rows).to(patches.dtype)  # (B, N, D)
+        given = (vit.cls_token, vit.reg_token)
+        front = [token.expand(len(tokens), -1, -1) for token in given if token is not None]
+        if front:
+            first = torch.cat(front, dim=1)
+            if prefix:
+                first = first + vit.pos_embed[:, :prefix]
+            tokens = torch.cat([first, tokens], dim=1)
+        return Embedded(vit.patch_drop(vit.pos_drop(tokens)))
+
+    def _positions(self, grid: Grid, prefix: int) -> Tensor:
+        """(n, D), of the patches of a grid."""
+        table = resample_abs_pos_embed(
+            self.vit.pos_embed,
+            new_size=list(grid),
+            old_size=list(self.grid),
+            num_prefix_tokens=prefix,
+        )
+        return table[0, prefix:]
 
     def step(
         self,

@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mim.config import DataConfig
 from mim.data.faults import Fault, read_images
+from mim.data.own_sizes import cat_images, eval_patches, train_patches
 from mim.data.sources import ImageSource
-from mim.data.transforms import eval_transform, train_transform
+from mim.data.transforms import Picture, eval_transform, train_transform
 from mim.data.weights import Weigh, batch_weights
 from mim.errors import UserError, WorkerError, setting_error
 from mim.keys import image_keys
+from mim.patches import Grid, Images, Patches
 
 Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) uint8 and their keys (B,) -> images; must pickle."""
@@ -39,8 +41,8 @@ _SIGNAL_SECONDS = 1.0  # within which torch tells of a worker that died
 class Batch:
     """Images of one step."""
 
-    images: Tensor
-    """(B, C, H, W) uint8."""
+    images: Any
+    """(B, C, H, W) uint8; where images keep their own sizes, :class:`mim.patches.Patches`."""
     labels: Tensor | None
     """(B,) int64, or None where the source has none."""
     sample_ids: Tensor
@@ -61,9 +63,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+    def _moved(self, move: Callable[[Any], Any]) -> Batch:
         values: dict[str, Any] = {
-            field.name: move(value) if isinstance(value, Tensor) else value
+            field.name: move(value) if isinstance(value, (Tensor, Patches)) else value
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
         }
@@ -75,7 +77,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls this."""
-        return self._moved(Tensor.pin_memory)
+        return self._moved(lambda value: value.pin_memory())
 
 
 @dataclass
@@ -92,11 +94,18 @@ class StepBatches(Dataset[Any]):
     """Maps a number to its batch; a mistake of the user becomes a :class:`_Failure`."""
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, augment: Augment | None = None
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        augment: Augment | None = None,
+        patch_size: Grid | None = None,
     ) -> None:
+        if config.keeps_aspect and patch_size is None:
+            raise ValueError("data.aspect=keep cuts patches: pass patch_size")
         self.source = source
         self.config = config
         self.augment = augment
+        self.patch_size = patch_size
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         try:
@@ -130,22 +139,33 @@ class StepBatches(Dataset[Any]):
             images, part, missing = read_images(self.source, part, replace=stand_in)
             faults += missing
             positions.append(part)
-            if seed is None:
-                parts.append(eval_transform(images, self.config))
-                continue
-            keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
-            cut = train_transform(images, keys, self.config)
-            parts.append(cut if self.augment is None else self.augment(cut, keys))
+            keys = None
+            if seed is not None:
+                keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
+            parts.append(self._cut(images, part, keys))
         found = torch.cat(positions)
         labels = self.source.labels
         return Batch(
-            images=torch.cat(parts),
+            images=cat_images(parts),
             labels=None if labels is None else labels[found],
             sample_ids=self.source.sample_ids[found],
             epoch=epoch,
             step=step,
             faults=tuple(faults),
         )
+
+    def _cut(self, images: list[Picture], indices: Tensor, keys: Tensor | None) -> Images:
+        """What the model is given of images at positions; without keys as evaluations see them."""
+        if self.config.keeps_aspect:
+            assert self.patch_size is not None
+            names = [self.source.describe(index) for index in indices.tolist()]
+            if keys is None:
+                return eval_patches(images, self.config, self.patch_size, names)
+            return train_patches(images, keys, self.config, self.patch_size, names)
+        if keys is None:
+            return eval_transform(images, self.config)
+        cut = train_transform(images, keys, self.config)
+        return cut if self.augment is None else self.augment(cut, keys)
 
 
 class _TrainBatches(StepBatches):
@@ -158,8 +178,9 @@ class _TrainBatches(StepBatches):
         world: int,
         augment: Augment | None,
         weigh: Weigh | None = None,
+        patch_size: Grid | None = None,
     ) -> None:
-        super().__init__(source, config, augment)
+        super().__init__(source, config, augment, patch_size)
         self.weigh = weigh
         self.seed = seed
         self.per_epoch = steps_per_epoch(source, config)
@@ -201,8 +222,9 @@ class _EvalBatches(StepBatches):
         indices: Tensor,
         batch_size: int,
         stand_in: bool,
+        patch_size: Grid | None = None,
     ) -> None:
-        super().__init__(source, config)
+        super().__init__(source, config, patch_size=patch_size)
         self.stand_in = stand_in
         self.parts = indices.split(batch_size) if len(indices) else ()
 
@@ -318,6 +340,7 @@ def train_loader(
     start_method: str | None = None,
     augment: Augment | None = None,
     weigh: Weigh | None = None,
+    patch_size: Grid | None = None,
 ) -> BatchLoader:
     """This process's share of the training batches of steps ``start_step`` to ``total_steps``.
 
@@ -335,6 +358,7 @@ def train_loader(
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         augment: follows the crop and the mirror; what it draws must follow from the keys.
         weigh: how much each image counts, from :func:`mim.data.open_weights`.
+        patch_size: (height, width) of a patch in pixels; needed where images keep their aspect.
 
     Raises:
         UserError: if the batch is larger than the data set or does not divide among processes.
@@ -343,7 +367,7 @@ def train_loader(
     if config.batch_size % world:
         reason = f"does not divide among {world} processes"
         raise setting_error("data.batch_size", config.batch_size, reason)
-    batches = _TrainBatches(source, config, seed, rank, world, augment, weigh)
+    batches = _TrainBatches(source, config, seed, rank, world, augment, weigh, patch_size)
     steps = range(start_step, max(start_step, total_steps))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
 
@@ -357,6 +381,7 @@ def eval_loader(
     indices: Sequence[int] | Tensor | None = None,
     *,
     start_method: str | None = None,
+    patch_size: Grid | None = None,
 ) -> BatchLoader:
     """Every image once, in order, under the evaluation transform.
 
@@ -374,11 +399,12 @@ def eval_loader(
         world: count of processes.
         indices: positions in the source, in the order wanted; by default all.
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
+        patch_size: (height, width) of a patch in pixels; needed where images keep their aspect.
     """
     _check_rank(rank, world)
     chosen = torch.as_tensor(range(len(source)) if indices is None else indices).long()
     share = chosen.tensor_split(world)[rank]
     size = max(1, config.batch_size // world) if batch_size is None else batch_size
-    batches = _EvalBatches(source, config, share, size, stand_in=indices is not None)
+    batches = _EvalBatches(source, config, share, size, indices is not None, patch_size)
     steps = range(len(batches.parts))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional
 from mim.config import DataConfig
 from mim.errors import UserError, setting_error
 from mim.keys import uniforms
+from mim.patches import Images, Patches
 
 Picture: TypeAlias = Image.Image | NDArray[np.uint8]
 """What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
@@ -128,7 +129,7 @@ def crop_parameters(
     return boxes, draws[:, -1] < 0.5
 
 
-def _size_of(image: Picture) -> tuple[int, int]:
+def size_of(image: Picture) -> tuple[int, int]:
     """(height, width)."""
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
@@ -184,7 +185,7 @@ def _pixels(image: Picture) -> NDArray[np.uint8]:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _cut(image: Picture, box: tuple[int, int, int, int]) -> Picture:
+def cut_out(image: Picture, box: tuple[int, int, int, int]) -> Picture:
     """The box (top, left, height, width) of an image."""
     top, left, height, width = box
     if isinstance(image, np.ndarray):
@@ -217,7 +218,7 @@ def train_transform(images: Sequence[Picture], keys: Tensor, config: DataConfig)
     if config.augment == "none":
         return eval_transform(images, config)
     upright = [prepare(image, config.channels) for image in images]
-    sizes = torch.tensor([_size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
+    sizes = torch.tensor([size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
     boxes, mirrored = crop_parameters(
         keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
     )
@@ -226,14 +227,14 @@ def train_transform(images: Sequence[Picture], keys: Tensor, config: DataConfig)
     rows = zip(upright, boxes.tolist(), mirrored.tolist(), strict=True)
     how, pixels = resizer(config), []
     for image, box, flip in rows:
-        cut = resize(_cut(image, tuple(box)), config.size, how)
+        cut = resize(cut_out(image, tuple(box)), config.size, how)
         pixels.append(cut[:, ::-1] if flip else cut)
     return _stack(pixels, (config.channels, *config.size))
 
 
 def _cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
     """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
-    height, width = _size_of(image)
+    height, width = size_of(image)
     scale = max(size[0] / height, size[1] / width)
     # Rounding must not leave a side one pixel short.
     covering = max(round(height * scale), size[0]), max(round(width * scale), size[1])
@@ -264,17 +265,26 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+@overload
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor: ...
+@overload
+def normalize(images: Patches, mean: Sequence[float], std: Sequence[float]) -> Patches: ...
+def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
     """Images to what the model reads: each channel less its mean, over its standard deviation.
 
     Args:
-        images: (B, C, H, W) uint8, on any device.
+        images: (B, C, H, W) uint8, or patches of uint8, on any device.
         mean: one value a channel on the scale 0 to 1.
         std: likewise, above 0.
 
     Returns:
-        (B, C, H, W) float32.
+        The same as float32; padding holds 0.
     """
+    if isinstance(images, Patches):
+        values = images.values.unflatten(-1, (-1, len(mean)))  # (B, N, pixels, C)
+        values = values.permute(0, 3, 1, 2)  # channels as those of an image
+        values = normalize(values, mean, std).permute(0, 2, 3, 1)
+        return images.with_values(values.flatten(-2))
     scaled = images.to(torch.float32) / 255
     return (scaled - _per_channel(mean, images)) / _per_channel(std, images)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,10 @@ def _measure(
             numbers[name] = probe.run(*sets)
     for name, evaluation in built.items():
         if isinstance(evaluation, EncoderEvaluation):
+            # They cut, mix and scale images of one size by themselves.
+            square = replace(encoder, data=encoder.data.as_square())
             numbers[name] = evaluation.run(
-                encoder, train, val, device=device, precision=precision, folder=folder
+                square, train, val, device=device, precision=precision, folder=folder
             )
     return numbers
 

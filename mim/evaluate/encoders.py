@@ -72,8 +72,8 @@ def untrained_encoder(config: Config) -> Encoder:
 
 
 def pixels_encoder(data: DataConfig) -> Encoder:
-    """No encoder: the flattened normalised pixels of the image as an evaluation sees it."""
-    return Encoder(name="pixels", kind="pixels", data=data, vit=None)
+    """No encoder: the flattened normalised pixels of the image, all brought to one size."""
+    return Encoder(name="pixels", kind="pixels", data=data.as_square(), vit=None)
 
 
 def timm_encoder(

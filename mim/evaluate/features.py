@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from mim.backbone import family_of
 from mim.data import eval_loader, normalize
-from mim.errors import UserError, choice_error
+from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import POOLS, Features
+from mim.masks import key_bias
+from mim.patches import Images, Patches
 
 if TYPE_CHECKING:
     from mim.data import ImageSource
@@ -32,13 +34,30 @@ def check_pool(vit: nn.Module | None, pool: str) -> None:
         raise UserError(f"pool: {pool!r} needs a class token, which the encoder has not; use mean")
 
 
-def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str) -> Tensor:
+def image_tokens(vit: nn.Module, images: Images) -> Tensor:
+    """The encoder's tokens of full images: (B, prefix + N, D), those of padding without meaning.
+
+    Args:
+        vit: the encoder.
+        images: (B, C, H, W), normalised, or patches of several sizes, of which none reads padding.
+    """
+    family = family_of(vit)
+    if not isinstance(images, Patches):
+        return family.features(images)
+    embedded = family.place_patches(family.embed_patches(images), images)
+    prefix = images.valid.new_ones(len(images), family.num_prefix)
+    bias = key_bias(torch.cat([prefix, images.valid], dim=1), embedded.tokens.dtype)
+    return family.run(embedded, bias=bias)
+
+
+def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str, valid: Tensor | None = None) -> Tensor:
     """One vector for an image.
 
     Args:
         vit: the encoder; its norm behind the pooling, where it has one, follows, as in timm.
         tokens: (B, prefix + N, D), what ``vit.forward_features`` returned, row by row.
         pool: mean (over the patch tokens, never the prefix), cls, or both side by side.
+        valid: (B, N) bool, False for padding, which is left out; None where there is none.
 
     Returns:
         (B, D), or (B, 2 D) for ``both``, class token last.
@@ -50,7 +69,13 @@ def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str) -> Tensor:
     family = family_of(vit)
     parts = []
     if pool in ("mean", "both"):
-        parts.append(family.pool_norm(tokens[:, family.num_prefix :].mean(1)))
+        patches = tokens[:, family.num_prefix :]
+        if valid is None:
+            mean = patches.mean(1)
+        else:
+            kept = patches.masked_fill(~valid[..., None], 0.0)
+            mean = kept.sum(1) / valid.sum(1, keepdim=True)
+        parts.append(family.pool_norm(mean))
     if pool in ("cls", "both"):
         parts.append(family.pool_norm(tokens[:, 0]))
     return torch.cat(parts, 1)
@@ -89,18 +114,26 @@ def extract_features(
     if encoder.vit is not None:
         encoder.vit.to(device)
     values, labels, ids = [], [], []
-    for batch in eval_loader(source, encoder.data, batch_size=batch_size):
+    patch_size = None
+    if encoder.data.keeps_aspect and encoder.vit is not None:
+        patch_size = family_of(encoder.vit).patch_size
+        if not family_of(encoder.vit).takes_sizes:
+            reason = f"and {encoder.name} takes images of one size only; choose square"
+            raise setting_error("data.aspect", encoder.data.aspect, reason)
+    for batch in eval_loader(source, encoder.data, batch_size=batch_size, patch_size=patch_size):
         with torch.inference_mode():
             images = normalize(batch.images.to(device), source.mean, source.std)
             if encoder.vit is None:
+                assert isinstance(images, Tensor)  # see pixels_encoder
                 pooled = images.flatten(1)
             else:
                 autocast: AbstractContextManager[object] = (
                     nullcontext() if dtype is None else torch.autocast(device.type, dtype)
                 )
                 with autocast:
-                    tokens = family_of(encoder.vit).features(images)
-                pooled = pool_tokens(encoder.vit, tokens.float(), pool)
+                    tokens = image_tokens(encoder.vit, images)
+                valid = images.valid if isinstance(images, Patches) else None
+                pooled = pool_tokens(encoder.vit, tokens.float(), pool, valid)
             values.append(pooled.float().cpu())
         ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
         if source.labels is not None:

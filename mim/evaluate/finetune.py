@@ -611,6 +611,8 @@ class Finetune(EncoderEvaluation):
         check_pool(encoder.vit, self.settings.pool)
         self.check_encoder(encoder)
         self.check(train, val)
+        # Its augmentation and its classifier are for images of one size.
+        encoder = replace(encoder, data=encoder.data.as_square())
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
         classifier, training = _fit(*chosen)
         found = accuracies(training, classifier.model, val, start_accelerator(device))

@@ -33,7 +33,7 @@ def readable_keys(valid: Tensor) -> Tensor:
 
 
 def visible_keys(mask: PatchMask, num_prefix: int = 0) -> Tensor:
-    """Nobody reads masked patches; prefix tokens are read by all (the regime ``zero``).
+    """Nobody reads masked patches or padding; prefix tokens are read by all (the regime ``zero``).
 
     Args:
         mask: (B, N), what is hidden.
@@ -42,7 +42,7 @@ def visible_keys(mask: PatchMask, num_prefix: int = 0) -> Tensor:
     Returns:
         (B, 1, 1, P + N) bool.
     """
-    visible = ~mask.is_masked
+    visible = mask.is_visible
     prefix = visible.new_ones(len(visible), num_prefix)
     return readable_keys(torch.cat([prefix, visible], dim=1))
 

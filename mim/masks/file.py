@@ -121,6 +121,11 @@ class FileMask(MaskGenerator):
         """
         self._masks(grid)
 
+    def check_sizes(self) -> None:
+        """See :class:`MaskGenerator`."""
+        reason = "has masks for images of one size, and data.aspect is keep"
+        raise setting_error("mask.name", self.config.name, reason)
+
     def _error(self, reason: str, name: str | None = None) -> UserError:
         """``name`` says which of several masks."""
         return setting_error("mask.file.path", name or self.config.file.path, reason)

@@ -18,6 +18,7 @@ from mim.config import MaskConfig
 from mim.errors import setting_error
 from mim.keys import image_keys, random_bits, uniforms
 from mim.masks.patch_mask import PatchMask
+from mim.patches import Patches
 from mim.registry import Registry
 
 Grid = tuple[int, int]
@@ -142,6 +143,50 @@ class MaskGenerator(ABC):
             drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
         request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits)
         return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
+
+    def draw_sizes(
+        self,
+        images: Patches,
+        keys: Tensor,
+        *,
+        epoch: int = -1,
+        sample_ids: Tensor | None = None,
+    ) -> PatchMask:
+        """Masks for images of several sizes, each as if it were alone.
+
+        Args:
+            images: (B, N, P), for their grids.
+            keys: (B,) int64 from :func:`mim.keys.image_keys`.
+            epoch: see :meth:`__call__`.
+            sample_ids: (B,) stable ids of the images.
+
+        Raises:
+            UserError: if the settings make no sense on the grid of an image, or the generator takes
+                images of one size only.
+        """
+        self.check_sizes()
+        keys = keys.cpu()
+        hidden = torch.zeros(images.valid.shape, dtype=torch.bool)
+        by_grid: dict[Grid, list[int]] = {}
+        for image, grid in enumerate(images.grids):
+            by_grid.setdefault(grid, []).append(image)
+        for grid, members in by_grid.items():
+            self.check(grid)
+            rows = torch.tensor(members)
+            ids = None if sample_ids is None else sample_ids.cpu()[rows]
+            drawn = self(grid, keys[rows], epoch=epoch, sample_ids=ids)
+            hidden[rows, : drawn.num_patches] = drawn.is_masked
+        return PatchMask(hidden, keys=keys, valid=images.valid.cpu())
+
+    def check_sizes(self) -> None:
+        """Refuse images of several sizes where the generator cannot have them.
+
+        Raises:
+            UserError: if it looks at the images.
+        """
+        if self.needs_images or self.needs_attention or self.is_trained:
+            reason = "looks at images of one size, and data.aspect is keep"
+            raise setting_error("mask.name", self.config.name, reason)
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         """(lowest, highest) number of visible patches for ratios from ``low`` to ``high``, where it

@@ -24,6 +24,9 @@ class PatchMask:
         keys: (B,) int64, one an image, for draws that hang on the mask (a decoder that predicts a
             share of the hidden patches); by default hashed from the mask itself.
 
+        valid: (B, N) bool, False for padding, which is neither visible nor masked; None where all
+            images have N patches.
+
     Attributes:
         visible_ids: (B, K) int64, ascending; K is the largest number of visible patches.
         masked_ids: (B, M) int64, ascending; M is the largest number of masked patches.
@@ -32,12 +35,14 @@ class PatchMask:
 
     Raises:
         TypeError: if ``is_masked`` is no bool tensor.
-        ValueError: if it is not (B, N) with B and N above 0, or the keys are not (B,).
+        ValueError: if it is not (B, N) with B and N above 0, the keys are not (B,), ``valid`` is
+            not (B, N), or padding is masked.
     """
 
     is_masked: Tensor
     counts: tuple[int, int] | None = None
     keys: Tensor | None = None
+    valid: Tensor | None = None
     visible_ids: Tensor = field(init=False)
     masked_ids: Tensor = field(init=False)
     visible_valid: Tensor | None = field(init=False)
@@ -53,6 +58,35 @@ class PatchMask:
         if self.keys is not None and self.keys.shape != self.is_masked.shape[:1]:
             shape, images = tuple(self.keys.shape), len(self.is_masked)
             raise ValueError(f"keys must have shape ({images},), one an image, not {shape}")
+        if self.valid is not None and self.valid.shape != self.is_masked.shape:
+            raise ValueError(f"valid must have the mask's shape, not {tuple(self.valid.shape)}")
+        if self.valid is not None and bool((self.is_masked & ~self.valid).any()):
+            raise ValueError("padding is masked: it is neither visible nor masked")
+        derived = self._derive_equal() if self.valid is None else self._derive(self.valid)
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def _derive(self, valid: Tensor) -> dict[str, object]:
+        """Where images have unequally many patches."""
+        derived: dict[str, object] = {}
+        for name, flags in (
+            ("visible", self.is_masked.logical_not() & valid),
+            ("masked", self.is_masked),
+        ):
+            number = flags.sum(dim=1)  # (B,)
+            low, high = int(number.min()), int(number.max())
+            ids = flags.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :high]
+            rows_valid = None
+            if low != high:
+                rows_valid = torch.arange(high, device=flags.device) < number[:, None]
+                ids = ids * rows_valid  # padding points at patch 0, never elsewhere
+            derived |= {f"{name}_ids": ids, f"{name}_valid": rows_valid}
+            if name == "visible":
+                derived["counts"] = (low, high)
+        return derived
+
+    def _derive_equal(self) -> dict[str, object]:
+        """Where all images have N patches: what is not visible is masked."""
         patches = self.is_masked.shape[1]
         visible = patches - self.is_masked.sum(dim=1)  # (B,)
         low, high = self.counts or (int(visible.min()), int(visible.max()))
@@ -71,14 +105,13 @@ class PatchMask:
             masked_valid = columns[: patches - low] < hidden[:, None]
             visible_ids = visible_ids * visible_valid  # padding points at patch 0, never elsewhere
             masked_ids = masked_ids * masked_valid
-        for name, value in (
-            ("counts", (low, high)),
-            ("visible_ids", visible_ids),
-            ("masked_ids", masked_ids),
-            ("visible_valid", visible_valid),
-            ("masked_valid", masked_valid),
-        ):
-            object.__setattr__(self, name, value)
+        return {
+            "counts": (low, high),
+            "visible_ids": visible_ids,
+            "masked_ids": masked_ids,
+            "visible_valid": visible_valid,
+            "masked_valid": masked_valid,
+        }
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, hidden: Tensor | int) -> PatchMask:
@@ -99,6 +132,11 @@ class PatchMask:
         nothing = torch.zeros(images, patches, dtype=torch.bool, device=device)
         return cls(nothing, counts=(patches, patches))
 
+    @classmethod
+    def empty_of(cls, valid: Tensor) -> PatchMask:
+        """A mask that hides nothing of images with unequally many patches, ``valid`` (B, N)."""
+        return cls(torch.zeros_like(valid), valid=valid)
+
     def __len__(self) -> int:
         return self.is_masked.shape[0]
 
@@ -106,9 +144,9 @@ class PatchMask:
         """The masks of a slice of the images."""
         low, high = self._counts
         keys = None if self.keys is None else self.keys[rows]
-        return PatchMask(
-            self.is_masked[rows], counts=(low, high) if low == high else None, keys=keys
-        )
+        valid = None if self.valid is None else self.valid[rows]
+        counts = (low, high) if low == high and valid is None else None
+        return PatchMask(self.is_masked[rows], counts=counts, keys=keys, valid=valid)
 
     @property
     def _counts(self) -> tuple[int, int]:
@@ -117,7 +155,7 @@ class PatchMask:
 
     @property
     def num_patches(self) -> int:
-        """N, visible and masked."""
+        """N, visible and masked, of the image with the most."""
         return self.is_masked.shape[1]
 
     @property
@@ -128,12 +166,17 @@ class PatchMask:
     @property
     def num_masked(self) -> int:
         """M, the largest number of masked patches in a row."""
-        return self.num_patches - self._counts[0]
+        return self.masked_ids.shape[1]
+
+    @property
+    def is_visible(self) -> Tensor:
+        """(B, N) bool: neither masked nor padding."""
+        return ~self.is_masked if self.valid is None else self.valid & ~self.is_masked
 
     @property
     def is_equal(self) -> bool:
-        """Whether all rows hide equally many patches."""
-        return self._counts[0] == self._counts[1]
+        """Whether all rows show equally many patches, and hide equally many."""
+        return self.visible_valid is None and self.masked_valid is None
 
     def masked_share(self, share: float) -> tuple[Tensor, Tensor | None]:
         """A share of the masked patches of each image, drawn by key, at least one where any is.

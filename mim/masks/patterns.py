@@ -212,6 +212,13 @@ class AlignedMask(MaskGenerator):
         hidden = hidden.view(-1, rows, 1, cols, 1).expand(-1, rows, height, cols, width)
         return hidden.reshape(len(hidden), -1)  # (B, N)
 
+    def check_sizes(self) -> None:
+        """See :class:`MaskGenerator`."""
+        if self.config.aligned.size != self.patch_size:
+            reason = "does not divide the grid of every image with data.aspect=keep"
+            unit = self.config.aligned.unit
+            raise setting_error("mask.aligned.unit", unit, f"{reason}; choose one patch")
+
     def check(self, grid: Grid) -> None:
         """See :class:`MaskGenerator`."""
         height, width = self._unit(grid)

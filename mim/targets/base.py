@@ -57,11 +57,13 @@ class Target(nn.Module, ABC):
         dim: length of the vector to be predicted for a patch.
         needs_teacher: whether :meth:`forward` must be given a teacher.
         shows_pixels: whether a prediction holds an image, so that :meth:`to_pixels` shows it.
+        takes_sizes: whether images may have several sizes (:class:`mim.patches.Patches`).
         own_loss: the loss of ``model.target.loss: auto``.
     """
 
     needs_teacher: ClassVar[bool] = False
     shows_pixels: ClassVar[bool] = False
+    takes_sizes: ClassVar[bool] = False
     own_loss: ClassVar[str] = "mse"
     dim: int
 

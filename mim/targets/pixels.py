@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mim.config import TargetConfig
-from mim.patches import patchify
+from mim.patches import Images, Patches, patchify
 from mim.targets.base import TARGETS, Target, TargetContext, Teacher
 from mim.targets.frequency import cosine_basis, filter_images
 
@@ -24,17 +24,24 @@ class Pixels(Target):
     """The pixels themselves."""
 
     shows_pixels = True
+    takes_sizes = True
 
     def __init__(self, config: TargetConfig, context: TargetContext) -> None:
         super().__init__(config, context)
         self.dim = context.patch_size[0] * context.patch_size[1] * context.channels
 
-    @torch.no_grad()
-    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """Patches of pixels; see :class:`~mim.targets.Target`."""
+    def _patches(self, images: Images) -> Tensor:
+        """(B, N, P)."""
+        if isinstance(images, Patches):
+            return images.values
         return patchify(images, self.context.patch_size)
 
-    def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
+        """Patches of pixels; see :class:`~mim.targets.Target`."""
+        return self._patches(images)
+
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """The prediction as it is; see :class:`~mim.targets.Target`."""
         return prediction
 
@@ -47,15 +54,15 @@ class NormalizedPixels(Pixels):
     """
 
     @torch.no_grad()
-    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
+    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
         """Normalised patches; see :class:`~mim.targets.Target`."""
-        patches = patchify(images, self.context.patch_size)
+        patches = self._patches(images)
         mean, deviation = _statistics(patches)
         return (patches - mean) / deviation
 
-    def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """Un-normalised with the true patch's mean and deviation, which a viewer must know."""
-        mean, deviation = _statistics(patchify(images, self.context.patch_size))
+        mean, deviation = _statistics(self._patches(images))
         return prediction * deviation + mean
 
 
@@ -71,6 +78,7 @@ class LowPass(Pixels):
     horizontal), each as a share of the Nyquist frequency, half a cycle a pixel.
     """
 
+    takes_sizes = False
     _gain: Tensor
     _vertical: Tensor
     _horizontal: Tensor
@@ -87,12 +95,13 @@ class LowPass(Pixels):
         self.register_buffer("_vertical", cosine_basis(height), persistent=False)
         self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
 
-    def _patches(self, images: Tensor) -> Tensor:
+    def _patches(self, images: Images) -> Tensor:
+        assert isinstance(images, Tensor)  # see takes_sizes
         low = filter_images(images, self._vertical, self._horizontal, self._gain)
         return patchify(low, self.context.patch_size)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
+    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
         """Patches of the filtered image; see :class:`~mim.targets.Target`."""
         patches = self._patches(images)
         if not self.config.low_pass.normalize:
@@ -100,7 +109,7 @@ class LowPass(Pixels):
         mean, deviation = _statistics(patches)
         return (patches - mean) / deviation
 
-    def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """The prediction, un-normalised with the filtered patch's statistics where normalised."""
         if not self.config.low_pass.normalize:
             return prediction
