@@ -407,3 +407,31 @@ def test_runs_that_would_share_a_folder_are_refused(write: Callable[..., Path]) 
     config = write({"log.project": ["a b", "a_b"]})
     with pytest.raises(UserError, match="share a folder"):
         plan(read_compare_config(["--config", str(config)]))
+
+
+def test_changed_images_are_noticed(tmp_path: Path, write: Callable[..., Path]) -> None:
+    """Runs that are there were over the images that were there: others are refused."""
+    from dataclasses import replace
+
+    from mim import compare
+    from mim.files import write_text_atomic
+    from mim.settings import to_yaml
+
+    config = read_compare_config(["--config", str(write({"seed": [0, 1]}, evaluations={}))])
+    held = compare._check_data(plan(config), config)
+    prints = {item.config.data.fingerprint for item in held}
+    assert len(prints) == 1 and None not in prints  # every run is held to the same images
+    run = Path(held[0].config.output)
+    run.mkdir(parents=True)
+    for fingerprint, fits in ((None, True), (*prints, True), ("of other images", False)):
+        data = replace(held[0].config.data, fingerprint=fingerprint)
+        write_text_atomic(run / "config.yaml", to_yaml(replace(held[0].config, data=data)))
+        if fits:
+            assert compare._state(held[0], "") == "train"
+        else:
+            with pytest.raises(UserError, match="holds a run over other images"):
+                compare._state(held[0], "")
+    wanted = replace(config.base, data=replace(config.base.data, fingerprint="of other images"))
+    with pytest.raises(UserError, match=r"^data\.fingerprint: 'of other images' asks for other"):
+        asked = replace(config, base=wanted)
+        compare._check_data(plan(asked), asked)

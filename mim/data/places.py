@@ -49,7 +49,7 @@ def find(setting: str, given: str, ending: str) -> list[Path]:
     Args:
         setting: for messages.
         given: its value.
-        ending: of the files in a folder, ``.tar``.
+        ending: of the files in a folder, ``.tar``; if it holds none, those below it count.
 
     Raises:
         UserError: if there are none, or one is missing.
@@ -63,7 +63,8 @@ def find(setting: str, given: str, ending: str) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if Path(place).is_dir():
-            found += sorted(Path(place).glob(f"*{ending}"))
+            here = sorted(Path(place).glob(f"*{ending}"))
+            found += here or sorted(Path(place).rglob(f"*{ending}"))
         elif glob.has_magic(place):
             found += [Path(name) for name in sorted(glob.glob(place, recursive=True))]
         else:

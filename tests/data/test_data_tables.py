@@ -256,3 +256,10 @@ def test_inspect_counts_and_draws(
     crop, masked = pixels[:96, 100:196], pixels[:96, 200:296]
     assert 0 < (crop != masked).any(axis=2).mean() <= 0.75
     assert mim("data", "inspekt").code == 2
+
+
+def test_a_copy_of_a_hub_set_has_its_files_deeper(tmp_path: Path) -> None:
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet", range(10), row)
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", range(2), row)
+    given = tables(tmp_path)
+    assert (len(open_source(given, "train")), len(open_source(given, "val"))) == (10, 2)
