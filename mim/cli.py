@@ -468,8 +468,9 @@ def _data(args: list[str]) -> int:
         "data", "\n".join(["Look at data sets; each verb has its own --help.", *lines])
     )
     parser.add_argument("what", choices=tuple(_DATA_VERBS), help="what to do")
-    options = parser.parse_args(args[:1])
-    return _DATA_VERBS[options.what](args[1:])
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="of the verb; see its --help")
+    options = parser.parse_args(args)
+    return _DATA_VERBS[options.what](options.rest)
 
 
 def _export(args: list[str]) -> int:

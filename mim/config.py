@@ -156,8 +156,8 @@ class DataConfig:
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     """Which of the source's images."""
     fingerprint: str | None = None
-    """Digest of the names and labels of all images; a run writes it into its config, and one that
-    starts from such a config refuses other images. null takes what is there."""
+    """Digest of the source, ids and labels of all images; a run writes it into its config, and a
+    run that starts from such a config refuses other images. null takes what is there."""
     max_unreadable: float = 0.001
     """Share of the images that may be unreadable: each is named in unreadable.txt in the run folder
     and another stands in for it. More stop the run."""
