@@ -690,9 +690,11 @@ class ModelConfig:
     """Encoder, regime, decoder and target."""
 
     backbone: str = "vit_tiny_patch16_224"
-    """Name of a timm model: a VisionTransformer or Eva (EVA-02, RoPE-ViT, DINOv3)."""
+    """Name of a timm model: a VisionTransformer, an Eva (EVA-02, RoPE-ViT, DINOv3), a Swin (v1 or
+    v2: token) or a Hiera (drop or token)."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ..."""
+    """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
+    own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
     position_embedding: str = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
     norm_eps: float | None = None

@@ -29,6 +29,8 @@ from mim.config import (
     ZeroConfig,
 )
 from mim.errors import UserError
+from mim.evaluate.encoders import untrained_encoder
+from mim.evaluate.finetune import FinetuneSettings, build_classifier, parameter_groups
 from mim.masks import PatchMask
 from mim.model import build_model, check_config
 from mim.regimes import build_regime
@@ -382,6 +384,38 @@ def test_what_a_backbone_cannot_do_is_refused_when_the_config_is_read(case: str)
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+# --- Fine-tuning ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.endswith(("token", "mixed, zero"))])
+def test_a_classifier_begins_with_the_encoder_and_timm_loads_it(name: str, tmp_path: Path) -> None:
+    config = config_of(*MODELS[name])
+    encoder = untrained_encoder(config)
+    settings = FinetuneSettings(pool="mean")
+    classifier = build_classifier(encoder, 5, settings)
+    assert encoder.vit is not None
+    images = torch.randn(2, 3, *config.data.size, generator=torch.Generator().manual_seed(0))
+    tokens, _ = (family_of(vit).features(images) for vit in (classifier.model.eval(), encoder.vit))
+    family = family_of(classifier.model)
+    pooled = family.pool_norm(tokens[:, family.num_prefix :].mean(1))
+    expected = classifier.model.get_classifier()(pooled)
+    torch.testing.assert_close(classifier.model(images), expected)
+    own, given = classifier.model.state_dict(), encoder.vit.state_dict()
+    shared = [k for k in given if k in own and "norm" not in k]
+    assert len(shared) > 10 and all(torch.equal(own[k], given[k]) for k in shared)
+    groups = parameter_groups(classifier.model, settings)
+    assert sum(len(g["params"]) for g in groups) == len([*classifier.model.parameters()])
+    scales = {g["lr_scale"] for g in groups}
+    assert max(scales) == 1.0 and len(scales) > 2  # by layer
+    file = classifier.save(tmp_path / "classifier.safetensors")
+    built = classifier.built
+    loaded = timm.create_model(
+        built.backbone, img_size=config.data.size, num_classes=5, checkpoint_path=file,
+        **built.backbone_args,
+    ).eval()  # fmt: skip
+    torch.testing.assert_close(loaded(images), classifier.model(images))
 
 
 # --- The command line -----------------------------------------------------------------------------

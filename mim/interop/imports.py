@@ -477,8 +477,9 @@ def create_model_meta(name: str, args: Mapping[str, Any] | None = None) -> Any:
     """A timm model without memory for its weights, to ask for its sizes."""
     with torch.device("meta"):
         model = create_model(name, num_classes=0, **(args or {}))
-    if not hasattr(model, "blocks") or not hasattr(model, "no_embed_class"):
-        reason = f"is a {type(model).__name__}; weights go into a timm VisionTransformer"
+    if not isinstance(model, VisionTransformer):
+        reason = f"is a {type(model).__name__}; weights go into a timm VisionTransformer (mim "
+        reason += f"evaluate reads {name}@FILE)"
         raise setting_error("model.backbone", name, reason)
     return model
 
