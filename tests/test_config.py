@@ -234,7 +234,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
     ),
     "another transformer": (
         Config(model=ModelConfig(backbone="beit_base_patch16_224")),
-        ["model.backbone: 'beit_base_patch16_224'", "is a Beit", "timm's VisionTransformer, Eva"],
+        ["model.backbone: 'beit_base_patch16_224'", "is a Beit", "VisionTransformer, Eva"],
     ),
     "patches by a convolutional stem": (
         Config(model=ModelConfig(backbone="vit_tiny_r_s16_p8_224")),
