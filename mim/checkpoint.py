@@ -6,6 +6,7 @@ loading one never runs code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -27,10 +28,11 @@ from mim.settings import flatten, import_plugin, read_args, to_dict
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
+_MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
 # What may differ when a run goes on: it does not change what is computed.
 _FREE = re.compile(
     r"output|resume|plugins|data\.(path|val_path|download|workers|fingerprint|max_unreadable)|log\..*"
-    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|compile)"
+    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
 )
 
 
@@ -60,15 +62,65 @@ def checkpoints(run: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(run: Path, state: dict[str, Any], step: int, keep: int) -> Path:
-    """Write ``checkpoints/step_N.pt`` atomically, then remove all but the newest ``keep``."""
+def digest_file(path: Path) -> Path:
+    """Where the SHA-256 of a checkpoint stands, in the form that ``sha256sum -c`` reads."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _is_milestone(path: Path) -> bool:
+    recorded = digest_file(path)
+    return recorded.is_file() and recorded.read_bytes().startswith(_MILESTONE.encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def save_checkpoint(
+    run: Path, state: dict[str, Any], step: int, keep: int, milestone: bool = False
+) -> Path:
+    """Write ``checkpoints/step_N.pt`` atomically, then remove all but the newest ``keep``.
+
+    Its digest is written first, so that a checkpoint of this version never stands without one.
+
+    Args:
+        run: the run folder.
+        state: what it holds besides its format and step.
+        step: steps done.
+        keep: how many of the newest stay.
+        milestone: whether this one stays for ever and does not count among the newest.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: where it cannot be written; what was there before is still there.
+    """
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     content = {"format": FORMAT, "step": step, **state}
-    write_atomic(path, lambda temporary: torch.save(content, temporary))
-    for old in checkpoints(run)[:-keep]:
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer hides that the disk is full
+            raise OSError(f"torch cannot write it: {error}") from error
+        note = f"{_MILESTONE}\n" if milestone else ""
+        line = f"{note}{_sha256(temporary)}  {path.name}\n"
+        write_text_atomic(digest_file(path), line)
+
+    write_atomic(path, write)
+    passing = [old for old in checkpoints(run) if not _is_milestone(old)]
+    for old in passing[:-keep]:
         old.unlink()
+        digest_file(old).unlink(missing_ok=True)
     return path
 
 
@@ -76,8 +128,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        UserError: if the file is torn, holds code, or is of another format.
+        UserError: if the file is torn, altered, holds code, or is of another format.
     """
+    recorded = digest_file(path)
+    if recorded.is_file():  # none beside a checkpoint that an older version wrote
+        *_, line = recorded.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if _sha256(path) != line.partition(" ")[0]:
+            damage = f"is damaged: its SHA-256 is not the one in {recorded.name}"
+            raise UserError(f"checkpoint {str(path)!r} {damage}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
@@ -86,6 +144,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"checkpoint {str(path)!r} is not of format {FORMAT} of mim")
     return state
+
+
+def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that is sound.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        Its content, None where there is no checkpoint at all, and for each newer one that was
+        passed over what is wrong with it.
+
+    Raises:
+        UserError: if there are checkpoints and none is sound.
+    """
+    passed_over: list[str] = []
+    found = checkpoints(run)
+    for path in reversed(found):
+        try:
+            return read_checkpoint(path), passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    if found:
+        raise UserError(f"{str(run)!r} holds no sound checkpoint: {'; '.join(passed_over)}")
+    return None, passed_over
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -145,13 +228,13 @@ def model_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        found = checkpoints(path)
-        if not found:
+        state, _ = newest_checkpoint(path)
+        if state is None:
             raise UserError(f"{str(path)!r} holds no checkpoint")
-        path = found[-1]
-    if not path.is_file():
+    elif path.is_file():
+        state = read_checkpoint(path)
+    else:
         raise UserError(f"{str(path)!r} is neither a run folder nor a checkpoint")
-    state = read_checkpoint(path)
     return state["ema"] if state.get("ema") else state["model"]
 
 

@@ -1,7 +1,8 @@
 """The command line: ``mim VERB --config FILE --dotted.key value``.
 
 Exit codes: 0 done; 1 training failed (a loss that is not finite, a run of a comparison); 2 a
-mistake in what was asked, in one line; 130 and 143 interrupted, with everything saved.
+mistake in what was asked, in one line; 130, 138 and 143 interrupted by SIGINT, SIGUSR1 and
+SIGTERM, with everything saved.
 """
 
 from __future__ import annotations
@@ -351,7 +352,7 @@ def _mask_figure(
 
 
 def _bench(args: list[str]) -> int:
-    """Time whole training steps of a config under each regime, interleaved."""
+    """Time whole training steps of a config under each regime, beside other codebases."""
     parser = _parser("bench", "Time training steps: forward, backward, optimizer; medians.")
     parser.add_argument("what", choices=("step",), help="what to time")
     parser.add_argument("--config", required=True, help="a pre-training config")
@@ -360,8 +361,12 @@ def _bench(args: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=2, help="steps of a regime in a round")
     parser.add_argument("--batch-size", type=int, help="instead of the config's")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    peers = "hf, hf-eager, lightly, vit-pytorch, mae; separated by commas"
+    parser.add_argument("--peer", default="", help=f"time these beside: {peers}")
+    parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
+    parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
     options = parser.parse_args(args)
-    from mim.bench import bench_step, format_table
+    from mim.bench import append_table, bench_step, format_table
     from mim.checkpoint import prepare_folder, write_json_atomic
     from mim.settings import load_config
 
@@ -369,9 +374,18 @@ def _bench(args: list[str]) -> int:
         prepare_folder(Path(options.json).parent, "--json")
     changes = {} if options.batch_size is None else {"data.batch_size": options.batch_size}
     config = load_config(options.config, changes)
-    figures = bench_step(config, options.regimes.split(","), options.rounds, options.steps)
+    figures = bench_step(
+        config,
+        [name for name in options.regimes.split(",") if name],
+        options.rounds,
+        options.steps,
+        peers=[name for name in options.peer.split(",") if name],
+        mae_path=None if options.mae_path is None else Path(options.mae_path),
+    )
     if options.json:
         write_json_atomic(Path(options.json), figures)
+    if options.append:
+        append_table(Path(options.append), shlex.join(["mim", "bench", *args]), figures)
     _say(format_table(figures))
     return 0
 

@@ -429,7 +429,7 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
 
-    with _sigterm_interrupts():
+    with _signals_interrupt():
         failed = _run_all(planned, states, config.evaluations, output, show)
     report = write_report(output)
     _track(config, output)
@@ -492,35 +492,38 @@ def _run_process(process: Any) -> int | None:
         process.terminate()  # Ctrl-C has reached the child too, a kill of this process has not
         process.join()  # it saves
         raise
-    if process.exitcode in (130, 143):
+    if process.exitcode in (130, 138, 143):
         raise KeyboardInterrupt
     return int(process.exitcode)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a comparison as Ctrl-C does.
+    """SIGTERM or SIGUSR1, which end a comparison as Ctrl-C does.
 
     Attributes:
-        code: the exit code.
+        code: the exit code, 128 + the signal's number.
     """
 
-    code = 128 + signal.SIGTERM
+    def __init__(self, number: int) -> None:
+        self.code = 128 + number
+        super().__init__()
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def _signals_interrupt() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    try:
-        old = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: leave signals alone
-        yield
-        return
+    old: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+        for name in ("SIGTERM", "SIGUSR1"):  # Windows lacks the second
+            if number := getattr(signal, name, None):
+                old[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _note_death(item: Planned, code: int | None) -> None:

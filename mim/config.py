@@ -447,10 +447,21 @@ class ZeroConfig:
     """Whether hidden patches' keys get -inf in every layer; false is the ablation."""
     attention: str = "split"
     """split projects keys of visible tokens only and needs no mask; dense is the literal form."""
+    predict_share: float = 1.0
+    """Share of the hidden patches, drawn by key, whose latents are computed and predicted in
+    training; the loss stays unbiased. Below 1 only with attention split and decoder linear or
+    mlp."""
 
     def __post_init__(self) -> None:
         _one_of("model.regime.zero.at", self.at, ("pixels", "embedding"))
         _one_of("model.regime.zero.attention", self.attention, ("dense", "split"))
+        setting = "model.regime.zero.predict_share"
+        if not 0 < self.predict_share <= 1:
+            raise setting_error(setting, self.predict_share, "must be above 0 and at most 1")
+        if self.predict_share < 1 and not (self.attend_mask and self.attention == "split"):
+            reason = "needs model.regime.zero.attend_mask=true and attention=split: only then do "
+            reason += "hidden patches not read each other"
+            raise setting_error(setting, self.predict_share, reason)
 
 
 @dataclass(frozen=True)
@@ -773,6 +784,8 @@ class TrainConfig:
     """Epochs between two checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    milestone_every: float = 0.0
+    """Epochs between two checkpoints that are kept for ever; 0 keeps none so."""
 
     def __post_init__(self) -> None:
         _above("train.epochs", self.epochs, 1, equal=True)
@@ -781,7 +794,7 @@ class TrainConfig:
         _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         for name in ("accumulate", "log_every", "keep_checkpoints"):
             _above(f"train.{name}", getattr(self, name), 1, equal=True)
-        for name in ("validate_every", "picture_every"):
+        for name in ("validate_every", "picture_every", "milestone_every"):
             _above(f"train.{name}", getattr(self, name), 0, equal=True)
         _above("train.checkpoint_every", self.checkpoint_every, 0)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -15,7 +15,7 @@ from timm.layers import Mlp, freq_bands
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mim.backbone import sincos_position_embedding
+from mim.backbone import block_at, sincos_position_embedding
 from mim.config import DecoderConfig
 from mim.errors import setting_error
 from mim.keys import seed_of
@@ -107,6 +107,15 @@ def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:
     return F.pad(patches.to(table.dtype), (0, 0, num_prefix, 0))
 
 
+def _latents_at(latents: Latents, ids: Tensor | None) -> Tensor:
+    """(B, M, D): the latents of the patches ``ids``; zeros where a patch has none."""
+    patches = latents.patches  # (B, T, D)
+    if latents.patch_ids is not None:
+        fill = patches.new_zeros(len(patches), latents.num_patches, patches.shape[-1])
+        patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+    return _at(patches, ids)
+
+
 def _xavier(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -153,21 +162,27 @@ class TransformerDecoder(Decoder):
             patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
             x = torch.cat([prefix, patches], dim=1)  # (B, P + N, E)
         x = x + _positions(self.pos_embed, latents, latents.num_prefix)
-        return self.norm(_at(self._run(x, latents)[:, latents.num_prefix :], ids))
+        return self.norm(self._run(x, latents, ids))
 
-    def _run(self, x: Tensor, latents: Latents) -> Tensor:
-        """The blocks, (B, P + N, E); nobody reads padding."""
-        bias, packing = None, None
+    def _run(self, x: Tensor, latents: Latents, ids: Tensor | None) -> Tensor:
+        """The blocks, (B, P + N, E) -> (B, M, E); nobody reads padding."""
+        bias, packing, prefix = None, None, latents.num_prefix
         if latents.patch_valid is not None:
-            prefix = latents.patch_valid.new_ones(len(x), latents.num_prefix)
-            valid = torch.cat([prefix, latents.patch_valid], dim=1)
+            valid = torch.cat([latents.patch_valid.new_ones(len(x), prefix), latents.patch_valid], 1)
             bias = key_bias(valid, x.dtype)
             if self.packs:
                 packing = Packing.of(valid)
                 x, bias = packing.pack(x), packing.bias(None, x.dtype)
-        for block in self.blocks:
+        *earlier, last = self.blocks
+        for block in earlier:
             x = block(x, attn_mask=bias)
-        return x if packing is None else packing.unpack(x)
+        if ids is not None and packing is None:
+            assert isinstance(last, Block)
+            return block_at(last, x, ids + prefix, bias)  # nobody reads the other places
+        x = last(x, attn_mask=bias)
+        if packing is not None:
+            x = packing.unpack(x)
+        return _at(x[:, prefix:], ids)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""
@@ -188,7 +203,7 @@ class LinearDecoder(Decoder):
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
         """The latents of the patches; see :class:`Decoder`."""
-        return _at(latents.patches, ids)
+        return _latents_at(latents, ids)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""
@@ -216,7 +231,7 @@ class MlpDecoder(Decoder):
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
         """Each latent by itself; see :class:`Decoder`."""
-        return self.layers(_at(latents.patches, ids))
+        return self.layers(_latents_at(latents, ids))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predict; see :class:`Decoder`."""
@@ -336,6 +351,11 @@ def build_decoder(
             f"the masked ones; with that regime choose {able}"
         )
         raise setting_error("model.decoder.name", config.name, reason)
+    if regime.predict_share < 1 and not kind.needs_all_tokens:
+        able = ", ".join(name for name in DECODERS if DECODERS.get(name).needs_all_tokens)
+        reason = f"must be 1 with model.decoder.name={config.name!r}, whose predictions read each "
+        reason += f"other's latents; below 1 choose {able}"
+        raise setting_error("model.regime.zero.predict_share", regime.predict_share, reason)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "decoder"))
         return kind(config, DecoderContext(width, output, grid, regime, num_prefix))

@@ -20,8 +20,16 @@ class Interrupted(Exception):
         super().__init__(f"{signal.Signals(number).name}: {saved}")
 
 
+# SLURM warns of the end by the signal that `sbatch --signal` names, by custom SIGUSR1.
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has no SIGUSR1
+]
+
+
 class Signals:
-    """Notes SIGINT and SIGTERM, so that a loop can finish its step and save."""
+    """Notes SIGINT, SIGTERM and SIGUSR1, so that a loop can finish its step and save."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -29,7 +37,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._old[number] = signal.signal(number, self._note)
         return self
 

@@ -88,6 +88,11 @@ class MaskedImageModel(nn.Module):
         return grid_of(self.backbone)
 
     @property
+    def _share(self) -> float:
+        """Share of the hidden patches predicted in training; the parts do not both take one."""
+        return min(self.decoder.share, self.regime.predict_share)
+
+    @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         return patch_size_of(self.backbone)
@@ -178,7 +183,7 @@ class MaskedImageModel(nn.Module):
         if self.target.config.loss_on == "all":
             ids, valid, wanted = None, mask.valid, target
         else:
-            share = self.decoder.share if self.training else 1.0
+            share = self._share if self.training else 1.0
             ids, valid = mask.masked_share(share)
             wanted = target.gather(1, ids[..., None].expand(-1, -1, target.shape[-1]))
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
@@ -241,9 +246,13 @@ def build_model(config: Config) -> MaskedImageModel:
     if data.keeps_aspect:
         _check_sizes(config, family, generator, target)
     set_norm_eps(decoder, model.norm_eps)
-    if target.config.loss_on == "all" and decoder.share < 1:
+    if target.config.loss_on == "all":
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
-        raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
+        if decoder.share < 1:
+            raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
+        if regime.predict_share < 1:
+            setting = "model.regime.zero.predict_share"
+            raise setting_error(setting, regime.predict_share, reason)
     if decoder.needs_layers and not family.is_uniform:
         reason = f"needs blocks of one width, and {model.backbone} has several; choose last"
         raise setting_error(f"model.decoder.{model.decoder.name}.layers", "weighted", reason)

@@ -36,6 +36,7 @@ from mim.data import (
     write_list,
 )
 from mim.errors import UserError, setting_error
+from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
 from mim.model import MaskedImageModel, build_model
@@ -49,7 +50,7 @@ from mim.pictures import (
     save_reconstructions,
     spread_indices,
 )
-from mim.progress import RunProgress
+from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
 from mim.trackers import start_trackers, track_picture, tracker_names
 
@@ -121,19 +122,22 @@ def held_out_loss(
     return loss / count
 
 
-def _start_folder(config: Config) -> dict[str, Any] | None:
-    """Prepare the run folder; returns the checkpoint to go on from, if there is one."""
+def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
+    """Prepare the run folder.
+
+    Returns:
+        The checkpoint to go on from, if there is one, and what is wrong with newer ones.
+    """
     run = Path(config.output)
     checkpoint.prepare_folder(run)
     found = checkpoint.checkpoints(run)
     if config.resume == "never" and (found or (run / "result.json").is_file()):
         reason = "already holds a run; choose another, or resume it with --resume auto"
         raise setting_error("output", str(run), reason)
-    if not found:
-        return None
-    state = checkpoint.read_checkpoint(found[-1])
-    checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
-    return state
+    state, passed_over = checkpoint.newest_checkpoint(run)
+    if state is not None:
+        checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
+    return state, passed_over
 
 
 def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
@@ -171,11 +175,11 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: for a mistake in the config or the data, before any training.
-        TrainingError: when the loss is no longer finite.
-        Interrupted: after SIGINT or SIGTERM, with everything saved.
+        TrainingError: when the loss is no longer finite, or a checkpoint cannot be saved.
+        Interrupted: after SIGINT, SIGTERM or SIGUSR1, with everything saved.
     """
     run = Path(config.output)
-    saved = _start_folder(config)
+    saved, passed_over = _start_folder(config)
     done = checkpoint.read_result(run)
     if saved is not None and done.get("status") == "finished":
         return done
@@ -196,6 +200,11 @@ def pretrain(config: Config) -> dict[str, Any]:
     total = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
     total = int(total)
     start = saved["step"] if saved else 0
+    if main:
+        for folder in (run, run / "checkpoints"):
+            remove_leftovers(folder)
+        for reason in passed_over:
+            note(f"{reason}; going on from step {start}")
 
     model = build_model(config).to(device)
     for source in (train, val):
@@ -262,7 +271,15 @@ def pretrain(config: Config) -> dict[str, Any]:
             "train_loss": mean,
             "val_loss": val_loss,
         }
-        checkpoint.save_checkpoint(run, state, step, config.train.keep_checkpoints)
+        keep = config.train.keep_checkpoints
+        try:
+            checkpoint.save_checkpoint(run, state, step, keep, milestone)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TrainingError(
+                f"checkpoint of step {step} cannot be saved in {str(run)!r}: {reason}; the last "
+                "good one is kept. Make room, then go on with --resume auto"
+            ) from error
 
     def draw(step: int) -> None:
         if main:
@@ -348,7 +365,8 @@ def pretrain(config: Config) -> dict[str, Any]:
             step += 1
 
             end = step == total
-            saving = due(config.train.checkpoint_every, step) or end
+            milestone = due(config.train.milestone_every, step)
+            saving = due(config.train.checkpoint_every, step) or milestone or end
             logging = step % config.train.log_every == 0 or end
             # Reading a loss waits for the device: on a GPU only where it is needed anyway.
             reading = logging or saving or device.type == "cpu"
@@ -382,7 +400,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             if end:
                 draw_ratios()
             if saving or caught:
-                save(step)
+                save(step, milestone)
                 accelerator.wait_for_everyone()
             interval_began += time.monotonic() - paused  # measuring and saving is not training
             if caught and not end:

@@ -33,6 +33,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def note(text: str) -> None:
+    """Tell the terminal one thing, in a line on stderr."""
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
 class RunProgress:
     """Shows how far a run is; writes to stderr.
 

@@ -90,6 +90,8 @@ class Regime(nn.Module, ABC):
 
     keeps_all_tokens: bool
     """Whether there is a token at every patch, so that any decoder can be used."""
+    predict_share: float = 1.0
+    """Share of the hidden patches that have a latent in training (``PatchMask.masked_share``)."""
 
     def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
         super().__init__()
@@ -290,12 +292,15 @@ class Zero(Regime):
     At prefix and visible positions its latents are those of ``drop``; in addition each masked
     position has a latent, computed by a query that reads prefix and visible tokens only.
     ``attention: split`` projects no keys of masked patches; ``dense`` adds -inf to their scores.
+    Masked queries never see each other, so with ``predict_share`` training computes a keyed subset
+    of them alone, exactly.
     """
 
     keeps_all_tokens = True
 
     def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
         super().__init__(config, vit, seed)
+        self.predict_share = config.zero.predict_share
         if config.order == "causal" and config.zero.attend_mask:
             if config.zero.attention == "split":
                 reason = "takes no order of the tokens, and model.regime.order=causal; choose dense"
@@ -337,24 +342,22 @@ class Zero(Regime):
             return super().forward(vit, images, mask)
         family = family_of(vit)
         embedded, _ = self.inputs(vit, images, mask)
-        tokens, layers = self._split(family, embedded, mask)
-        prefix, patches = family.num_prefix, mask.num_patches
-        return Latents(tokens, prefix, patches, valid=mask.valid, layers=layers)
+        return self._split(family, embedded, mask)
 
-    def _split(
-        self, family: Family, embedded: Embedded, mask: PatchMask
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _split(self, family: Family, embedded: Embedded, mask: PatchMask) -> Latents:
         """Order prefix, visible, masked, so that the keys are a slice; then order back."""
         prefix, dtype = family.num_prefix, embedded.tokens.dtype
-        ids = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)  # (B, K + M)
+        share = self.predict_share if self.training else 1.0
+        masked_ids, masked_valid = mask.masked_share(share)  # (B, M')
+        ids = torch.cat([mask.visible_ids, masked_ids], dim=1)  # (B, K + M')
         ordered = family.take(embedded, ids)
         bias = valid = whole = None
         if mask.visible_valid is not None:
             bias = key_bias(_with_prefix(mask.visible_valid, prefix), dtype)
         if not mask.is_equal:
-            given = ((mask.visible_ids, mask.visible_valid), (mask.masked_ids, mask.masked_valid))
+            given = ((mask.visible_ids, mask.visible_valid), (masked_ids, masked_valid))
             flags = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in given]
-            valid = torch.cat(flags, dim=1)  # (B, K + M)
+            valid = torch.cat(flags, dim=1)  # (B, K + M')
             whole = _with_prefix(valid, prefix)
 
         def back(ordered: Tensor) -> Tensor:
@@ -364,7 +367,16 @@ class Zero(Regime):
 
         num_keys = prefix + mask.num_visible
         tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)
-        return back(tokens), tuple(back(layer) for layer in layers)
+        if share < 1:
+            return Latents(tokens, prefix, mask.num_patches, ids, valid, layers)
+        layers = tuple(back(layer) for layer in layers)
+        return Latents(back(tokens), prefix, mask.num_patches, valid=mask.valid, layers=layers)
+
+    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
+        """Prefix, visible patches, and the masked ones that are computed in training."""
+        whole = super().encoder_tokens(vit, visible)
+        seen = family_of(vit).length(visible)
+        return seen + self.predict_share * (whole - seen)
 
 
 @REGIMES.register("token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -63,8 +64,9 @@ def test_a_save_that_fails_leaves_the_old_and_nothing_else(
         for step in (7, 8):
             with pytest.raises(type(error)):
                 checkpoint.save_checkpoint(tmp_path, STATE, step, keep=1)
-    assert names(tmp_path / "checkpoints") == [path.name]
+    assert names(tmp_path / "checkpoints") == [path.name, f"{path.name}.sha256"]
     assert path.read_bytes() == before
+    assert checkpoint.read_checkpoint(path)["step"] == 7
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(
@@ -79,12 +81,57 @@ def test_a_file_is_on_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", fsync)
     checkpoint.write_json_atomic(tmp_path / "result.json", {"a": 1})
-    assert seen == [False]
+    assert seen == [False, True], "the file first, then the folder that names it"
     assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file, which zip's and torch's own reading may not see."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_the_digest_is_what_sha256sum_checks(tmp_path: Path) -> None:
+    for step, milestone in ((1, False), (2, True)):
+        path = checkpoint.save_checkpoint(tmp_path, STATE, step, keep=2, milestone=milestone)
+        *_, line = checkpoint.digest_file(path).read_text().splitlines()
+        assert line == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+
+
+def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path) -> None:
+    assert checkpoint.newest_checkpoint(tmp_path) == (None, [])
+    one, two, three = (checkpoint.save_checkpoint(tmp_path, STATE, n, keep=9) for n in (1, 2, 3))
+    flip(two)
+    three.write_bytes(three.read_bytes()[:-100])
+    state, passed_over = checkpoint.newest_checkpoint(tmp_path)
+    assert state is not None and state["step"] == 1
+    assert len(passed_over) == 2
+    assert three.name in passed_over[0] and two.name in passed_over[1]
+    assert all("SHA-256" in reason and "\n" not in reason for reason in passed_over)
+    flip(one)
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        checkpoint.newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_digest(tmp_path: Path) -> None:
+    path = checkpoint.save_checkpoint(tmp_path, STATE, 1, keep=1)
+    checkpoint.digest_file(path).unlink()
+    assert checkpoint.read_checkpoint(path)["step"] == 1
+
+
+def test_milestones_stay_and_do_not_count(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        checkpoint.save_checkpoint(tmp_path, STATE, step, keep=2, milestone=step in (2, 3))
+    kept = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert kept == [f"step_{step:08d}.pt" for step in (2, 3, 5, 6)]
+    digests = [name for name in names(tmp_path / "checkpoints") if name.endswith(".sha256")]
+    assert digests == [f"{name}.sha256" for name in kept]
 
 
 def test_a_torn_checkpoint_is_one_line(tmp_path: Path) -> None:
     path = checkpoint.save_checkpoint(tmp_path, STATE, 7, keep=1)
+    checkpoint.digest_file(path).unlink()  # torch's own reading must do
     content = path.read_bytes()
     for torn in (b"", b"nonsense", content[: len(content) // 2]):
         path.write_bytes(torn)

@@ -255,6 +255,7 @@ def test_a_resume_from_another_model(tmp_path: Path, mim: Mim, tiny: Tiny) -> No
         assert change.partition("=")[0].strip("-") in line and "Choose another output" in line
     path = checkpoint.checkpoints(run)[-1]
     path.write_bytes(before[path][:1000])
+    assert "no sound checkpoint" in expect(mim(*args, "--resume", "auto"), 2)
     assert path.name in expect(mim(*args, "--resume", "auto"), 2)
     path.write_bytes(before[path])
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

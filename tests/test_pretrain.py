@@ -173,10 +173,11 @@ LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0
     [
         (signal.SIGINT, 130, {}),
         (signal.SIGTERM, 143, {}),
+        (signal.SIGUSR1, 138, {}),
         (signal.SIGTERM, 143, ATTENTION),
         (signal.SIGTERM, 143, LEARNED),
     ],
-    ids=["SIGINT", "SIGTERM", "a teacher", "a learned mask"],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1", "a teacher", "a learned mask"],
 )
 def test_a_signal_ends_the_step_saves_and_exits(
     number: signal.Signals,
@@ -210,6 +211,59 @@ def test_a_signal_ends_the_step_saves_and_exits(
     assert mim("pretrain", "--config", config, "--output", stopped, "--resume", "auto").code == 0
     assert_identical(final(straight), final(stopped))
     assert lines(straight, "images_per_second") == lines(stopped, "images_per_second")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    config, straight, run = tiny({"train.checkpoint_every": 0.12}), tmp_path / "a", tmp_path / "b"
+    assert mim("pretrain", "--config", config, "--output", straight).code == 0
+    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    older, newest = checkpoint.checkpoints(run)[-2:]
+    flip_bit(newest)
+    (run / "result.json").unlink()  # as if it had been killed
+    outcome = mim("pretrain", "--config", config, "--output", run, "--resume", "auto")
+    assert outcome.code == 0
+    told = " ".join(outcome.err.split())
+    assert newest.name in told and f"going on from step {step_of(older)}" in told
+    assert_identical(final(straight), final(run))
+    assert lines(straight, "images_per_second") == lines(run, "images_per_second")
+
+
+SMALL_FILES = """
+import resource
+
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+
+
+def test_a_checkpoint_that_does_not_fit(
+    tmp_path: Path, mim: Mim, tiny: Tiny, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for a full disk: the write fails half way."""
+    changes = {"train.checkpoint_every": 0.12, "log.tensorboard": False}
+    config, straight, run = tiny(changes), tmp_path / "straight", tmp_path / "run"
+    assert mim("pretrain", "--config", config, "--output", straight).code == 0
+    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    older, newest = checkpoint.checkpoints(run)[-2:]
+    limit = newest.stat().st_size * 2 // 3
+    for path in (newest, checkpoint.digest_file(newest), run / "result.json"):
+        path.unlink()
+    plugin = tmp_path / "small.py"
+    plugin.write_text(SMALL_FILES.format(limit=limit))
+    again = ("pretrain", "--config", config, "--output", run, "--resume", "auto")
+    process = start(*again, "--plugins", f"[{plugin}]")
+    process.join(timeout=120)
+    *_, told = capfd.readouterr().err.strip().splitlines()
+    assert "cannot be saved" in told and "the last good one is kept" in told
+    assert not newest.exists() and checkpoint.read_checkpoint(older)["step"] == step_of(older)
+    assert not list(run.rglob("*.tmp"))
+    assert mim(*again).code == 0
+    assert_identical(final(straight), final(run))
 
 
 def test_the_teacher_follows_the_encoder(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:

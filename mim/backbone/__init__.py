@@ -27,7 +27,7 @@ from mim.backbone.family import (
 )
 from mim.backbone.hiera import HieraFamily
 from mim.backbone.naflex import NaFlexViT
-from mim.backbone.plain import PlainViT
+from mim.backbone.plain import PlainViT, block_at
 from mim.backbone.rotary import RotaryViT
 from mim.backbone.swin import Swin
 
@@ -41,6 +41,7 @@ __all__ = [
     "RotaryViT",
     "Swin",
     "attention_maps",
+    "block_at",
     "block_outputs",
     "build_backbone",
     "family_of",

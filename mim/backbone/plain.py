@@ -77,7 +77,8 @@ class PlainViT(Transformer):
         block = self.vit.blocks[index]
         if num_keys is None:
             return block(x, attn_mask=bias) if bias is not None else block(x)
-        attended = _attend_few_keys(block.attn, block.norm1(x), num_keys, bias)
+        normed = block.norm1(x)
+        attended = _attend(block.attn, normed, normed[:, :num_keys], bias)
         x = x + block.drop_path1(block.ls1(attended))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
@@ -98,15 +99,35 @@ class PlainViT(Transformer):
         return {**super().classifier_args(mean), "fc_norm": normed}
 
 
-def _attend_few_keys(attn: Attention, x: Tensor, num_keys: int, bias: Tensor | None) -> Tensor:
-    """timm's ``Attention.forward`` with keys and values of the first ``num_keys`` tokens only."""
+def block_at(block: Block, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a plain timm block puts out at some tokens, which read all; the rest is not computed.
+
+    Args:
+        block: the block.
+        x: (B, L, D).
+        ids: (B, M), which tokens.
+        bias: (B, 1, 1, L), added to the scores; None where all may be read.
+
+    Returns:
+        (B, M, D).
+    """
+    assert isinstance(block.attn, Attention)
+    index = ids[..., None].expand(-1, -1, x.shape[-1])
+    normed = block.norm1(x)
+    attended = _attend(block.attn, normed.gather(1, index), normed, bias)
+    x = x.gather(1, index) + block.drop_path1(block.ls1(attended))  # (B, M, D)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _attend(attn: Attention, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
+    """timm's ``Attention.forward`` with queries of ``x`` and keys and values of ``memory``."""
     batch, length, _ = x.shape
     width, heads = attn.attn_dim, attn.num_heads
     weight, offset = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x, weight[:width], None if offset is None else offset[:width])
-    kv = F.linear(x[:, :num_keys], weight[width:], None if offset is None else offset[width:])
+    kv = F.linear(memory, weight[width:], None if offset is None else offset[width:])
     q = q.view(batch, length, heads, -1).transpose(1, 2)  # (B, heads, L, d)
-    k, v = kv.view(batch, num_keys, 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, keys, d)
+    k, v = kv.view(batch, memory.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
     out = F.scaled_dot_product_attention(
         attn.q_norm(q),
         attn.k_norm(k),

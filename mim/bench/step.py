@@ -1,0 +1,389 @@
+"""Timing whole training steps, interleaved so that a busy machine is unfair to nobody.
+
+Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator and
+peak memory; the parent lets one of them work at a time, in turn, round after round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim.bench.peers import PEERS, build_peer, sizes_of
+from mim.checkpoint import write_text_atomic
+from mim.config import Config
+from mim.cost import count_flops, environment, resident_bytes
+from mim.errors import UserError, choice_error, setting_error
+from mim.keys import image_keys
+from mim.model import build_model
+from mim.optim import build_optimizer
+from mim.regimes import REGIMES
+from mim.settings import checked
+
+_WARM_UP = 3  # the first steps pay for page faults and allocation
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LR = 1e-4
+# A peer whose loss is so many times ours, or ours its, does not do the same work.
+_SAME_LOSS = 2.0
+
+Step = Callable[[int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What one process times.
+
+    Attributes:
+        name: of the regime or the peer.
+        config: for a regime of ours, with that regime; for a peer, what it is built to.
+        is_peer: whether ``name`` is a peer.
+        mae_path: a checkout of facebookresearch/mae, for the peer of that name.
+        threads: of torch's operations.
+    """
+
+    name: str
+    config: Config
+    is_peer: bool
+    mae_path: Path | None
+    threads: int
+
+
+def bench_step(
+    config: Config,
+    regimes: Sequence[str],
+    rounds: int = 5,
+    steps: int = 2,
+    *,
+    peers: Sequence[str] = (),
+    mae_path: Path | None = None,
+) -> dict[str, Any]:
+    """Time training steps of one config under several regimes, on noise images.
+
+    Args:
+        config: what is timed; its batch size, precision, mask and sizes count.
+        regimes: names of regimes.
+        rounds: every round times each subject once, in turn.
+        steps: steps of one subject in a round.
+        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`.
+        mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
+
+    Returns:
+        ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
+        lowest, highest over rounds), tokens in the encoder, tokens a second, operations an image,
+        bytes of memory at the peak, the last loss, and the share of ``matrix_flops_per_second``
+        that its operations came to. ``ratio_to_fastest_peer`` of each regime where there are
+        peers. A ratio is the median over rounds of the ratio within a round.
+
+    Raises:
+        UserError: for an unknown regime or peer, one that does not fit the config, a package that
+            is missing, or a peer whose loss shows that it does other work.
+    """
+    if rounds < 1 or steps < 1:
+        raise setting_error("bench", f"rounds={rounds}, steps={steps}", "must be at least 1")
+    for name in regimes:
+        if name not in REGIMES:
+            raise choice_error("--regimes", name, REGIMES)
+    for name in peers:
+        if name not in PEERS:
+            raise choice_error("--peer", name, PEERS)
+    threads = torch.get_num_threads()
+    subjects = []
+    for name in regimes:
+        regime = dataclasses.replace(config.model.regime, name=name)
+        model = dataclasses.replace(config.model, regime=regime)
+        chosen = checked(dataclasses.replace(config, model=model))
+        subjects.append(_Subject(name, chosen, False, mae_path, threads))
+    subjects += [_Subject(name, config, True, mae_path, threads) for name in peers]
+    size = config.data.batch_size
+    figures, times, rates = _interleave(subjects, rounds, steps)
+    for name, seconds in times.items():
+        row = figures[name]
+        speed = size / statistics.median(seconds)
+        row["images_per_second"] = speed
+        row["slowest"] = size / max(seconds)
+        row["fastest"] = size / min(seconds)
+        row["tokens_per_second"] = speed * row["encoder_tokens"]
+        flops = row["flops_forward"] + row["flops_backward"]
+        row["utilisation"] = speed * flops / statistics.median(rates)
+    ours = {name: figures[name] for name in regimes}
+    theirs = {name: figures[name] for name in peers}
+    if theirs:
+        _check_losses(ours, theirs)
+        best = min(peers, key=lambda name: statistics.median(times[name]))
+        for name in regimes:
+            ratios = [other / own for other, own in zip(times[best], times[name], strict=True)]
+            ours[name]["ratio_to_fastest_peer"] = statistics.median(ratios)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(_device()),
+        "threads": threads,
+        "batch_size": size,
+        "precision": config.train.precision,
+        "rounds": rounds,
+        "steps": steps,
+        "matrix_flops_per_second": statistics.median(rates),
+        "regimes": ours,
+        "peers": theirs,
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """On noise every masked autoencoder begins near the variance of the target, which is 1."""
+    name, first = next(iter(ours.items()))
+    for peer, row in theirs.items():
+        if not 1 / _SAME_LOSS < row["loss"] / first["loss"] < _SAME_LOSS:
+            raise UserError(
+                f"--peer {peer}: its loss is {row['loss']:.3f} and that of {name} is "
+                f"{first['loss']:.3f}, so they do not do the same work; nothing can be compared"
+            )
+
+
+def _interleave(
+    subjects: Sequence[_Subject], rounds: int, steps: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], list[float]]:
+    """Figures of each subject, its seconds a step in every round, each round's matrix rate."""
+    context = multiprocessing.get_context("spawn")  # a fork would share the parent's threads
+    lines: dict[str, Connection] = {}
+    processes = []
+    figures: dict[str, dict[str, Any]] = {}
+    try:
+        for subject in subjects:
+            line, far = context.Pipe()
+            process = context.Process(target=_serve, args=(far, subject), daemon=True)
+            process.start()
+            far.close()
+            processes.append(process)
+            lines[subject.name] = line
+            # One after the other, so that each warms up on a free machine.
+            figures[subject.name] = _answer(line, subject.name)
+        times: dict[str, list[float]] = {name: [] for name in lines}
+        rates = []
+        for number in range(rounds):
+            rates.append(_matrix_rate(subjects[0].config))
+            for name, line in lines.items():
+                line.send((number * steps, steps))
+                told = _answer(line, name)
+                times[name].append(told.pop("seconds"))
+                figures[name].update(told)
+    finally:
+        for line in lines.values():
+            line.close()  # a subject whose line ends goes home
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+    return figures, times, rates
+
+
+def _answer(line: Connection, name: str) -> dict[str, Any]:
+    try:
+        kind, told = line.recv()
+    except EOFError as error:
+        reason = "its process ended without a word; it may have run out of memory"
+        raise UserError(f"mim bench step: {name}: {reason}") from error
+    if kind == "mistake":
+        raise UserError(told)
+    return told
+
+
+def _serve(line: Connection, subject: _Subject) -> None:
+    """The life of a subject's process: build, warm up, then step whenever it is told to."""
+    torch.set_num_threads(subject.threads)
+    device = _device()
+    before = resident_bytes()
+    try:
+        step, figures = (_peer if subject.is_peer else _regime)(subject, device)
+    except UserError as error:
+        line.send(("mistake", str(error)))
+        return
+    for number in range(_WARM_UP):
+        step(number)
+    line.send(("ready", figures))
+    while True:
+        try:
+            first, steps = line.recv()
+        except EOFError:
+            return
+        _wait(device)
+        began = time.perf_counter()
+        for number in range(first, first + steps):
+            loss = step(number)
+        _wait(device)
+        seconds = (time.perf_counter() - began) / steps
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            peak = resident_bytes() - before
+        line.send(("done", {"seconds": seconds, "loss": float(loss), "peak_memory": peak}))
+
+
+def _noise(config: Config, device: torch.device) -> Tensor:
+    """(B, C, H, W) of a normal distribution, the same in every process."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.data.batch_size, config.data.channels, *config.data.size)
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _regime(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, Any]]:
+    config = checked(subject.config)  # imports the plugins, which this process has not seen
+    images = _noise(config, device)
+    model = build_model(config).to(device)
+    optimizer = build_optimizer(config.optim, model, _LR)
+    few = torch.arange(2)
+    forward, backward = count_flops(model, images[:2], few)
+    mask = model.draw_mask(images[:2], image_keys(0, 0, few), sample_ids=few)
+    figures = {
+        "encoder_tokens": model.regime.encoder_tokens(model.backbone, mask.num_visible),
+        "flops_forward": forward,
+        "flops_backward": backward,
+    }
+    if config.train.compile:
+        model.compile()
+    ids = torch.arange(len(images))
+
+    def step(number: int) -> Tensor:
+        mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
+        with _precision(config, device):
+            loss = model(images, mask).loss
+        _descend(loss, optimizer)
+        model.update_teacher()
+        return loss.detach()
+
+    return step, figures
+
+
+def _peer(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, Any]]:
+    config = checked(subject.config)
+    images = _noise(config, device)
+    torch.manual_seed(config.seed)
+    model = build_peer(subject.name, config, subject.mae_path).to(device).train()
+    optimizer = torch.optim.AdamW(
+        (weight for weight in model.parameters() if weight.requires_grad),
+        lr=_LR,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+    )
+    forward, backward = _flops_of(model, images[:2])
+    sizes = sizes_of(config)
+    patches = (sizes.image // sizes.patch) ** 2
+    figures = {
+        "encoder_tokens": 1 + patches - int(sizes.ratio * patches),
+        "flops_forward": forward,
+        "flops_backward": backward,
+    }
+
+    def step(number: int) -> Tensor:
+        with _precision(config, device):
+            loss = model(images)
+        _descend(loss, optimizer)
+        return loss.detach()
+
+    return step, figures
+
+
+def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        with forward:
+            loss = model(images)
+        with backward:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    count = len(images)
+    return forward.get_total_flops() // count, backward.get_total_flops() // count
+
+
+def _precision(config: Config, device: torch.device) -> Any:
+    kind = _AUTOCAST[config.train.precision]
+    return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(config: Config) -> float:
+    """Operations a second of square matrix products alone, in the config's precision."""
+    device = _device()
+    kind = _AUTOCAST[config.train.precision] or torch.float32
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(kind)
+    b = torch.randn(side, side, device=device).to(kind)
+    for _ in range(_WARM_UP):
+        a @ b
+    seconds = []
+    for _ in range(10):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+_COLUMNS = (
+    "| subject | images/s (median) | slowest to fastest | to the fastest peer | encoder tokens "
+    "| GFLOPs an image | of the matrix rate | peak memory, GiB | loss |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+)
+
+
+def _rows(figures: dict[str, Any]) -> list[str]:
+    rows = list(_COLUMNS)
+    for kind in ("regimes", "peers"):
+        for name, values in figures[kind].items():
+            flops = (values["flops_forward"] + values["flops_backward"]) / 1e9
+            ratio = values.get("ratio_to_fastest_peer")
+            rows.append(
+                f"| {name if kind == 'regimes' else 'peer ' + name} "
+                f"| {values['images_per_second']:.1f} "
+                f"| {values['slowest']:.1f} to {values['fastest']:.1f} "
+                f"| {'' if ratio is None else f'{ratio:.2f}'} "
+                f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
+                f"| {100 * values['utilisation']:.0f} % "
+                f"| {values['peak_memory'] / 2**30:.2f} | {values['loss']:.3f} |"
+            )
+    return rows
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table, with the machine in front."""
+    machine = figures["environment"]
+    head = (
+        f"{figures['date']}: {machine['device']}, {machine['cpu']}, {figures['threads']} threads, "
+        f"torch {machine['torch']}, timm {machine['timm']}, {figures['precision']}, batch "
+        f"{figures['batch_size']}, {figures['rounds']} rounds of {figures['steps']} steps, "
+        f"matrix products {figures['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+    )
+    return "\n".join([head, "", *_rows(figures)])
+
+
+def append_table(file: Path, command: str, figures: dict[str, Any]) -> None:
+    """Add the figures and the command that made them to the end of a Markdown file."""
+    old = file.read_text(encoding="utf-8").rstrip() if file.exists() else ""
+    new = f"`{command}`\n\n{format_table(figures)}\n"
+    write_text_atomic(file, f"{old}\n\n{new}" if old else new)
