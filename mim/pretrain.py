@@ -251,7 +251,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             metrics.write(**line)
         accelerator.log(values, step=step)
 
-    def save(step: int) -> None:
+    def save(step: int, milestone: bool) -> None:
         probed = {} if online is None else online.state()  # all processes add up what they saw
         if not main:
             return
