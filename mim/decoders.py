@@ -168,7 +168,9 @@ class TransformerDecoder(Decoder):
         """The blocks, (B, P + N, E) -> (B, M, E); nobody reads padding."""
         bias, packing, prefix = None, None, latents.num_prefix
         if latents.patch_valid is not None:
-            valid = torch.cat([latents.patch_valid.new_ones(len(x), prefix), latents.patch_valid], 1)
+            valid = torch.cat(
+                [latents.patch_valid.new_ones(len(x), prefix), latents.patch_valid], 1
+            )
             bias = key_bias(valid, x.dtype)
             if self.packs:
                 packing = Packing.of(valid)
