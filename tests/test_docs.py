@@ -83,7 +83,7 @@ def check_verb(verb: str, args: list[str]) -> None:
             parser = taken.parser
         finally:
             VerbParser.taking = False
-        if verb == "import":
+        if verb in ("import", "data"):  # settings of a config follow
             parser.parse_known_args(args)
         else:
             parser.parse_args(args)
