@@ -352,9 +352,17 @@ def _mask_figure(
 
 
 def _bench(args: list[str]) -> int:
+    """Time training steps, or the loader beside a plain one: step, data."""
+    lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _BENCH.items()]
+    parser = _parser("bench", "\n".join(["Time a config; each verb has its own --help.", *lines]))
+    parser.add_argument("what", choices=sorted(_BENCH), help="what to time")
+    options = parser.parse_args(args[:1])
+    return _BENCH[options.what](args[1:])
+
+
+def _bench_step(args: list[str]) -> int:
     """Time whole training steps of a config under each regime, beside other codebases."""
-    parser = _parser("bench", "Time training steps: forward, backward, optimizer; medians.")
-    parser.add_argument("what", choices=("step",), help="what to time")
+    parser = _parser("bench step", "Time training steps: forward, backward, optimizer; medians.")
     parser.add_argument("--config", required=True, help="a pre-training config")
     parser.add_argument("--regimes", default="drop,zero,token", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds over all regimes")
@@ -385,9 +393,43 @@ def _bench(args: list[str]) -> int:
     if options.json:
         write_json_atomic(Path(options.json), figures)
     if options.append:
-        append_table(Path(options.append), shlex.join(["mim", "bench", *args]), figures)
+        append_table(Path(options.append), shlex.join(["mim", "bench", "step", *args]), figures)
     _say(format_table(figures))
     return 0
+
+
+def _bench_data(args: list[str]) -> int:
+    """Time the loader of a config beside the same pipeline from torchvision, interleaved."""
+    about = (
+        "Time the way of images to the device: each stage, the whole loader, and beside it the\n"
+        "same pipeline built from torchvision's ImageFolder, RandomResizedCrop and DataLoader.\n"
+        "Settings such as --data.path DIR stand above the config."
+    )
+    parser = _parser("bench data", about)
+    parser.add_argument("--config", required=True, help="a pre-training config")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds over both pipelines")
+    parser.add_argument("--images", type=int, default=512, help="images of a round")
+    plain = "class folders of the plain pipeline; by default the config's image folder"
+    parser.add_argument("--plain", metavar="DIR", help=plain)
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    options, rest = parser.parse_known_args(args)
+    from mim.bench_data import bench_data, format_data_table
+    from mim.checkpoint import prepare_folder, write_json_atomic
+    from mim.config import Config
+    from mim.settings import checked, read_args
+
+    if options.json:
+        prepare_folder(Path(options.json).parent, "--json")
+    arguments = ["--config", options.config, *rest]
+    config = checked(read_args(Config, arguments, prog="mim bench data"))
+    figures = bench_data(config, options.rounds, options.images, options.plain)
+    if options.json:
+        write_json_atomic(Path(options.json), figures)
+    _say(format_data_table(figures))
+    return 0
+
+
+_BENCH: dict[str, Verb] = {"step": _bench_step, "data": _bench_data}
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -472,15 +514,53 @@ def _data_stats(args: list[str]) -> int:
     return 0
 
 
-_DATA_VERBS: dict[str, Verb] = {"inspect": _data_inspect, "stats": _data_stats}
+def _data_pack(args: list[str]) -> int:
+    """Write an image set as a few large files."""
+    about = (
+        "Write an image set as a few large files, with labels, ids, class names and digests, for\n"
+        "--data.source packed --data.path OUT. Call it again after a kill: it goes on; or when it\n"
+        "has ended: it checks every byte."
+    )
+    parser = _parser("data pack", about)
+    parser.add_argument("source", metavar="SRC", help="a folder (imagefolder), or a config file")
+    parser.add_argument("output", metavar="OUT", help="the folder of the packed set")
+    kinds = "pixels: decoded, memory-mapped; shards: the image files in tar files"
+    parser.add_argument("--kind", default="pixels", help=kinds)
+    parser.add_argument("--size", type=int, help="pixels: bring the shorter side down to it")
+    square = "pixels: cut the longer side down to it too, about the centre"
+    parser.add_argument("--square", action="store_true", help=square)
+    parser.add_argument("--workers", type=int, help="processes; by default one for each core")
+    options = parser.parse_args(args)
+    from mim.config import DataConfig
+    from mim.data.pack import Recipe, default_workers, pack, read_manifest
+    from mim.settings import load_config
+
+    recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
+    config = DataConfig(source="imagefolder", path=options.source)
+    if not Path(options.source).is_dir():
+        config = load_config(options.source).data
+    workers = default_workers() if options.workers is None else options.workers
+    found = read_manifest(pack(config, options.output, recipe, workers).parent)
+    for split, entry in found["splits"].items():
+        size = sum(part["bytes"] for part in entry["parts"])
+        bad = f", {len(entry['unreadable'])} of them unreadable" if entry["unreadable"] else ""
+        _say(f"{split}: {entry['images']} images{bad}, {size / 1e9:.2f} GB")
+    _say(f"--data.source packed --data.path {shlex.quote(options.output)}")
+    return 0
+
+
+_DATA_VERBS: dict[str, Verb] = {
+    "inspect": _data_inspect,
+    "stats": _data_stats,
+    "pack": _data_pack,
+}
 
 
 def _data(args: list[str]) -> int:
-    """Look at data sets: inspect, stats."""
+    """Look at data sets and prepare them: inspect, stats, pack."""
     lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _DATA_VERBS.items()]
-    parser = _parser(
-        "data", "\n".join(["Look at data sets; each verb has its own --help.", *lines])
-    )
+    about = "Look at data sets and prepare them; each verb has its own --help."
+    parser = _parser("data", "\n".join([about, *lines]))
     parser.add_argument("what", choices=tuple(_DATA_VERBS), help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="of the verb; see its --help")
     options = parser.parse_args(args)

@@ -143,6 +143,13 @@ class DataConfig:
     resize: str = "auto"
     """Whose antialiased bicubic resizes: pil, torch (several times as fast, rounds otherwise) or
     auto: pil for results of less than 128 pixels a side, else torch."""
+    cache: str = "none"
+    """Where decoded images are kept, uint8 at their own size: none, memory (shared with the loader
+    processes), mmap (a memory-mapped file that later runs find again) or device (on the
+    accelerator, where whole batches are cut, resized and mirrored; images of one size). Batches
+    are the same bytes in all four."""
+    cache_path: str | None = None
+    """Folder of mmap caches; by default ~/.cache/mim/decoded."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel on the scale 0 to 1; by default the source's own."""
     std: tuple[float, ...] | None = None
@@ -185,6 +192,7 @@ class DataConfig:
         if self.decode == "nvjpeg" and self.workers:
             reason = "needs data.workers=0: loader processes have no GPU"
             raise setting_error("data.decode", self.decode, reason)
+        _one_of("data.cache", self.cache, ("none", "memory", "mmap", "device"))
         _one_of("data.resize", self.resize, ("auto", "pil", "torch"))
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:

@@ -40,7 +40,7 @@ def test_help_lists_the_verbs(mim: Mim) -> None:
         ("evaluate", ["RUN", "--json", "@CHECKPOINT_FILE"]),
         ("report", ["folder"]),
         ("visualize", ["masks", "reconstruct", "attention", "--generators", "--ratios"]),
-        ("bench", ["--regimes"]),
+        ("bench", ["step", "data", "regime"]),
         ("export", ["--to", "--output"]),
     ],
 )

@@ -1,6 +1,14 @@
 """Images: sources, transforms and loaders. Never imports the model."""
 
-from mim.data import embedded, folder, huggingface, mixed, shards, torchvision_sets  # noqa: F401  (they register sources)
+from mim.data import (  # noqa: F401  (they register sources)
+    embedded,
+    folder,
+    huggingface,
+    mixed,
+    pack,
+    shards,
+    torchvision_sets,
+)
 from mim.data.decode import UnreadableImage
 from mim.data.loader import (
     Batch,

@@ -77,11 +77,13 @@ class Files(ImageSource):
         """The file of an image."""
         return self.root / os.fsdecode(self._paths[index])
 
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file."""
+        with decoding(self.describe(index)):
+            return self.path(index).read_bytes()
+
     def image(self, index: int) -> Picture:
-        name = self.describe(index)
-        with decoding(name):
-            data = self.path(index).read_bytes()
-        return decode(data, name, self._max_pixels, self._decoder)
+        return decode(self.encoded(index), self.describe(index), self._max_pixels, self._decoder)
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Reads the header of each file, if they are 20,000 at most."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mim.config import DataConfig
+from mim.data.cache import device_reader
 from mim.data.faults import Fault, read_images
 from mim.data.own_sizes import cat_images, eval_patches, train_patches
 from mim.data.sources import ImageSource
@@ -106,6 +107,8 @@ class StepBatches(Dataset[Any]):
         self.config = config
         self.augment = augment
         self.patch_size = patch_size
+        # Images of sizes of their own are cut one by one.
+        self.reader = device_reader(source, config) if not config.keeps_aspect else None
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         try:
@@ -136,8 +139,10 @@ class StepBatches(Dataset[Any]):
         """
         parts, positions, faults = [], [], []
         for part in indices.split(_DECODED_AT_ONCE):
-            images, part, missing = read_images(self.source, part, replace=stand_in)
-            faults += missing
+            images: list[Picture] = []
+            if self.reader is None or not self.reader.can_read(part):
+                images, part, missing = read_images(self.source, part, replace=stand_in)
+                faults += missing
             positions.append(part)
             keys = None
             if seed is not None:
@@ -163,8 +168,13 @@ class StepBatches(Dataset[Any]):
                 return eval_patches(images, self.config, self.patch_size, names)
             return train_patches(images, keys, self.config, self.patch_size, names)
         if keys is None:
+            if self.reader is not None:
+                return self.reader.eval(indices, self.config)
             return eval_transform(images, self.config)
-        cut = train_transform(images, keys, self.config)
+        if self.reader is not None:
+            cut = self.reader.train(indices, keys, self.config)
+        else:
+            cut = train_transform(images, keys, self.config)
         return cut if self.augment is None else self.augment(cut, keys)
 
 
@@ -283,14 +293,16 @@ class BatchLoader:
     ) -> None:
         self.steps = steps
         self._ledger = batches.source.ledger
-        workers = min(workers, len(steps))
+        # Batches that are made on the accelerator need no process and no way there.
+        resident = batches.reader is not None
+        workers = 0 if resident else min(workers, len(steps))
         self._loader: DataLoader[Any] = DataLoader(
             batches,
             batch_size=None,
             sampler=steps,
             num_workers=workers,
             collate_fn=_alone,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not resident,
             persistent_workers=workers > 0,
             multiprocessing_context=start_method if workers else None,
             # Without its own, DataLoader draws a number from the global generator.

@@ -27,8 +27,8 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
 
     Raises:
         UserError: for an unknown source, a missing or empty folder, an empty class, more unreadable
-            images than ``data.max_unreadable``, a failed download, or channels that the images
-            cannot have.
+            images than ``data.max_unreadable``, a failed download, channels that the images
+            cannot have, or a cache that has no room.
     """
     name = config.source
     family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
@@ -48,7 +48,11 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
     source.ledger.add(source.check())
     source.mean, source.std = _statistics(source, config)
-    return source
+    if config.cache == "none":
+        return source
+    from mim.data.cache import cached  # which packs, and packing opens sources
+
+    return cached(source, config)
 
 
 def _statistics(

@@ -232,15 +232,21 @@ def train_transform(images: Sequence[Picture], keys: Tensor, config: DataConfig)
     return _stack(pixels, (config.channels, *config.size))
 
 
-def _cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
-    """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
-    height, width = size_of(image)
-    scale = max(size[0] / height, size[1] / width)
+def covering_size(
+    given: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of an image scaled until it just covers ``size``, and (top, left) of its
+    centre."""
+    scale = max(size[0] / given[0], size[1] / given[1])
     # Rounding must not leave a side one pixel short.
-    covering = max(round(height * scale), size[0]), max(round(width * scale), size[1])
-    pixels = resize(image, covering, how)
-    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
-    return pixels[top : top + size[0], left : left + size[1]]
+    height, width = max(round(given[0] * scale), size[0]), max(round(given[1] * scale), size[1])
+    return (height, width), ((height - size[0]) // 2, (width - size[1]) // 2)
+
+
+def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
+    """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
+    covering, (top, left) = covering_size(size_of(image), size)
+    return resize(image, covering, how)[top : top + size[0], left : left + size[1]]
 
 
 def eval_transform(images: Sequence[Picture], config: DataConfig) -> Tensor:
@@ -256,7 +262,7 @@ def eval_transform(images: Sequence[Picture], config: DataConfig) -> Tensor:
         (B, C, H, W) uint8.
     """
     how = resizer(config)
-    pixels = [_cover(prepare(image, config.channels), config.size, how) for image in images]
+    pixels = [cover(prepare(image, config.channels), config.size, how) for image in images]
     return _stack(pixels, (config.channels, *config.size))
 
 
