@@ -274,7 +274,7 @@ def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
     """Evaluations that raw pixels cannot have, and why."""
     from mim.evaluate import EVALUATIONS, EncoderEvaluation
 
-    reason = "it trains an encoder, and raw pixels have none"
+    reason = "it needs an encoder, and raw pixels have none"
     names = [n for n in evaluations if issubclass(EVALUATIONS.get(n), EncoderEvaluation)]
     return dict.fromkeys(names, reason)
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.errors import UserError
-from mim.report import figures, interactive, tables
+from mim.report import figures, interactive, layers, tables
 from mim.report.charts import Chart, loss_charts, quality_charts
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
 from mim.report.finding import Finding, findings
@@ -129,6 +129,8 @@ def report_html(
         comparison_table=tables.comparison_table(comparison),
         difference_table=tables.difference_table(comparison),
         margin_table=tables.margin_table(comparison),
+        layers_table=layers.layers_table(comparison),
+        alignment_table=layers.alignment_table(comparison),
         settings_table=tables.settings_table(comparison),
         facts_table=tables.facts_table(comparison),
         failures_table=tables.failures_table(comparison),
@@ -191,6 +193,8 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         ("Runs without a result", tables.failures_table(comparison)),
         ("Worth of pre-training", tables.margin_table(comparison)),
         ("Paired differences", tables.difference_table(comparison)),
+        ("Layers", layers.layers_table(comparison)),
+        ("Likeness of the encoders", layers.alignment_table(comparison)),
         ("Settings", tables.settings_table(comparison)),
         ("Data and environment", tables.facts_table(comparison)),
     ]

@@ -33,8 +33,8 @@ from mim.report.statistics import Paired, Summary, paired_difference, summarize
 MISSING = "\u2013"
 # How an evaluation names what it chose or checked, as against what it found.
 _CHOSEN = ("chosen_", "converged", "mean_k_", "mean_strength_", "mean_temperature_")
-# What stands in the CSV alone: the same quality of each class.
-_EACH = ("iou_", "map_class_", "mask_map_class_", "mended_")
+# What has no place among the results: the same quality of each class or layer.
+_EACH = ("iou_", "map_class_", "mask_map_class_", "mended_", "layer_")
 # Measures between 0 and 1 that papers print in per cent.
 _SHARES = re.compile(r"accuracy|(pixel|class)_accuracy|miou$|(mask_)?(map|mar)(_|$)")
 _WORDS = {"miou": "mIoU", "map": "mAP"}
@@ -42,6 +42,10 @@ _WORDS = {"miou": "mIoU", "map": "mAP"}
 _PLAIN = ("", "Loss", "Per image", "On this machine")
 _EVALUATIONS = {
     "linear": "Linear probe",
+    "linear_grid": "Linear probe (grid)",
+    "linear_mae": "Linear probe (MAE)",
+    "linear_online": "Linear probe (online)",
+    "analysis": "Layers",
     "knn": "k-NN",
     "attentive": "Attentive probe",
     "finetune": "Fine-tuning",
