@@ -372,9 +372,11 @@ class Zero(Regime):
         layers = tuple(back(layer) for layer in layers)
         return Latents(back(tokens), prefix, mask.num_patches, valid=mask.valid, layers=layers)
 
-    def encoder_tokens(self, vit: nn.Module, visible: float) -> float:
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
         """Prefix, visible patches, and the masked ones that are computed in training."""
-        whole = super().encoder_tokens(vit, visible)
+        whole = super().encoder_tokens(vit, visible, patches)
+        if self.predict_share == 1:
+            return whole
         seen = family_of(vit).length(visible)
         return seen + self.predict_share * (whole - seen)
 
