@@ -22,7 +22,7 @@ from mim import checkpoint
 from mim.cli import main
 from mim.compare import SERVER_MODULES
 
-TRIALS = int(os.environ.get("MIM_FAULT_TRIALS", "10"))
+TRIALS = int(os.environ.get("MIM_FAULT_TRIALS", "4"))
 KILLS_AT_MOST = 3
 
 # What dies, and how often it is called in the run below, about.
