@@ -32,7 +32,8 @@ _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
 # What may differ when a run goes on: it does not change what is computed.
 _FREE = re.compile(
     r"output|resume|plugins|log\..*"
-    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable|cache|cache_path)"
+    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
+    r"|data\.(cache|cache_path|index_cache)"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
 )
 

@@ -150,6 +150,9 @@ class DataConfig:
     are the same bytes in all four."""
     cache_path: str | None = None
     """Folder of mmap caches; by default ~/.cache/mim/decoded."""
+    index_cache: bool = True
+    """Whether the list of a folder with many images (imagefolder, flat) is kept in ~/.cache/mim (or
+    $MIM_CACHE) for later runs, which list it again only if a folder in it has changed."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel on the scale 0 to 1; by default the source's own."""
     std: tuple[float, ...] | None = None

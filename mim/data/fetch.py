@@ -33,14 +33,19 @@ _SECONDS = 60.0  # without any byte
 _FAILURES = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
+def cache_place(part: str) -> Path:
+    """A folder below ``$MIM_CACHE``, by default ``~/.cache/mim``, which may not be there."""
+    home = os.environ.get("MIM_CACHE")
+    return (Path(home) if home else Path.home() / ".cache" / "mim") / part
+
+
 def cache_folder(part: str) -> Path:
-    """A folder below ``$MIM_CACHE``, by default ``~/.cache/mim``, made if needed.
+    """:func:`cache_place`, made if needed.
 
     Raises:
         UserError: if it cannot be made.
     """
-    home = os.environ.get("MIM_CACHE")
-    folder = (Path(home) if home else Path.home() / ".cache" / "mim") / part
+    folder = cache_place(part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

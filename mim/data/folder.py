@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mim.config import DataConfig
-from mim.data.decode import EXTENSIONS, UnreadableImage, check_header, decode, decoding
+from mim.data.decode import UnreadableImage, check_header, decode, decoding
 from mim.data.faults import Fault
+from mim.data.listing import list_images
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
 from mim.errors import setting_error
-from mim.keys import name_to_int
 
 # Reading so many headers takes a second or two; above that a bad file shows when it is decoded.
 _HEADERS_CHECKED = 20_000
@@ -27,25 +27,6 @@ def _folders(path: Path) -> list[str]:
     """Names of the visible sub-folders, sorted."""
     with os.scandir(path) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    """For os.walk, which would pass over a folder that it may not read."""
-    raise error
-
-
-def _files(root: Path, folder: str) -> list[str]:
-    """POSIX paths, relative to ``root``, of the images anywhere below ``root/folder``, sorted."""
-    found = []
-    for place, folders, names in os.walk(root / folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(root).as_posix()
-        found += [
-            f"{relative}/{name}"
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)
 
 
 class Files(ImageSource):
@@ -63,19 +44,20 @@ class Files(ImageSource):
         self._given = config.path
         self._max_pixels = config.max_pixels
         self._decoder = config.decode
+        self._keeps_list = config.index_cache
 
-    def _set_files(self, files: list[str]) -> None:
-        """Takes POSIX paths relative to the root."""
-        self.sample_ids = torch.tensor([name_to_int(file) for file in files], dtype=torch.int64)
-        # One array: a list of a million strings is copied into every worker, page by page.
-        self._paths = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+    def _find(self, part: str, folders: Sequence[str]) -> Tensor:
+        """Takes the images below folders of a part; returns how many lie below each."""
+        listing = list_images(self.root, part, folders, keep=self._keeps_list)
+        self._names, self.sample_ids = listing.names, listing.ids
+        return listing.counts
 
     def describe(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
+        return self._names[index]
 
     def path(self, index: int) -> Path:
         """The file of an image."""
-        return self.root / os.fsdecode(self._paths[index])
+        return self.root / self._names[index]
 
     def encoded(self, index: int) -> bytes:
         """The content of an image's file."""
@@ -87,9 +69,10 @@ class Files(ImageSource):
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Reads the header of each file, if they are 20,000 at most."""
-        chosen = range(len(self)) if indices is None else indices.tolist()
+        if (len(self) if indices is None else len(indices)) > _HEADERS_CHECKED:
+            return []
         faults = []
-        for index in chosen if len(chosen) <= _HEADERS_CHECKED else ():
+        for index in range(len(self)) if indices is None else indices.tolist():
             name = self.describe(index)
             try:
                 with decoding(name):
@@ -115,11 +98,9 @@ class ImageFolder(Files):
             self.classes = self._class_folders(train)
             if part != train:
                 self._check_classes(part)
-            files, labels = self._list(part)
-            self._set_files(files)
+            self.labels = self._list(part)
         except (OSError, UnicodeEncodeError) as error:
             raise setting_error("data.path", config.path, f"cannot be read: {error}") from error
-        self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def _divide(self, split: Split) -> tuple[str, str]:
         """Folders, relative to the root, of the training images and of the wanted ones."""
@@ -148,21 +129,18 @@ class ImageFolder(Files):
             reason = f"has the class {unknown[0]!r} in {part} but not in train"
             raise setting_error("data.path", self._given, reason)
 
-    def _list(self, part: str) -> tuple[list[str], list[int]]:
-        """Files of one part and the position of each one's class."""
-        files: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            folder = name if part == "." else f"{part}/{name}"
-            if not (self.root / folder).is_dir():  # a class may be missing in val
-                continue
-            found = _files(self.root, folder)
-            if not found:
-                reason = f"has an empty class: no image in {(self.root / folder).as_posix()}"
+    def _list(self, part: str) -> Tensor:
+        """Takes the files of one part; returns the position of each one's class."""
+        folders = [name if part == "." else f"{part}/{name}" for name in self.classes]
+        # A class may be missing in val.
+        there = [label for label, name in enumerate(folders) if (self.root / name).is_dir()]
+        counts = self._find(part, [folders[label] for label in there])
+        for label, count in zip(there, counts.tolist(), strict=True):
+            if not count:
+                where = (self.root / folders[label]).as_posix()
+                reason = f"has an empty class: no image in {where}"
                 raise setting_error("data.path", self._given, reason)
-            files += found
-            labels += [label] * len(found)
-        return files, labels
+        return torch.tensor(there, dtype=torch.int64).repeat_interleave(counts)
 
 
 @SOURCES.register("flat")
@@ -185,6 +163,6 @@ class FlatFolder(Files):
             if "train" in folders:
                 part = val if split == "val" and val is not None else "train"
             self.has_val = part != "." and val is not None
-            self._set_files(_files(self.root, part))
+            self._find(part, [part])
         except (OSError, UnicodeEncodeError) as error:
             raise setting_error("data.path", config.path, f"cannot be read: {error}") from error

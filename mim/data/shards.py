@@ -36,6 +36,7 @@ from mim.config import DataConfig
 from mim.data.decode import EXTENSIONS, decode, decoding
 from mim.data.fetch import cache_folder
 from mim.data.folder import VAL_NAMES
+from mim.data.names import Names
 from mim.data.places import divide
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
@@ -191,29 +192,35 @@ class Shards(ImageSource):
             "offset": np.concatenate([x.offsets for x in indices]),
             "size": np.concatenate([x.sizes for x in indices]),
         }
-        folders = [_folders(os.fsdecode(name)) for name in names]
-        in_val = np.array([part in VAL_NAMES for part, _ in folders])
-        in_train = np.array([part == "train" for part, _ in folders])
+        known: dict[tuple[str, str], int] = {}  # folders -> a number: never a string an image
+        codes = (known.setdefault(_folders(os.fsdecode(name)), len(known)) for name in names)
+        code = np.fromiter(codes, dtype=np.int64, count=len(names))
+        in_val = np.array([part in VAL_NAMES for part, _ in known])[code]
+        in_train = np.array([part == "train" for part, _ in known])[code]
         if trains < len(indices):
             is_val = shard >= trains
             self.has_val = True
         else:
             is_val = in_val & in_train.any()
             self.has_val = bool(is_val.any())
-        labels = self._label(given, [name for _, name in folders], is_val)
+        labels = self._label(given, [name for _, name in known], code, is_val)
         chosen = is_val if self.has_val and split == "val" else ~is_val
         keys: list[Any] = [] if labels is None else [labels[chosen]]
         # By label and name, as a folder is listed: how images were packed does not matter.
         order = np.flatnonzero(chosen)[np.lexsort((shard[chosen], names[chosen], *keys))]
-        self._names = names[order]
+        self._names = Names.of(os.fsdecode(name) for name in names[order])
         self._place = {key: values[order] for key, values in place.items()}
         self.labels = None if labels is None else torch.from_numpy(labels[order])
         self.sample_ids = self._ids(names, shard, order)
 
     def _label(
-        self, given: NDArray[np.int64], folders: Sequence[str], is_val: NDArray[np.bool_]
+        self,
+        given: NDArray[np.int64],
+        folders: Sequence[str],
+        code: NDArray[np.int64],
+        is_val: NDArray[np.bool_],
     ) -> NDArray[np.int64] | None:
-        """(n,) labels, of .cls or .json, else of class folders, else None."""
+        """(n,) labels, of .cls or .json, else of class folders ``folders[code]``, else None."""
         if (given != _NO_LABEL).any():
             if (given == _NO_LABEL).any():
                 count = int((given == _NO_LABEL).sum())
@@ -224,13 +231,13 @@ class Shards(ImageSource):
         if not all(folders):
             self.classes = []
             return None
-        self.classes = sorted({name for name, val in zip(folders, is_val, strict=True) if not val})
+        self.classes = sorted({folders[number] for number in np.unique(code[~is_val])})
         position = {name: label for label, name in enumerate(self.classes)}
         unknown = sorted(set(folders) - set(position))
         if unknown:
             reason = f"has the class {unknown[0]!r} in val but not in train"
             raise setting_error("data.path", self._given, reason)
-        return np.array([position[name] for name in folders], dtype=np.int64)
+        return np.array([position[name] for name in folders], dtype=np.int64)[code]
 
     def _class_names(self, least: int) -> list[str]:
         path = Path(self._shards[0]).parent / "classes.txt"
@@ -246,20 +253,21 @@ class Shards(ImageSource):
     def _ids(
         self, names: NDArray[np.bytes_], shard: NDArray[np.int64], order: NDArray[np.int64]
     ) -> torch.Tensor:
-        whole = [os.fsdecode(name) for name in names]
-        if len(set(whole)) < len(whole):
+        if len(np.unique(names)) == len(names):
+            whole = map(os.fsdecode, names[order])
+        else:
             tars = [Path(path).name for path in self._shards]
-            whole = [f"{tars[s]}/{name}" for s, name in zip(shard, whole, strict=True)]
-        if len(set(whole)) < len(whole):
-            reason = "holds an image twice under one name"
-            raise setting_error("data.path", self._given, reason)
-        return torch.tensor([name_to_int(whole[i]) for i in order], dtype=torch.int64)
+            if len(set(zip((tars[s] for s in shard), names, strict=True))) < len(names):
+                reason = "holds an image twice under one name"
+                raise setting_error("data.path", self._given, reason)
+            whole = (f"{tars[shard[i]]}/{os.fsdecode(names[i])}" for i in order)
+        return torch.from_numpy(np.fromiter(map(name_to_int, whole), np.int64, len(order)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": OrderedDict()}  # a worker opens its own
 
     def describe(self, index: int) -> str:
-        return os.fsdecode(self._names[index])
+        return self._names[index]
 
     def read(self, index: int) -> bytes:
         """The bytes of an image's file."""

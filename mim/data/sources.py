@@ -98,7 +98,7 @@ class ImageSource(ABC):
         for values in (self.sample_ids, self.labels):
             digest.update(b"/")
             if values is not None:
-                digest.update(values.numpy().astype("<i8").tobytes())
+                digest.update(np.ascontiguousarray(values.numpy(), dtype="<i8"))
         return digest.hexdigest()
 
 

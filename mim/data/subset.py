@@ -16,7 +16,7 @@ from torch import Tensor
 from mim.config import DataConfig, SubsetConfig
 from mim.data.sources import ImageSource, Split, Subset
 from mim.errors import choice_error, setting_error
-from mim.files import write_text_atomic
+from mim.files import write_atomic
 from mim.keys import image_keys, name_to_int
 
 _LISTS = {
@@ -243,5 +243,9 @@ def choose(source: ImageSource, config: DataConfig, split: Split) -> ImageSource
 
 def write_list(path: Path, source: ImageSource) -> None:
     """The names of a source's images as a text file, one a line."""
-    lines = (source.describe(position) for position in range(len(source)))
-    write_text_atomic(path, "".join(f"{line}\n" for line in lines))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{source.describe(place)}\n" for place in range(len(source)))
+
+    write_atomic(path, write)
