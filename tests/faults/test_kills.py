@@ -40,14 +40,18 @@ INSTANTS = {
     "removing an old checkpoint": ("pathlib", "Path.unlink", 20),
     "saving the encoder": ("mim.checkpoint", "save_encoder", 1),
 }
-PLUGIN = """
-import importlib
+FORK = """
 import multiprocessing
+
+# As in a process that no fork server has started: workers start at once, and notice when their
+# parent is killed.
+multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+"""
+DEADLY = """
+import importlib
 import os
 import signal
 
-# As in a process that no fork server has started: workers notice when their parent is killed.
-multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 module, name, number = {module!r}, {name!r}, {number}
 owner = importlib.import_module(module)
 *parents, last = name.split(".")
@@ -162,9 +166,11 @@ def test_a_run_killed_anywhere_ends_the_same(
     outcomes: list[tuple[str, str, str]],
 ) -> None:
     whole, killed = straight["folder"] / "run", tmp_path / "run"
-    config = config_file(tmp_path, tiny_tree)
+    config, fork = config_file(tmp_path, tiny_tree), tmp_path / "fork.py"
+    fork.write_text(FORK)
+    train = ("pretrain", "--config", config, "--resume", "auto", "--plugins")
     if not (whole / "result.json").exists():
-        assert in_a_process("pretrain", "--config", config, "--output", whole) == 0
+        assert in_a_process(*train, f"[{fork}]", "--output", whole) == 0
     draw = random.Random(trial)
     names = list(INSTANTS)
     history = []
@@ -174,15 +180,14 @@ def test_a_run_killed_anywhere_ends_the_same(
         module, attribute, often = INSTANTS[name]
         number = draw.randint(1, often)
         plugin = tmp_path / f"kill_{kill}.py"
-        plugin.write_text(PLUGIN.format(module=module, name=attribute, number=number))
-        args = ("pretrain", "--config", config, "--output", killed, "--resume", "auto")
-        code = in_a_process(*args, "--plugins", f"[{plugin}]")
+        plugin.write_text(DEADLY.format(module=module, name=attribute, number=number))
+        code = in_a_process(*train, f"[{fork}, {plugin}]", "--output", killed)
         history.append(f"{name} ({number})")
         if code == 0:  # it was over before that instant came
             history[-1] += " never came"
             break
         assert code == -signal.SIGKILL, (name, code)
     outcomes.append(("kill", ", ".join(history), "differs"))
-    assert in_a_process("pretrain", "--config", config, "--output", killed, "--resume", "auto") == 0
+    assert in_a_process(*train, f"[{fork}]", "--output", killed) == 0
     assert_same(whole, killed)
     outcomes[-1] = (*outcomes[-1][:2], "identical")

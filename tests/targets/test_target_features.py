@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-import mim.backbone
 from mim.config import (
     Config,
     DataConfig,
@@ -234,7 +233,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         asked.append(pretrained)
         return timm.create_model(name, **args)
 
-    monkeypatch.setattr(mim.backbone, "create_model", create)
+    monkeypatch.setattr("mim.backbone.build.create_model", create)
     return asked
 
 
@@ -261,7 +260,7 @@ def test_a_failed_download_is_one_line(make: Make, monkeypatch: pytest.MonkeyPat
     def create(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("no connection")
 
-    monkeypatch.setattr(mim.backbone, "create_model", create)
+    monkeypatch.setattr("mim.backbone.build.create_model", create)
     with pytest.raises(UserError, match=r"features\.pretrained: True .* cannot be had: no conn"):
         frozen(make, pretrained=True)
 
