@@ -263,7 +263,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             "ema": ema.module.state_dict() if ema is not None else {},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             "online": probed,
-            "online_accuracy": online_accuracy,
+            "online_accuracy": None if online is None else online_accuracy,
             "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
             "elapsed": elapsed + time.monotonic() - began,
             "train_seconds": train_seconds + paused - interval_began,

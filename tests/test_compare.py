@@ -67,7 +67,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.is_file() and path.parent != folder
+        if path.is_file() and (folder / path.relative_to(folder).parts[0] / "result.json").is_file()
     }
 
 

@@ -99,8 +99,8 @@ def test_labels_are_needed(
 ) -> None:
     real = pretrain.open_source
 
-    def unlabelled(config: Any, split: Any) -> Any:
-        source = real(config, split)
+    def unlabelled(*args: Any) -> Any:
+        source = real(*args)
         source.labels = None
         return source
 

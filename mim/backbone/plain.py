@@ -126,8 +126,9 @@ def _attend(attn: Attention, x: Tensor, memory: Tensor, bias: Tensor | None) -> 
     weight, offset = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x, weight[:width], None if offset is None else offset[:width])
     kv = F.linear(memory, weight[width:], None if offset is None else offset[width:])
-    q = q.view(batch, length, heads, -1).transpose(1, 2)  # (B, heads, L, d)
-    k, v = kv.view(batch, memory.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
+    q = q.view(batch, length, heads, width // heads).transpose(1, 2)  # (B, heads, L, d)
+    kv = kv.view(batch, memory.shape[1], 2, heads, width // heads)
+    k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
     out = F.scaled_dot_product_attention(
         attn.q_norm(q),
         attn.k_norm(k),

@@ -32,6 +32,7 @@ IMAGE_EXTENSIONS = (
     ".tiff",
     ".ppm",
     ".pgm",
+    ".npy",
 )
 _KINDS = (".npy", ".png")
 # What numpy and PIL are known to raise on damaged files.

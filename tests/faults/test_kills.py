@@ -25,9 +25,9 @@ from mim.compare import SERVER_MODULES
 TRIALS = int(os.environ.get("MIM_FAULT_TRIALS", "4"))
 KILLS_AT_MOST = 3
 
-# What dies, and how often it is called in the run below, about.
+# What dies, and how often it is called in the run below, about (in each of its two workers).
 INSTANTS = {
-    "reading a batch": ("mim.data.loader", "_TrainBatches.gather", 12),
+    "reading a batch": ("mim.data.loader", "_TrainBatches.gather", 4),
     "drawing a mask": ("mim.pretrain", "image_keys", 12),
     "in the forward pass": ("mim.model", "MaskedImageModel.forward", 24),
     "before the optimizer": ("torch.optim", "AdamW.step", 12),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mim import load_config
 from mim.config import DataConfig, FileMaskConfig, MaskConfig
-from mim.data import sources
+from mim.data import decode
 from mim.data.folder import ImageFolder
 from mim.errors import UserError
 from mim.keys import image_keys, name_to_int
@@ -149,7 +149,7 @@ def test_a_folder_mirrors_the_image_folder(tmp_path: Path, divided: bool) -> Non
 
 
 def test_image_extensions_are_those_of_image_folders() -> None:
-    assert IMAGE_EXTENSIONS == sources._EXTENSIONS
+    assert IMAGE_EXTENSIONS == decode.EXTENSIONS
 
 
 def test_files_are_read_once(tmp_path: Path) -> None:
