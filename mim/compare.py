@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from mim.evaluate import Encoder
 
 # Imported once, before the runs' processes are forked.
-SERVER_MODULES = ["mim.pretrain", "mim.evaluate"]
+# Imported once; the process of each run starts with them. The last two are what the probes and the
+# small sets import when they are used.
+SERVER_MODULES = ["mim.pretrain", "mim.evaluate", "sklearn.linear_model", "sklearn.datasets"]
 
 
 VARIANT = "variant"

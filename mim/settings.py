@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import sys
@@ -88,13 +89,16 @@ def _config_files(args: Sequence[str]) -> Iterator[str]:
             yield arg.partition("=")[2]
 
 
+_known_parser = functools.cache(config_parser)  # half a second each; parsing changes none
+
+
 def read_args(kind: type[T], args: Sequence[str], **parser_args: Any) -> T:
     """Parse command-line arguments into a dataclass.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type or one that is refused.
     """
-    parser = config_parser(kind, **parser_args)
+    parser = _known_parser(cast(Any, kind), **parser_args)
     for file in _config_files(args):
         _check_file(file, kind)
     return instantiate(parser, parser.parse_args(list(args)), kind)

@@ -24,6 +24,8 @@ setup() {
     "$venv_dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target"
     printf '%s' "$digest" > "$stamp"
   fi
+  # Each process would otherwise compile torch and scikit-learn anew, which takes ten seconds.
+  unset PYTHONDONTWRITEBYTECODE
   export PATH="$PWD/$venv_dir/bin:$PATH"
   [ "${venv_dir#/}" = "$venv_dir" ] || export PATH="$venv_dir/bin:$PATH"
 }
