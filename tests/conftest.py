@@ -12,9 +12,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact equality is promised for the CPU
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -90,3 +92,36 @@ def mim(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+SIZES = [(8, 12), (12, 8), (10, 10), (6, 16), (16, 6), (12, 12)]
+
+
+@pytest.fixture
+def own_sizes(tmp_path: Path) -> dict[str, Any]:
+    """A folder of 48 images of six sizes in two classes; the changes of a config that reads it."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate("ab"):
+        for number in range(24):
+            path = tmp_path / "images" / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = SIZES[number % 6]
+            pixels = generator.normal(90 + 60 * label, 30, (height, width)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return {
+        "data.source": "imagefolder",
+        "data.path": str(tmp_path / "images"),
+        "data.aspect": "keep",
+        "data.max_patches": 24,
+        "data.batch_size": 8,
+        "mask.ratio": [0.4, 0.7],
+        "model.backbone": "naflexvit_base_patch16_gap",
+        "model.backbone_args": {
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "reg_tokens": 1,
+        },
+        "train.log_every": 1,
+    }

@@ -160,6 +160,19 @@ mim.pretrain.normalize, mim.pretrain.image_keys = broken, noted
 """
 
 
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_images_of_several_sizes_on_two_processes(
+    batching: str, tmp_path: Path, mim: Mim, tiny: Tiny, own_sizes: dict[str, Any]
+) -> None:
+    """Each process pads or packs its own share, to another length than the whole batch has."""
+    changes = {"data.batching": batching, "model.regime.name": "drop", "train.validate_every": 0.5}
+    config = tiny({**own_sizes, **changes})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mim("pretrain", "--config", config, "--output", one).code == 0
+    assert pair(tmp_path, ["pretrain", "--config", config, "--output", two]) == [0, 0]
+    assert_alike(one, two)
+
+
 def test_weights_mean_the_same_on_two_processes(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     """Half the images are left out, unequally many a process; in the second run they are NaN."""
     (tmp_path / "weigh.py").write_text(WEIGH.partition("real =")[0])

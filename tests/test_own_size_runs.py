@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mim.checkpoint import read_result
 
@@ -19,34 +18,8 @@ SIZES = [(8, 12), (12, 8), (10, 10), (6, 16), (16, 6), (12, 12)]
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny: Tiny) -> Path:
-    generator = np.random.default_rng(0)
-    for label, name in enumerate("ab"):
-        for number in range(24):
-            path = tmp_path / "images" / "train" / name / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            height, width = SIZES[number % 6]
-            pixels = generator.normal(90 + 60 * label, 30, (height, width)).clip(0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return tiny(
-        {
-            "data.source": "imagefolder",
-            "data.path": str(tmp_path / "images"),
-            "data.aspect": "keep",
-            "data.max_patches": 24,
-            "data.batch_size": 8,
-            "mask.ratio": [0.4, 0.7],
-            "model.backbone": "naflexvit_base_patch16_gap",
-            "model.backbone_args": {
-                "patch_size": 2,
-                "embed_dim": 16,
-                "depth": 1,
-                "num_heads": 2,
-                "reg_tokens": 1,
-            },
-            "train.log_every": 1,
-        }
-    )
+def config(own_sizes: dict[str, Any], tiny: Tiny) -> Path:
+    return tiny(own_sizes)
 
 
 def losses(run: Path) -> list[float]:

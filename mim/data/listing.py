@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,8 @@ def _write(
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(file, **arrays)
 
     write_atomic(path, write)
 

@@ -23,7 +23,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,7 @@ class Shards(ImageSource):
         self, names: NDArray[np.bytes_], shard: NDArray[np.int64], order: NDArray[np.int64]
     ) -> torch.Tensor:
         if len(np.unique(names)) == len(names):
-            whole = map(os.fsdecode, names[order])
+            whole: Iterator[str] = map(os.fsdecode, names[order])
         else:
             tars = [Path(path).name for path in self._shards]
             if len(set(zip((tars[s] for s in shard), names, strict=True))) < len(names):
