@@ -98,20 +98,27 @@ def styles(comparison: Comparison) -> dict[str, Style]:
     axes = [key for key in comparison.axes if key != "seed"]
     regime = [key for key in axes if key.endswith("regime.name")]
     main = (regime or axes or [""])[0]
-    colours: dict[str, str] = {}
-    variants: dict[str, int] = {}
+
+    def value_of(group: Group) -> str:
+        return show_value(group.axes[main]) if main in group.axes else group.label
+
+    values = list(dict.fromkeys(map(value_of, comparison.groups)))
+    others = [value for value in values if value not in _KNOWN_COLOURS]
+    # With a single variant the marker repeats the colour; otherwise it tells variants apart.
+    single = len(comparison.groups) == len(values)
+    variants: dict[tuple[int, str], int] = {}
     found = {}
     for group in comparison.groups:
-        value = show_value(group.axes[main]) if main in group.axes else group.label
-        unused = [colour for colour in _COLOURS if colour not in colours.values()]
-        fallback = unused[0] if unused else _COLOURS[len(colours) % len(_COLOURS)]
-        colour = colours.setdefault(value, _KNOWN_COLOURS.get(value, fallback))
+        value = value_of(group)
+        # Where colours come a second time, lines and markers are other ones.
+        turn, place = divmod(others.index(value) if value in others else 0, len(_COLOURS))
+        colour = _KNOWN_COLOURS.get(value, _COLOURS[place])
         rest = str([show_value(group.axes[key]) for key in group.axes if key != main])
-        variant = variants.setdefault(rest, len(variants))
-        # With a single variant the marker repeats the colour; otherwise it tells variants apart.
-        single = len(comparison.groups) == len(colours)
-        marker = _MARKERS[(len(colours) - 1 if single else variant) % len(_MARKERS)]
-        found[group.label] = Style(colour, _LINES[variant % len(_LINES)], marker)
+        variant = variants.setdefault((turn, rest), len(variants))
+        marker = values.index(value) if single else variant
+        found[group.label] = Style(
+            colour, _LINES[variant % len(_LINES)], _MARKERS[marker % len(_MARKERS)]
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from mim.errors import UserError
 from mim.report import figures, interactive, layers, tables
 from mim.report.charts import Chart, loss_charts, quality_charts
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
-from mim.report.finding import Finding, findings
+from mim.report.finding import Finding, finding, findings
 from mim.report.gallery import gallery
 from mim.report.tables import Table
 from mim.report.tiles import reconstructions, viewer
@@ -124,6 +124,7 @@ def report_html(
     return environment.from_string(_asset("template.html")).render(
         comparison=comparison,
         summary=summary_line(comparison),
+        finding=finding(comparison),
         findings=findings(comparison),
         runs_table=tables.runs_table(comparison) if live else None,
         comparison_table=tables.comparison_table(comparison),
@@ -205,10 +206,11 @@ def report_markdown(comparison: Comparison) -> str:
     """The page's text and tables in Markdown; the figures stand in the HTML page."""
     escape = tables.escape_markdown
     parts = [f"# {escape(comparison.name)}", escape(summary_line(comparison)), "## Finding"]
-    parts += [_markdown_finding(finding) for finding in findings(comparison)]
+    parts.append(_markdown_finding(finding(comparison)))
     parts += [f"**Warning.** {escape(warning)}" for warning in warnings(comparison)]
     for title, table in _tables(comparison):
         parts += [f"## {title}", f"{table.caption}.", tables.markdown(table)]
+    parts += ["## Measure by measure", *map(_markdown_finding, findings(comparison))]
     parts += ["## How to read it", "\n".join(f"- {escape(note)}" for note in notes(comparison))]
     if comparison.command:
         longest = max(map(len, re.findall("`+", comparison.command)), default=0)
@@ -280,10 +282,10 @@ def warnings(comparison: Comparison) -> list[str]:
     return found
 
 
-def _markdown_finding(finding: Finding) -> str:
+def _markdown_finding(said: Finding) -> str:
     escape = tables.escape_markdown
-    basis = f" {escape(finding.basis)}" if finding.basis else ""
-    return f"**{escape(finding.title)}.** {escape(finding.text)}{basis}"
+    basis = f" {escape(said.basis)}" if said.basis else ""
+    return f"**{escape(said.title)}.** {escape(said.text)}{basis}"
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -102,10 +102,20 @@ class Measure:
         return f"{self.number(summary.mean)}\u00a0±\u00a0{self.number(summary.sd)}"
 
     def interval(self, paired: Paired) -> str:
-        """ "0.4 to 2.0"; a dash where there is none."""
-        if paired.low is None:
+        """ "0.4 to 2.0"; a dash where there is none.
+
+        An end that would be printed as 0 and is not gets more decimals: whether the interval
+        leaves out 0 is what it is read for.
+        """
+        ends = [end for end in (paired.low, paired.high) if end is not None]
+        if len(ends) < 2:
             return MISSING
-        return f"{self.number(paired.low)} to {self.number(paired.high)}"
+        fine = self
+        for decimals in range(self.decimals, self.decimals + 4):
+            fine = replace(self, decimals=decimals)
+            if all(end == 0 or round(end * self.scale, decimals) for end in ends):
+                break
+        return " to ".join(map(fine.number, ends))
 
 
 @dataclass(frozen=True)
@@ -325,10 +335,13 @@ def pairs(comparison: Comparison) -> list[tuple[str, Group, Group]]:
 
 def difference_table(comparison: Comparison) -> Table | None:
     """Paired differences of groups that differ in one axis; none without such a pair."""
-    measures = [*loss_measures(comparison), *evaluation_measures(comparison)]
+    found = pairs(comparison)
+    measures = evaluation_measures(comparison)
+    if any(same_task(pair) for _, *pair in found):
+        measures = [*loss_measures(comparison), *measures]
     labels = axis_labels([key for key in comparison.axes if key != "seed"])
     rows = []
-    for axis, first, second in pairs(comparison):
+    for axis, first, second in found:
         rest = {key: value for key, value in first.axes.items() if key != axis}
         where = ", ".join(f"{labels.get(key, key)} {show_value(rest[key])}" for key in rest)
         one, other = (show_value(group.axes.get(axis, MISSING)) for group in (first, second))

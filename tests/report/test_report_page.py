@@ -25,9 +25,11 @@ from mim.errors import UserError
 from mim.report import write_report
 from mim.report.charts import loss_charts, mean_curve, styles
 from mim.report.collect import axis_labels, read_comparison
-from mim.report.finding import findings
-from mim.report.page import report_html
+from mim.report.finding import finding, findings
+from mim.report.page import report_html, report_markdown
+from mim.report.statistics import Paired
 from mim.report.tables import (
+    Measure,
     comparison_table,
     difference_table,
     evaluation_measures,
@@ -636,16 +638,107 @@ def test_figures_of_runs_are_shown_while_there_is_room(
     fake_comparison: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake_comparison(axes={"seed": [0, 1]}, metrics=False)
-    Image.new("RGB", (40, 30), "red").save(folder / "seed=0" / "attention.png")
-    (folder / "seed=1" / "figures").mkdir()
-    Image.new("RGB", (40, 30), "blue").save(folder / "seed=1" / "figures" / "head_distance.png")
-    pictures = [tag["alt"] for name, tag in report(folder).tags if name == "img"]
-    assert pictures[-2:] == [
-        "Figure attention of the run seed=0",
-        "Figure head distance of the run seed=1",
+    places = {
+        "seed=1/figures/head_distance.png": "blue",
+        "seed=0/attention.png": "red",
+        "seed=0/analysis/layers.png": "green",
+        "seed=0/pictures/segment.png": "black",
+        "seed=0/pictures/detect.png": "white",
+        "seed=0/pictures/step_00000100.png": "gray",  # the viewer shows those
+    }
+    for name, colour in places.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), colour).save(folder / name)
+    tags = [tag for name, tag in report(folder).tags if name == "img"][-5:]
+    assert [tag["alt"] for tag in tags] == [
+        "Figure of the run seed=0: what its tokens attend to",
+        "Figure of the run seed=0: what each layer holds",
+        "Figure of the run seed=0: segmentation",
+        "Figure of the run seed=0: detection",
+        "Figure of the run seed=1: head distance",
     ]
+    for tag, colour in zip(
+        tags, [(255, 0, 0), (0, 128, 0), 0, (255,) * 3, (0, 0, 255)], strict=True
+    ):
+        head, _, content = tag["src"].partition(",")
+        with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+            assert head == f"data:image/{str(picture.format).lower()};base64"
+            seen = np.array(picture.convert("RGB"))[15, 20]
+        assert np.abs(seen.astype(int) - colour).max() <= 2
     monkeypatch.setattr("mim.report.gallery._BYTES", 150)
-    assert "More than fits here: seed=1/figures/head_distance.png" in report(folder).text
+    assert re.search("More than fits here: .*seed=1/figures/head_distance.png", report(folder).text)
     (folder / "seed=0" / "attention.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"attention\.png: is no picture"):
         report(folder)
+
+
+def test_photographs_are_kept_as_jpeg(fake_comparison: Write) -> None:
+    folder = fake_comparison(axes={"seed": [0]}, metrics=False)
+    (folder / "seed=0" / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "seed=0" / "pictures" / "segment.png")
+    sources = [tag["src"] for name, tag in report(folder).tags if name == "img"]
+    assert sources[-1].startswith("data:image/jpeg;base64,")
+
+
+def test_the_finding_is_one_paragraph_from_the_numbers(fake_comparison: Write) -> None:
+    values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95], "token": [0.89, 0.92, 0.90]}
+    axes = {**REGIMES, "model.regime.name": ["drop", "zero", "token"]}
+    folder = fake_comparison(axes=axes, linear=by_regime(values))
+    html = report_html(read_comparison(folder))
+    section = html.partition('<section class="finding"')[2].partition("</section>")[0]
+    assert section.count("<p>") == 1
+    text = re.sub("<.*?>", "", section)
+    # By hand, in points: differences 3.0, 3.2, 3.0 and 4.0, 2.2, 5.0 (sd 1.4189, half 3.525).
+    assert "zero is ahead with 94.1" in text and "drop (+3.1 points, 2.8 to 3.4)" in text
+    assert "token (+3.7 points, 0.2 to 7.3)" in text
+    # Untrained: 0.76, 0.764, 0.768. Means of the differences: 14.6, 17.67, 13.93.
+    assert "beats its untrained self (+13.9 to +17.7 points, each interval leaves out 0)" in text
+    assert "Training FLOPs: token takes 2.86 times as much as drop" in text
+    assert "n\u00a0=\u00a03" in text
+    assert "## Measure by measure" in report_markdown(read_comparison(folder))
+
+
+def test_the_finding_counts_who_does_not_beat_a_reference(fake_comparison: Write) -> None:
+    # Raw pixels reach 0.872, untrained encoders 0.76, 0.764, 0.768.
+    values = {
+        "drop": [0.860, 0.861, 0.862], "zero": [0.76, 0.77, 0.76], "token": [0.88, 0.881, 0.882],
+    }  # fmt: skip
+    axes = {**REGIMES, "model.regime.name": ["drop", "zero", "token"]}
+    folder = fake_comparison(axes=axes, linear=by_regime(values))
+    text = finding(read_comparison(folder)).text
+    assert "2 of 3 are shown to beat its untrained self; no difference shown for 1." in text
+    assert "1 of 3 are shown to beat raw pixels, 2 to fall short of it." in text
+
+
+def test_the_finding_shows_no_difference_elsewhere_either(fake_comparison: Write) -> None:
+    values = {"drop": [0.90, 0.95, 0.92], "zero": [0.94, 0.93, 0.95]}
+    found = finding(read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values))))
+    assert found.text.startswith("No difference shown between zero")
+    assert "No difference shown from the best mean by linear probe" in found.text
+    assert "k-NN, accuracy" in found.text and " ahead" not in found.text
+
+
+def test_every_group_has_a_look_of_its_own(fake_comparison: Write) -> None:
+    names = [f"generator_{letter}" for letter in "abcdefghij"]
+    axes = {"mask.name": names, "seed": [0]}
+    looks = styles(read_comparison(fake_comparison(axes=axes, metrics=False))).values()
+    assert len({(look.colour, look.marker) for look in looks}) == 10, "points"
+    assert len({(look.colour, look.line) for look in looks}) == 10, "curves without markers"
+    assert len({look.colour for look in list(looks)[:6]}) == 6
+
+
+def test_an_interval_says_on_which_side_of_zero_it_lies() -> None:
+    points = Measure("linear.accuracy", "Linear probe", "accuracy", 100.0, "%")
+    assert points.interval(Paired(0.012, 0.0002, 0.0238, 3)) == "0.02 to 2.38"
+    assert points.interval(Paired(0.012, -0.0002, 0.0242, 3)) == "\u22120.02 to 2.42"
+    assert points.interval(Paired(0.012, 0.003, 0.021, 3)) == "0.3 to 2.1"
+    assert points.interval(Paired(0.0, 0.0, 0.0, 3)) == "0.0 to 0.0", "an end that is 0 says so"
+    assert points.interval(Paired(0.0, 1e-12, 0.5, 3)) == "0.0000 to 50.0000", "it ends somewhere"
+
+
+def test_losses_that_nobody_may_compare_have_no_columns(fake_comparison: Write) -> None:
+    axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1]}
+    table = difference_table(read_comparison(fake_comparison(axes=axes)))
+    assert table is not None
+    assert {column.section for column in table.columns} == {"", "Linear probe", "k-NN"}
