@@ -210,6 +210,9 @@ def _vit_pytorch(sizes: Sizes, path: Path | None) -> nn.Module:
         dim_head=sizes.width // sizes.heads,
         mlp_dim=int(sizes.width * sizes.mlp_ratio),
     )
+    positions = encoder.pos_embedding.detach()
+    # Its ViT came to keep (N, D), and its MAE still reads (1, N, D).
+    encoder.pos_embedding = nn.Parameter(positions.reshape(1, *positions.shape[-2:]))
     return package.MAE(
         encoder=encoder,
         masking_ratio=sizes.ratio,

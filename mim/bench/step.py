@@ -213,6 +213,12 @@ def _serve(line: Connection, subject: _Subject) -> None:
     except UserError as error:
         line.send(("mistake", str(error)))
         return
+    except Exception as error:
+        if not subject.is_peer:
+            raise
+        reason = f"does not run as installed: {type(error).__name__}: {error}"
+        line.send(("mistake", f"--peer {subject.name}: it {reason}"))
+        return
     for number in range(_WARM_UP):
         step(number)
     line.send(("ready", figures))
