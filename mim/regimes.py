@@ -262,9 +262,13 @@ class Drop(Regime):
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
         prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
-        embedded = _place(family, _embed(family, images, mask.is_masked), images)
-        # Padding holds zeros, so that not even an unread place depends on a masked patch.
-        embedded = family.take(embedded, ids, valid)
+        embedded = None
+        if valid is None and isinstance(images, Tensor):
+            embedded = family.embed_at(images, ids)
+        if embedded is None:
+            embedded = _place(family, _embed(family, images, mask.is_masked), images)
+            # Padding holds zeros, so that not even an unread place depends on a masked patch.
+            embedded = family.take(embedded, ids, valid)
         tokens, bias = embedded.tokens, None  # (B, P + K, D)
         if valid is not None:
             bias = key_bias(_with_prefix(valid, prefix), tokens.dtype)

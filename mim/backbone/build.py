@@ -106,6 +106,10 @@ def build_backbone(
             reason = f"weights of {model.backbone} cannot be had: {error}"
             raise setting_error(f"{setting}.pretrained", True, reason) from error
         except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+            if "unexpected keyword argument 'img_size'" in str(error):
+                names = ", ".join(kind.__name__ for kind in FAMILIES)
+                reason = f"takes images of any size; the regimes need one of timm's {names}"
+                raise setting_error(setting_name, model.backbone, reason) from error
             given = {"backbone": model.backbone, **args}
             raise setting_error(setting_args, given, f"is refused by timm: {error}") from error
     if pretrained and not is_model_pretrained(model.backbone):

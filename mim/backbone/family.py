@@ -181,6 +181,18 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{self.kind} keeps every token")  # refused by check
 
+    def embed_at(self, images: Tensor, ids: Tensor) -> Embedded | None:
+        """What :meth:`take` leaves of :meth:`place`, without the patches that it leaves out.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            ids: (B, T) patch of each token.
+
+        Returns:
+            None where all patches must be embedded to know some.
+        """
+        return None
+
     @abstractmethod
     def run(
         self,

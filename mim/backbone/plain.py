@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.backbone.family import Embedded, Grid, Transformer, register_family
-from mim.patches import Patches
+from mim.patches import Patches, patchify
 
 
 @register_family(VisionTransformer)
@@ -34,11 +34,30 @@ class PlainViT(Transformer):
         """See :class:`~mim.backbone.Family`."""
         return Embedded(self.vit.patch_drop(self.vit._pos_embed(patches)))
 
+    def embed_at(self, images: Tensor, ids: Tensor) -> Embedded | None:
+        """See :class:`~mim.backbone.Family`."""
+        vit, embed = self.vit, self.vit.patch_embed
+        drops = vit.training and (vit.pos_drop.p > 0 or not isinstance(vit.patch_drop, nn.Identity))
+        is_plain = type(embed.proj) is nn.Conv2d and embed.flatten and not vit.dynamic_img_size
+        if drops or not is_plain:
+            return None
+        whole = patchify(images, self.patch_size)  # (B, N, P)
+        patches = self._project(whole.gather(1, ids[..., None].expand(-1, -1, whole.shape[-1])))
+        # timm's rule adds to what it is given: to zeros it adds the positions.
+        added = vit._pos_embed(patches.new_zeros(1, whole.shape[1], patches.shape[-1]))
+        tokens = patches + F.embedding(ids, added[0, self.num_prefix :])  # (B, T, D)
+        prefix = added[:, : self.num_prefix].expand(len(tokens), -1, -1)
+        return Embedded(torch.cat([prefix, tokens], dim=1))
+
     def embed_patches(self, images: Patches) -> Tensor:
-        """See :class:`~mim.backbone.Family`; timm's convolution as a product with each patch."""
+        """See :class:`~mim.backbone.Family`."""
+        return self._project(images.values)
+
+    def _project(self, patches: Tensor) -> Tensor:
+        """timm's convolution as a product with each patch: (B, T, P) -> (B, T, D)."""
         embed = self.vit.patch_embed
         weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
-        return embed.norm(F.linear(images.values, weight, embed.proj.bias))
+        return embed.norm(F.linear(patches, weight, embed.proj.bias))
 
     def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
         """See :class:`~mim.backbone.Family`; timm's resampling, to the grid of each image."""
