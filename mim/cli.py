@@ -362,26 +362,27 @@ def _bench(args: list[str]) -> int:
 
 def _bench_step(args: list[str]) -> int:
     """Time whole training steps of a config under each regime, beside other codebases."""
-    parser = _parser("bench step", "Time training steps: forward, backward, optimizer; medians.")
+    about = (
+        "Time training steps: forward, backward, optimizer; medians.\n"
+        "Settings such as --train.precision bf16 stand above the config."
+    )
+    parser = _parser("bench step", about)
     parser.add_argument("--config", required=True, help="a pre-training config")
     parser.add_argument("--regimes", default="drop,zero,token", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds over all regimes")
     parser.add_argument("--steps", type=int, default=2, help="steps of a regime in a round")
-    parser.add_argument("--batch-size", type=int, help="instead of the config's")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
     peers = "hf, hf-eager, lightly, vit-pytorch, mae; separated by commas"
     parser.add_argument("--peer", default="", help=f"time these beside: {peers}")
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
     parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
-    options = parser.parse_args(args)
+    options, rest = parser.parse_known_args(args)
     from mim.bench import append_table, bench_step, format_table
     from mim.checkpoint import prepare_folder, write_json_atomic
-    from mim.settings import load_config
 
     if options.json:
         prepare_folder(Path(options.json).parent, "--json")
-    changes = {} if options.batch_size is None else {"data.batch_size": options.batch_size}
-    config = load_config(options.config, changes)
+    config = _read_config(options.config, rest)
     figures = bench_step(
         config,
         [name for name in options.regimes.split(",") if name],

@@ -777,6 +777,9 @@ class TrainConfig:
     """Bound for short runs: the run, and its schedule, end after so many steps at most."""
     precision: str = "fp32"
     """fp32, bf16 or fp16 (autocast)."""
+    attention: str = "auto"
+    """fused (one operation), plain (products and a softmax), or auto: the faster by measurement,
+    which is plain on a CPU in bf16 and fused elsewhere."""
     compile: bool = False
     """Whether the model runs under torch.compile."""
     accumulate: int = 1
@@ -803,6 +806,7 @@ class TrainConfig:
         if self.max_steps is not None:
             _above("train.max_steps", self.max_steps, 1, equal=True)
         _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        _one_of("train.attention", self.attention, ("auto", "fused", "plain"))
         for name in ("accumulate", "log_every", "keep_checkpoints"):
             _above(f"train.{name}", getattr(self, name), 1, equal=True)
         for name in ("validate_every", "picture_every", "milestone_every"):

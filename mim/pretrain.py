@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mim import checkpoint
+from mim.backbone import use_attention
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
 from mim.data import (
@@ -207,6 +208,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             note(f"{reason}; going on from step {start}")
 
     model = build_model(config).to(device)
+    use_attention(model, config.train.attention, device, config.train.precision)
     for source in (train, val):
         _check_masks(model, config, source)
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)

@@ -372,7 +372,7 @@ def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
 
     # bench: a row a regime.
     outcome = mim(
-        "bench", "step", "--config", tiny(), "--rounds", 1, "--steps", 1, "--batch-size", 4,
+        "bench", "step", "--config", tiny(), "--rounds", 1, "--steps", 1, "--data.batch_size", 4,
         "--regimes", "drop,token", "--json", numbers,
     )  # fmt: skip
     assert outcome.code == 0 and "| drop |" in outcome.out and "| token |" in outcome.out

@@ -4,6 +4,7 @@
 model and loads its weights.
 """
 
+from mim.backbone.attention import ATTENTION, use_attention
 from mim.backbone.build import (
     build_backbone,
     grid_of,
@@ -32,6 +33,7 @@ from mim.backbone.rotary import RotaryViT
 from mim.backbone.swin import Swin
 
 __all__ = [
+    "ATTENTION",
     "FAMILIES",
     "Embedded",
     "Family",
@@ -55,4 +57,5 @@ __all__ = [
     "set_norm_eps",
     "sincos_position_embedding",
     "supports_split",
+    "use_attention",
 ]

@@ -148,13 +148,14 @@ def _attend(attn: Attention, x: Tensor, memory: Tensor, bias: Tensor | None) -> 
     q = q.view(batch, length, heads, width // heads).transpose(1, 2)  # (B, heads, L, d)
     kv = kv.view(batch, memory.shape[1], 2, heads, width // heads)
     k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, K, d)
-    out = F.scaled_dot_product_attention(
-        attn.q_norm(q),
-        attn.k_norm(k),
-        v,
-        attn_mask=bias,
-        dropout_p=attn.attn_drop.p if attn.training else 0.0,
-    )
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        scores = (q * attn.scale) @ k.transpose(-2, -1)  # (B, heads, L, K)
+        weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+        out = attn.attn_drop(weights) @ v
     out = attn.norm(out.transpose(1, 2).reshape(batch, length, width))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()

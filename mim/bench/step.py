@@ -13,16 +13,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mim.backbone import use_attention
 from mim.bench.peers import PEERS, build_peer, sizes_of
+from mim.bench.products import products_of
 from mim.checkpoint import write_text_atomic
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
@@ -39,7 +42,18 @@ _LR = 1e-4
 # A peer whose loss is so many times ours, or ours its, does not do the same work.
 _SAME_LOSS = 2.0
 
-Step = Callable[[int], Tensor]
+
+class _Work(NamedTuple):
+    """A training step in its two parts: the loss of a step, and the optimizer's after backward."""
+
+    loss_of: Callable[[int], Tensor]
+    descend: Callable[[], None]
+
+    def step(self, number: int) -> Tensor:
+        loss = self.loss_of(number)
+        loss.backward()
+        self.descend()
+        return loss.detach()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +97,10 @@ def bench_step(
     Returns:
         ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
         lowest, highest over rounds), tokens in the encoder, tokens a second, operations an image,
-        bytes of memory at the peak, the last loss, and the share of ``matrix_flops_per_second``
-        that its operations came to. ``ratio_to_fastest_peer`` of each regime where there are
-        peers. A ratio is the median over rounds of the ratio within a round.
+        bytes of memory at the peak, the last loss, the share of ``matrix_flops_per_second`` that
+        its operations came to, and the share of a step that its products take when run alone.
+        ``ratio_to_fastest_peer`` of each regime where there are peers. A ratio is the median over
+        rounds of the ratio within a round.
 
     Raises:
         UserError: for an unknown regime or peer, one that does not fit the config, a package that
@@ -108,7 +123,7 @@ def bench_step(
         subjects.append(_Subject(name, chosen, False, mae_path, threads))
     subjects += [_Subject(name, config, True, mae_path, threads) for name in peers]
     size = config.data.batch_size
-    figures, times, rates = _interleave(subjects, rounds, steps)
+    figures, times, products, rates = _interleave(subjects, rounds, steps)
     for name, seconds in times.items():
         row = figures[name]
         speed = size / statistics.median(seconds)
@@ -117,6 +132,8 @@ def bench_step(
         row["fastest"] = size / min(seconds)
         row["tokens_per_second"] = speed * row["encoder_tokens"]
         flops = row["flops_forward"] + row["flops_backward"]
+        shares = [part / own for part, own in zip(products[name], seconds, strict=True)]
+        row["products_share"] = statistics.median(shares)
         row["utilisation"] = speed * flops / statistics.median(rates)
     ours = {name: figures[name] for name in regimes}
     theirs = {name: figures[name] for name in peers}
@@ -157,8 +174,9 @@ def _check_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def _interleave(
     subjects: Sequence[_Subject], rounds: int, steps: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], list[float]]:
-    """Figures of each subject, its seconds a step in every round, each round's matrix rate."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Figures of each subject; its seconds a step in every round, those of the products alone, and
+    each round's matrix rate."""
     context = multiprocessing.get_context("spawn")  # a fork would share the parent's threads
     lines: dict[str, Connection] = {}
     processes = []
@@ -174,6 +192,7 @@ def _interleave(
             # One after the other, so that each warms up on a free machine.
             figures[subject.name] = _answer(line, subject.name)
         times: dict[str, list[float]] = {name: [] for name in lines}
+        products: dict[str, list[float]] = {name: [] for name in lines}
         rates = []
         for number in range(rounds):
             rates.append(_matrix_rate(subjects[0].config))
@@ -181,6 +200,7 @@ def _interleave(
                 line.send((number * steps, steps))
                 told = _answer(line, name)
                 times[name].append(told.pop("seconds"))
+                products[name].append(told.pop("products_seconds"))
                 figures[name].update(told)
     finally:
         for line in lines.values():
@@ -189,7 +209,7 @@ def _interleave(
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
-    return figures, times, rates
+    return figures, times, products, rates
 
 
 def _answer(line: Connection, name: str) -> dict[str, Any]:
@@ -209,7 +229,7 @@ def _serve(line: Connection, subject: _Subject) -> None:
     device = _device()
     before = resident_bytes()
     try:
-        step, figures = (_peer if subject.is_peer else _regime)(subject, device)
+        work, figures = (_peer if subject.is_peer else _regime)(subject, device)
     except UserError as error:
         line.send(("mistake", str(error)))
         return
@@ -220,7 +240,9 @@ def _serve(line: Connection, subject: _Subject) -> None:
         line.send(("mistake", f"--peer {subject.name}: it {reason}"))
         return
     for number in range(_WARM_UP):
-        step(number)
+        work.step(number)
+    products = products_of(lambda: work.loss_of(0).backward())
+    work.descend()
     line.send(("ready", figures))
     while True:
         try:
@@ -230,14 +252,16 @@ def _serve(line: Connection, subject: _Subject) -> None:
         _wait(device)
         began = time.perf_counter()
         for number in range(first, first + steps):
-            loss = step(number)
+            loss = work.step(number)
         _wait(device)
         seconds = (time.perf_counter() - began) / steps
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         else:
             peak = resident_bytes() - before
-        line.send(("done", {"seconds": seconds, "loss": float(loss), "peak_memory": peak}))
+        told = {"seconds": seconds, "loss": float(loss), "peak_memory": peak}
+        told["products_seconds"] = products(partial(_wait, device))
+        line.send(("done", told))
 
 
 def _noise(config: Config, device: torch.device) -> Tensor:
@@ -247,10 +271,11 @@ def _noise(config: Config, device: torch.device) -> Tensor:
     return torch.randn(shape, generator=generator).to(device)
 
 
-def _regime(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, Any]]:
+def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)  # imports the plugins, which this process has not seen
     images = _noise(config, device)
     model = build_model(config).to(device)
+    use_attention(model, config.train.attention, device, config.train.precision)
     optimizer = build_optimizer(config.optim, model, _LR)
     few = torch.arange(2)
     forward, backward = count_flops(model, images[:2], few)
@@ -264,18 +289,20 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, An
         model.compile()
     ids = torch.arange(len(images))
 
-    def step(number: int) -> Tensor:
+    def loss_of(number: int) -> Tensor:
         mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
         with _precision(config, device):
-            loss = model(images, mask).loss
-        _descend(loss, optimizer)
+            return model(images, mask).loss
+
+    def descend() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         model.update_teacher()
-        return loss.detach()
 
-    return step, figures
+    return _Work(loss_of, descend), figures
 
 
-def _peer(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, Any]]:
+def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)
     images = _noise(config, device)
     torch.manual_seed(config.seed)
@@ -295,13 +322,15 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[Step, dict[str, Any]
         "flops_backward": backward,
     }
 
-    def step(number: int) -> Tensor:
+    def loss_of(number: int) -> Tensor:
         with _precision(config, device):
-            loss = model(images)
-        _descend(loss, optimizer)
-        return loss.detach()
+            return model(images)
 
-    return step, figures
+    def descend() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _Work(loss_of, descend), figures
 
 
 def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -319,12 +348,6 @@ def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
 def _precision(config: Config, device: torch.device) -> Any:
     kind = _AUTOCAST[config.train.precision]
     return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
-
-
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _wait(device: torch.device) -> None:
@@ -353,8 +376,8 @@ def _matrix_rate(config: Config) -> float:
 
 _COLUMNS = (
     "| subject | images/s (median) | slowest to fastest | to the fastest peer | encoder tokens "
-    "| GFLOPs an image | of the matrix rate | peak memory, GiB | loss |",
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| GFLOPs an image | of the matrix rate | products alone | peak memory, GiB | loss |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -371,6 +394,7 @@ def _rows(figures: dict[str, Any]) -> list[str]:
                 f"| {'' if ratio is None else f'{ratio:.2f}'} "
                 f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
                 f"| {100 * values['utilisation']:.0f} % "
+                f"| {100 * values['products_share']:.0f} % "
                 f"| {values['peak_memory'] / 2**30:.2f} | {values['loss']:.3f} |"
             )
     return rows

@@ -169,8 +169,11 @@ def test_real_photographs(tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         members = [member for member in tar.getmembers() if member.isfile()][:12]
         for member in members:
-            member.name = member.name.replace("val/", "train/")
-            tar.extract(member, tmp_path, filter="data")
+            file = tar.extractfile(member)
+            assert file is not None
+            path = tmp_path / member.name.replace("val/", "train/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read())
     config = DataConfig(
         source="imagefolder", path=str(tmp_path), aspect="keep", max_patches=64, batch_size=8
     )

@@ -1,0 +1,26 @@
+"""Which kernel computes attention; the numbers are the same up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+ATTENTION = ("auto", "fused", "plain")
+
+
+def use_attention(model: nn.Module, kind: str, device: torch.device, precision: str) -> None:
+    """Let all attention of timm's modules run as one fused operation or as plain products.
+
+    Args:
+        model: its modules are changed in place.
+        kind: fused, plain, or auto. On a CPU in bfloat16 torch's fused kernel takes longer than
+            plain products (docs/benchmarks.md), so there auto is plain, and elsewhere fused.
+        device: where the model runs.
+        precision: fp32, bf16 or fp16.
+    """
+    is_fused = kind == "fused" or (
+        kind == "auto" and not (device.type == "cpu" and precision == "bf16")
+    )
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", is_fused)  # noqa: B010 (timm declares no type)
