@@ -60,8 +60,10 @@ def _form(value: Any) -> Any:
 
 def _filled(value: Any) -> Any:
     if isinstance(value, _Operand):
-        shape, stride, dtype, device = value
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+        # Through the memory below it: an expanded tensor cannot be written to.
+        size = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride, strict=True))
+        memory = torch.randn(max(size, 0), device=value.device).to(value.dtype)
+        return memory.as_strided(value.shape, value.stride)
     return list(value) if isinstance(value, tuple) else value
 
 
