@@ -24,6 +24,7 @@ from rich.console import Console
 from mim import checkpoint
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
+from mim.lock import sole_use
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
 if TYPE_CHECKING:
@@ -399,15 +400,21 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
         UserError: for a mistake in the config, before any training.
         Interrupted: after a signal, with everything saved.
     """
-    from mim.evaluate import build_evaluation
-    from mim.report import write_report
-
     if show not in SHOWS:
         raise choice_error("show", show, SHOWS)
     if show == "auto":
         show = "live" if Console(stderr=True).is_terminal else "plain"
     output = Path(config.output)
     checkpoint.prepare_folder(output)
+    with sole_use(output):
+        return _compare(config, command, show)
+
+
+def _compare(config: CompareConfig, command: str, show: str) -> Path:
+    from mim.evaluate import build_evaluation
+    from mim.report import write_report
+
+    output = Path(config.output)
     planned = plan(config)
     for name, settings in config.evaluations.items():
         build_evaluation(name, settings)

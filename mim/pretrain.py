@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from mim.errors import UserError, setting_error
 from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
+from mim.lock import sole_use
 from mim.model import MaskedImageModel, build_model
 from mim.online import OnlineProbe
 from mim.optim import build_optimizer, build_schedule
@@ -124,13 +126,12 @@ def held_out_loss(
 
 
 def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
-    """Prepare the run folder.
+    """Look at the run folder.
 
     Returns:
         The checkpoint to go on from, if there is one, and what is wrong with newer ones.
     """
     run = Path(config.output)
-    checkpoint.prepare_folder(run)
     found = checkpoint.checkpoints(run)
     if config.resume == "never" and (found or (run / "result.json").is_file()):
         reason = "already holds a run; choose another, or resume it with --resume auto"
@@ -172,13 +173,21 @@ def _accelerator(config: Config) -> Accelerator:
 def pretrain(config: Config) -> dict[str, Any]:
     """Pre-train one model; returns what ``result.json`` holds.
 
-    Shapes: B images of this process's share of the batch, C channels, H x W pixels.
-
     Raises:
         UserError: for a mistake in the config or the data, before any training.
         TrainingError: when the loss is no longer finite, or a checkpoint cannot be saved.
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with everything saved.
     """
+    run = Path(config.output)
+    checkpoint.prepare_folder(run)
+    if os.environ.get("RANK", "0") != "0":  # the first process holds the folder for all
+        return _pretrain(config)
+    with sole_use(run):
+        return _pretrain(config)
+
+
+def _pretrain(config: Config) -> dict[str, Any]:
+    """Shapes: B images of this process's share of the batch, C channels, H x W pixels."""
     run = Path(config.output)
     saved, passed_over = _start_folder(config)
     done = checkpoint.read_result(run)

@@ -1,0 +1,60 @@
+"""One process at a time in a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mim.errors import setting_error
+
+try:
+    import fcntl
+except ImportError:  # where there is none, nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+
+
+@contextmanager
+def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
+    """Keep other processes out of a folder for as long as this one works there.
+
+    The lock is the system's (POSIX record locks, which network file systems know too): it ends
+    with the process, however it dies, so that none is ever stale, and workers do not inherit it.
+    The file stays, and says who had it last.
+
+    Args:
+        folder: exists.
+        setting: what named it, for the error.
+
+    Raises:
+        UserError: if another process works there; it is named.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / NAME).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            reason = f"is in use by {_owner(file.read())}; wait for it, or choose another"
+            raise setting_error(setting, str(folder), reason) from error
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+        file.flush()
+        yield
+
+
+def _owner(text: str) -> str:
+    try:
+        told = json.loads(text)
+        return f"process {told['pid']} on {told['host']} since {told['since']}"
+    except (ValueError, KeyError, TypeError):  # it has not written its name yet
+        return "another process"
