@@ -25,9 +25,18 @@ def setting_error(setting: str, value: object, reason: str) -> UserError:
     return UserError(f"{setting}: {value!r} {reason}")
 
 
+_LISTED = 40
+"""So many names are listed in full; of more, those that resemble what was given."""
+
+
 def choice_error(setting: str, value: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is none of the valid ones; lists them and the nearest."""
     names = sorted(choices)
     near = get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return setting_error(setting, value, f"is not one of {', '.join(names)}{hint}")
+    if len(names) <= _LISTED:
+        return setting_error(setting, value, f"is not one of {', '.join(names)}{hint}")
+    alike = [name for name in names if str(value) in name.split(".")]
+    alike += get_close_matches(str(value), [name for name in names if name not in alike], n=4)
+    hint = f"; did you mean {' or '.join(map(repr, alike[:4]))}?" if alike else ""
+    return setting_error(setting, value, f"is none of the {len(names)} names{hint}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mim.config import Config
-from mim.errors import UserError, setting_error
+from mim.errors import UserError, choice_error, setting_error
 
 T = TypeVar("T")
 
@@ -32,7 +34,49 @@ class _Parser(ArgumentParser):
                 raise cause
             cause = cause.__cause__ or cause.__context__
         lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        raise UserError(" ".join(lines) or "the arguments could not be read")
+        text = " ".join(lines) or "the arguments could not be read"
+        raise UserError(_unknown_arguments(text, self) or _wrong_type(text) or text)
+
+
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_TYPES |= {"list": "a list", "tuple": "a list", "dict": "a mapping", "NoneType": "null"}
+
+
+def _wrong_type(message: str) -> str:
+    """jsonargparse's words on a value of the wrong type, in ours."""
+    head = r"Parser key \"(?P<key>[^\"]+)\": "
+    if found := re.match(head + "Unable to load config '(?P<value>[^']*)'", message):
+        key, value = found["key"], found["value"]
+        return (
+            f"{key}: {value!r} is neither a mapping of settings nor a file of them; a single "
+            f"setting is given as --{key}.NAME VALUE"
+        )
+    one = r"Expected a <class '(?P<one>\w+)'>\. Got value: "
+    several = r"Does not validate .* Subtypes: \[(?P<several>.*?)\] Errors: .* Given value: "
+    found = re.fullmatch(f"{head}(?:{one}|{several})(?P<value>.*)", message)
+    if found is None:
+        return ""
+    kinds = [found["one"]] if found["one"] else re.findall(r"(\w+)(?:'>|\[)", found["several"])
+    wanted = " or ".join(dict.fromkeys(_TYPES.get(kind, kind) for kind in kinds))
+    hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'""" if found["key"] == "axes" else ""
+    return f"{found['key']}: {found['value']!r} must be {wanted}{hint}"
+
+
+def _unknown_arguments(message: str, parser: ArgumentParser) -> str:
+    """The arguments that are no options, and what was meant."""
+    head, _, rest = message.partition("unrecognized arguments: ")
+    if head or not rest:
+        return ""
+    first = rest.split()[0]
+    if not first.startswith("-"):
+        hint = f"; a config file is given by --config {first}" if Path(first).is_file() else ""
+        return f"unrecognized arguments: {rest}{hint}"
+    option, known = first.partition("=")[0], list(parser._option_string_actions)
+    near = [f"--base.{option[2:]}"] if f"--base.{option[2:]}" in known else []
+    near += [name for name in known if name.endswith(f".{option[2:]}") and name not in near]
+    near = near or difflib.get_close_matches(option, known, n=2)
+    hint = f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+    return f"unrecognized arguments: {rest}{hint}"
 
 
 def config_parser(kind: type, **parser_args: Any) -> ArgumentParser:
@@ -59,7 +103,11 @@ def instantiate(parser: ArgumentParser, namespace: Namespace, kind: type[T]) -> 
 
 def _check_blocks(tree: Mapping[str, Any], kind: type, prefix: str = "") -> None:
     """jsonargparse lets a number pass where a block of settings belongs."""
-    for key, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            raise choice_error("config", f"{prefix}{key}", [f"{prefix}{name}" for name in hints])
+    for key, hint in hints.items():
         value = tree.get(key)
         if not dataclasses.is_dataclass(hint) or key not in tree or isinstance(value, str):
             continue
@@ -78,7 +126,21 @@ def _check_file(path: str | Path, kind: type) -> None:
         raise UserError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"config: {path} holds no mapping of settings")
+    _check_kind(loaded, path, kind)
     _check_blocks(loaded, kind)
+
+
+def _check_kind(loaded: Mapping[str, Any], path: Path, kind: type) -> None:
+    """A comparison's file is no run's, and the other way round."""
+    has = "base" in get_type_hints(kind)
+    if not has and "base" in loaded:
+        raise UserError(f"config: {path} is of a comparison (base, axes): give it to mim compare")
+    alone = {"data", "model", "mask", "train", "optim"} & set(map(str, loaded))
+    if has and alone and "base" not in loaded:
+        raise UserError(
+            f"config: {path} is of one run; a comparison has {', '.join(sorted(alone))} under "
+            "base, beside axes (see configs/compare/demo.yaml)"
+        )
 
 
 def _config_files(args: Sequence[str]) -> Iterator[str]:

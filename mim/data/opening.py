@@ -26,14 +26,23 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         folder: the run folder, where unreadable images are named; None names them in messages.
 
     Raises:
-        UserError: for an unknown source, a missing or empty folder, an empty class, more unreadable
-            images than ``data.max_unreadable``, a failed download, channels that the images
-            cannot have, or a cache that has no room.
+        UserError: for an unknown source, a path that it does not read, a missing or empty folder,
+            an empty class, more unreadable images than ``data.max_unreadable``, a failed download,
+            channels that the images cannot have, or a cache that has no room.
     """
     name = config.source
     family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
     kind = family if name not in SOURCES and family in SOURCES else name
-    source = SOURCES.get(kind)(config, split)
+    maker = SOURCES.get(kind)
+    # A run that has its fingerprint has been trained on these images, whatever its path says.
+    reads = getattr(maker, "reads_path", True)
+    if config.path is not None and not reads and config.fingerprint is None:
+        reason = (
+            f"is not read by data.source={name}, which has its images in a package; set "
+            "data.source to imagefolder or flat"
+        )
+        raise setting_error("data.path", config.path, reason)
+    source = maker(config, split)
     if not source.has_val:
         if len(source) < 2:
             reason = f"has {len(source)} images, too few to hold some out"

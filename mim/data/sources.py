@@ -52,6 +52,8 @@ class ImageSource(ABC):
     """Mean of each channel on the scale 0 to 1. ``open_source`` fits it to the config."""
     std: tuple[float, ...]
     """Standard deviation of each channel, likewise."""
+    reads_path: bool = True
+    """Whether ``data.path`` says where its images are; if not, a path is refused."""
     has_val: bool = True
     """Whether the set comes divided; if not, ``open_source`` holds a share out."""
     ledger: Ledger | None = None

@@ -133,7 +133,12 @@ def read_comparison(folder: Path) -> Comparison:
     """
     path = folder / "comparison.json"
     if not path.is_file():
-        raise UserError(f"{folder}: is not a comparison folder (it holds no comparison.json)")
+        inside = sorted(str(found.parent) for found in folder.glob("*/comparison.json"))
+        hint = (
+            f"; {', '.join(inside[:3])} {'is one' if len(inside) == 1 else 'are'}" if inside else ""
+        )
+        reason = f"is not a comparison folder (it holds no comparison.json){hint}"
+        raise UserError(f"{folder}: {reason}")
     content = _read_json(path)
     names = content.get("runs", [])
     plans = {item["folder"]: item for item in content.get("planned", [])}

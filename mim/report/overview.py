@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Grid
 
+from mim.progress import clock
 from mim.report.collect import Comparison, read_comparison
 from mim.report.tables import Table, comparison_table, runs_table
 from mim.terminal import grid
@@ -66,7 +67,35 @@ def overview(comparison: Comparison, active: str = "") -> Grid:
         rows.append(cells)
     heads = [column.label.lower() for column in table.columns]
     finished = sum(run.finished and run.folder.name != active for run in comparison.runs)
-    return grid(heads, rows, f"{comparison.name}: {finished} of {len(rows)} done")
+    left = training_left(comparison)
+    about = f", about {clock(left)} of training left" if left else ""
+    return grid(heads, rows, f"{comparison.name}: {finished} of {len(rows)} done{about}")
+
+
+def training_left(comparison: Comparison) -> float | None:
+    """Seconds of training before all runs are done, by those done and the one that trains.
+
+    A run that has not begun is taken to last as long as its group's finished ones, or else as the
+    mean of all that are known. None while nothing is known.
+    """
+    known: dict[str, list[float]] = {}
+    left, waiting = 0.0, []
+    for group in comparison.groups:
+        for run in group.runs:
+            progress = run.progress
+            if run.finished and "wall_seconds" in run.measures:
+                known.setdefault(group.label, []).append(run.measures["wall_seconds"])
+            elif progress is not None and progress.seconds_left is not None and progress.total:
+                left += progress.seconds_left
+                if (rest := progress.total - progress.step) > 0:
+                    whole = progress.seconds_left * progress.total / rest
+                    known.setdefault(group.label, []).append(whole)
+            elif progress is not None:
+                waiting.append(group.label)
+    means = {label: sum(seconds) / len(seconds) for label, seconds in known.items()}
+    if not means:
+        return None
+    return left + sum(means.get(label, sum(means.values()) / len(means)) for label in waiting)
 
 
 def closing_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

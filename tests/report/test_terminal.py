@@ -15,7 +15,7 @@ from rich.console import Console
 from mim.doctor import Check, examine
 from mim.errors import UserError
 from mim.report import read_comparison
-from mim.report.overview import as_json, closing_table, overview
+from mim.report.overview import as_json, closing_table, overview, training_left
 from mim.runs import diff_runs, find_runs, read_run
 from mim.settings import load_config
 
@@ -181,6 +181,36 @@ def test_overview_tells_the_states(folder: Path) -> None:
     assert "[red]it[/] blew up" in lines["regime=zero,seed=1"], "a reason is text, not markup"
     assert "4 of 7 done" in text and "\x1b" not in text
     assert "\x1b[" in shown("", terminal=True)
+
+
+def test_time_left_is_estimated_from_what_is_known(folder: Path) -> None:
+    # Runs of drop and zero took 0.35 and 0.8 times 61.3 seconds, plus a second a seed.
+    assert training_left(read_comparison(folder)) == 0, "a failed run will not train"
+    zero = folder / "regime=zero,seed=1"
+    (zero / "result.json").unlink()
+    plan = json.loads((folder / "comparison.json").read_text())
+    axes = {"model.regime.name": "zero", "seed": 1}
+    plan["planned"] = [{"folder": zero.name, "kind": "run", "axes": axes, "seed": 1}]
+    (folder / "comparison.json").write_text(json.dumps(plan))
+    assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3)
+    grid = overview(read_comparison(folder))
+    assert "about 0:49 of training left" in str(grid.title)
+    # Half way, at 100 images a second: 700 steps of 64 images are left.
+    settings = "train: {epochs: 20}\ndata: {batch_size: 64}\n"
+    (zero / "config.yaml").write_text(settings)
+    line = {"step": 700, "epoch": 10, "loss": 0.5, "images_per_second": 100}
+    (zero / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert training_left(read_comparison(folder)) == pytest.approx(448)
+    # Nothing of its own group is known: it is taken for what the running one will need in all.
+    (folder / "regime=drop,seed=0" / "result.json").unlink()
+    (folder / "regime=drop,seed=1" / "result.json").unlink()
+    (folder / "regime=zero,seed=0" / "result.json").unlink()
+    for seed in (0, 1):
+        axes = {"model.regime.name": "drop", "seed": seed}
+        name = f"regime=drop,seed={seed}"
+        plan["planned"].append({"folder": name, "kind": "run", "axes": axes, "seed": seed})
+    (folder / "comparison.json").write_text(json.dumps(plan))
+    assert training_left(read_comparison(folder)) == pytest.approx(448 + 2 * 896)
 
 
 def test_closing_table_and_json(folder: Path) -> None:
