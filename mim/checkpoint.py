@@ -27,6 +27,8 @@ from mim.files import (  # noqa: F401  (part of this module's interface)
 from mim.settings import flatten, import_plugin, read_args, to_dict
 
 FORMAT = 1
+TASK = "mim_task"
+"""Under what name a file of weights says for which evaluation its head is."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
 # What may differ when a run goes on: it does not change what is computed.

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,21 +34,21 @@ from mim.backbone import (
     patch_size_of,
     resize_positions,
 )
-from mim.checkpoint import save_encoder
+from mim.checkpoint import TASK, save_encoder
 from mim.config import DataConfig
-from mim.data import Batch, BatchLoader, StepBatches, open_source
+from mim.data import Batch, BatchLoader, ImageSource, StepBatches, open_source
 from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import AnySettings
 from mim.evaluate.features import AUTOCAST
 from mim.evaluate.pyramid import SCALES
+from mim.evaluate.training import State, identity_of
+from mim.interrupt import Interrupted, Signals
 from mim.keys import seed_of
 from mim.optim import Schedule
 from mim.progress import RunProgress
 
 if TYPE_CHECKING:
     from mim.evaluate.encoders import Encoder
-
-_TASK = "mim_task"
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class DenseSettings(AnySettings):
     """Standard deviation of each channel, likewise."""
     weights: str = ""
     """File of a trained model of the same settings: it is measured on val, nothing is trained."""
+    checkpoint_every: int = 1
+    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
+    need a run folder."""
     save: bool = True
     """Whether the trained model is written into the run folder."""
     pictures: int = 4
@@ -103,7 +106,7 @@ class DenseSettings(AnySettings):
     def __post_init__(self) -> None:
         for setting in ("epochs", "batch_size", "lr", "width", "measure_every"):
             self._positive(setting, getattr(self, setting))
-        for setting in ("warmup_epochs", "weight_decay", "pictures"):
+        for setting in ("warmup_epochs", "weight_decay", "pictures", "checkpoint_every"):
             if not getattr(self, setting) >= 0:
                 self.refuse(setting, "must not be below 0")
         if not 0 < self.layer_decay <= 1:
@@ -228,7 +231,7 @@ class DenseModel(nn.Module):
     def save(self, path: Path, numbers: dict[str, float]) -> None:
         """Writes safetensors; the file says which task and classes it is for."""
         metadata = {
-            _TASK: self.task,
+            TASK: self.task,
             "classes": json.dumps(self.classes),
             "numbers": json.dumps(numbers),
         }
@@ -247,7 +250,7 @@ class DenseModel(nn.Module):
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise setting_error(setting, str(path), f"cannot be read: {error}") from error
-        task = "finetune" if "classifier" in metadata else metadata.get(_TASK)
+        task = "finetune" if "classifier" in metadata else metadata.get(TASK)
         if task != self.task:
             reason = f"has the head of {task}" if task else "is an encoder without a head"
             raise setting_error(setting, str(path), f"{reason}; {self.task} needs its own")
@@ -315,6 +318,34 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+# What may differ when a training goes on: it does not change what is computed.
+_FREE = ("path", "download", "weights", "save", "pictures", "checkpoint_every")
+
+
+def state_of(
+    folder: Path | None,
+    settings: DenseSettings,
+    encoder: Encoder,
+    source: ImageSource,
+    precision: str,
+) -> State | None:
+    """From where an interrupted training goes on; None where none is kept.
+
+    Args:
+        folder: the run folder.
+        settings: the recipe.
+        encoder: what it starts from.
+        source: all training images.
+        precision: of the training.
+    """
+    if folder is None or settings.checkpoint_every == 0 or settings.weights:
+        return None
+    recipe = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
+    path = folder / "evaluations" / f"{settings.name}.pt"
+    return State(path, json.dumps(parts, sort_keys=True))
+
+
 def fit(
     model: DenseModel,
     batches: StepBatches,
@@ -324,6 +355,7 @@ def fit(
     device: torch.device,
     precision: str,
     label: str,
+    state: State | None = None,
 ) -> dict[str, float]:
     """Trains the model and leaves it with the weights of the epoch that measured best.
 
@@ -336,24 +368,53 @@ def fit(
         device: where it trains.
         precision: fp32, bf16 or fp16 (autocast).
         label: what the progress is called.
+        state: from which it goes on where it was interrupted; the caller removes its file.
 
     Returns:
         train_loss, chosen_epoch and ``chosen``, what was measured then.
 
     Raises:
         UserError: for an unknown precision or a loss that is not finite.
+        Interrupted: after SIGINT or SIGTERM where there is a state, which then has been written.
     """
     total = settings.epochs * per_epoch
     warmup = min(settings.warmup_epochs * per_epoch, total / 2)
     schedule = Schedule(settings.lr, 0.0, warmup, total)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=schedule(0), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    loader = BatchLoader(batches, range(total), workers=batches.config.workers)
     best, chosen = copy.deepcopy(model.state_dict()), {"chosen": -math.inf}
     losses: list[Tensor] = []
+    start = 0
+    saved = None if state is None else state.read()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        best = {key: value.to(device) for key, value in saved["best"].items()}
+        chosen, start = saved["chosen"], saved["step"]
+        losses = list(saved["losses"].to(device))
+    loader = BatchLoader(batches, range(start, total), workers=batches.config.workers)
+
+    def save(step: int) -> None:
+        assert state is not None
+        state.write(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best": best,
+                "chosen": chosen,
+                "losses": torch.stack(losses).cpu() if losses else torch.zeros(0),
+            }
+        )
+
     began = time.monotonic()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), RunProgress(label, total) as progress:
+    # Without a state there is nothing to save: a signal then does what it always does.
+    noting = nullcontext(Signals()) if state is None else Signals()
+    shown = RunProgress(label, total, start)
+    with torch.random.fork_rng(devices=devices), shown as progress, noting as signals:
         model.train()
         for batch in loader:
             for group in optimizer.param_groups:
@@ -366,22 +427,29 @@ def fit(
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.detach().float())
-            done, inside = divmod(batch.step + 1, per_epoch)
-            if inside:
-                continue
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            if not math.isfinite(mean):
-                settings.refuse("lr", f"gives a loss of {mean} in epoch {done}; lower it")
-            rate = (batch.step + 1) * batches.config.batch_size / (time.monotonic() - began)
-            progress.update(batch.step + 1, mean, rate)
-            if done % settings.measure_every and done < settings.epochs:
-                continue
-            value = measure()
-            model.train()
-            if value > chosen["chosen"]:
-                best = copy.deepcopy(model.state_dict())
-                chosen = {"train_loss": mean, "chosen_epoch": float(done), "chosen": value}
+            step = batch.step + 1
+            done, inside = divmod(step, per_epoch)
+            if not inside:
+                mean = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(mean):
+                    settings.refuse("lr", f"gives a loss of {mean} in epoch {done}; lower it")
+                rate = (step - start) * batches.config.batch_size / (time.monotonic() - began)
+                progress.update(step, mean, rate)
+                if done % settings.measure_every == 0 or done == settings.epochs:
+                    value = measure()
+                    model.train()
+                    if value > chosen["chosen"]:
+                        best = copy.deepcopy(model.state_dict())
+                        chosen = {"train_loss": mean, "chosen_epoch": float(done), "chosen": value}
+            every = settings.checkpoint_every * per_epoch
+            if state is not None and (signals.caught or (every and step % every == 0)):
+                save(step)
+            if signals.caught:
+                where = str(state.path) if state is not None else ""
+                raise Interrupted(
+                    signals.caught, f"saved step {step} in {where!r}; do the same again"
+                )
     model.load_state_dict(best)
     model.eval()
     return chosen

@@ -44,6 +44,7 @@ from mim.evaluate.dense import (
     encoder_at_size,
     fill_of,
     fit,
+    state_of,
     statistics_of,
 )
 from mim.evaluate.dense_pictures import detection_picture
@@ -288,6 +289,7 @@ class Detect(TaskEvaluation):
         mean, std = statistics_of(encoder, s)
         masks = s.masks and own.has_masks and other.has_masks
         model = Detector(encoder_at_size(encoder, s), s, list(own.classes), mean, std, masks)
+        state = state_of(folder, s, encoder, own, precision)
         chosen: dict[str, float] = {}
         if s.weights:
             model.load(Path(s.weights))
@@ -310,6 +312,7 @@ class Detect(TaskEvaluation):
                 device,
                 precision,
                 f"detect {encoder.name}",
+                state,
             )
             chosen = {"chosen_map": found.pop("chosen"), **found}
         numbers = {**self._measure(model, other, mean, device, precision), **chosen}
@@ -320,6 +323,8 @@ class Detect(TaskEvaluation):
                 model.save(folder / FILE, numbers)
             if s.pictures:
                 self._draw(model, other, mean, device, precision, folder)
+        if state is not None:
+            state.remove()
         return numbers
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ from mim.evaluate.dense import (
     encoder_at_size,
     fill_of,
     fit,
+    state_of,
     statistics_of,
 )
 from mim.evaluate.dense_pictures import segmentation_picture
@@ -332,6 +333,7 @@ class Segment(TaskEvaluation):
         mean, std = statistics_of(encoder, s)
         vit = encoder_at_size(encoder, s)
         model = Segmenter(vit, s, list(own.classes), mean, std)
+        state = state_of(folder, s, encoder, own, precision)
         numbers: dict[str, float] = {}
         if s.weights:
             model.load(Path(s.weights))
@@ -359,6 +361,7 @@ class Segment(TaskEvaluation):
                 device,
                 precision,
                 f"segment {encoder.name}",
+                state,
             )
             numbers = {"chosen_miou": found.pop("chosen"), **found}
         confusion = self._confusion(model, other, device, precision)
@@ -368,6 +371,8 @@ class Segment(TaskEvaluation):
                 model.save(folder / FILE, numbers)
             if s.pictures:
                 self._draw(model, other, device, precision, folder)
+        if state is not None:
+            state.remove()
         return numbers
 
     @torch.no_grad()

@@ -286,7 +286,7 @@ def measured(found: Tensor, head: int, classes: int) -> dict[str, float]:
     return numbers
 
 
-class _State:
+class State:
     """The file from which an interrupted training goes on.
 
     Args:
@@ -298,6 +298,7 @@ class _State:
         self.path, self.fingerprint = path, fingerprint
 
     def read(self) -> dict[str, Any] | None:
+        """What was written last; None where there is nothing, or of another computation."""
         if self.path is None or not self.path.is_file():
             return None
         saved = read_checkpoint(self.path)
@@ -307,11 +308,17 @@ class _State:
         return saved
 
     def write(self, content: dict[str, Any]) -> None:
+        """Writes tensors and plain values in the place of what was there."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = {"format": FORMAT, "fingerprint": self.fingerprint, **content}
         write_atomic(self.path, lambda temporary: torch.save(whole, temporary))
+
+    def remove(self) -> None:
+        """Once what it was for has been measured."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -363,7 +370,7 @@ def _run(
     wrapped: nn.Module = accelerator.prepare_model(model)
     settings = {key: value for key, value in asdict(s).items() if key != "checkpoint_every"}
     known = json.dumps([settings, train.fingerprint(), training.identity], sort_keys=True)
-    keeper = _State(state, known)
+    keeper = State(state, known)
 
     best, losses, start = Trained(_cpu(subject.state_dict())), [], 0
     saved = keeper.read()

@@ -222,6 +222,33 @@ def test_a_frozen_encoder_stays(squares: Path, encoder: Encoder, tmp_path: Path)
     assert not vit.training and model.network.training
 
 
+def test_killed_and_gone_on_it_computes_the_same(
+    squares: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    """16 images, 4 steps an epoch; what the heads sample is drawn by seed and step."""
+    recipe: dict[str, Any] = {"epochs": 2, "drop_path": 0.5, "masks": False, "pictures": 0}
+    whole = detect(squares, **recipe).run(encoder, folder=tmp_path / "whole")
+    steps: list[int] = []
+    real = Detector.loss
+
+    def loss(self: Detector, batch: Any) -> torch.Tensor:
+        steps.append(batch.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Detector, "loss", loss)
+        with pytest.raises(KeyboardInterrupt):
+            detect(squares, **recipe).run(encoder, folder=run)
+        assert (run / "evaluations" / "detect.pt").is_file()
+        torch.manual_seed(7)
+        again = detect(squares, **recipe).run(encoder, folder=run)
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7] and again == whole
+    assert not list((run / "evaluations").iterdir())
+
+
 def test_the_same_seed_gives_the_same_numbers(squares: Path, encoder: Encoder) -> None:
     torch.manual_seed(1)
     first = detect(squares, masks=False).run(encoder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mim.backbone import block_outputs, family_of, resize_positions
@@ -32,6 +35,7 @@ from mim.evaluate.segment import (
     intersection_over_union,
     window_starts,
 )
+from mim.interrupt import Interrupted
 from mim.settings import to_yaml
 
 ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -262,6 +266,61 @@ def test_the_same_seed_gives_the_same_numbers(encoder: Encoder, scenes: Path) ->
     assert segment(scenes, drop_path=0.3).run(encoder) == first
     assert torch.equal(state, torch.get_rng_state())
     assert segment(scenes, drop_path=0.3, seed=1).run(encoder) != first
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_stopped_and_gone_on_it_computes_the_same(
+    encoder: Encoder, scenes: Path, tmp_path: Path, head: str
+) -> None:
+    """9 images, 2 steps an epoch: stopped in the middle of one; batch norm and drop path too."""
+    recipe: dict[str, Any] = {"head": head, "drop_path": 0.5, "pictures": 0}
+    whole = segment(scenes, **recipe).run(encoder, folder=tmp_path / "whole")
+    assert not list((tmp_path / "whole" / "evaluations").iterdir())
+    steps: list[int] = []
+    real = Segmenter.loss
+
+    def loss(self: Segmenter, batch: Any) -> torch.Tensor:
+        steps.append(batch.step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch)
+
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segmenter, "loss", loss)
+        with pytest.raises(Interrupted, match=r"SIGTERM: saved step 3 in .*segment\.pt") as caught:
+            segment(scenes, **recipe).run(encoder, folder=run)
+        assert caught.value.code == 143
+        torch.manual_seed(7)  # a new process is at another place of its generators
+        again = segment(scenes, **recipe, checkpoint_every=2).run(encoder, folder=run)
+    assert steps == list(range(6)) and again == whole
+    files = [load_file(folder / "segment.safetensors") for folder in (tmp_path / "whole", run)]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert not list((run / "evaluations").iterdir())
+
+
+def test_a_state_of_other_settings_is_not_used(
+    encoder: Encoder, scenes: Path, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+    real = Segmenter.loss
+
+    def loss(self: Segmenter, batch: Any) -> torch.Tensor:
+        steps.append(batch.step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt  # killed, with the state of no epoch, and then of the first
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segmenter, "loss", loss)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                segment(scenes).run(encoder, folder=tmp_path)
+        assert steps == [0, 1, 0, 1, 2] and (tmp_path / "evaluations" / "segment.pt").is_file()
+        segment(scenes, lr=1e-3, pictures=0).run(encoder, folder=tmp_path)
+    assert steps[5:] == list(range(6))
 
 
 def test_a_file_is_measured_again_and_others_are_refused(
