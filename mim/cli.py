@@ -96,6 +96,7 @@ def _evaluate(args: list[str]) -> int:
         "linear_mae   batch norm, LARS, augmentation, 90 epochs (MAE)\n"
         "attentive    one cross-attention with a learned query (AIM, CAPI)\n"
         "finetune     all of the encoder with a head, by MAE's recipe; finetune.safetensors\n"
+        "robustness   errors on corrupted images (ImageNet-C's kinds), accuracy on A, R, Sketch\n"
         "segment      semantic segmentation of images of its own (--set path=DIR); pictures\n"
         "detect       detection, likewise\n"
         "analysis     each layer's probe, reach of attention, effective rank; figures\n\n"
@@ -150,7 +151,9 @@ def _evaluate(args: list[str]) -> int:
         if not main:
             continue
         for name, values in numbers.items():
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+            # A number for each of 70 corruptions and severities stands in result.json.
+            few = {key: value for key, value in values.items() if "_severity_" not in key}
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in few.items())
             _say(f"{spec}  {name}  {shown}")
     if options.json and main:
         checkpoint.write_json_atomic(Path(options.json), everything)

@@ -411,13 +411,15 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
 
 
 def _compare(config: CompareConfig, command: str, show: str) -> Path:
-    from mim.evaluate import build_evaluation
+    from mim.evaluate import build_evaluation, check_files
     from mim.report import write_report
 
     output = Path(config.output)
     planned = plan(config)
-    for name, settings in config.evaluations.items():
-        build_evaluation(name, settings)
+    built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
+    for item in planned:
+        if item.kind != "pixels":
+            check_files(built, Path(item.config.output))
     planned = _check_data(planned, config)
     todo = _evaluations_key(config.evaluations)
     states = {item.folder: _state(item, todo) for item in planned}

@@ -46,10 +46,19 @@ class RunProgress:
         total: steps in all.
         start: steps done before.
         enabled: False shows nothing (all processes but the first).
+        measure: what the number is that is shown with each step.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        enabled: bool = True,
+        measure: str = "loss",
+    ) -> None:
         enabled = enabled and not _silent
+        self.measure = measure
         self.label, self.total, self.start, self.enabled = label, total, start, enabled
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -81,17 +90,19 @@ class RunProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, rate: float) -> None:
+    def update(self, step: int, loss: float, rate: float | None = None) -> None:
         """Show the state after a step.
 
         Args:
             step: steps done in all.
-            loss: the latest.
-            rate: images a second.
+            loss: the latest, or what is measured in its stead.
+            rate: images a second; None shows none.
         """
         if not self.enabled:
             return
-        figures = f"loss {loss:.4f}  {rate:,.0f} images/s"
+        figures = f"{self.measure} {loss:.4f}"
+        if rate is not None:
+            figures += f"  {rate:,.0f} images/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return

@@ -9,7 +9,9 @@ from mim.data import (  # noqa: F401  (they register sources)
     shards,
     torchvision_sets,
 )
+from mim.data.corruptions import CORRUPTIONS, Corrupted, corrupt
 from mim.data.decode import UnreadableImage
+from mim.data.folder import ClassFolders
 from mim.data.loader import (
     Batch,
     BatchLoader,
@@ -21,7 +23,7 @@ from mim.data.loader import (
 )
 from mim.data.opening import open_source
 from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout
-from mim.data.subset import CLASS_LISTS, write_list
+from mim.data.subset import CLASS_LISTS, match_classes, write_list
 from mim.data.transforms import (
     Picture,
     crop_parameters,
@@ -35,10 +37,13 @@ from mim.data.weights import WEIGHTS, Weigh, open_weights
 
 __all__ = [
     "CLASS_LISTS",
+    "CORRUPTIONS",
     "SOURCES",
     "WEIGHTS",
     "Batch",
     "BatchLoader",
+    "ClassFolders",
+    "Corrupted",
     "ImageSource",
     "Picture",
     "Split",
@@ -46,11 +51,13 @@ __all__ = [
     "Subset",
     "UnreadableImage",
     "Weigh",
+    "corrupt",
     "crop_parameters",
     "denormalize",
     "eval_loader",
     "eval_transform",
     "holdout",
+    "match_classes",
     "normalize",
     "open_source",
     "open_weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mim.config import DataConfig
 from mim.data.decode import UnreadableImage, check_header, decode, decoding
-from mim.data.faults import Fault
+from mim.data.faults import Fault, Ledger
 from mim.data.listing import list_images
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
@@ -32,14 +33,18 @@ def _folders(path: Path) -> list[str]:
 class Files(ImageSource):
     """Images that are files below one folder; ids come from their paths relative to it."""
 
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     mean, std = IMAGENET
+    setting = "data.path"
+    """What messages call the folder."""
 
     def __init__(self, config: DataConfig) -> None:
         if config.path is None:
-            raise setting_error("data.path", None, f"is needed by data.source={config.source}")
+            raise setting_error(self.setting, None, f"is needed by data.source={config.source}")
         self.root = Path(config.path)
         if not self.root.is_dir():
-            raise setting_error("data.path", config.path, "is not a folder")
+            raise setting_error(self.setting, config.path, "is not a folder")
         self.name = config.source
         self._given = config.path
         self._max_pixels = config.max_pixels
@@ -100,14 +105,14 @@ class ImageFolder(Files):
                 self._check_classes(part)
             self.labels = self._list(part)
         except (OSError, UnicodeEncodeError) as error:
-            raise setting_error("data.path", config.path, f"cannot be read: {error}") from error
+            raise setting_error(self.setting, config.path, f"cannot be read: {error}") from error
 
     def _divide(self, split: Split) -> tuple[str, str]:
         """Folders, relative to the root, of the training images and of the wanted ones."""
         if not (self.root / "train").is_dir():
             folders = _folders(self.root)
             if folders and set(folders) <= set(VAL_NAMES):
-                raise setting_error("data.path", self._given, f"has {folders[0]}/ but no train/")
+                raise setting_error(self.setting, self._given, f"has {folders[0]}/ but no train/")
             self.has_val = False
             return ".", "."
         for name in VAL_NAMES:
@@ -120,14 +125,14 @@ class ImageFolder(Files):
         classes = _folders(self.root / part)
         if not classes:
             reason = f"has no class sub-folders in {(self.root / part).as_posix()}"
-            raise setting_error("data.path", self._given, reason)
+            raise setting_error(self.setting, self._given, reason)
         return classes
 
     def _check_classes(self, part: str) -> None:
         unknown = sorted(set(self._class_folders(part)) - set(self.classes))
         if unknown:
             reason = f"has the class {unknown[0]!r} in {part} but not in train"
-            raise setting_error("data.path", self._given, reason)
+            raise setting_error(self.setting, self._given, reason)
 
     def _list(self, part: str) -> Tensor:
         """Takes the files of one part; returns the position of each one's class."""
@@ -139,8 +144,40 @@ class ImageFolder(Files):
             if not count:
                 where = (self.root / folders[label]).as_posix()
                 reason = f"has an empty class: no image in {where}"
-                raise setting_error("data.path", self._given, reason)
+                raise setting_error(self.setting, self._given, reason)
         return torch.tensor(there, dtype=torch.int64).repeat_interleave(counts)
+
+
+class ClassFolders(ImageFolder):
+    """All images of ``path/CLASS/...``, undivided.
+
+    Args:
+        path: the folder.
+        config: how images are read; ``max_unreadable`` of them at most may be unreadable.
+        setting: what messages call the folder.
+        mean: of each channel, by which the images are normalised.
+        std: likewise.
+
+    Raises:
+        UserError: if it is no folder, has no class, or one without an image.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        config: DataConfig,
+        setting: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.setting = setting
+        super().__init__(replace(config, source="imagefolder", path=path), "val")
+        self.mean, self.std = mean, std
+        self.ledger = Ledger("val", len(self), config.max_unreadable)
+        self.ledger.add(self.check())
+
+    def _divide(self, split: Split) -> tuple[str, str]:
+        return ".", "."
 
 
 @SOURCES.register("flat")
@@ -165,4 +202,4 @@ class FlatFolder(Files):
             self.has_val = part != "." and val is not None
             self._find(part, [part])
         except (OSError, UnicodeEncodeError) as error:
-            raise setting_error("data.path", config.path, f"cannot be read: {error}") from error
+            raise setting_error(self.setting, config.path, f"cannot be read: {error}") from error

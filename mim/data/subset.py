@@ -91,26 +91,31 @@ def _imagenet_names() -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _positions(names: Sequence[str], classes: Sequence[str], setting: str, given: str) -> list[int]:
-    """Positions of names in ``classes``, ascending; a WordNet id may stand for its words.
+def match_classes(names: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """The position of each name in ``classes``, None where it is none of them.
 
-    Raises:
-        UserError: if a name is none of the classes, or two are the same.
+    A WordNet id may stand for its words, and the words for it.
     """
     place = {name: position for position, name in enumerate(classes)}
-    found: dict[int, str] = {}
-    missing = []
     words: dict[str, tuple[str, ...]] = {}
     if any(name not in place for name in names):
         words = _imagenet_names()
         words |= {spelling: (wnid,) for wnid, spellings in words.items() for spelling in spellings}
-    for name in names:
-        position = next((place[n] for n in (name, *words.get(name, ())) if n in place), None)
-        if position is None:
-            missing.append(name)
-        else:
-            found[position] = name
+    return [
+        next((place[n] for n in (name, *words.get(name, ())) if n in place), None) for name in names
+    ]
+
+
+def _positions(names: Sequence[str], classes: Sequence[str], setting: str, given: str) -> list[int]:
+    """Positions of names in ``classes``, ascending.
+
+    Raises:
+        UserError: if a name is none of the classes.
+    """
+    positions = match_classes(names, classes)
+    missing = [name for name, position in zip(names, positions, strict=True) if position is None]
     if missing:
+        place = list(classes)
         near = difflib.get_close_matches(missing[0], place, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         reason = (
@@ -118,7 +123,7 @@ def _positions(names: Sequence[str], classes: Sequence[str], setting: str, given
             f"{missing[0]!r}{hint}; they have {len(classes)}, such as {', '.join(classes[:3])}"
         )
         raise setting_error(setting, given, reason)
-    return sorted(found)
+    return sorted({position for position in positions if position is not None})
 
 
 def _keys(ids: Tensor, purpose: str) -> Tensor:

@@ -21,6 +21,7 @@ from mim.evaluate.analysis import Analysis, AnalysisSettings, effective_rank, li
 from mim.evaluate.attentive import Attentive, AttentiveSettings
 from mim.evaluate.base import (
     EVALUATIONS,
+    AnyEvaluation,
     EncoderEvaluation,
     Evaluation,
     EvaluationSettings,
@@ -44,6 +45,7 @@ from mim.evaluate.knn import Knn, KnnSettings, knn_predict
 from mim.evaluate.linear import Linear, LinearSettings
 from mim.evaluate.linear_grid import LinearGrid, LinearGridSettings
 from mim.evaluate.linear_mae import LinearMae, LinearMaeSettings
+from mim.evaluate.robustness import Robustness, RobustnessSettings
 from mim.evaluate.segment import Segment, SegmentSettings
 
 __all__ = [
@@ -70,10 +72,13 @@ __all__ = [
     "LinearMaeSettings",
     "LinearSettings",
     "ProbeSettings",
+    "Robustness",
+    "RobustnessSettings",
     "Segment",
     "SegmentSettings",
     "TaskEvaluation",
     "build_evaluation",
+    "check_files",
     "effective_rank",
     "evaluate",
     "evaluate_run",
@@ -128,6 +133,7 @@ def evaluate(
     for task in tasks.values():
         task.check_encoder(encoder)
         task.check()
+    check_files(built, folder)
     numbers: dict[str, dict[str, float]] = {}
     others = {name: e for name, e in built.items() if name not in tasks}
     if others:
@@ -137,6 +143,18 @@ def evaluate(
     for name, task in tasks.items():
         numbers[name] = task.run(encoder, device=device, precision=precision, folder=folder)
     return {name: numbers[name] for name in built}
+
+
+def check_files(evaluations: Mapping[str, AnyEvaluation], folder: Path | None) -> None:
+    """Refuses an evaluation that reads what none of the others will have left in the folder.
+
+    Raises:
+        UserError: see :meth:`EncoderEvaluation.check_files`.
+    """
+    for name, evaluation in evaluations.items():
+        if isinstance(evaluation, EncoderEvaluation):
+            others = {key: other for key, other in evaluations.items() if key != name}
+            evaluation.check_files(folder, others)
 
 
 def _measure(
@@ -172,7 +190,8 @@ def _measure(
         ]
         for name, probe in probes:
             numbers[name] = probe.run(*sets)
-    for name, evaluation in built.items():
+    # Those that read what the others leave come last; Python's sort is stable.
+    for name, evaluation in sorted(built.items(), key=lambda item: _reads_others(item[1])):
         if isinstance(evaluation, EncoderEvaluation):
             # They cut, mix and scale images of one size by themselves.
             square = replace(encoder, data=encoder.data.as_square())
@@ -180,6 +199,10 @@ def _measure(
                 square, train, val, device=device, precision=precision, folder=folder
             )
     return numbers
+
+
+def _reads_others(evaluation: AnyEvaluation) -> bool:
+    return isinstance(evaluation, EncoderEvaluation) and evaluation.reads_others
 
 
 def evaluate_run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -166,6 +166,9 @@ class EncoderEvaluation(AnyEvaluation):
     ``mim compare`` leaves it out of their row.
     """
 
+    reads_others: ClassVar[bool] = False
+    """Whether it reads files that other evaluations leave in the run folder: it then comes last."""
+
     def check_encoder(self, encoder: Encoder) -> None:
         """Refuses an encoder that :meth:`run` could not use.
 
@@ -175,6 +178,17 @@ class EncoderEvaluation(AnyEvaluation):
         if encoder.vit is None:
             reason = f"needs an encoder, and {encoder.name} has none"
             raise UserError(f"evaluation {self.settings.name} {reason}")
+
+    def check_files(self, folder: Path | None, others: Mapping[str, AnyEvaluation]) -> None:
+        """Refuses what needs files that are not there and that no other evaluation will leave.
+
+        Args:
+            folder: of the run; None where there is none.
+            others: evaluations of the same call, by name.
+
+        Raises:
+            UserError: naming the file and what writes it.
+        """
 
     @abstractmethod
     def run(
@@ -244,7 +258,10 @@ def build_evaluation(
         UserError: for an unknown name, an unknown setting or a value of the wrong type.
     """
     cls = EVALUATIONS.get(name)
-    defaults = {f.name: f.default for f in fields(cls.Settings)}
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(cls.Settings)
+    }
     given: dict[str, Any] = {}
     for key, value in (settings or {}).items():
         if key not in defaults:

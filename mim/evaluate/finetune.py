@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
@@ -34,8 +35,8 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, family_of
-from mim.checkpoint import save_encoder
+from mim.backbone import build_backbone, family_of, load_backbone
+from mim.checkpoint import TASK, save_encoder
 from mim.config import DataConfig, ModelConfig
 from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
 from mim.errors import UserError, choice_error, setting_error
@@ -374,7 +375,40 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
         nn.init.zeros_(head.bias)
     vit.requires_grad_(True)
     key_drop_paths(vit)
-    return Classifier(vit, replace(model, backbone_args=arguments), data)
+    return Classifier(vit, replace(model, backbone_args=arguments), data, pool=settings.pool)
+
+
+def load_classifier(path: Path, encoder: Encoder, setting: str) -> Classifier:
+    """The classifier of a file that :meth:`Classifier.save` wrote.
+
+    Args:
+        path: the file.
+        encoder: how the ViT is built and what it reads; its weights are not used.
+        setting: what messages call the file.
+
+    Raises:
+        UserError: if the file cannot be read, holds no classifier, or one of another encoder.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise setting_error(setting, str(path), f"cannot be read: {error}") from error
+    if "classifier" not in metadata:
+        task = metadata.get(TASK)
+        reason = f"has the head of {task}" if task else "is an encoder without a head"
+        raise setting_error(setting, str(path), f"{reason}; a fine-tuned classifier is needed")
+    details = json.loads(metadata["classifier"])
+    pool = details.get("pool", "mean")
+    classes = list(details["classes"])
+    classifier = build_classifier(encoder, len(classes), FinetuneSettings(pool=pool))
+    load_backbone(classifier.model, state, f"{setting}: {path}")
+    classifier.model.eval()
+    classifier.classes = classes
+    classifier.mean, classifier.std = tuple(details["mean"]), tuple(details["std"])
+    classifier.numbers = dict(details.get("numbers", {}))
+    return classifier
 
 
 @dataclass(eq=False)
@@ -393,6 +427,8 @@ class Classifier:
     """Mean of each channel, by which images are normalised."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, likewise."""
+    pool: str = "mean"
+    """What stands for an image: mean or cls."""
     numbers: dict[str, float] = field(default_factory=dict)
     """What was measured."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -419,7 +455,12 @@ class Classifier:
     def save(self, path: str | Path) -> Path:
         """Writes safetensors with timm's keys; the file says what the classes are called."""
         path = Path(path)
-        details = {"classes": self.classes, "mean": self.mean, "std": self.std}
+        details = {
+            "classes": self.classes,
+            "mean": self.mean,
+            "std": self.std,
+            "pool": self.pool,
+        }
         metadata = {
             "backbone": self.built.backbone,
             "usage": self.usage(path.name),

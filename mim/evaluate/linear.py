@@ -86,20 +86,13 @@ class Linear(Evaluation):
             max_iterations=self.settings.max_iterations,
         )
 
-    def _probe(
-        self,
-        x: Tensor,
-        y: Tensor,
-        held: Tensor,
-        strengths: tuple[float, ...],
-        val_x: Tensor,
-        val_y: Tensor,
-        classes: int,
-    ) -> tuple[float, float, bool]:
-        """Chooses the strength on ``held`` (F, n), fits all of x, and asks val once.
+    def _chosen(
+        self, x: Tensor, y: Tensor, held: Tensor, strengths: tuple[float, ...], classes: int
+    ) -> tuple[SoftmaxFit, float, bool]:
+        """Chooses the strength on ``held`` (F, n) and fits all of x.
 
         Returns:
-            accuracy on val, the strength, and whether every fit of the grid converged.
+            The fit, the strength, and whether every fit of the grid converged.
         """
         descending = sorted(strengths, reverse=True)
         converged = True
@@ -114,9 +107,35 @@ class Linear(Evaluation):
             strength = descending[int(score.argmax())]  # the first best is the strongest
             converged = bool(grid.converged.all())
         final = self._fit(x, y, [strength], classes)
+        return final, strength, converged and bool(final.converged.all())
+
+    def _probe(
+        self,
+        x: Tensor,
+        y: Tensor,
+        held: Tensor,
+        strengths: tuple[float, ...],
+        val_x: Tensor,
+        val_y: Tensor,
+        classes: int,
+    ) -> tuple[float, float, bool]:
+        """The same, and asks val once: accuracy on val, the strength, whether all converged."""
+        final, strength, converged = self._chosen(x, y, held, strengths, classes)
         guess = final.logits(val_x)[0, 0].argmax(1)
-        accuracy = float((guess == val_y).double().mean())
-        return accuracy, strength, converged and bool(final.converged.all())
+        return float((guess == val_y).double().mean()), strength, converged
+
+    def fit(self, train: Features) -> SoftmaxFit:
+        """The probe of all training images, its strength chosen on a split of them.
+
+        Raises:
+            UserError: if they are of one class only.
+        """
+        y = labels_of(train)
+        if len(y.unique()) < 2:
+            raise UserError("evaluation linear needs at least 2 classes; train has 1")
+        held = holdout(train.sample_ids, y, self.settings.seed)[None]
+        classes = int(y.max()) + 1
+        return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
         """See :meth:`Evaluation.run`.

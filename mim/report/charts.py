@@ -6,6 +6,8 @@ colour blindness tell apart; line styles and markers say the same again.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,6 +168,38 @@ def mean_curve(group: Group, key: str) -> tuple[Floats, Floats, Floats | None, i
     values = np.array([[curve[step][1] for step in steps] for curve in curves], dtype=np.float64)
     spread = values.std(axis=0, ddof=1) if len(curves) > 1 else None
     return epochs, values.mean(axis=0), spread, len(curves)
+
+
+def robustness_charts(comparison: Comparison) -> list[Chart]:
+    """Error against severity of the corruptions, the mean over them; 0 is without any."""
+    errors = re.compile(r"robustness\.error_(\w+)_severity_(\d+)")
+    keys = [m for key in comparison.evaluation_keys if (m := errors.fullmatch(key))]
+    severities = sorted({int(m[2]) for m in keys})
+    if not severities:
+        return []
+    look = styles(comparison)
+    lines = []
+    for group in (*comparison.groups, *comparison.references):
+        clean = group.values("robustness.clean_accuracy")
+        curves = []
+        for seed, accuracy in clean.items():
+            curve = [1 - accuracy]
+            for severity in severities:
+                found = [group.values(m[0]).get(seed) for m in keys if int(m[2]) == severity]
+                known = [value for value in found if value is not None]
+                curve.append(float(np.mean(known)) if known else math.nan)
+            curves.append(curve)
+        if not curves:
+            continue
+        values = 100 * np.array(curves, dtype=np.float64)
+        spread = values.std(axis=0, ddof=1) if len(curves) > 1 else None
+        style = look.get(group.label) or Style(*_REFERENCE_LINES[group.kind], "o")
+        x = np.array([0, *severities], dtype=np.float64)
+        lines.append(Line(group.label, style, x, values.mean(axis=0), spread, len(curves)))
+    ends = [f"{line.label} {line.mean[0]:.3g} to {line.mean[-1]:.3g}" for line in lines]
+    title = "Error under corruptions"
+    alt = f"{title} against severity, in per cent. {'; '.join(ends)}."
+    return [Chart("robustness", title, "severity (0: none)", "error (%)", alt, lines=tuple(lines))]
 
 
 def quality_charts(comparison: Comparison) -> list[Chart]:

@@ -35,7 +35,7 @@ def plotly_figure(chart: Chart) -> dict[str, Any]:
     """``data`` and ``layout`` of a chart; the page's script adds the colours of its theme."""
     data: list[dict[str, Any]] = []
     for line in chart.lines:
-        data += _line(line)
+        data += _line(line, chart.x_label)
     for cloud in chart.clouds:
         data += _cloud(cloud)
     for level in chart.levels:
@@ -47,7 +47,7 @@ def plotly_figure(chart: Chart) -> dict[str, Any]:
     return {"data": data, "layout": {"xaxis": x_axis, "yaxis": y_axis}}
 
 
-def _line(line: Line) -> list[dict[str, Any]]:
+def _line(line: Line, x_label: str) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = []
     if line.spread is not None:
         low, high = line.mean - line.spread, line.mean + line.spread
@@ -66,7 +66,7 @@ def _line(line: Line) -> list[dict[str, Any]]:
         "mode": "lines+markers" if len(line.x) <= 15 else "lines",
         "line": {"color": line.style.colour, "dash": _DASH[line.style.line], "width": 2},
         "marker": {"symbol": _SYMBOL[line.style.marker], "size": 6},
-        "hovertemplate": f"%{{y:.4g}} at epoch %{{x:.3g}}{spread}",
+        "hovertemplate": f"%{{y:.4g}} at {_text(x_label.partition(' (')[0])} %{{x:.3g}}{spread}",
     }  # fmt: skip
     return [*traces, trace]
 

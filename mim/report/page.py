@@ -17,8 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.errors import UserError
-from mim.report import figures, interactive, layers, tables
-from mim.report.charts import Chart, loss_charts, quality_charts
+from mim.report import figures, interactive, layers, robustness, tables
+from mim.report.charts import Chart, loss_charts, quality_charts, robustness_charts
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
 from mim.report.finding import Finding, finding, findings
 from mim.report.gallery import gallery
@@ -86,7 +86,11 @@ def _downloads(table: Table) -> list[dict[str, str]]:
 
 
 def _charts(comparison: Comparison) -> list[Chart]:
-    return [*loss_charts(comparison), *quality_charts(comparison)]
+    return [
+        *loss_charts(comparison),
+        *quality_charts(comparison),
+        *robustness_charts(comparison),
+    ]
 
 
 def report_html(
@@ -131,6 +135,7 @@ def report_html(
         difference_table=tables.difference_table(comparison),
         margin_table=tables.margin_table(comparison),
         layers_table=layers.layers_table(comparison),
+        robustness_table=robustness.robustness_table(comparison),
         alignment_table=layers.alignment_table(comparison),
         settings_table=tables.settings_table(comparison),
         facts_table=tables.facts_table(comparison),
@@ -140,7 +145,8 @@ def report_html(
         warnings=warnings(comparison),
         tiles=reconstructions(comparison),
         viewer=data["viewer"],
-        curves=[(chart, pictures[chart.key]) for chart in charts if chart.lines],
+        curves=[(c, pictures[c.key]) for c in charts if c.lines and c.key != "robustness"],
+        robustness=[(c, pictures[c.key]) for c in charts if c.key == "robustness"],
         quality=[(chart, pictures[chart.key]) for chart in charts if chart.clouds],
         gallery=shown,
         left_out=[path.relative_to(comparison.folder) for path in left_out],
@@ -194,6 +200,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         ("Runs without a result", tables.failures_table(comparison)),
         ("Worth of pre-training", tables.margin_table(comparison)),
         ("Paired differences", tables.difference_table(comparison)),
+        ("Robustness", robustness.robustness_table(comparison)),
         ("Layers", layers.layers_table(comparison)),
         ("Likeness of the encoders", layers.alignment_table(comparison)),
         ("Settings", tables.settings_table(comparison)),
@@ -251,6 +258,12 @@ def notes(comparison: Comparison) -> list[str]:
         found.append(
             "Few-shot accuracies are means over several draws of the labelled images; their "
             "spread over draws is in results.csv."
+        )
+    if "robustness.mean_error" in comparison.evaluation_keys:
+        found.append(
+            "Robustness: the mean error is over corruptions and severities and is not normalised; "
+            "mCE is relative to a baseline's errors, 100% being the baseline. Corruptions are made "
+            "on the fly unless a folder of them was given, so only the latter compare with papers."
         )
     if not same_task(comparison.groups):
         found.append(

@@ -33,11 +33,13 @@ from mim.report.statistics import Paired, Summary, paired_difference, summarize
 MISSING = "\u2013"
 # How an evaluation names what it chose or checked, as against what it found.
 _CHOSEN = ("chosen_", "converged", "mean_k_", "mean_strength_", "mean_temperature_")
-# What has no place among the results: the same quality of each class or layer.
-_EACH = ("iou_", "map_class_", "mask_map_class_", "mended_", "layer_")
+# What has no place among the results: the same quality of each class, layer or corruption.
+_EACH = ("iou_", "map_class_", "mask_map_class_", "mended_", "layer_", "error_", "ce_")
 # Measures between 0 and 1 that papers print in per cent.
-_SHARES = re.compile(r"accuracy|(pixel|class)_accuracy|miou$|(mask_)?(map|mar)(_|$)")
-_WORDS = {"miou": "mIoU", "map": "mAP"}
+_SHARES = re.compile(
+    r"accuracy|(pixel|class|clean)_accuracy|miou$|mce$|mean_error$|(mask_)?(map|mar)(_|$)"
+)
+_WORDS = {"miou": "mIoU", "map": "mAP", "mce": "mCE"}
 # Sections whose measures need no section to be understood.
 _PLAIN = ("", "Loss", "Per image", "On this machine")
 _EVALUATIONS = {
@@ -49,6 +51,7 @@ _EVALUATIONS = {
     "knn": "k-NN",
     "attentive": "Attentive probe",
     "finetune": "Fine-tuning",
+    "robustness": "Robustness",
     "segment": "Segmentation",
     "detect": "Detection",
 }
@@ -185,7 +188,7 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
             continue
         evaluation, _, name = key.partition(".")
         label = re.sub(r"_(\d+)_per_class$", r", \1 per class", name).replace("_", " ")
-        label = re.sub(r"\bm(iou|ap)\b", lambda word: _WORDS[word[0]], label)
+        label = re.sub(r"\bm(iou|ap|ce)\b", lambda word: _WORDS[word[0]], label)
         is_share = _SHARES.match(name) is not None
         measures.append(
             Measure(
@@ -195,7 +198,7 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
                 scale=100.0 if is_share else 1.0,
                 unit="%" if is_share else "",
                 decimals=1 if is_share else _decimals(comparison, [key]),
-                higher=not re.search("loss|error", name),
+                higher=not re.search("loss|error|mce", name),
             )
         )
     # Columns of one evaluation stand together, in the order in which evaluations appear.
