@@ -554,7 +554,7 @@ def _save_figure(
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     order = sorted(range(len(severities)), key=lambda place: severities[place])
     with mpl.rc_context({"text.parse_math": False, "font.size": 9}):
-        figure = Figure(figsize=(3.3 * len(families), 3.4), layout="constrained")
+        figure = Figure(figsize=(3.3 * len(families), 3.8), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
         for axes, (family, names) in zip(panels, families.items(), strict=True):
@@ -562,11 +562,13 @@ def _save_figure(
                 x = [0, *(severities[place] for place in order)]
                 y = [100 * clean, *(100 * errors[name][place] for place in order)]
                 colour, line = colours[number % 6], ("-", "--", ":")[number // 6 % 3]
-                axes.plot(x, y, line, marker="o", markersize=3, color=colour, label=_words(name))
+                look = {"marker": "os^DvP"[number % 6], "markersize": 4, "color": colour}
+                axes.plot(x, y, line, label=_words(name), **look)
             axes.set(title=family, xlabel="severity", xticks=[0, *sorted(severities)])
             axes.grid(True, color="#E3E3E3", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+            axes.legend(frameon=False, fontsize=8, **below)
         panels[0].set_ylabel("error (%)")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
