@@ -109,6 +109,10 @@ class DataConfig:
     train-{000..146}.tar, or URL; huggingface: parquet files likewise, or a name on the hub."""
     val_path: str | None = None
     """Shards or parquet files of the val images, where data.path names training ones alone."""
+    streaming: bool = False
+    """Whether shards by URL are read in place, an image by one range request, instead of being
+    fetched first; order, batches and resume are the same. The server must answer range requests;
+    shards of one that does not are fetched. Files on disk are read in place in any case."""
     download: bool = True
     """Whether a torchvision data set may be downloaded."""
     image_size: int | tuple[int, int] = 224
@@ -212,6 +216,15 @@ class DataConfig:
                 raise setting_error(f"data.{name}", values, reason)
         if self.std is not None and min(self.std) <= 0:
             raise setting_error("data.std", self.std, "must be above 0")
+        if self.streaming and self.source not in ("shards", "mixed"):
+            reason = f"needs data.source=shards or mixed, not {self.source}"
+            if self.source == "huggingface":
+                reason = (
+                    "is not offered for data.source=huggingface: a row of a table cannot be reached"
+                    " alone from afar, so order and resume would not be exact. Leave it out, or "
+                    "pack the images into shards (mim data pack --kind shards) and stream these"
+                )
+            raise setting_error("data.streaming", self.streaming, reason)
         if self.mix and self.source != "mixed":
             raise setting_error("data.mix", [m.source for m in self.mix], "needs data.source=mixed")
         if not 0 <= self.max_unreadable < 1:

@@ -14,6 +14,7 @@ Shapes: B images, C channels, h x w pixels as they are, H x W as wanted, T taps 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 _PIL_PLACES = 22  # PRECISION_BITS
 _TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most so many places, and weights below int16's end
+_TABLE = 1 << 20  # numbers; for lines of up to 37 pixels, to as many, a CPU looks weights up
 _SUPPORT = 2.0  # of the bicubic filter, in pixels of the result
 
 
@@ -30,6 +32,15 @@ def _bicubic(x: Tensor) -> Tensor:
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+@functools.cache
+def _table(size: int, wanted: int, how: str) -> Tensor:
+    """(parts, wanted, size): the weights of every part of a line, by first pixel, then length."""
+    first = torch.arange(size)
+    start = first.repeat_interleave(size - first)
+    length = torch.cat([torch.arange(1, size - at + 1) for at in range(size)])
+    return _computed_weights(start, length, size, wanted, how)
 
 
 def resize_weights(start: Tensor, length: Tensor, size: int, wanted: int, how: str) -> Tensor:
@@ -48,6 +59,13 @@ def resize_weights(start: Tensor, length: Tensor, size: int, wanted: int, how: s
         (B, wanted, size) float64, whole multiples of a power of 2, that sum to 1 in each row but
         for rounding.
     """
+    if start.device.type == "cpu" and size * (size + 1) // 2 * wanted * size <= _TABLE:
+        place = start * size - start * (start - 1) // 2 + length - 1
+        return _table(size, wanted, how)[place]
+    return _computed_weights(start, length, size, wanted, how)
+
+
+def _computed_weights(start: Tensor, length: Tensor, size: int, wanted: int, how: str) -> Tensor:
     device = start.device
     scale = length.double() / wanted  # (B,)
     spread = scale.clamp(min=1.0)

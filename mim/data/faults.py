@@ -123,6 +123,7 @@ def read_images(
     images: list[Picture] = []
     positions: list[int] = []
     faults: list[Fault] = []
+    source.ahead(indices)
     for index in indices.tolist():
         for position in _candidates(source, index, replace):
             try:

@@ -29,7 +29,8 @@ FIRST_PAUSE = 1.0
 """Seconds before the second try; each further pause is twice as long."""
 _PASSING = (408, 425, 429)  # refusals that mean "later"
 _CHUNK = 1 << 20
-_SECONDS = 60.0  # without any byte
+SECONDS = 60.0
+"""Without any byte, after which a request counts as failed."""
 _FAILURES = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
@@ -58,7 +59,7 @@ def is_url(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
-def _retry(url: str, attempt: Callable[[], T]) -> T:
+def retry(url: str, attempt: Callable[[], T]) -> T:
     """What ``attempt`` returns, tried again where it fails for a reason that may pass.
 
     Raises:
@@ -81,18 +82,26 @@ def _retry(url: str, attempt: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _digests(folder: str) -> dict[str, str]:
-    """Name -> SHA-256 of the SHA256SUMS in a folder of a server; empty where there is none."""
-    url = f"{folder}/SHA256SUMS"
+def text_at(url: str) -> str | None:
+    """A small text file, or None where there is none.
+
+    Raises:
+        UserError: if it failed each time.
+    """
 
     def get() -> str:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
             return answer.read().decode()
 
     try:
-        text = _retry(url, get)
+        return retry(url, get)
     except urllib.error.HTTPError:
-        return {}
+        return None
+
+
+def _digests(folder: str) -> dict[str, str]:
+    """Name -> SHA-256 of the SHA256SUMS in a folder of a server; empty where there is none."""
+    text = text_at(f"{folder}/SHA256SUMS") or ""
     pairs = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
     return {name.strip().lstrip("*"): digest for digest, name in pairs}
 
@@ -106,7 +115,7 @@ def _append(url: str, part: Path) -> None:
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        answer = urllib.request.urlopen(request, timeout=_SECONDS)
+        answer = urllib.request.urlopen(request, timeout=SECONDS)
     except urllib.error.HTTPError as error:
         if have and error.code == 416:  # nothing is missing, or the file is another one now
             part.unlink()
@@ -161,7 +170,7 @@ def fetch(urls: Sequence[str]) -> list[Path]:
                         _check(part, wanted)
 
                 try:
-                    _retry(url, get)
+                    retry(url, get)
                 except urllib.error.HTTPError as error:
                     raise UserError(f"{url}: {error}") from error
                 part.replace(path)

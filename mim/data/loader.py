@@ -9,6 +9,7 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mim.config import DataConfig
 from mim.data.cache import device_reader
@@ -138,6 +139,8 @@ class StepBatches(Dataset[Any]):
             stand_in: whether a neighbour takes the place of an unreadable image, or nothing.
         """
         parts, positions, faults = [], [], []
+        whole = self._room(len(indices))
+        filled = 0
         for part in indices.split(_DECODED_AT_ONCE):
             images: list[Picture] = []
             if self.reader is None or not self.reader.can_read(part):
@@ -147,11 +150,13 @@ class StepBatches(Dataset[Any]):
             keys = None
             if seed is not None:
                 keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
-            parts.append(self._cut(images, part, keys))
+            out = None if whole is None else whole[filled : filled + len(part)]
+            filled += len(part)
+            parts.append(self._cut(images, part, keys, out))
         found = torch.cat(positions)
         labels = self.source.labels
         return Batch(
-            images=cat_images(parts),
+            images=cat_images(parts) if whole is None else whole[:filled],
             labels=None if labels is None else labels[found],
             sample_ids=self.source.sample_ids[found],
             epoch=epoch,
@@ -159,8 +164,26 @@ class StepBatches(Dataset[Any]):
             faults=tuple(faults),
         )
 
-    def _cut(self, images: list[Picture], indices: Tensor, keys: Tensor | None) -> Images:
-        """What the model is given of images at positions; without keys as evaluations see them."""
+    def _room(self, count: int) -> Tensor | None:
+        """(count, C, H, W) uint8 for a batch, or None where its images are not cut one by one.
+
+        A loader process takes shared memory, so that nothing is copied on the way to the run.
+        """
+        if self.config.keeps_aspect or self.reader is not None or self.augment is not None:
+            return None
+        shape = (count, self.config.channels, *self.config.size)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as in torch's own collate
+        return torch.empty(0, dtype=torch.uint8).set_(shared).reshape(shape)
+
+    def _cut(
+        self, images: list[Picture], indices: Tensor, keys: Tensor | None, out: Tensor | None
+    ) -> Images:
+        """What the model is given of images at positions; without keys as evaluations see them.
+
+        Where ``out`` is given, the images are written there.
+        """
         if self.config.keeps_aspect:
             assert self.patch_size is not None
             names = [self.source.describe(index) for index in indices.tolist()]
@@ -170,11 +193,11 @@ class StepBatches(Dataset[Any]):
         if keys is None:
             if self.reader is not None:
                 return self.reader.eval(indices, self.config)
-            return eval_transform(images, self.config)
+            return eval_transform(images, self.config, out)
         if self.reader is not None:
             cut = self.reader.train(indices, keys, self.config)
         else:
-            cut = train_transform(images, keys, self.config)
+            cut = train_transform(images, keys, self.config, out)
         return cut if self.augment is None else self.augment(cut, keys)
 
 

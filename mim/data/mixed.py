@@ -84,6 +84,10 @@ class Mixed(ImageSource):
         everything = torch.cat(chosen)
         return everything[permutation(seed, epoch, len(everything))]
 
+    def ahead(self, indices: Tensor) -> None:
+        for part, (start, stop) in zip(self.parts, pairwise(self._starts), strict=True):
+            part.ahead(indices[(indices >= start) & (indices < stop)] - start)
+
     def _find(self, index: int) -> tuple[ImageSource, int]:
         for part, (start, stop) in zip(self.parts, pairwise(self._starts), strict=True):
             if index < stop:
@@ -106,7 +110,13 @@ class Mixed(ImageSource):
 def _part(config: DataConfig, item: MixConfig) -> DataConfig:
     """The config of one source; what is not said for it is as for all."""
     return replace(
-        config, source=item.source, path=item.path, val_path=item.val_path, mix=(), fingerprint=None
+        config,
+        source=item.source,
+        path=item.path,
+        val_path=item.val_path,
+        streaming=config.streaming and item.source == "shards",
+        mix=(),
+        fingerprint=None,
     )
 
 

@@ -44,6 +44,7 @@ from mim.files import prepare_folder, write_atomic, write_json_atomic
 FORMAT = 1
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 24  # bytes hashed at once
+_AHEAD = 64  # images of a source far away fetched at once
 ROW = np.dtype(
     [
         *(("id", "<i8"), ("label", "<i8"), ("part", "<i4"), ("offset", "<i8"), ("bytes", "<i8")),
@@ -140,6 +141,8 @@ def read_span(
         if recipe.kind == "shards":
             tar = stack.enter_context(tarfile.open(fileobj=out, mode="w"))
         for row, index in zip(rows, span, strict=True):
+            if (index - span.start) % _AHEAD == 0:
+                source.ahead(torch.arange(index, min(index + _AHEAD, span.stop)))
             try:
                 if tar is None:
                     values = recipe.pixels(source.image(index))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from mim.config import DataConfig
 from mim.data.fetch import fetch, is_url
 from mim.data.folder import VAL_NAMES
+from mim.data.remote import RemoteFile, in_parallel, open_remote
 from mim.errors import setting_error
+
+Place: TypeAlias = Path | RemoteFile
+"""A file on disk, or one that is read by URL."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -43,13 +50,14 @@ def is_local(given: str, ending: str) -> bool:
     return Path(given).exists() or is_url(given) or given.endswith(ending)
 
 
-def find(setting: str, given: str, ending: str) -> list[Path]:
+def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequence[Place]:
     """The files that a folder, file, pattern or URL names, in order; URLs are fetched.
 
     Args:
         setting: for messages.
         given: its value.
         ending: of the files in a folder, ``.tar``; if it holds none, those below it count.
+        streaming: whether files by URL are read in place, where their server can.
 
     Raises:
         UserError: if there are none, or one is missing.
@@ -59,7 +67,7 @@ def find(setting: str, given: str, ending: str) -> list[Path]:
     except ValueError as error:
         raise setting_error(setting, given, str(error)) from error
     if is_url(given):
-        return fetch(places)
+        return _stream(places) if streaming else fetch(places)
     found: list[Path] = []
     for place in places:
         if Path(place).is_dir():
@@ -76,7 +84,18 @@ def find(setting: str, given: str, ending: str) -> list[Path]:
     return found
 
 
-def divide(config: DataConfig, ending: str) -> tuple[list[Path], list[Path]]:
+def _stream(urls: Sequence[str]) -> list[Place]:
+    opened = in_parallel(open_remote, urls)
+    missing = [url for url, file in zip(urls, opened, strict=True) if file is None]
+    if missing:
+        reason = "the server answers no range requests, so they are fetched whole first"
+        log = logging.getLogger("mim")
+        log.warning("data.streaming: %d shards, of them %s: %s", len(missing), missing[0], reason)
+    fetched = dict(zip(missing, fetch(missing), strict=True))
+    return [fetched[url] if file is None else file for url, file in zip(urls, opened, strict=True)]
+
+
+def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[Place]]:
     """Files of train, and of val, which may be none.
 
     ``data.val_path`` names those of val; else a folder does in which ``train/`` stands beside
@@ -86,15 +105,16 @@ def divide(config: DataConfig, ending: str) -> tuple[list[Path], list[Path]]:
         UserError: see :func:`find`.
     """
     assert config.path is not None
+    streaming = config.streaming
     if config.val_path is not None:
-        val = find("data.val_path", config.val_path, ending)
-        return find("data.path", config.path, ending), val
+        val = find("data.val_path", config.val_path, ending, streaming)
+        return find("data.path", config.path, ending, streaming), val
     root = Path(config.path)
     if root.is_dir() and (root / "train").is_dir():
         names = [name for name in VAL_NAMES if (root / name).is_dir()]
         val = find("data.path", str(root / names[0]), ending) if names else []
         return find("data.path", str(root / "train"), ending), val
-    files = find("data.path", config.path, ending)
+    files = find("data.path", config.path, ending, streaming)
     val = [path for path in files if path.name.startswith(VAL_NAMES)]
     if len(val) == len(files):
         return files, []

@@ -2,7 +2,8 @@
 
 One scan of the headers makes an index (name, offset, size), which is kept; then any image is one
 read at its offset. So shards have the same order, the same batches and the same exact resume as
-a folder, and nothing is read through.
+a folder, and nothing is read through. With ``data.streaming`` the same holds by URL: a read is a
+range request, and nothing is kept on disk but the index.
 
 What a shard may hold:
 
@@ -22,6 +23,7 @@ import hashlib
 import json
 import os
 import tarfile
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +36,11 @@ from numpy.typing import NDArray
 
 from mim.config import DataConfig
 from mim.data.decode import EXTENSIONS, decode, decoding
-from mim.data.fetch import cache_folder
+from mim.data.fetch import cache_folder, text_at
 from mim.data.folder import VAL_NAMES
 from mim.data.names import Names
-from mim.data.places import divide
+from mim.data.places import Place, divide
+from mim.data.remote import RemoteFile, in_parallel
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
 from mim.errors import UserError, setting_error
@@ -70,17 +73,17 @@ def _stem(name: str) -> str:
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 
-def scan(path: Path) -> ShardIndex:
-    """Reads the headers of a tar file.
+def scan(place: Place) -> ShardIndex:
+    """Reads the headers of a tar file, on disk or by URL.
 
     Raises:
         UserError: if it is compressed, damaged or ends early.
     """
     images: list[tuple[str, int, int]] = []
     labels: dict[str, int] = {}
-    shown = f"shard {str(path)!r}"
+    shown = f"shard {_shown(place)!r}"
     try:
-        with path.open("rb") as file:
+        with place.open() if isinstance(place, RemoteFile) else place.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 reason = "is compressed, and images in it cannot be reached: unpack it with gunzip"
                 raise UserError(f"{shown} {reason}")
@@ -95,7 +98,8 @@ def scan(path: Path) -> ShardIndex:
                     if base.lower().endswith(EXTENSIONS):
                         images.append((name, member.offset_data, member.size))
                     elif base.endswith((".cls", ".json")):
-                        text = os.pread(file.fileno(), member.size, member.offset_data)
+                        file.seek(member.offset_data)
+                        text = file.read(member.size)
                         found = _read_label(text, base, f"{shown}: {name}")
                         if found is not None:
                             labels[_stem(name)] = found
@@ -104,7 +108,7 @@ def scan(path: Path) -> ShardIndex:
                 if file.read(_BLOCK) != bytes(_BLOCK):
                     raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
-        if not path.is_file():
+        if isinstance(place, Path) and not place.is_file():
             raise UserError(f"{shown} is missing") from error
         reason = f"ends early or is damaged, after {len(images)} whole images ({error})"
         raise UserError(f"{shown} {reason}: fetch or write it again") from error
@@ -126,24 +130,37 @@ def _read_label(text: bytes, name: str, shown: str) -> int | None:
         raise UserError(f"{shown} holds no label: {error}") from error
 
 
-def read_index(path: Path) -> ShardIndex:
+def _shown(place: Place) -> str:
+    return place.url if isinstance(place, RemoteFile) else str(place)
+
+
+def _state(place: Place) -> str | None:
+    """What a kept index is of; None if nothing tells one version of the file from the next."""
+    if isinstance(place, RemoteFile):
+        told = f"{_INDEX_FORMAT}/{place.url}/{place.size}/{place.version}"
+        return told if place.version else None
+    try:
+        status = place.stat()
+    except OSError as error:
+        raise UserError(f"shard {str(place)!r} is missing") from error
+    return f"{_INDEX_FORMAT}/{place.resolve()}/{status.st_size}/{status.st_mtime_ns}"
+
+
+def read_index(place: Place) -> ShardIndex:
     """The index of a shard: kept from an earlier scan of the same file, or of a new one.
 
     Raises:
         UserError: see :func:`scan`.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"shard {str(path)!r} is missing") from error
-    state = f"{_INDEX_FORMAT}/{path.resolve()}/{status.st_size}/{status.st_mtime_ns}"
-    kept = (
-        cache_folder("index") / f"{hashlib.blake2b(state.encode(), digest_size=16).hexdigest()}.npz"
-    )
+    state = _state(place)
+    if state is None:
+        return scan(place)
+    digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    kept = cache_folder("index") / f"{digest}.npz"
     if kept.is_file():
         with np.load(kept, allow_pickle=False) as arrays:
             return ShardIndex(**{name: arrays[name] for name in arrays.files})
-    index = scan(path)
+    index = scan(place)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -172,13 +189,14 @@ class Shards(ImageSource):
         self._decoder = config.decode
         self._given = config.path
         train, val = divide(config, ".tar")
-        everything = self._gather(train + val)
+        everything = self._gather([*train, *val])
         self._take(everything, len(train), split)
         self._handles: OrderedDict[int, int] = OrderedDict()
+        self._ahead: dict[int, bytes] = {}
 
-    def _gather(self, paths: list[Path]) -> list[ShardIndex]:
-        self._shards = [str(path) for path in paths]
-        return [read_index(path) for path in paths]
+    def _gather(self, places: list[Place]) -> list[ShardIndex]:
+        self._shards = places
+        return in_parallel(read_index, places)
 
     def _take(self, indices: list[ShardIndex], trains: int, split: Split) -> None:
         """Sets names, labels and ids of one split; classes are those of train."""
@@ -240,10 +258,10 @@ class Shards(ImageSource):
         return np.array([position[name] for name in folders], dtype=np.int64)[code]
 
     def _class_names(self, least: int) -> list[str]:
-        path = Path(self._shards[0]).parent / "classes.txt"
-        if not path.is_file():
+        text = _beside(self._shards[0], "classes.txt")
+        if text is None:
             return [str(label) for label in range(least)]
-        names = path.read_text(encoding="utf-8").split("\n")
+        names = text.split("\n")
         names = names[:-1] if names[-1] == "" else names
         if len(names) < least:
             reason = f"names {len(names)} classes, and there are labels up to {least - 1}"
@@ -256,7 +274,7 @@ class Shards(ImageSource):
         if len(np.unique(names)) == len(names):
             whole: Iterator[str] = map(os.fsdecode, names[order])
         else:
-            tars = [Path(path).name for path in self._shards]
+            tars = [place.name for place in self._shards]
             if len(set(zip((tars[s] for s in shard), names, strict=True))) < len(names):
                 reason = "holds an image twice under one name"
                 raise setting_error("data.path", self._given, reason)
@@ -264,24 +282,39 @@ class Shards(ImageSource):
         return torch.from_numpy(np.fromiter(map(name_to_int, whole), np.int64, len(order)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": OrderedDict()}  # a worker opens its own
+        return {**self.__dict__, "_handles": OrderedDict(), "_ahead": {}}  # a worker opens its own
 
     def describe(self, index: int) -> str:
         return self._names[index]
 
+    def _where(self, index: int) -> tuple[int, int, int]:
+        """The shard of an image, where its bytes begin, and how many there are."""
+        shard, offset, size = (int(self._place[key][index]) for key in ("shard", "offset", "size"))
+        return shard, offset, size
+
+    def ahead(self, indices: torch.Tensor) -> None:
+        wanted = {}
+        for index in indices.tolist():
+            shard, offset, size = self._where(index)
+            if isinstance(place := self._shards[shard], RemoteFile):
+                wanted[index] = place, offset, size
+        self._ahead = dict(zip(wanted, in_parallel(_read, list(wanted.values())), strict=True))
+
     def read(self, index: int) -> bytes:
         """The bytes of an image's file."""
-        shard, offset, size = (int(self._place[key][index]) for key in ("shard", "offset", "size"))
+        shard, offset, size = self._where(index)
+        place = self._shards[shard]
+        if isinstance(place, RemoteFile):
+            return self._ahead.pop(index, None) or place.read(offset, size)
         handle = self._handles.pop(shard, None)
         if handle is None:
-            handle = os.open(self._shards[shard], os.O_RDONLY)
+            handle = os.open(place, os.O_RDONLY)
         self._handles[shard] = handle  # the newest stands last
         if len(self._handles) > _OPEN_SHARDS:
             os.close(self._handles.popitem(last=False)[1])
         data = os.pread(handle, size, offset)
         if len(data) < size:
-            name = Path(self._shards[shard]).name
-            raise OSError(f"shard {name} ends after {len(data)} of {size} bytes of the image")
+            raise OSError(f"shard {place.name} ends after {len(data)} of {size} bytes of the image")
         return data
 
     def image(self, index: int) -> Picture:
@@ -289,6 +322,19 @@ class Shards(ImageSource):
         with decoding(name):
             data = self.read(index)
         return decode(data, name, self._max_pixels, self._decoder)
+
+
+def _read(place: tuple[RemoteFile, int, int]) -> bytes:
+    file, offset, size = place
+    return file.read(offset, size)
+
+
+def _beside(place: Place, name: str) -> str | None:
+    """The text of a file in the same folder, if there is one."""
+    if isinstance(place, RemoteFile):
+        return text_at(urllib.parse.urljoin(place.url, name))
+    path = place.parent / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _folders(name: str) -> tuple[str, str]:

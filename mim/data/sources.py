@@ -81,6 +81,10 @@ class ImageSource(ABC):
             UnreadableImage: if it cannot be decoded; loaders let another stand in for it.
         """
 
+    def ahead(self, indices: Tensor) -> None:
+        """Tells the positions that are read next; a source far away may fetch them together."""
+        return
+
     def describe(self, index: int) -> str:
         """What a message calls the image at a position."""
         return f"image {int(self.sample_ids[index])}"
@@ -122,6 +126,9 @@ class Subset(ImageSource):
         self.mean, self.std = source.mean, source.std
         self.ledger = source.ledger
         self.weights = None if source.weights is None else source.weights[self.indices]
+
+    def ahead(self, indices: Tensor) -> None:
+        self.source.ahead(self.indices[indices])
 
     def image(self, index: int) -> Picture:
         return self.source.image(int(self.indices[index]))

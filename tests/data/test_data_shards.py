@@ -256,6 +256,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     root: Path
     failures: int = 0
     cuts: int = 0
+    ranges: bool = True
+    version: str | None = '"1"'
     asked: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
@@ -270,10 +272,16 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(503)
             return
         data = path.read_bytes()
-        wanted = self.headers.get("Range")
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        wanted = self.headers.get("Range") if kind.ranges else None
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, whole = int(first), len(data)
+        data = data[: int(last) + 1] if last else data
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{whole}")
+        if kind.version is not None:
+            self.send_header("ETag", kind.version)
         self.end_headers()
         stop = len(data)
         if kind.cuts and path.suffix == ".tar":
@@ -327,6 +335,110 @@ def test_a_url_that_stays_down_or_lies(server: tuple[str, type[Server]]) -> None
     (kind.root / "SHA256SUMS").write_text(f"{'0' * 64}  a.tar\n")
     with pytest.raises(UserError, match=r"a\.tar: failed 6 times, at last: SHA-256 is"):
         open_source(config("shards", f"{url}/a.tar"), "train")
+
+
+def streamed(url: str, **settings: object) -> DataConfig:
+    return config("shards", f"{url}/part-{{000..002}}.tar", streaming=True, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:http:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_shards_are_the_folder_and_nothing_is_kept(
+    tmp_path: Path, server: tuple[str, type[Server]], workers: int
+) -> None:
+    url, kind = server
+    members = pictures()
+    packed(kind.root, members, 3)
+    folder = config("imagefolder", write_folder(tmp_path / "folder", members))
+    kind.failures, kind.cuts = 2, 3
+    far = streamed(url, workers=workers)
+    whole = batches(folder)
+    assert_same(whole, batches(far))
+    kind.failures, kind.cuts = 2, 1  # the second time from the index that was kept
+    assert_same(whole[4:], batches(far, start=4))
+    for one, two in zip(
+        eval_loader(open_source(folder, "val"), folder),
+        eval_loader(open_source(far, "val"), far),
+        strict=True,
+    ):
+        assert torch.equal(one.images, two.images)
+    assert not list((tmp_path / "cache").rglob("*.tar*"))
+
+
+def test_a_streamed_resume_reads_its_own_images_alone(server: tuple[str, type[Server]]) -> None:
+    url, kind = server
+    packed(kind.root, pictures(), 3)
+    far = streamed(url)
+    source = open_source(far, "train")
+    kind.asked.clear()
+    (batch,) = train_loader(source, far, 3, start_step=5, total_steps=6)
+    assert len(kind.asked) == len(batch) == 6 and all("bytes=" in line for line in kind.asked)
+    kind.asked.clear()
+    open_source(far, "train")  # the index is kept: one request a shard tells its version
+    assert len(kind.asked) == 3
+    kind.version = None  # nothing tells whether the index still fits
+    open_source(far, "train")
+    assert len(kind.asked) > 6
+
+
+@pytest.mark.parametrize("change", ["version", "size"])
+def test_a_streamed_shard_that_changes_stops_the_run(
+    server: tuple[str, type[Server]], change: str
+) -> None:
+    url, kind = server
+    members = pictures()
+    packed(kind.root, members, 3)
+    far = streamed(url)
+    source = open_source(far, "train")
+    if change == "version":
+        kind.version = '"2"'
+    else:
+        packed(kind.root, pictures(train=40), 3)
+    with pytest.raises(UserError, match=r"part-00\d\.tar: the file has changed since"):
+        list(train_loader(source, far, 3, start_step=0, total_steps=1))
+
+
+def test_a_server_without_ranges_is_fetched_from(
+    tmp_path: Path, server: tuple[str, type[Server]], caplog: pytest.LogCaptureFixture
+) -> None:
+    url, kind = server
+    members = pictures()
+    packed(kind.root, members, 3)
+    kind.ranges = False
+    folder = config("imagefolder", write_folder(tmp_path / "folder", members))
+    assert_same(batches(folder), batches(streamed(url)))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("data.streaming: 3 shards, of them http")
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 3
+
+
+def test_classes_of_streamed_webdataset_shards(server: tuple[str, type[Server]]) -> None:
+    url, kind = server
+    for shard in range(3):
+        one = {f"{shard}{n}.jpg": jpeg(n) for n in range(4)}
+        one |= {f"{shard}{n}.cls": str(n % 2).encode() for n in range(4)}
+        write_tar(kind.root / f"part-00{shard}.tar", one)
+    (kind.root / "classes.txt").write_text("cat\ndog\n")
+    source = open_source(streamed(url), "train")
+    assert source.classes == ["cat", "dog"] and source.labels is not None
+    for position in range(len(source)):
+        assert source.labels[position] == int(source.describe(position)[1]) % 2
+
+
+def test_what_cannot_be_streamed(server: tuple[str, type[Server]]) -> None:
+    url, kind = server
+    with pytest.raises(UserError, match=r"data\.streaming: True needs data\.source=shards"):
+        DataConfig(source="imagefolder", streaming=True)
+    with pytest.raises(UserError, match=r"data\.streaming: .*huggingface: a row of a table"):
+        DataConfig(source="huggingface", streaming=True)
+    with pytest.raises(UserError, match=r"part-000\.tar: .*404"):
+        open_source(streamed(url), "train")
+    for shard in range(3):
+        write_tar(kind.root / f"part-00{shard}.tar", pictures())
+    path = kind.root / "part-001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"shard 'http.*part-001\.tar' ends early"):
+        open_source(streamed(url), "train")
 
 
 def test_real_cifar10_from_folder_and_shards(tmp_path: Path) -> None:

@@ -209,3 +209,43 @@ def test_normalizing_by_hand_and_back() -> None:
     back = denormalize(normal, mean, std)
     torch.testing.assert_close(back.flatten(), torch.tensor([0.0, 0.2, 1.0]))
     assert denormalize(normal * 100, mean, std).max() == 1.0
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (3, 1, 300, 200), (0, 3, 4, 4)])
+def test_normalizing_bytes_in_parts_is_the_formula(shape: tuple[int, ...]) -> None:
+    """Large and small batches, an empty one, and channels last give the formula bit for bit."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    mean, std = (0.3, 0.5, 0.6)[: shape[1]], (0.2, 0.1, 0.3)[: shape[1]]
+    expected = images.float() / 255
+    for channel in range(shape[1]):
+        plane = expected[:, channel] - torch.tensor(mean[channel])
+        expected[:, channel] = plane / torch.tensor(std[channel])
+    kept = images.clone()
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(normalize(given, mean, std), expected)
+    assert torch.equal(images, kept)
+    assert torch.equal(normalize(images.float(), mean, std), expected)
+
+
+@pytest.mark.parametrize("size", [32, 40, 144])
+def test_the_result_is_written_where_it_is_wanted(size: int) -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (48, 50, 3), dtype=np.uint8) for _ in range(6)]
+    keys = image_keys(0, 0, range(6), purpose="augment")
+    for config in (DataConfig(image_size=size), DataConfig(image_size=size, augment="none")):
+        out = torch.full((6, 3, size, size), 7, dtype=torch.uint8)
+        assert train_transform(images, keys, config, out) is out
+        assert torch.equal(out, train_transform(images, keys, config))
+
+
+def test_small_arrays_are_cut_together_as_they_are_alone() -> None:
+    """Arrays of one size, of several, and PIL images give the same bytes."""
+    rng = np.random.default_rng(2)
+    arrays = [rng.integers(0, 256, (30, 32, 3), dtype=np.uint8) for _ in range(9)]
+    keys = image_keys(0, 0, range(10), purpose="augment")
+    config = DataConfig(image_size=32)
+    together = train_transform(arrays, keys[:9], config)
+    pil = train_transform([Image.fromarray(a) for a in arrays], keys[:9], config)
+    odd = rng.integers(0, 256, (31, 32, 3), dtype=np.uint8)
+    assert torch.equal(together, pil)
+    assert torch.equal(together, train_transform([*arrays, odd], keys, config)[:9])
