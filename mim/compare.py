@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mim import checkpoint
+from mim import checkpoint, progress
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
 from mim.lock import sole_use
@@ -265,6 +265,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
             print(f"{item.folder}: {name} left out: {reason}", file=sys.stderr, flush=True)
         wanted = {name: given for name, given in evaluations.items() if name not in left_out}
         online = {k: v for k, v in result.get("evaluations", {}).items() if k == ONLINE}
+        progress.stage(f"{item.folder}  evaluating: {', '.join(wanted)}")
         measured = evaluate(encoder, wanted, device=device, folder=run)
         result["evaluations"] = {**online, **measured}
         if left_out:
@@ -297,7 +298,6 @@ def _on_images_of(encoder: Encoder, config: Config) -> Encoder:
 
 def _child(item: Planned, evaluations: dict[str, Any], show: str) -> None:
     """One run in a process of its own: its memory is its own, and its failure too."""
-    from mim import progress
     from mim.pretrain import Interrupted, TrainingError
 
     if show != "plain":

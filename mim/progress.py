@@ -38,6 +38,12 @@ def note(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
+def stage(text: str) -> None:
+    """Tell what a run does next, where its progress is shown as lines."""
+    if not _silent and not Console(stderr=True).is_terminal:
+        note(text)
+
+
 class RunProgress:
     """Shows how far a run is; writes to stderr.
 

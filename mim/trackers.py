@@ -6,7 +6,8 @@ Names are an interface, see docs/howto/trackers.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
 from mim.config import Config
+from mim.errors import setting_error
 from mim.settings import flatten, to_dict
 
 
@@ -40,8 +42,27 @@ def _tags(config: Config) -> list[str]:
     return [tag[:64] for tag in tags]
 
 
+@contextmanager
+def _one_line(config: Config) -> Iterator[None]:
+    """What wandb refuses (no key, no network) as a mistake in the settings."""
+    if config.log.wandb == "disabled":
+        yield
+        return
+    from wandb.errors import Error
+
+    try:
+        yield
+    except Error as error:
+        reason = f"cannot start: {' '.join(str(error).split())} (or set log.wandb to offline)"
+        raise setting_error("log.wandb", config.log.wandb, reason) from error
+
+
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
-    """Open the trackers of a run: its config, its name, group and tags."""
+    """Open the trackers of a run: its config, its name, group and tags.
+
+    Raises:
+        UserError: if wandb cannot be reached, or has no key.
+    """
     if not accelerator.log_with:
         return
     wandb = {
@@ -57,7 +78,8 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
         for key, value in flatten(to_dict(config)).items()
     }
     options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
-    accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+    with _one_line(config):
+        accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
 
 
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
@@ -88,6 +110,9 @@ def track_report(
         files: of the report.
         table: (heads, rows), logged as ``results``.
         text: Markdown, shown as ``report`` where a tracker shows text.
+
+    Raises:
+        UserError: as :func:`start_trackers`.
     """
     if not tracker_names(config):
         return
@@ -110,7 +135,8 @@ def track_report(
             job_type="report",
             tags=["report"],
         )
-        tracker.start()
+        with _one_line(config):
+            tracker.start()
         tracker.log_table("results", columns=heads, data=rows)
         safe = re.sub(r"[^\w.-]+", "-", name)[:100] or "comparison"
         artifact = wandb.Artifact(f"report-{safe}", type="report")

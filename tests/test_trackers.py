@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mim.config import Config, LogConfig
+from mim.errors import UserError
 from mim.settings import load_config
 from mim.trackers import start_trackers, track_picture, track_report, tracker_names
 
@@ -92,3 +93,21 @@ def test_the_report_is_an_artifact(
     assert list(artifact.manifest.entries) == ["report.html"]
     (stored,) = tmp_path.rglob("*.table.json")
     assert '"drop"' in stored.read_text()
+
+
+def test_wandb_without_a_key_is_one_line(
+    tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.errors import UsageError
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    config = load_config(tiny({"log.wandb": "online", "output": str(tmp_path)}))
+    accelerator: Any = SimpleNamespace(log_with=["wandb"], init_trackers=refuse)
+    with pytest.raises(UserError, match=r"log\.wandb: 'online' cannot start: .* to offline\)"):
+        start_trackers(accelerator, config, step=0)
+    monkeypatch.setattr("mim.trackers.WandBTracker.start", refuse)
+    table = (["Encoder"], [["drop"]])
+    with pytest.raises(UserError, match=r"No API key configured\. Use `wandb login`"):
+        track_report(config, "name", tmp_path, [], table, "text")

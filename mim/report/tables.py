@@ -93,7 +93,7 @@ class Measure:
         if value is None:
             return MISSING
         scaled = round(value * self.scale, self.decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
-        text = f"{scaled:{'+' if sign else ''},.{self.decimals}f}".replace(",", "\u2009")
+        text = f"{scaled:{'+' if sign else ''},.{self.decimals}f}".replace(",", "\u202f")
         return text.replace("-", "\u2212")
 
     def summary(self, summary: Summary | None) -> str:
@@ -576,7 +576,7 @@ _LATEX = {
     "\u2013": "--",
     "\u00b7": r"$\cdot$",
     "\u00a0": "~",
-    "\u2009": r"\,",
+    "\u202f": r"\,",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 

@@ -27,6 +27,8 @@ _LARGE = 144
 _TILES = 160
 """How many tiles the sheet, and the viewer, hold at most, so that a page stays small."""
 _IMAGES = 8
+_BAND = 3
+"""Encoders side by side; more stand below."""
 _NAMES = {"composite": "with visible patches"}
 
 
@@ -51,6 +53,24 @@ class Tiles:
     def starts(self) -> set[int]:
         """Indices of the columns that open a group, except the first: a gap stands before them."""
         return set(accumulate(len(group.columns) for group in self.groups[:-1]))
+
+    @property
+    def bands(self) -> list[Tiles]:
+        """The sheet cut into parts that a page is wide enough for; each has the shared columns."""
+        shared = [group for group in self.groups if not group.label]
+        own = [group for group in self.groups if group.label]
+        ends = list(accumulate(len(group.columns) for group in self.groups))
+        places = {
+            group.label: range(end - len(group.columns), end)
+            for group, end in zip(self.groups, ends, strict=True)
+        }
+        bands = []
+        for start in range(0, len(own), _BAND):
+            groups = (*shared, *own[start : start + _BAND])
+            columns = [place for group in groups for place in places[group.label]]
+            rows = tuple(tuple(row[place] for place in columns) for row in self.rows)
+            bands.append(Tiles(groups, rows, self.caption))
+        return bands
 
 
 def _shown_runs(comparison: Comparison) -> dict[str, Run]:

@@ -349,6 +349,22 @@ def test_other_masks_are_shown_by_group(fake_comparison: Write) -> None:
     assert "same masks" not in tiles.caption
 
 
+def test_many_encoders_stand_in_bands(fake_comparison: Write) -> None:
+    axes = {"model.regime.name": [f"r{number}" for number in range(7)], "seed": [0]}
+    folder = fake_comparison(axes=axes)
+    tiles = reconstructions(read_comparison(folder))
+    assert tiles is not None
+    labels = [[group.label for group in band.groups] for band in tiles.bands]
+    assert labels == [["", "r0", "r1", "r2"], ["", "r3", "r4", "r5"], ["", "r6"]]
+    for band in tiles.bands:
+        assert [row[:2] for row in band.rows] == [row[:2] for row in tiles.rows], "the shared ones"
+    own = [sum((band.rows[0][2:] for band in tiles.bands), ())]
+    assert own == [tiles.rows[0][2:]], "each once, in their order"
+    assert [name for name, tag in report(folder).tags if tag.get("class") == "tiles"] == [
+        "table"
+    ] * 3
+
+
 def test_curves_average_common_steps_and_keep_the_later_line(fake_comparison: Write) -> None:
     folder = fake_comparison(axes={"seed": [0, 1]})
     for seed, lines in enumerate(([(1, 4.0), (2, 9.0), (2, 2.0)], [(1, 2.0), (2, 1.0), (3, 7.0)])):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mim import progress
 from mim.doctor import Check, examine
 from mim.errors import UserError
 from mim.report import read_comparison
@@ -231,3 +232,14 @@ def test_unknown_ways_to_show_are_refused(mim: Mim, tmp_path: Path) -> None:
     assert not (tmp_path / "cmp").exists()
     with pytest.raises(UserError, match="no run folder"):
         read_run(tmp_path)
+
+
+def test_a_stage_is_told_in_lines_and_not_to_those_who_asked_for_quiet(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_silent", False)
+    progress.stage("seed=0  evaluating: [knn]")
+    assert capfd.readouterr() == ("", "seed=0  evaluating: [knn]\n")
+    progress.silence()
+    progress.stage("seed=0  evaluating: knn")
+    assert capfd.readouterr() == ("", "")
