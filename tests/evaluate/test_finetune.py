@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import mim as package
 from mim.config import Config, DataConfig, ModelConfig
-from mim.data import Subset, open_source
+from mim.data import Subset, eval_loader, normalize, open_source
 from mim.errors import UserError
 from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_encoder
 from mim.evaluate.base import low_shot
@@ -197,6 +197,38 @@ def test_each_setting_changes_the_training(encoder: Encoder, setting: str) -> No
     changed = replace(plain, **{setting: CHANGES[setting]})
     first, second = fit(encoder, train, plain), fit(encoder, train, changed)
     assert first.history[0]["train_loss"] != second.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("rand_augment", ("rand-m9-mstd0.5-inc1", "rand-m2-n1")),
+        ("erasing", (0.3, 0.9)),
+        ("drop_path", (0.2, 0.6)),
+        ("crop_scale", ((0.1, 0.4), (0.5, 0.6))),
+    ],
+)
+def test_the_value_counts_and_not_only_whether_there_is_one(
+    encoder: Encoder, setting: str, values: tuple[Any, Any]
+) -> None:
+    train = open_source(DATA, "train")
+    plain = replace(SHORT, **{**PLAIN, "epochs": 1, "fraction": 0.05, "batch_size": 16})
+    found = [fit(encoder, train, replace(plain, **{setting: value})).history for value in values]
+    assert found[0][0]["train_loss"] != found[1][0]["train_loss"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_what_is_kept_is_what_was_measured(encoder: Encoder, ema: float) -> None:
+    """The accuracy by which the epoch is chosen is that of the weights that are returned."""
+    train = open_source(DATA, "train")
+    settings = replace(SHORT, **{**PLAIN, "epochs": 4, "base_lr": 0.1, "ema": ema})
+    classifier = fit(encoder, train, settings)
+    held = Subset(train, split(train, settings)[1])
+    (batch,) = eval_loader(held, DATA, batch_size=len(held))
+    with torch.no_grad():
+        logits = classifier.model(normalize(batch.images, train.mean, train.std))
+    right = (logits.argmax(1) == batch.labels).double().mean()
+    assert classifier.numbers["chosen_accuracy"] == pytest.approx(float(right))
 
 
 def test_ema_is_what_is_measured(encoder: Encoder) -> None:
