@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,3 +112,31 @@ def test_wandb_without_a_key_is_one_line(
     table = (["Encoder"], [["drop"]])
     with pytest.raises(UserError, match=r"No API key configured\. Use `wandb login`"):
         track_report(config, "name", tmp_path, [], table, "text")
+
+
+def test_a_run_gives_its_trackers_the_documented_names(
+    tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mim.pretrain import pretrain
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    changes = {
+        "log.wandb": "offline",
+        "log.tensorboard": True,
+        "train.log_every": 1,
+        "train.validate_every": 1,
+    }
+    config = load_config(tiny({**changes, "output": str(tmp_path / "run")}))
+    pretrain(config)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*.0")
+    board = EventAccumulator(str(events.parent)).Reload()
+    page = (Path(__file__).parent.parent / "docs" / "howto" / "trackers.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", page))
+    assert set(board.Tags()["scalars"]) >= {"loss", "lr", "images_per_second", "val_loss"}
+    assert set(board.Tags()["scalars"]) <= documented
+    (stored,) = (tmp_path / "run").rglob("*.wandb")
+    content = stored.read_bytes()
+    for name in ("val_loss", "images_per_second", "regime:drop", "model.regime.name"):
+        assert name.encode() in content, name
