@@ -108,6 +108,9 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts(fake_comparison: Write
     assert not re.search(r"@import|url\(|https?://", content)
     (policy,) = (tag["content"] for _, tag in page.tags if "http-equiv" in tag)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "connect-src" not in policy and "*" not in policy, "only a live page asks its server"
+    live = report_html(read_comparison(folder), live=True)
+    assert "; connect-src 'self'; " in live.replace("&#39;", "'")
     runs = [text for attributes, text in page.scripts if attributes.get("type") is None]
     assert len(runs) == 1
     for text in runs:
