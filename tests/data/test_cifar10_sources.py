@@ -15,7 +15,7 @@ from mim.config import DataConfig
 from mim.data import Batch, eval_loader, open_source, train_loader
 from mim.data.pack import Recipe, pack
 
-CLASSES = ("airplane", "cat", "ship", "truck")
+CLASSES = 10
 TARS = 4
 
 
@@ -31,7 +31,7 @@ def _unpack(root: Path) -> None:
         tars = [stack.enter_context(tarfile.open(place, "w")) for place in places]
         for entry in every:
             name = entry.name.removeprefix("./")
-            if not entry.isfile() or Path(name).parent.name not in CLASSES:
+            if not entry.isfile():
                 continue
             file = every.extractfile(entry)
             assert file is not None
@@ -53,7 +53,7 @@ def _digest(batch: Batch) -> str:
 def _batches(config: DataConfig) -> list[str]:
     """An epoch of training without augmentation, some steps with it, and an evaluation."""
     train, val = open_source(config, "train"), open_source(config, "val")
-    assert (len(train), len(val)) == (5000 * len(CLASSES), 1000 * len(CLASSES))
+    assert (len(train), len(val)) == (5000 * CLASSES, 1000 * CLASSES)
     steps = len(train) // config.batch_size
     loaders = [
         train_loader(train, config, 7, start_step=0, total_steps=steps),
@@ -64,6 +64,7 @@ def _batches(config: DataConfig) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_cifar10_gives_the_same_batches_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +81,7 @@ def test_cifar10_gives_the_same_batches_from_everywhere(
     pack(folder, tmp_path / "packed", Recipe())
     pack(folder, tmp_path / "webdataset", Recipe(kind="shards", part_images=4000))
     expected = _batches(folder)
-    assert len(set(expected)) == len(expected) == 10 * len(CLASSES) + 4 + 2 * len(CLASSES)
+    assert len(set(expected)) == len(expected) == 10 * CLASSES + 4 + 2 * CLASSES
     others = {
         "shards": replace(folder, source="shards", path=str(tmp_path / "tars")),
         "packed pixels": replace(folder, source="packed", path=str(tmp_path / "packed")),
