@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from mim.errors import setting_error
 
@@ -26,7 +27,7 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
 
     The lock is the system's (POSIX record locks, which network file systems know too): it ends
     with the process, however it dies, so that none is ever stale, and workers do not inherit it.
-    The file stays, and says who had it last.
+    Its file says who works there, and goes with them.
 
     Args:
         folder: exists.
@@ -38,18 +39,35 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with (folder / NAME).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            reason = f"is in use by {_owner(file.read())}; wait for it, or choose another"
-            raise setting_error(setting, str(folder), reason) from error
+    path = folder / NAME
+    file = _locked(path, setting)
+    try:
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
         file.flush()
         yield
+    finally:
+        path.unlink(missing_ok=True)  # before the lock ends: after it, the file may be another's
+        file.close()
+
+
+def _locked(path: Path, setting: str) -> TextIO:
+    """The lock's file, open and locked."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            reason = f"is in use by {_owner(file.read())}; wait for it, or choose another"
+            file.close()
+            raise setting_error(setting, str(path.parent), reason) from error
+        # Whoever had it may have removed this file between our opening and our locking it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def _owner(text: str) -> str:

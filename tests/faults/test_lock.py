@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,32 @@ def test_a_second_start_is_refused_and_a_killed_first_forgotten(
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert mim("pretrain", "--config", config, "--output", run).code == 0
+    assert not (run / ".lock").exists()
+
+
+def count_alone(folder: str, times: int) -> None:
+    """Adds one to a number that nobody else may be adding to."""
+    number = Path(folder, "number")
+    while times:
+        with suppress(UserError), sole_use(Path(folder)):
+            seen = int(number.read_text())
+            time.sleep(0.0005)
+            number.write_text(str(seen + 1))
+            times -= 1
+
+
+def test_the_lock_of_one_that_leaves_is_not_shared(tmp_path: Path) -> None:
+    """Its file goes with it, while others are opening it."""
+    (tmp_path / "number").write_text("0")
+    counters = [
+        multiprocessing.Process(target=count_alone, args=(str(tmp_path), 150)) for _ in range(3)
+    ]
+    for counter in counters:
+        counter.start()
+    for counter in counters:
+        counter.join()
+        assert counter.exitcode == 0
+    assert (tmp_path / "number").read_text() == "450"
 
 
 def test_a_child_of_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
