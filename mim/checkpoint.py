@@ -37,6 +37,7 @@ _FREE = re.compile(
     r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
     r"|data\.(cache|cache_path|index_cache)"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
+    r"|train\.(on_nonfinite|max_nonfinite|spike_deviations)"
 )
 
 

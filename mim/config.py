@@ -813,6 +813,14 @@ class TrainConfig:
     """How many of the newest checkpoints are kept."""
     milestone_every: float = 0.0
     """Epochs between two checkpoints that are kept for ever; 0 keeps none so."""
+    on_nonfinite: str = "stop"
+    """What a step does whose loss or gradient is not finite, and which therefore never reaches the
+    weights: stop the run, or skip (the run goes on with the next batch)."""
+    max_nonfinite: int = 5
+    """With skip: so many such steps in a row stop the run."""
+    spike_deviations: float = 10.0
+    """A loss that is so many robust standard deviations above the median of the last 100 steps is
+    told, and counted in metrics.jsonl; 0 tells none."""
 
     def __post_init__(self) -> None:
         _above("train.epochs", self.epochs, 1, equal=True)
@@ -820,9 +828,10 @@ class TrainConfig:
             _above("train.max_steps", self.max_steps, 1, equal=True)
         _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         _one_of("train.attention", self.attention, ("auto", "fused", "plain"))
-        for name in ("accumulate", "log_every", "keep_checkpoints"):
+        _one_of("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        for name in ("accumulate", "log_every", "keep_checkpoints", "max_nonfinite"):
             _above(f"train.{name}", getattr(self, name), 1, equal=True)
-        for name in ("validate_every", "picture_every", "milestone_every"):
+        for name in ("validate_every", "picture_every", "milestone_every", "spike_deviations"):
             _above(f"train.{name}", getattr(self, name), 0, equal=True)
         _above("train.checkpoint_every", self.checkpoint_every, 0)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

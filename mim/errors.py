@@ -14,6 +14,10 @@ class WorkerError(RuntimeError):
     """A loader process died; the message is one line, and the CLI exits with 1."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line, and the last good checkpoint is kept."""
+
+
 def setting_error(setting: str, value: object, reason: str) -> UserError:
     """The error for a setting whose value cannot be used.
 

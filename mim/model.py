@@ -131,10 +131,14 @@ class MaskedImageModel(nn.Module):
             )
         return mask.to(images.device, non_blocking=True)
 
-    def update_teacher(self) -> None:
-        """After an optimizer step: the teacher, where there is one, follows the backbone."""
+    def update_teacher(self, taken: Tensor | float = 1.0) -> None:
+        """After an optimizer step: the teacher, where there is one, follows the backbone.
+
+        Args:
+            taken: 0 where the step was not taken; the teacher then stays too.
+        """
         if self.teacher is not None:
-            self.teacher.update(self.backbone)
+            self.teacher.update(self.backbone, taken)
 
     def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
         """Encode under a mask.

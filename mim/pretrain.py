@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,12 +37,13 @@ from mim.data import (
     worker_deaths,
     write_list,
 )
-from mim.errors import UserError, setting_error
+from mim.errors import TrainingError, UserError, setting_error
 from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
 from mim.lock import sole_use
 from mim.model import MaskedImageModel, build_model
+from mim.nonfinite import Guard, Taken, Watch, strict
 from mim.online import OnlineProbe
 from mim.optim import build_optimizer, build_schedule
 from mim.pictures import (
@@ -55,16 +56,13 @@ from mim.pictures import (
 )
 from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
+from mim.teacher import follow
 from mim.trackers import start_trackers, track_picture, tracker_names
 
 PICTURED_IMAGES = 8
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line, and the last good checkpoint is kept."""
 
 
 class Metrics:
@@ -230,7 +228,9 @@ def _pretrain(config: Config) -> dict[str, Any]:
     if config.train.compile:
         model.compile()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    pending: list[Tensor] = []
+    watch = Watch(config, accelerator, model, (saved or {}).get("watch"))
+    guard = Guard(watch.limit, watch.in_a_row, device)
+    pending: list[Tensor] = []  # for each step since the last line (2,): loss, Guard's flag
     elapsed, train_seconds, total_images = 0.0, 0.0, 0
     mean, val_loss, online_accuracy = math.nan, math.nan, math.nan
     if saved:
@@ -243,7 +243,7 @@ def _pretrain(config: Config) -> dict[str, Any]:
         if online is not None:
             online.load(saved["online"])
             online_accuracy = saved["online_accuracy"]
-        pending = list(saved["pending"].to(device))
+        pending = list(_with_flags(saved["pending"]).to(device))
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
         total_images = saved.get("images", start * config.data.batch_size)
         mean, val_loss = saved["train_loss"], saved["val_loss"]
@@ -275,7 +275,8 @@ def _pretrain(config: Config) -> dict[str, Any]:
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             "online": probed,
             "online_accuracy": None if online is None else online_accuracy,
-            "pending": torch.stack(pending).cpu() if pending else torch.zeros(0),
+            "pending": torch.stack(pending).cpu() if pending else torch.zeros(0, 2),
+            "watch": watch.state(),
             "elapsed": elapsed + time.monotonic() - began,
             "train_seconds": train_seconds + paused - interval_began,
             "images": total_images + interval_images,
@@ -328,7 +329,7 @@ def _pretrain(config: Config) -> dict[str, Any]:
         weigh=weigh,
         patch_size=model.patch_size,
     )
-    recent: list[tuple[int, list[int]]] = []
+    unread: list[Taken] = []
     wrapped.train()
     progressing = RunProgress(label, total, start, main)
     with progressing as progress, Signals() as signals, worker_deaths():
@@ -355,22 +356,23 @@ def _pretrain(config: Config) -> dict[str, Any]:
                     part_weight = None if weight is None else weight[cut]
                     share = _share(batch, cut, part_weight, world)
                     output = wrapped(images[cut], part_mask, part_weight)
-                    accelerator.backward(output.loss * share)
+                    accelerator.backward(output.loss * share * strict(output.loss))
                 step_loss += output.reconstruction.detach() * share
             if config.optim.clip_grad is not None:
                 accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_grad)
-            optimizer.step()
+            flag = guard.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
-            model.update_teacher()
+            taken = (flag == 0).float()
+            model.update_teacher(taken)
             if ema is not None:
-                ema.update(model)
+                follow(ema.module, model, (1 - ema.decay) * taken)
                 if model.teacher is not None:  # an average already: targets come from itself
                     ema.module.teacher.load_state_dict(model.teacher.state_dict())
             if online is not None:
                 assert batch.labels is not None
                 online.step(images, batch.labels)
-            pending.append(step_loss)
-            recent.append((step, batch.sample_ids.tolist()))
+            pending.append(torch.stack([step_loss, flag]))
+            unread.append(Taken(step, batch.epoch, lr, batch.sample_ids))
             counted = batch.total_counted
             interval_images += config.data.batch_size if counted is None else counted
             step += 1
@@ -383,20 +385,24 @@ def _pretrain(config: Config) -> dict[str, Any]:
             reading = logging or saving or device.type == "cpu"
             caught = _caught(signals, accelerator, reading)
             if reading or caught:
-                losses = accelerator.reduce(torch.stack(pending), "mean").tolist()
-                _check_finite(losses, recent, lr, run, main)
+                read = accelerator.reduce(torch.stack(pending), "mean").tolist()
+                watch.look(unread, read[-len(unread) :])
+                latest = unread[-1]
+                unread.clear()
             if saving or caught:
-                _check_weights(model, recent[-1], lr, run, main)
+                watch.check_weights(latest)
             if logging:
                 seconds = time.monotonic() - interval_began
                 train_seconds += seconds
                 rate = interval_images / seconds
                 total_images += interval_images
-                mean = sum(losses) / len(losses)
+                losses = [loss for loss, flag in read if flag == 0]
+                means = {"loss": sum(losses) / len(losses)} if losses else {}
+                mean = means.get("loss", mean)
                 pending.clear()
-                recent.clear()
+                counted_steps = watch.counts()
                 probed = {} if online is None else online.take()
-                log(step, loss=mean, lr=lr, images_per_second=rate, **probed)
+                log(step, **means, lr=lr, images_per_second=rate, **counted_steps, **probed)
                 progress.update(step, mean, rate)
                 interval_began, interval_images = time.monotonic(), 0
             paused = time.monotonic()
@@ -430,6 +436,7 @@ def _pretrain(config: Config) -> dict[str, Any]:
         "epochs": total / per_epoch,
         "train_loss": mean,
         "val_loss": val_loss,
+        "skipped_steps": watch.total,
         **flops,
         "images_per_second": total_images / max(train_seconds, 1e-9),
         "peak_memory_bytes": (
@@ -461,6 +468,13 @@ def _pretrain(config: Config) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result
+
+
+def _with_flags(pending: Tensor) -> Tensor:
+    """(n, 2) of a checkpoint; (n,) losses of steps that were taken in one of an older version."""
+    if pending.dim() == 2:
+        return pending
+    return torch.stack([pending, torch.zeros_like(pending)], dim=1)
 
 
 def _share(batch: Batch, cut: slice, weight: Tensor | None, world: int) -> Tensor | float:
@@ -518,45 +532,6 @@ def _measure_flops(
     forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
     forward, backward = round(forward), round(backward)
     return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
-
-
-def _check_finite(
-    losses: list[float],
-    recent: list[tuple[int, list[int]]],
-    lr: float,
-    run: Path,
-    main: bool,
-) -> None:
-    """Stop at the first loss that is not finite; what was saved before it stays."""
-    first = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if first is None:
-        return
-    place = max(len(recent) - len(losses) + first, 0)
-    step, ids = recent[place]
-    _stop(f"loss is {losses[first]} at", str(losses[first]), step, ids, lr, run, main)
-
-
-def _check_weights(
-    model: MaskedImageModel, last: tuple[int, list[int]], lr: float, run: Path, main: bool
-) -> None:
-    """Never save weights that are not finite: a finite loss may have a gradient that is not."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            _stop(f"{name} is not finite after", "finite", *last, lr, run, main)
-
-
-def _stop(
-    what: str, loss: str, step: int, ids: list[int], lr: float, run: Path, main: bool
-) -> NoReturn:
-    if main:
-        details = {"step": step + 1, "lr": lr, "loss": loss, "sample_ids": ids}
-        checkpoint.write_json_atomic(run / "nonfinite.json", details)
-    shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
-    raise TrainingError(
-        f"{what} step {step + 1}, learning rate {lr:.3g}, sample ids {shown} "
-        f"(all in {run / 'nonfinite.json'}); the last good checkpoint is kept. Lower "
-        "optim.base_lr or set optim.clip_grad"
-    )
 
 
 def _caught(signals: Signals, accelerator: Accelerator, reading: bool) -> int | None:

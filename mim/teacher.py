@@ -10,6 +10,23 @@ from torch import Tensor, nn
 from mim.backbone import block_outputs, family_of, patch_attention
 
 
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None:
+    """Move all of an average's parameters and buffers by ``weight`` towards the model's.
+
+    Args:
+        average: of the same kind as the model.
+        model: what it follows.
+        weight: 0 stays, 1 copies; a tensor () on their device is not read here.
+    """
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    for mine, new in pairs:
+        if mine.is_floating_point():
+            mine.lerp_(new, weight)
+        else:
+            mine.copy_(new)
+
+
 class Teacher(nn.Module):
     """A frozen copy of the encoder whose weights follow it slowly.
 
@@ -33,10 +50,10 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, vit: nn.Module) -> None:
-        """Move a step towards ``vit``."""
+    def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
+        """Move a step towards ``vit``, or, where ``taken`` is 0, none."""
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
-            mine.lerp_(new, 1 - self.decay)
+            mine.lerp_(new, (1 - self.decay) * taken)
         for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
             buffer.copy_(now)
 
