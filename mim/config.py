@@ -63,6 +63,10 @@ class SubsetConfig:
         return self != SubsetConfig()
 
 
+STREAMED = ("shards", "huggingface")
+"""The sources that can be read in place by URL."""
+
+
 @dataclass(frozen=True)
 class HuggingFaceConfig:
     """Settings of the source huggingface."""
@@ -75,6 +79,12 @@ class HuggingFaceConfig:
     """The column of images; by default image, img, jpg or what is there of that kind."""
     label: str | None = None
     """The column of labels; by default label, labels or fine_label, if there is one."""
+    pool: int = 1024
+    """With data.streaming: about so many rows, of row groups drawn by key, are shuffled together.
+    More mix a set better that is sorted by class; each loader process holds so many files."""
+
+    def __post_init__(self) -> None:
+        _above("data.huggingface.pool", self.pool, 1, equal=True)
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,10 @@ class DataConfig:
     val_path: str | None = None
     """Shards or parquet files of the val images, where data.path names training ones alone."""
     streaming: bool = False
-    """Whether shards by URL are read in place, an image by one range request, instead of being
-    fetched first; order, batches and resume are the same. The server must answer range requests;
-    shards of one that does not are fetched. Files on disk are read in place in any case."""
+    """Whether files by URL are read in place by range requests instead of being fetched first:
+    shards an image at a time, in the same order; parquet files of huggingface, on disk too, a row
+    group at a time, in the order of data.huggingface.pool. Resume is exact. Files of a server that
+    answers no range requests are fetched."""
     download: bool = True
     """Whether a torchvision data set may be downloaded."""
     image_size: int | tuple[int, int] = 224
@@ -216,14 +227,8 @@ class DataConfig:
                 raise setting_error(f"data.{name}", values, reason)
         if self.std is not None and min(self.std) <= 0:
             raise setting_error("data.std", self.std, "must be above 0")
-        if self.streaming and self.source not in ("shards", "mixed"):
-            reason = f"needs data.source=shards or mixed, not {self.source}"
-            if self.source == "huggingface":
-                reason = (
-                    "is not offered for data.source=huggingface: a row of a table cannot be reached"
-                    " alone from afar, so order and resume would not be exact. Leave it out, or "
-                    "pack the images into shards (mim data pack --kind shards) and stream these"
-                )
+        if self.streaming and self.source not in (*STREAMED, "mixed"):
+            reason = f"needs data.source={', '.join(STREAMED)} or mixed, not {self.source}"
             raise setting_error("data.streaming", self.streaming, reason)
         if self.mix and self.source != "mixed":
             raise setting_error("data.mix", [m.source for m in self.mix], "needs data.source=mixed")

@@ -49,6 +49,13 @@ class CachedSource(ImageSource):
         self.mean, self.std = source.mean, source.std
         self.has_val, self.ledger = source.has_val, source.ledger
 
+    @property
+    def epoch_size(self) -> int:
+        return self.source.epoch_size
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return self.source.order(seed, epoch)
+
     def describe(self, index: int) -> str:
         return self.source.describe(index)
 

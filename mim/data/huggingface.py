@@ -2,112 +2,71 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
-import torch
 
 from mim.config import DataConfig
-from mim.data.decode import UnreadableImage, decode, decoding
 from mim.data.folder import VAL_NAMES
-from mim.data.places import divide, is_local
-from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split, needs_package
-from mim.data.transforms import Picture
-from mim.errors import UserError, choice_error, setting_error
-from mim.keys import name_to_int
+from mim.data.places import Place, divide, is_local, open_urls
+from mim.data.row_groups import RowGroups
+from mim.data.sources import SOURCES, ImageSource, Split, needs_package
+from mim.data.tables import TableSource, image_column, label_column
+from mim.errors import UserError, setting_error
 
-_IMAGES = ("image", "img", "pixel_values", "jpg", "png")
-_LABELS = ("label", "labels", "fine_label", "class", "cls")
 _VAL_SPLITS = ("validation", *VAL_NAMES)
+_SCHEME = re.compile(r"hf://datasets/(?P<name>[^/@]+(/[^/@]+)?)(@(?P<revision>[^/]+))?/?")
 
 
 @SOURCES.register("huggingface")
-class HuggingFace(ImageSource):
-    """A data set that the package ``datasets`` reads, by row, from its memory-mapped tables.
+def huggingface(config: DataConfig, split: Split) -> ImageSource:
+    """A data set of parquet files, or one that the package ``datasets`` reads.
 
     ``data.path`` names parquet files (a file, a folder, a pattern or URLs, as for shards) or a data
-    set on the hub. Files whose names begin with val, valid or test, or ``data.val_path``, are val;
-    of the hub, the split validation, else val, valid or test; with none, a share is held out. The
-    id of an image is that of its split and row.
-    """
+    set on the hub, USER/NAME or hf://datasets/USER/NAME. Files whose names begin with val, valid or
+    test, or ``data.val_path``, are val; of the hub, the split validation, else val, valid or test;
+    with none, a share is held out. The id of an image is that of its split and row.
 
-    mean, std = IMAGENET
+    With ``data.streaming`` parquet files are read where they are, a row group at a time; without,
+    the package makes memory-mapped tables of them first.
+
+    Raises:
+        UserError: if the package is missing, or the data set cannot be read.
+    """
+    if config.path is None:
+        raise setting_error("data.path", None, "is needed by data.source=huggingface")
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise needs_package("huggingface", "mim[hf]") from error
+    if not config.streaming:
+        return HuggingFace(config, split)
+    if is_local(config.path, ".parquet"):
+        train, val = divide(config, ".parquet")
+        return RowGroups(config, split, train, val)
+    return RowGroups(config, split, *_hub_files(config))
+
+
+class HuggingFace(TableSource):
+    """Rows that the package ``datasets`` reads from memory-mapped tables."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
-        self.name = "huggingface"
-        self._settings = config.huggingface
-        self._max_pixels, self._decoder = config.max_pixels, config.decode
-        if config.path is None:
-            raise setting_error("data.path", None, "is needed by data.source=huggingface")
         parts = _load(config)
         self.has_val = "val" in parts
         part = "val" if split == "val" and self.has_val else "train"
-        self.dataset = parts[part]
-        self._part = part
-        image = self._column("image", _IMAGES, self.dataset.column_names)
-        if image is None:
-            reason = f"is not among the columns {', '.join(self.dataset.column_names)}"
-            raise setting_error("data.huggingface.image", self._settings.image, reason)
-        label = self._column("label", _LABELS, self.dataset.column_names)
-        self._read_labels(parts, part, label)
-        self.dataset = _undecoded(self.dataset.select_columns([image]), image)
-        self._image = image
-        ids = [name_to_int(f"{part}/{row}") for row in range(len(self.dataset))]
-        self.sample_ids = torch.tensor(ids, dtype=torch.int64)
+        dataset = parts[part]
+        super().__init__(config, part, len(dataset))
+        self._image = image_column(config.huggingface, dataset.column_names)
+        label = label_column(config.huggingface, dataset.column_names)
+        if label is not None:
+            names = getattr(parts["train"].features[label], "names", None)
+            values, train = (_values(table, label) for table in (dataset, parts["train"]))
+            self._label(label, values, train, names)
+        self.dataset = _undecoded(dataset.select_columns([self._image]), self._image)
 
-    def _column(self, kind: str, usual: tuple[str, ...], columns: list[str]) -> str | None:
-        """The column that the settings name, else the first usual one."""
-        given = getattr(self._settings, kind)
-        if given is None:
-            return next((name for name in usual if name in columns), None)
-        if given not in columns:
-            raise choice_error(f"data.huggingface.{kind}", given, columns)
-        return given
-
-    def _read_labels(self, parts: dict[str, Any], part: str, column: str | None) -> None:
-        self.labels, self.classes = None, []
-        if column is None:
-            return
-        values = _values(parts[part], column)
-        names = getattr(parts["train"].features[column], "names", None)
-        if values.dtype.kind in "iu" and (not len(values) or values.min() >= 0):
-            count = int(_values(parts["train"], column).max(initial=-1)) + 1
-            self.classes = list(names) if names else [str(label) for label in range(count)]
-            self.labels = torch.from_numpy(values.astype(np.int64))
-            return
-        if values.dtype.kind in "iu":  # -1 stands for an unknown label, as in test splits
-            return
-        known = sorted(set(_values(parts["train"], column).tolist()))
-        place = {name: label for label, name in enumerate(known)}
-        unknown = sorted(set(values.tolist()) - set(known))
-        if unknown:
-            reason = f"has the class {unknown[0]!r} in val but not in train"
-            raise setting_error("data.huggingface.label", column, reason)
-        self.classes = [str(name) for name in known]
-        self.labels = torch.tensor([place[value] for value in values.tolist()], dtype=torch.int64)
-
-    def describe(self, index: int) -> str:
-        return f"{self._part}/{index}"
-
-    def image(self, index: int) -> Picture:
-        name = self.describe(index)
-        with decoding(name):
-            value = self.dataset[index][self._image]
-            data = _bytes(value)
-        if data is None:
-            raise UnreadableImage(name, "the row holds no image")
-        return decode(data, name, self._max_pixels, self._decoder)
-
-
-def _bytes(value: Any) -> bytes | None:
-    """What a row holds: bytes, bytes beside a path, or a path alone."""
-    if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return bytes(value["bytes"])
-        path = value.get("path")
-        return None if path is None else Path(path).read_bytes()
-    return value if isinstance(value, bytes) else None
+    def _value(self, index: int) -> Any:
+        return self.dataset[index][self._image]
 
 
 def _undecoded(dataset: Any, column: str) -> Any:
@@ -124,18 +83,38 @@ def _values(dataset: Any, column: str) -> Any:
     return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
 
 
-def _load(config: DataConfig) -> dict[str, Any]:
-    """The tables of train, and of val where there is one.
+def _hub_name(config: DataConfig) -> tuple[str, str | None]:
+    """Name and revision of a data set on the hub."""
+    assert config.path is not None
+    given = _SCHEME.fullmatch(config.path)
+    if given is None:
+        return config.path, config.huggingface.revision
+    return given["name"], config.huggingface.revision or given["revision"]
+
+
+def _unloadable(config: DataConfig, error: Exception) -> UserError:
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    return setting_error("data.path", config.path, f"cannot be loaded: {reason}")
+
+
+def _val_split(config: DataConfig, splits: Any) -> str | None:
+    """The name of the split that is val, if there is one.
 
     Raises:
-        UserError: if the package is missing, or the data set cannot be loaded.
+        UserError: if there is no split train.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise needs_package("huggingface", "mim[hf]") from error
+    if "train" not in splits:
+        reason = f"has no split train, but {', '.join(splits)}"
+        raise setting_error("data.path", config.path, reason)
+    return next((name for name in _VAL_SPLITS if name in splits), None)
+
+
+def _load(config: DataConfig) -> dict[str, Any]:
+    """The tables of train, and of val where there is one."""
+    import datasets
+
     assert config.path is not None
-    settings = config.huggingface
+    name, revision = _hub_name(config)
     try:
         if is_local(config.path, ".parquet"):
             train, val = divide(config, ".parquet")
@@ -143,17 +122,40 @@ def _load(config: DataConfig) -> dict[str, Any]:
             if val:
                 files["val"] = [str(path) for path in val]
             return dict(datasets.load_dataset("parquet", data_files=files))
-        loaded = datasets.load_dataset(config.path, settings.name, revision=settings.revision)
+        loaded = datasets.load_dataset(name, config.huggingface.name, revision=revision)
     except UserError:
         raise
     except Exception as error:  # datasets and the hub raise many kinds
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise setting_error("data.path", config.path, f"cannot be loaded: {reason}") from error
-    if "train" not in loaded:
-        reason = f"has no split train, but {', '.join(loaded)}"
-        raise setting_error("data.path", config.path, reason)
-    val_name = next((name for name in _VAL_SPLITS if name in loaded), None)
+        raise _unloadable(config, error) from error
+    val_name = _val_split(config, loaded)
     parts = {"train": loaded["train"]}
     if val_name is not None:
         parts["val"] = loaded[val_name]
     return parts
+
+
+def _hub_files(config: DataConfig) -> tuple[list[Place], list[Place], Any]:
+    """The parquet files of a data set on the hub: train, val and what its card says of columns."""
+    import datasets
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.utils import build_hf_headers
+
+    name, revision = _hub_name(config)
+    try:
+        builder = datasets.load_dataset_builder(name, config.huggingface.name, revision=revision)
+        files = builder.config.data_files or {}
+        hub = HfFileSystem()
+        urls = {part: [hub.url(str(place)) for place in files[part]] for part in files}
+    except Exception as error:  # datasets and the hub raise many kinds
+        raise _unloadable(config, error) from error
+    if any(not url.endswith(".parquet") for places in urls.values() for url in places):
+        reason = (
+            "is not made of parquet files, which alone can be streamed; for most sets the hub has "
+            "such a copy: data.huggingface.revision=refs/convert/parquet"
+        )
+        raise setting_error("data.path", config.path, reason)
+    val_name = _val_split(config, urls)
+    headers = tuple(build_hf_headers().items())  # who asks: some sets are not for everybody
+    train = open_urls(urls["train"], headers)
+    val = [] if val_name is None else open_urls(urls[val_name], headers)
+    return train, val, builder.info.features

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mim.config import DataConfig, MixConfig
+from mim.config import STREAMED, DataConfig, MixConfig
 from mim.data.faults import Fault
 from mim.data.opening import open_source
 from mim.data.sources import SOURCES, ImageSource, Split
@@ -82,7 +82,14 @@ class Mixed(ImageSource):
         for place, (part, count) in enumerate(zip(self.parts, self._counts, strict=True)):
             chosen.append(self._starts[place] + _stretch(part, seed, place, epoch * count, count))
         everything = torch.cat(chosen)
-        return everything[permutation(seed, epoch, len(everything))]
+        order = permutation(seed, epoch, len(everything))
+        if all(part.groups is None for part in self.parts):
+            return everything[order]
+        # Whose turn it is is drawn; each source keeps its own order, in which groups stay together.
+        turns = torch.arange(len(self.parts)).repeat_interleave(torch.tensor(self._counts))[order]
+        for place, positions in enumerate(chosen):
+            everything[turns == place] = positions
+        return everything
 
     def ahead(self, indices: Tensor) -> None:
         for part, (start, stop) in zip(self.parts, pairwise(self._starts), strict=True):
@@ -114,7 +121,8 @@ def _part(config: DataConfig, item: MixConfig) -> DataConfig:
         source=item.source,
         path=item.path,
         val_path=item.val_path,
-        streaming=config.streaming and item.source == "shards",
+        streaming=config.streaming and item.source in STREAMED,
+        cache="none",  # all of the mixture is cached, once
         mix=(),
         fingerprint=None,
     )
@@ -125,6 +133,6 @@ def _stretch(part: ImageSource, seed: int, place: int, start: int, count: int) -
     size, found = len(part), []
     stop = start + count
     for number in range(start // size, -(-stop // size)):
-        order = permutation(seed + place, number, size)
+        order = part.order(seed + place, number)
         found.append(order[max(start - number * size, 0) : stop - number * size])
     return torch.cat(found)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from mim.config import DataConfig
 from mim.data.fetch import fetch, is_url
 from mim.data.folder import VAL_NAMES
-from mim.data.remote import RemoteFile, in_parallel, open_remote
+from mim.data.remote import Headers, RemoteFile, in_parallel, open_remote
 from mim.errors import setting_error
 
 Place: TypeAlias = Path | RemoteFile
@@ -67,7 +67,7 @@ def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequ
     except ValueError as error:
         raise setting_error(setting, given, str(error)) from error
     if is_url(given):
-        return _stream(places) if streaming else fetch(places)
+        return open_urls(places) if streaming else fetch(places)
     found: list[Path] = []
     for place in places:
         if Path(place).is_dir():
@@ -84,13 +84,18 @@ def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequ
     return found
 
 
-def _stream(urls: Sequence[str]) -> list[Place]:
-    opened = in_parallel(open_remote, urls)
+def open_urls(urls: Sequence[str], headers: Headers = ()) -> list[Place]:
+    """Files by URL, to be read in place; those that cannot be are fetched, and a line says so.
+
+    Raises:
+        UserError: for a URL that is refused, or fails each time.
+    """
+    opened = in_parallel(lambda url: open_remote(url, headers), urls)
     missing = [url for url, file in zip(urls, opened, strict=True) if file is None]
     if missing:
         reason = "the server answers no range requests, so they are fetched whole first"
         log = logging.getLogger("mim")
-        log.warning("data.streaming: %d shards, of them %s: %s", len(missing), missing[0], reason)
+        log.warning("data.streaming: %d files, of them %s: %s", len(missing), missing[0], reason)
     fetched = dict(zip(missing, fetch(missing), strict=True))
     return [fetched[url] if file is None else file for url, file in zip(urls, opened, strict=True)]
 

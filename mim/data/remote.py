@@ -14,16 +14,18 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from mim.data.fetch import SECONDS, retry
 from mim.errors import UserError
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+Headers: TypeAlias = Sequence[tuple[str, str]]
 
 _REQUESTS = 16  # at once, of each process: a server far away answers each after a while
 _BUFFER = 1 << 16  # bytes read at once where headers are looked through
@@ -38,11 +40,13 @@ class RemoteFile:
         url: where it is.
         size: its bytes.
         version: as the server names it; empty where it names none.
+        headers: sent along, such as who asks; not to where the server refers.
     """
 
     url: str
     size: int
     version: str
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -59,7 +63,7 @@ class RemoteFile:
             return b""
 
         def get() -> bytes:
-            status, headers, data = _request(self.url, offset, size)
+            status, headers, data = _request(self.url, offset, size, self.headers)
             if status != 206 or _told(headers) != (self.size, self.version):
                 raise UserError(f"{self.url}: the file has changed since it was opened")
             if len(data) != size:
@@ -71,6 +75,10 @@ class RemoteFile:
     def open(self) -> io.BufferedReader:
         """As a file, of which stretches of 64 KB are read where it is read from."""
         return io.BufferedReader(_Raw(self), _BUFFER)
+
+    def unbuffered(self) -> io.RawIOBase:
+        """As a file of which each read is one request, of so many bytes."""
+        return _Raw(self)
 
 
 class _Raw(io.RawIOBase):
@@ -97,11 +105,11 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def _request(url: str, offset: int, size: int) -> tuple[int, Message, bytes]:
-    headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=SECONDS
-    ) as answer:
+def _request(url: str, offset: int, size: int, headers: Headers = ()) -> tuple[int, Message, bytes]:
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
+    for name, value in headers:
+        request.add_unredirected_header(name, value)
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         # An answer with all of the file is not read.
         return answer.status, answer.headers, answer.read() if answer.status == 206 else b""
 
@@ -120,15 +128,15 @@ def _patiently(url: str, get: Callable[[], T]) -> T:
         raise UserError(f"{url}: {error}") from error
 
 
-def open_remote(url: str) -> RemoteFile | None:
+def open_remote(url: str, headers: Headers = ()) -> RemoteFile | None:
     """The file at a URL, or None where the server does not answer range requests.
 
     Raises:
         UserError: if it is refused, or fails each time.
     """
-    status, headers, _ = _patiently(url, lambda: _request(url, 0, 1))
-    size, version = _told(headers)
-    return RemoteFile(url, size, version) if status == 206 and size >= 0 else None
+    status, told, _ = _patiently(url, lambda: _request(url, 0, 1, headers))
+    size, version = _told(told)
+    return RemoteFile(url, size, version, tuple(headers)) if status == 206 and size >= 0 else None
 
 
 def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:

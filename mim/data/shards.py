@@ -19,7 +19,6 @@ The id of an image is that of its name in the shard; where two shards hold the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
@@ -36,21 +35,21 @@ from numpy.typing import NDArray
 
 from mim.config import DataConfig
 from mim.data.decode import EXTENSIONS, decode, decoding
-from mim.data.fetch import cache_folder, text_at
+from mim.data.fetch import text_at
 from mim.data.folder import VAL_NAMES
+from mim.data.kept import keep, recall, shown
 from mim.data.names import Names
 from mim.data.places import Place, divide
 from mim.data.remote import RemoteFile, in_parallel
 from mim.data.sources import IMAGENET, SOURCES, ImageSource, Split
 from mim.data.transforms import Picture
 from mim.errors import UserError, setting_error
-from mim.files import write_atomic
 from mim.keys import name_to_int
 
 _OPEN_SHARDS = 64
 _BLOCK = 512  # bytes of a tar block
 _NO_LABEL = -1
-_INDEX_FORMAT = 1
+_INDEX = "1"
 
 
 @dataclass
@@ -81,12 +80,12 @@ def scan(place: Place) -> ShardIndex:
     """
     images: list[tuple[str, int, int]] = []
     labels: dict[str, int] = {}
-    shown = f"shard {_shown(place)!r}"
+    called = f"shard {shown(place)!r}"
     try:
         with place.open() if isinstance(place, RemoteFile) else place.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 reason = "is compressed, and images in it cannot be reached: unpack it with gunzip"
-                raise UserError(f"{shown} {reason}")
+                raise UserError(f"{called} {reason}")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
@@ -100,7 +99,7 @@ def scan(place: Place) -> ShardIndex:
                     elif base.endswith((".cls", ".json")):
                         file.seek(member.offset_data)
                         text = file.read(member.size)
-                        found = _read_label(text, base, f"{shown}: {name}")
+                        found = _read_label(text, base, f"{called}: {name}")
                         if found is not None:
                             labels[_stem(name)] = found
                 file.seek(tar.offset)
@@ -109,9 +108,9 @@ def scan(place: Place) -> ShardIndex:
                     raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         if isinstance(place, Path) and not place.is_file():
-            raise UserError(f"{shown} is missing") from error
+            raise UserError(f"{called} is missing") from error
         reason = f"ends early or is damaged, after {len(images)} whole images ({error})"
-        raise UserError(f"{shown} {reason}: fetch or write it again") from error
+        raise UserError(f"{called} {reason}: fetch or write it again") from error
     return ShardIndex(
         names=np.array([os.fsencode(name) for name, _, _ in images], dtype=np.bytes_),
         offsets=np.array([offset for _, offset, _ in images], dtype=np.int64),
@@ -130,43 +129,16 @@ def _read_label(text: bytes, name: str, shown: str) -> int | None:
         raise UserError(f"{shown} holds no label: {error}") from error
 
 
-def _shown(place: Place) -> str:
-    return place.url if isinstance(place, RemoteFile) else str(place)
-
-
-def _state(place: Place) -> str | None:
-    """What a kept index is of; None if nothing tells one version of the file from the next."""
-    if isinstance(place, RemoteFile):
-        told = f"{_INDEX_FORMAT}/{place.url}/{place.size}/{place.version}"
-        return told if place.version else None
-    try:
-        status = place.stat()
-    except OSError as error:
-        raise UserError(f"shard {str(place)!r} is missing") from error
-    return f"{_INDEX_FORMAT}/{place.resolve()}/{status.st_size}/{status.st_mtime_ns}"
-
-
 def read_index(place: Place) -> ShardIndex:
     """The index of a shard: kept from an earlier scan of the same file, or of a new one.
 
     Raises:
         UserError: see :func:`scan`.
     """
-    state = _state(place)
-    if state is None:
-        return scan(place)
-    digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
-    kept = cache_folder("index") / f"{digest}.npz"
-    if kept.is_file():
-        with np.load(kept, allow_pickle=False) as arrays:
-            return ShardIndex(**{name: arrays[name] for name in arrays.files})
+    if (known := recall(place, _INDEX)) is not None:
+        return ShardIndex(**known)
     index = scan(place)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **vars(index))
-
-    write_atomic(kept, write)
+    keep(place, _INDEX, vars(index))
     return index
 
 

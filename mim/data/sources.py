@@ -58,6 +58,11 @@ class ImageSource(ABC):
     """Whether the set comes divided; if not, ``open_source`` holds a share out."""
     ledger: Ledger | None = None
     """Where loaders note the images that cannot be read; of ``open_source``."""
+    groups: Tensor | None = None
+    """(n,) int64, images of one number lie together and are read at once; None where any image is
+    as near as any other."""
+    groups_mixed: int = 1
+    """So many groups are shuffled together in an epoch's order."""
     weights: Tensor | None = None
     """(n,) how much each image counts in training, or None where all count alike."""
 
@@ -70,8 +75,19 @@ class ImageSource(ABC):
         return len(self)
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """(epoch_size,) positions of the images of an epoch, in their order."""
-        return permutation(seed, epoch, len(self))
+        """(epoch_size,) positions of the images of an epoch, in their order.
+
+        A keyed permutation. With ``groups`` it goes through them in a keyed order, of which
+        ``groups_mixed`` in a row are shuffled together, so that each is read once.
+        """
+        shuffled = permutation(seed, epoch, len(self))
+        if self.groups is None:
+            return shuffled
+        present, place = self.groups.unique(return_inverse=True)
+        keys = image_keys(seed, epoch, present, purpose="order groups")
+        turn = torch.argsort(torch.argsort(keys, stable=True))  # of each group
+        pool = (turn // self.groups_mixed)[place[shuffled]]
+        return shuffled[torch.argsort(pool, stable=True)]
 
     @abstractmethod
     def image(self, index: int) -> Picture:
@@ -126,6 +142,8 @@ class Subset(ImageSource):
         self.mean, self.std = source.mean, source.std
         self.ledger = source.ledger
         self.weights = None if source.weights is None else source.weights[self.indices]
+        self.groups = None if source.groups is None else source.groups[self.indices]
+        self.groups_mixed = source.groups_mixed
 
     def ahead(self, indices: Tensor) -> None:
         self.source.ahead(self.indices[indices])
