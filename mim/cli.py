@@ -707,6 +707,55 @@ def _doctor(args: list[str]) -> int:
     return 1 if any(check.state == "problem" for check in checks) else 0
 
 
+def _debug_batch(args: list[str]) -> int:
+    """Compute a step again, and say which tensor is not finite, and where first."""
+    about = (
+        "Compute a training step again, in the weights before it: every tensor's values that are\n"
+        "not finite, its least and its greatest, and a picture of images and masks. Without\n"
+        "--step it is the newest step whose loss or gradient was not finite."
+    )
+    parser = _parser("debug batch", about)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--step", type=int, help="counted from 1, as in metrics.jsonl")
+    parser.add_argument("--device", help="cpu or cuda; by default what there is")
+    parser.add_argument("--output", metavar="FILE", help="PNG; by default RUN/debug_STEP.png")
+    parser.add_argument("--json", metavar="FILE", help="all figures to a file (- for stdout)")
+    options = parser.parse_args(args)
+    if options.output:
+        _prepare_file(Path(options.output), "--output")
+    if options.json not in (None, "-"):
+        _prepare_file(Path(options.json), "--json")
+    from mim.debug import debug_batch
+    from mim.terminal import show_table
+    from mim.visualize import batch_figure, save_figure
+
+    found = debug_batch(options.run, options.step, options.device)
+    output = Path(options.output or Path(options.run) / f"debug_{found.step}.png")
+    save_figure(batch_figure(found.original, found.masked, found.titles), output)
+    _give_json(options.json, found.as_json())
+    if options.json != "-":
+        heads = ("what", "name", "shape", "not finite", "least", "greatest")
+        show_table(heads, found.rows())
+        for line in found.lines():
+            _say(line)
+        _say(output)
+    return 0
+
+
+_DEBUG: dict[str, Verb] = {"batch": _debug_batch}
+
+
+def _debug(args: list[str]) -> int:
+    """Look into a step of a run that was not finite: batch."""
+    lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _DEBUG.items()]
+    about = "Look into what went wrong; each verb has its own --help."
+    parser = _parser("debug", "\n".join([about, *lines]))
+    parser.add_argument("what", choices=tuple(_DEBUG), help="what to look at")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="of the verb; see its --help")
+    options = parser.parse_args(args)
+    return _DEBUG[options.what](options.rest)
+
+
 def _completion(args: list[str]) -> int:
     """Print a shell's completion script (needs shtab)."""
     from mim.completion import SHELLS, completion_script
@@ -731,6 +780,7 @@ VERBS: dict[str, Verb] = {
     "runs": _runs,
     "diff": _diff,
     "doctor": _doctor,
+    "debug": _debug,
     "completion": _completion,
 }
 

@@ -52,6 +52,42 @@ def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
     return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
+def _patches(model: MaskedImageModel, images: Images) -> Tensor:
+    """(B, N, P)."""
+    if isinstance(images, Patches):
+        return images.values
+    return patchify(images, model.patch_size)
+
+
+def _pixels(
+    model: MaskedImageModel, images: Images, content: Tensor, source: ImageSource
+) -> Pixels:
+    """(B, H, W, C) of images whose patches are ``content`` (B, N, P)."""
+    if isinstance(images, Patches):
+        return _on_canvas(images.with_values(content), model.patch_size, source)
+    return _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
+
+
+def masked_pixels(
+    model: MaskedImageModel, images: Images, mask: PatchMask, source: ImageSource
+) -> tuple[Pixels, Pixels]:
+    """Images as they are and under their masks, hidden patches in gray.
+
+    Args:
+        model: that they are for.
+        images: (B, C, H, W), normalised, or patches of several sizes.
+        mask: (B, N).
+        source: of the images.
+
+    Returns:
+        uint8 (B, H, W, C) each, white around images smaller than the largest.
+    """
+    patches = _patches(model, images)
+    gray = torch.zeros_like(patches)  # the mean colour
+    hidden = torch.where(mask.is_masked[..., None], gray, patches)
+    return _pixels(model, images, patches, source), _pixels(model, images, hidden, source)
+
+
 @torch.no_grad()
 def reconstruct(
     model: MaskedImageModel,
@@ -90,20 +126,12 @@ def reconstruct(
     predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
     own = images if isinstance(images, Patches) else None
-    patches = patchify(images, model.patch_size) if own is None else own.values
-    hidden = mask.is_masked[..., None]
-    gray = torch.zeros_like(patches)  # the mean colour
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for name, content in (
-        ("original", patches),
-        ("masked", torch.where(hidden, gray, patches)),
-        ("prediction", predicted),
-        ("composite", torch.where(hidden, predicted, patches)),
-    ):
-        if own is not None:
-            arrays[name] = _on_canvas(own.with_values(content), model.patch_size, source)
-        else:
-            arrays[name] = _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
+    original, masked = masked_pixels(model, images, mask, source)
+    arrays: dict[str, NDArray[np.generic]] = {"original": original, "masked": masked}
+    patches = _patches(model, images)
+    composite = torch.where(mask.is_masked[..., None], predicted, patches)
+    for name, content in (("prediction", predicted), ("composite", composite)):
+        arrays[name] = _pixels(model, images, content, source)
     if own is None:
         arrays["is_masked"] = mask.is_masked.view(-1, *model.grid).cpu().numpy()
     else:

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from mim.backbone import use_attention
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
 from mim.data import (
-    Batch,
     ImageSource,
     eval_loader,
     normalize,
@@ -89,7 +88,7 @@ class Metrics:
             file.write(json.dumps(values) + "\n")
 
 
-def parts(batch: Batch, count: int) -> Iterator[slice]:
+def parts(batch: Sized, count: int) -> Iterator[slice]:
     """Slices that cut a batch into ``count`` nearly equal parts."""
     edges = [round(i * len(batch) / count) for i in range(count + 1)]
     yield from (slice(a, b) for a, b in itertools.pairwise(edges))
@@ -354,7 +353,7 @@ def _pretrain(config: Config) -> dict[str, Any]:
                 with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                     part_mask = mask if len(cuts) == 1 else mask[cut]
                     part_weight = None if weight is None else weight[cut]
-                    share = _share(batch, cut, part_weight, world)
+                    share = share_of(len(batch), cut, part_weight, batch.total_weight, world)
                     output = wrapped(images[cut], part_mask, part_weight)
                     accelerator.backward(output.loss * share * strict(output.loss))
                 step_loss += output.reconstruction.detach() * share
@@ -477,14 +476,23 @@ def _with_flags(pending: Tensor) -> Tensor:
     return torch.stack([pending, torch.zeros_like(pending)], dim=1)
 
 
-def _share(batch: Batch, cut: slice, weight: Tensor | None, world: int) -> Tensor | float:
+def share_of(
+    count: int, cut: slice, weight: Tensor | None, total_weight: float | None, world: int
+) -> Tensor | float:
     """The factor that turns a part's mean loss into its share of the loss of all processes.
 
     Gradients are averaged over processes, and so is the loss that is logged.
+
+    Args:
+        count: images of this process.
+        cut: which of them are the part.
+        weight: of the part's images; None where all count alike.
+        total_weight: of all images of all processes.
+        world: count of processes.
     """
-    if weight is None or batch.total_weight is None:
-        return (cut.stop - cut.start) / len(batch)
-    return weight.sum() * (world / batch.total_weight)
+    if weight is None or total_weight is None:
+        return (cut.stop - cut.start) / count
+    return weight.sum() * (world / total_weight)
 
 
 def _check_masks(model: MaskedImageModel, config: Config, source: ImageSource) -> None:

@@ -346,6 +346,26 @@ def reconstruction_figure(
     return figure
 
 
+def batch_figure(
+    original: Sequence[NDArray[np.uint8]],
+    masked: Sequence[NDArray[np.uint8]],
+    titles: Sequence[str],
+) -> Figure:
+    """Images of a step, and under them the same with their masks.
+
+    Args:
+        original: (H, W, C) each.
+        masked: the same under their masks.
+        titles: of each.
+    """
+    figure, axes = _grid_of_axes(2, len(titles), left=0.1, top=0.5)
+    for column, title in enumerate(titles):
+        _show(axes[0][column], _three(original[column]))
+        _show(axes[1][column], _three(masked[column]))
+        axes[0][column].set_title(title, fontsize=5, pad=3)
+    return figure
+
+
 def _three(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
 
