@@ -1,8 +1,8 @@
 """The command line: ``mim VERB --config FILE --dotted.key value``.
 
 Exit codes: 0 done; 1 training failed (a loss that is not finite, a run of a comparison); 2 a
-mistake in what was asked, in one line; 130, 138 and 143 interrupted by SIGINT, SIGUSR1 and
-SIGTERM, with everything saved.
+mistake in what was asked, in one line; 75 another process of the run was lost, call it again with
+--resume auto; 130, 138 and 143 interrupted by SIGINT, SIGUSR1 and SIGTERM, with everything saved.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # Threads that wait by spinning make a step several times slower once anything else needs a core.
 # Read when torch loads its thread pool, hence before any verb imports it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if (
+    "RANK" in os.environ
+):  # torch would show C++ stacks of connections that break; mim names the cause
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 Verb = Callable[[list[str]], int]
 
@@ -812,7 +816,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise choice_error("verb", args[0], VERBS)
         return VERBS[args[0]](args[1:])
     except UserError as error:
-        print(f"mim: error: {error}", file=sys.stderr)
+        _tell(error)
         return 2
     except KeyboardInterrupt as stop:
         print("mim: interrupted; call it again to go on", file=sys.stderr)
@@ -822,10 +826,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Interrupted" and isinstance(code, int):
             print(f"mim: {error}", file=sys.stderr)
             return code
-        if type(error).__name__ in ("TrainingError", "WorkerError"):
-            print(f"mim: error: {error}", file=sys.stderr)
-            return 1
+        if type(error).__name__ in ("TrainingError", "WorkerError", "LostProcess"):
+            _tell(error)
+            return 1 if code is None else code
+        if _several():
+            _tell(f"{type(error).__name__}: {error}")
         raise
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _tell(error: Exception | str) -> None:
+    """Which process it was, of several, and what is wrong."""
+    who = f"rank {os.environ.get('RANK', '0')}: " if _several() else ""
+    print(f"mim: error: {who}{error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -826,6 +826,9 @@ class TrainConfig:
     spike_deviations: float = 10.0
     """A loss that is so many robust standard deviations above the median of the last 100 steps is
     told, and counted in metrics.jsonl; 0 tells none."""
+    timeout: float = 600.0
+    """Of several processes: seconds that one waits for the others before the run ends and names who
+    is missing. Must exceed the longest time that one works alone, such as a checkpoint's."""
 
     def __post_init__(self) -> None:
         _above("train.epochs", self.epochs, 1, equal=True)
@@ -839,6 +842,7 @@ class TrainConfig:
         for name in ("validate_every", "picture_every", "milestone_every", "spike_deviations"):
             _above(f"train.{name}", getattr(self, name), 0, equal=True)
         _above("train.checkpoint_every", self.checkpoint_every, 0)
+        _above("train.timeout", self.timeout, 0)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise setting_error("train.ema_decay", self.ema_decay, "must lie between 0 and 1")
 

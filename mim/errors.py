@@ -18,6 +18,16 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line, and the last good checkpoint is kept."""
 
 
+class LostProcess(RuntimeError):
+    """Another process of the run died, hangs or failed; the message is one line.
+
+    Attributes:
+        code: the exit code, that of ``sysexits.h`` for "try again".
+    """
+
+    code = 75
+
+
 def setting_error(setting: str, value: object, reason: str) -> UserError:
     """The error for a setting whose value cannot be used.
 

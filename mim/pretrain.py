@@ -6,18 +6,18 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator, Sized
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from mim.data import (
     worker_deaths,
     write_list,
 )
-from mim.errors import TrainingError, UserError, setting_error
+from mim.errors import LostProcess, TrainingError, UserError, setting_error
 from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
@@ -53,6 +53,7 @@ from mim.pictures import (
     save_reconstructions,
     spread_indices,
 )
+from mim.processes import together
 from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
 from mim.teacher import follow
@@ -160,11 +161,17 @@ def _accelerator(config: Config) -> Accelerator:
         reason = "needs a GPU; choose bf16 or fp32"
         raise setting_error("train.precision", config.train.precision, reason)
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
-    return Accelerator(
-        mixed_precision=_PRECISION[config.train.precision],
-        log_with=tracker_names(config) or None,
-        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
-    )
+    seconds = config.train.timeout
+    try:
+        return Accelerator(
+            mixed_precision=_PRECISION[config.train.precision],
+            log_with=tracker_names(config) or None,
+            project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+        )
+    except torch.distributed.DistError as error:
+        reason = f"not all processes have come within train.timeout ({seconds:g} s)"
+        raise LostProcess(f"{reason}: {str(error).splitlines()[0]}") from error
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -173,28 +180,31 @@ def pretrain(config: Config) -> dict[str, Any]:
     Raises:
         UserError: for a mistake in the config or the data, before any training.
         TrainingError: when the loss is no longer finite, or a checkpoint cannot be saved.
+        LostProcess: when another process of the run died, hangs or failed.
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with everything saved.
     """
     run = Path(config.output)
-    checkpoint.prepare_folder(run)
-    if os.environ.get("RANK", "0") != "0":  # the first process holds the folder for all
-        return _pretrain(config)
-    with sole_use(run):
-        return _pretrain(config)
+    accelerator = _accelerator(config)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with together(rank, world, config.train.timeout), contextlib.ExitStack() as stack:
+        checkpoint.prepare_folder(run)
+        if rank == 0:  # the first process holds the folder for all
+            stack.enter_context(sole_use(run))
+        return _pretrain(config, accelerator)
 
 
-def _pretrain(config: Config) -> dict[str, Any]:
+def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     """Shapes: B images of this process's share of the batch, C channels, H x W pixels."""
     run = Path(config.output)
     saved, passed_over = _start_folder(config)
     done = checkpoint.read_result(run)
     if saved is not None and done.get("status") == "finished":
+        accelerator.end_training()
         return done
     train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
     seen = f"{train.fingerprint()}-{val.fingerprint()}"
     config = _hold_to(config, seen, saved)
     weigh = open_weights(train, config.data)
-    accelerator = _accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
     share = config.data.batch_size // (world * config.train.accumulate)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +97,86 @@ def mim(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+# What torchrun tells its processes. The plugins of a config are imported first, and do not count
+# among the settings that make a run another run.
+RANK = """
+import os
+
+os.dup2(os.open({stderr!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+rank = {rank}
+os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="{world}")
+os.environ |= dict(LOCAL_WORLD_SIZE="{world}", ACCELERATE_USE_CPU="true")
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+"""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes of one run, without a launcher that would end them.
+
+    Attributes:
+        processes: one a rank.
+        stderr: the file of each.
+    """
+
+    processes: list[Any]
+    stderr: list[Path]
+
+    def wait(self, seconds: float = 120, ranks: list[int] | None = None) -> list[int | None]:
+        """The exit codes; fails where a process has not ended by then."""
+        end = time.monotonic() + seconds
+        chosen = [self.processes[r] for r in ranks] if ranks else self.processes
+        for process in chosen:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(chosen) if process.is_alive()]
+        assert not hanging, f"these wait: {hanging}; {self.texts()}"
+        return [process.exitcode for process in chosen]
+
+    def texts(self) -> list[str]:
+        """What each rank wrote on stderr."""
+        return [path.read_text() if path.is_file() else "" for path in self.stderr]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    """Starts the command line in several processes that have the libraries loaded.
+
+    ``ranks(args, world=2, of={1: "code"}, all="code")``: Python that one or all ranks run first.
+    """
+    from mim.compare import SERVER_MODULES
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SERVER_MODULES)
+    started: list[Ranks] = []
+
+    def start(
+        args: Sequence[object], world: int = 2, of: Mapping[int, str] | None = None, all: str = ""
+    ) -> Ranks:
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = int(place.getsockname()[1])
+        found = Ranks([], [])
+        for rank in range(world):
+            plugin = tmp_path / f"rank_{rank}_{port}.py"
+            stderr = plugin.with_suffix(".err")
+            given = {"rank": rank, "world": world, "port": port, "stderr": str(stderr)}
+            plugin.write_text(RANK.format(**given) + all + (of or {}).get(rank, ""))
+            call = ["mim", *map(str, args), "--plugins", f"[{plugin}]"]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", call)  # the process inherits it
+                process = context.Process(target=runpy.run_module, args=("mim", None, "__main__"))
+                process.start()
+            found.processes.append(process)
+            found.stderr.append(stderr)
+        started.append(found)
+        return found
+
+    yield start
+    for process in (process for found in started for process in found.processes):
+        process.kill()
+        process.join()
 
 
 SIZES = [(8, 12), (12, 8), (10, 10), (6, 16), (16, 6), (12, 12)]

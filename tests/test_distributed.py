@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -16,20 +15,11 @@ from typing import Any
 import pytest
 
 from mim import checkpoint
-from mim.compare import SERVER_MODULES
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
+Launch = Callable[..., Any]
 
-# What torchrun tells its processes. The plugins of a config are imported first, and do not count
-# among the settings that make a run another run.
-RANK = """
-import os
-
-rank = {rank}
-os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", ACCELERATE_USE_CPU="true")
-"""
 STOP = """
 import os, signal
 import mim.pretrain
@@ -54,36 +44,6 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def pair(folder: Path, args: list[object], second: str = "", both: str = "") -> list[int | None]:
-    """Two processes with the libraries loaded; returns their exit codes.
-
-    Args:
-        folder: for the plugins.
-        args: of the command line.
-        second: Python that only the second process runs first.
-        both: Python that both run first.
-    """
-    port, processes = free_port(), []
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SERVER_MODULES)
-    for rank in (0, 1):
-        plugin = folder / f"rank_{rank}_{port}.py"
-        plugin.write_text(RANK.format(rank=rank, port=port) + both + (second if rank else ""))
-        call = ["mim", *map(str, args), "--plugins", f"[{plugin}]"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", call)  # the process inherits it
-            process = context.Process(target=runpy.run_module, args=("mim", None, "__main__"))
-            process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(120)
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, "a process waits for the other"
-    return [process.exitcode for process in processes]
-
-
 def curves(run: Path) -> tuple[dict[int, float], dict[int, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = {row["step"]: row["loss"] for row in rows if "loss" in row}
@@ -103,21 +63,23 @@ CHANGES = {
 }
 
 
-def assert_alike(one: Path, two: Path) -> None:
+def assert_alike(one: Path, two: Path, falls: bool = True) -> None:
     train, val = curves(one)
     other_train, other_val = curves(two)
     assert list(train) == [1, 2, 3, 4, 5, 6] and val
-    assert train[6] < train[1]
+    assert train[6] < train[1] or not falls
     assert other_train == pytest.approx(train, abs=1e-5)
     assert other_val == pytest.approx(val, abs=1e-5)
 
 
 @pytest.mark.parametrize("regime", ["drop", "token"])
-def test_two_processes_are_one(regime: str, tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_two_processes_are_one(
+    regime: str, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+) -> None:
     config = tiny({**CHANGES, "model.regime.name": regime})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    assert pair(tmp_path, ["pretrain", "--config", config, "--output", two]) == [0, 0]
+    assert ranks(["pretrain", "--config", config, "--output", two]).wait() == [0, 0]
     assert_alike(one, two)
     result = checkpoint.read_result(two)
     assert result["environment"]["processes"] == 2
@@ -127,6 +89,47 @@ def test_two_processes_are_one(regime: str, tmp_path: Path, mim: Mim, tiny: Tiny
         assert other[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
     # A run may go on with another number of processes: accumulation there and here.
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+
+
+NOTE = """
+import json
+import mim.model
+
+draw = mim.model.MaskedImageModel.draw_mask
+
+def noted(self, images, keys, *args, **kwargs):
+    mask = draw(self, images, keys, *args, **kwargs)
+    if kwargs.get("epoch", -1) >= 0:
+        columns = kwargs["sample_ids"], mask.is_masked.int(), images[:, 0, 3, 3]
+        with open({note!r} + str(rank), "a") as file:
+            rows = list(zip(*(column.tolist() for column in columns)))
+            file.write(json.dumps(rows) + chr(10))
+    return mask
+
+mim.model.MaskedImageModel.draw_mask = noted
+"""
+
+
+def test_one_of_8_is_two_of_4_is_four_of_2(
+    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+) -> None:
+    """The same images in the same order, each with the same mask and pixels; the same losses."""
+    config = tiny({**CHANGES, "data.batch_size": 8, "model.regime.name": "zero"})
+    seen, runs = {}, {}
+    for world in (1, 2, 4):
+        runs[world] = tmp_path / f"of_{world}"
+        note = tmp_path / f"note_{world}_"
+        args = ["pretrain", "--config", config, "--output", runs[world]]
+        assert ranks(args, world, all=NOTE.format(note=str(note))).wait() == [0] * world
+        lines = [Path(f"{note}{rank}").read_text().splitlines() for rank in range(world)]
+        steps = zip(*([json.loads(line) for line in of_rank] for of_rank in lines), strict=True)
+        # Before its six steps a run counts its operations on some images.
+        seen[world] = [list(itertools.chain(*shares)) for shares in steps][-6:]
+        assert checkpoint.read_result(runs[world])["environment"]["processes"] == world
+    assert [len(step) for step in seen[1]] == [8] * 6
+    assert seen[1] == seen[2] == seen[4]
+    for world in (2, 4):
+        assert_alike(runs[1], runs[world], falls=False)  # six steps of 8 images
 
 
 WEIGH = """
@@ -162,18 +165,20 @@ mim.pretrain.normalize, mim.pretrain.image_keys = broken, noted
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 def test_images_of_several_sizes_on_two_processes(
-    batching: str, tmp_path: Path, mim: Mim, tiny: Tiny, own_sizes: dict[str, Any]
+    batching: str, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch, own_sizes: dict[str, Any]
 ) -> None:
     """Each process pads or packs its own share, to another length than the whole batch has."""
     changes = {"data.batching": batching, "model.regime.name": "drop", "train.validate_every": 0.5}
     config = tiny({**own_sizes, **changes})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    assert pair(tmp_path, ["pretrain", "--config", config, "--output", two]) == [0, 0]
+    assert ranks(["pretrain", "--config", config, "--output", two]).wait() == [0, 0]
     assert_alike(one, two)
 
 
-def test_weights_mean_the_same_on_two_processes(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_weights_mean_the_same_on_two_processes(
+    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+) -> None:
     """Half the images are left out, unequally many a process; in the second run they are NaN."""
     (tmp_path / "weigh.py").write_text(WEIGH.partition("real =")[0])
     one, two = tmp_path / "one", tmp_path / "two"
@@ -181,16 +186,18 @@ def test_weights_mean_the_same_on_two_processes(tmp_path: Path, mim: Mim, tiny: 
     config = tiny({**CHANGES, "data.weights": "half", "train.accumulate": 2})
     args = ["pretrain", "--config", config, "--output"]
     assert mim(*args, one, "--plugins", plugin).code == 0
-    assert pair(tmp_path, [*args, two], both=WEIGH) == [0, 0]
+    assert ranks([*args, two], all=WEIGH).wait() == [0, 0]
     assert_alike(one, two)
 
 
-def test_all_stop_at_the_same_step_and_go_on_alone(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_all_stop_at_the_same_step_and_go_on_alone(
+    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+) -> None:
     """The signal reaches one process only, in its third step."""
     config = tiny(CHANGES)
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    codes = pair(tmp_path, ["pretrain", "--config", config, "--output", two], second=STOP)
+    codes = ranks(["pretrain", "--config", config, "--output", two], of={1: STOP}).wait()
     assert codes == [143, 143]
     assert checkpoint.checkpoints(two)[-1].name == "step_00000003.pt"
     assert not (two / "result.json").exists()
@@ -198,14 +205,14 @@ def test_all_stop_at_the_same_step_and_go_on_alone(tmp_path: Path, mim: Mim, tin
     assert_alike(one, two)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, tiny: Tiny, ranks: Launch) -> None:
     args = ["pretrain", "--config", tiny({"data.batch_size": 33}), "--output", tmp_path / "run"]
-    assert pair(tmp_path, args) == [2, 2]
+    assert ranks(args).wait() == [2, 2]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_torchrun(tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch) -> None:
     config = tiny({**CHANGES, "train.accumulate": 2, "data.workers": 1})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0

@@ -1,0 +1,132 @@
+"""One of several processes dies, hangs or fails: the others end in time and say which it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mim import checkpoint
+
+Tiny = Callable[..., Path]
+Launch = Callable[..., Any]
+
+TIMEOUT = 3.0
+"""Seconds of train.timeout; a process is lost after that and a few seconds of asking."""
+MARGIN = 8.0
+FAULT = """
+import importlib, os, signal, time
+
+module, name = {module!r}, {name!r}
+owner = importlib.import_module(module)
+*parents, last = name.split(".")
+for parent in parents:
+    owner = getattr(owner, parent)
+real, calls = getattr(owner, last), 0
+
+def faulty(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        open({mark!r}, "w").write(str(os.getpid()))
+        {fault}
+    return real(*args, **kwargs)
+
+setattr(owner, last, faulty)
+"""
+STEP = ("mim.pretrain", "image_keys")
+LOADER = ("mim.data.loader", "_TrainBatches.gather")
+SAVING = ("mim.checkpoint", "save_checkpoint")
+START = ("mim.pretrain", "_start_folder")
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+SLEEP = "time.sleep(1000)"
+RAISE = "raise ArithmeticError('a cosmic ray')"
+MISTAKE = "raise importlib.import_module('mim.errors').UserError('data.path: not on this host')"
+CONFIG = {"train.timeout": TIMEOUT, "train.checkpoint_every": 0.04, "train.log_every": 1}
+
+# Which rank, where, what; what the others say of it; its exit code, and whether at once.
+CASES = {
+    "killed in a step": (1, STEP, KILL, r"rank 1 on .* no longer answers", -9, True),
+    "the first killed in a step": (0, STEP, KILL, r"where rank 0 runs: .* is gone", -9, True),
+    "the first stopped": (0, STEP, STOP, r"where rank 0 runs: .* is gone", 75, False),
+    "stopped in a step": (1, STEP, STOP, r"rank 1 on .* no longer answers", 75, False),
+    "hangs in the loader": (1, LOADER, SLEEP, r"rank 1 on .* hangs at .* \(faulty\)", 75, False),
+    "hangs in saving": (
+        0,
+        SAVING,
+        SLEEP,
+        r"rank 0 on .* hangs at .*\(faulty\)",
+        75,
+        False,
+    ),
+    "fails in a step": (1, STEP, RAISE, r"rank 1 failed: ArithmeticError: a cosmic ray", 1, True),
+    "fails at the start": (
+        0,
+        START,
+        MISTAKE,
+        r"rank 0 failed: data.path: not",
+        2,
+        True,
+    ),
+}
+
+
+QUICK = {"killed in a step", "hangs in the loader", "fails at the start"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_the_others_end(
+    case: str, tmp_path: Path, tiny: Tiny, ranks: Launch, outcomes: list[tuple[str, str, str]]
+) -> None:
+    rank, (module, name), fault, told, code, at_once = CASES[case]
+    mark, run = tmp_path / "mark", tmp_path / "run"
+    call = 1 if (module, name) in (START, SAVING) else 3
+    plugin = FAULT.format(module=module, name=name, fault=fault, call=call, mark=str(mark))
+    args = ["pretrain", "--config", tiny(CONFIG), "--output", run]
+    started = ranks(args, of={rank: plugin})
+    until(mark.exists)
+    began, other = time.monotonic(), 1 - rank
+    assert started.wait(TIMEOUT + MARGIN, [other]) == [75]
+    seconds = time.monotonic() - began
+    assert seconds < MARGIN if at_once else seconds > TIMEOUT - 0.5
+    text = started.texts()[other]
+    assert re.search(f"mim: error: rank {other}: .*{told}", text), text
+    assert "Traceback" not in text
+    if fault == STOP:
+        os.kill(int(mark.read_text()), signal.SIGCONT)
+    assert started.wait(MARGIN + TIMEOUT, [rank]) == [code]
+    own = started.texts()[rank]
+    if fault == RAISE:
+        assert "Traceback" in own and "mim: error: rank 1: ArithmeticError" in own
+    elif fault == SLEEP:
+        assert re.search(f"mim: error: rank {rank}: .*was at .*{mark.parent.name}", own), own
+    outcomes.append(("lost process", f"{case}; the other ended after {seconds:.1f} s", "told"))
+    if (module, name) == STEP:  # two steps were saved
+        state, passed_over = checkpoint.newest_checkpoint(run)
+        assert state is not None and state["step"] == 2 and not passed_over
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_one_that_never_comes(tmp_path: Path, tiny: Tiny, ranks: Launch) -> None:
+    config = tiny({"train.timeout": 2.0})
+    never = "import time; time.sleep(1000)"
+    started = ranks(["pretrain", "--config", config, "--output", tmp_path / "run"], of={1: never})
+    assert started.wait(20, [0]) == [75]
+    (line,) = started.texts()[0].strip().splitlines()
+    assert "rank 0: not all processes have come within train.timeout (2 s)" in line
