@@ -38,7 +38,7 @@ _FREE = re.compile(
     r"|data\.(cache|cache_path|index_cache)"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
     r"|train\.(on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.timeout"
+    r"|train\.(timeout|shard)"
 )
 
 

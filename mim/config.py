@@ -826,6 +826,9 @@ class TrainConfig:
     spike_deviations: float = 10.0
     """A loss that is so many robust standard deviations above the median of the last 100 steps is
     told, and counted in metrics.jsonl; 0 tells none."""
+    shard: bool = False
+    """Of several processes: whether each keeps only a part of weights, gradients and moments, but
+    for the step itself (FSDP2); the numbers are the same, and so are the files."""
     timeout: float = 600.0
     """Of several processes: seconds that one waits for the others before the run ends and names who
     is missing. Must exceed the longest time that one works alone, such as a checkpoint's."""
@@ -845,6 +848,10 @@ class TrainConfig:
         _above("train.timeout", self.timeout, 0)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise setting_error("train.ema_decay", self.ema_decay, "must lie between 0 and 1")
+        if self.shard and self.ema_decay is not None:
+            raise setting_error("train.shard", True, "does not work with train.ema_decay")
+        if self.shard and self.precision == "fp16":
+            raise setting_error("train.shard", True, "does not work with fp16; choose bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -906,3 +913,5 @@ class Config:
     def __post_init__(self) -> None:
         _above("seed", self.seed, 0, equal=True)
         _one_of("resume", self.resume, ("never", "auto"))
+        if self.train.shard and self.online_probe.enabled:
+            raise setting_error("train.shard", True, "does not work with online_probe.enabled")

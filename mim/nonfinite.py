@@ -27,6 +27,7 @@ from mim.errors import TrainingError
 from mim.files import write_atomic, write_json_atomic
 from mim.keys import image_keys
 from mim.progress import note
+from mim.sharding import whole
 
 RECORD = "nonfinite.json"
 """In the run folder: the newest step that was not finite."""
@@ -247,6 +248,8 @@ class Watch:
             untouched: whether the weights are still those of before it.
         """
         ids = [int(i) for i in gather_object(taken.sample_ids.tolist())]
+        starts = untouched and began
+        weights = whole(self.model.state_dict()) if starts else {}
         if not self.accelerator.is_main_process:
             return
         run, seed = Path(self.config.output), self.config.seed
@@ -256,12 +259,12 @@ class Watch:
         }
         kept = untouched and (run / WEIGHTS).is_file()
         try:
-            if untouched and began:
+            if starts:
                 kept = False
                 content = {
                     "format": checkpoint.FORMAT,
                     "step": taken.step,
-                    "model": self.model.state_dict(),
+                    "model": weights,
                 }
                 write_atomic(run / WEIGHTS, lambda path: torch.save(content, path))
                 kept = True
@@ -302,7 +305,7 @@ class Watch:
             TrainingError: naming the first of them.
         """
         for name, weight in self.model.named_parameters():
-            if not weight.isfinite().all():
+            if not whole(weight.detach()).isfinite().all():
                 self._record(last, math.nan, False, False)
                 raise TrainingError(
                     f"{name} is not finite after step {last.step + 1}, learning rate "

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sized
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim import checkpoint
 from mim.backbone import use_attention
@@ -56,6 +57,7 @@ from mim.pictures import (
 from mim.processes import together
 from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
+from mim.sharding import Sharded, load_model, load_optimizer, whole
 from mim.teacher import follow
 from mim.trackers import start_trackers, track_picture, tracker_names
 
@@ -160,6 +162,10 @@ def _accelerator(config: Config) -> Accelerator:
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         reason = "needs a GPU; choose bf16 or fp32"
         raise setting_error("train.precision", config.train.precision, reason)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Accelerate shards on GPUs alone, by units that not every regime calls as a whole.
+        reason = "is for mim to do: leave it out and set train.shard=true"
+        raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     seconds = config.train.timeout
     try:
@@ -236,15 +242,21 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     flops = _measure_flops(model, config, val, device)
     if config.train.compile:
         model.compile()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    shards = config.train.shard and world > 1
+    if shards:
+        wrapped: nn.Module = Sharded(model, accelerator)
+        optimizer = build_optimizer(config.optim, model, schedule(start))
+        optimizer = accelerator.prepare_optimizer(optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     watch = Watch(config, accelerator, model, (saved or {}).get("watch"))
     guard = Guard(watch.limit, watch.in_a_row, device)
     pending: list[Tensor] = []  # for each step since the last line (2,): loss, Guard's flag
     elapsed, train_seconds, total_images = 0.0, 0.0, 0
     mean, val_loss, online_accuracy = math.nan, math.nan, math.nan
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        load_model(model, saved["model"])
+        load_optimizer(optimizer, saved["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(saved["ema"])
         if accelerator.scaler is not None and saved["scaler"]:
@@ -263,7 +275,15 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         if config.data.subset.chooses:
             write_list(run / "subset_train.txt", train)
             write_list(run / "subset_val.txt", val)
-    subject = ema.module if ema is not None else model
+
+    def measured() -> MaskedImageModel:
+        """What is evaluated; all processes ask for it."""
+        if not shards:
+            return model if ema is None else ema.module
+        copy = build_model(config).to(device)
+        use_attention(copy, config.train.attention, device, config.train.precision)
+        copy.load_state_dict(whole(model.state_dict()))
+        return copy
 
     def log(step: int, **values: float) -> None:
         line = {"step": step, "epoch": step / per_epoch, **values}
@@ -273,13 +293,14 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 
     def save(step: int, milestone: bool) -> None:
         probed = {} if online is None else online.state()  # all processes add up what they saw
+        weights, moments = whole(model.state_dict()), whole(optimizer.state_dict())
         if not main:
             return
         state = {
             "fingerprint": json.dumps(checkpoint.fingerprint(config)),
             "data": seen,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": weights,
+            "optimizer": moments,
             "ema": ema.module.state_dict() if ema is not None else {},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
             "online": probed,
@@ -303,12 +324,14 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             ) from error
 
     def draw(step: int) -> None:
+        subject = measured()
         if main:
             arrays = reconstruct(subject, config, val, spread_indices(len(val), PICTURED_IMAGES))
             path = save_reconstructions(run, arrays, f"step_{step:08d}")
             track_picture(accelerator.trackers, path, step)
 
     def draw_ratios() -> None:
+        subject = measured()
         if main:
             indices = spread_indices(len(val), PICTURED_IMAGES)
             arrays = reconstruct_ratios(subject, config, val, indices)
@@ -416,7 +439,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
                 interval_began, interval_images = time.monotonic(), 0
             paused = time.monotonic()
             if due(config.train.validate_every, step) or end:
-                val_loss = held_out_loss(subject, config, val, accelerator)
+                val_loss = held_out_loss(measured(), config, val, accelerator)
                 log(step, val_loss=val_loss)
                 if online is not None:
                     online_accuracy = online.accuracy(val)
@@ -468,8 +491,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     }
     if online is not None:
         result["evaluations"] = {ONLINE: {"accuracy": online_accuracy}}
+    state = measured().state_dict()
     if main:
-        state = subject.state_dict()
         details = {"backbone": config.model.backbone, "source": train.name}
         weights = checkpoint.backbone_state(state)
         checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
