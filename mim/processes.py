@@ -27,7 +27,7 @@ from mim.errors import LostProcess
 from mim.interrupt import Interrupted
 
 T = TypeVar("T")
-_FAILED = "failed"
+_FAILED, _KNOW = "failed", "know"
 _ANSWER = 4.0
 """Seconds that the store may take to answer."""
 _OF_OTHERS = re.compile(r"gloo|NCCL|nccl|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
@@ -101,6 +101,7 @@ class _Watch(threading.Thread):
         self.ending, self._stopped = threading.Event(), threading.Event()
         self._main = threading.get_ident()
         self._count = 0
+        self._knows = False
         store = dist.TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=seconds))
         self._store = dist.PrefixStore(f"mim/{attempt}", store)
         self._beat()
@@ -130,6 +131,7 @@ class _Watch(threading.Thread):
                 self._beat()
                 failed = self._store.check([_FAILED])
             self.told = self._store.get(_FAILED).decode()
+            self._know()
         except (dist.DistError, RuntimeError):
             self.told = self._no_store()
         # The main thread notices by itself, where it waits for the others.
@@ -153,9 +155,20 @@ class _Watch(threading.Thread):
         return reason if told is None else told.decode()
 
     def linger(self) -> None:
-        """Let the others read why; the store ends with rank 0."""
-        if self.rank == 0:
-            time.sleep(3 * self.interval)
+        """Let the others read why: the store ends with rank 0."""
+        _within(3 * self.interval, self._until_all_know)
+
+    def _know(self) -> int:
+        """How many processes know that the run ends."""
+        if not self._knows:
+            self._knows = True
+            return self._store.add(_KNOW, 1)
+        return self._store.add(_KNOW, 0)
+
+    def _until_all_know(self) -> bool:
+        while self._know() < self.world and self.rank == 0:
+            time.sleep(self.interval / 10)
+        return True
 
     def _no_store(self) -> str:
         address = "{}:{}".format(*self.address)
