@@ -31,13 +31,14 @@ TASK = "mim_task"
 """Under what name a file of weights says for which evaluation its head is."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
-# What may differ when a run goes on: it does not change what is computed.
+# What may differ when a run goes on: it does not change what is computed, but for rounding and,
+# as another number of processes does, dropout (accumulate).
 _FREE = re.compile(
     r"output|resume|plugins|log\..*"
     r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
     r"|data\.(cache|cache_path|index_cache)"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
-    r"|train\.(on_nonfinite|max_nonfinite|spike_deviations)"
+    r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
     r"|train\.(timeout|shard)"
 )
 

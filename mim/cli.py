@@ -140,7 +140,9 @@ def _evaluate(args: list[str]) -> int:
         config = checkpoint.read_config(options.like)
     import torch
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from mim.machine import pick_device
+
+    device = pick_device(options.device)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # each process its own GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     main = int(os.environ.get("RANK", "0")) == 0

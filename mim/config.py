@@ -818,6 +818,9 @@ class TrainConfig:
     """How many of the newest checkpoints are kept."""
     milestone_every: float = 0.0
     """Epochs between two checkpoints that are kept for ever; 0 keeps none so."""
+    deterministic: bool = False
+    """Whether torch may use deterministic operations alone: slower on a GPU, and one that has no
+    such form there ends the run with its name. On the CPU runs repeat bit for bit in any case."""
     on_nonfinite: str = "stop"
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
     weights: stop the run, or skip (the run goes on with the next batch)."""

@@ -19,6 +19,7 @@ from mim.config import Config
 from mim.data import Batch, normalize, open_source, open_weights, steps_per_epoch, train_loader
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys, seed_of
+from mim.machine import pick_device
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel, build_model
 from mim.nonfinite import RECORD, WEIGHTS, strict
@@ -224,7 +225,7 @@ def debug_batch(run: str | Path, step: int | None = None, device: str | None = N
     total = int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
     if not 1 <= step <= total:
         raise setting_error("--step", step, f"is not one of 1 to {total}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(pick_device(device))
     model = build_model(config).to(place)
     use_attention(model, config.train.attention, place, config.train.precision)
     state, words, exact = _weights(run, step, record)

@@ -20,6 +20,7 @@ from mim.data import Picture, eval_transform, normalize
 from mim.errors import UserError, setting_error
 from mim.evaluate import check_pool, pool_tokens
 from mim.interop.exports import normalisation
+from mim.machine import pick_device
 
 
 class MIMFeatures(TransformerMixin, BaseEstimator):
@@ -66,7 +67,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         self.mean_, self.std_ = normalisation(self.config_)
         model = load(self.run).requires_grad_(False)
         check_pool(model.backbone, self.pool)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(self.device, "device")
         self.model_ = model.to(device)
         self.n_features_out_ = family_of(model.backbone).width * (2 if self.pool == "both" else 1)
         return self

@@ -42,6 +42,7 @@ from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
 from mim.lock import sole_use
+from mim.machine import deterministic, memory, refused_precision
 from mim.model import MaskedImageModel, build_model
 from mim.nonfinite import Guard, Taken, Watch, strict
 from mim.online import OnlineProbe
@@ -59,7 +60,7 @@ from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
 from mim.sharding import Sharded, load_model, load_optimizer, whole
 from mim.teacher import follow
-from mim.trackers import start_trackers, track_picture, tracker_names
+from mim.trackers import start_trackers, tracker_names
 
 PICTURED_IMAGES = 8
 ONLINE = "linear_online"
@@ -86,9 +87,19 @@ class Metrics:
             checkpoint.write_text_atomic(path, "".join(kept))
 
     def write(self, **values: Any) -> None:
-        """Append a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append a line.
+
+        Raises:
+            TrainingError: where it cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}; the last good "
+                "checkpoint is kept. Make room, then go on with --resume auto"
+            ) from error
 
 
 def parts(batch: Sized, count: int) -> Iterator[slice]:
@@ -178,6 +189,8 @@ def _accelerator(config: Config) -> Accelerator:
     except torch.distributed.DistError as error:
         reason = f"not all processes have come within train.timeout ({seconds:g} s)"
         raise LostProcess(f"{reason}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise refused_precision(config.train.precision, error) from error
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -185,7 +198,8 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: for a mistake in the config or the data, before any training.
-        TrainingError: when the loss is no longer finite, or a checkpoint cannot be saved.
+        TrainingError: when the loss is no longer finite, a checkpoint cannot be saved, or the
+            memory is too small.
         LostProcess: when another process of the run died, hangs or failed.
         Interrupted: after SIGINT, SIGTERM or SIGUSR1, with everything saved.
     """
@@ -196,6 +210,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         checkpoint.prepare_folder(run)
         if rank == 0:  # the first process holds the folder for all
             stack.enter_context(sole_use(run))
+        stack.enter_context(memory(config, world))
+        stack.enter_context(deterministic(config.train.deterministic))
         return _pretrain(config, accelerator)
 
 
@@ -268,7 +284,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
         total_images = saved.get("images", start * config.data.batch_size)
         mean, val_loss = saved["train_loss"], saved["val_loss"]
-    start_trackers(accelerator, config, start)
+    trackers = start_trackers(accelerator, config, start)
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
     if main and saved is None:
         checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
@@ -289,7 +305,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         line = {"step": step, "epoch": step / per_epoch, **values}
         if metrics is not None:
             metrics.write(**line)
-        accelerator.log(values, step=step)
+        trackers.log(values, step)
 
     def save(step: int, milestone: bool) -> None:
         probed = {} if online is None else online.state()  # all processes add up what they saw
@@ -328,7 +344,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         if main:
             arrays = reconstruct(subject, config, val, spread_indices(len(val), PICTURED_IMAGES))
             path = save_reconstructions(run, arrays, f"step_{step:08d}")
-            track_picture(accelerator.trackers, path, step)
+            trackers.picture(path, step)
 
     def draw_ratios() -> None:
         subject = measured()
@@ -364,7 +380,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     unread: list[Taken] = []
     wrapped.train()
     progressing = RunProgress(label, total, start, main)
-    with progressing as progress, Signals() as signals, worker_deaths():
+    with trackers, progressing as progress, Signals() as signals, worker_deaths():
         for batch in batches:
             step, lr = batch.step, schedule(batch.step)
             torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone

@@ -6,7 +6,8 @@ Names are an interface, see docs/howto/trackers.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
 from mim.config import Config
-from mim.errors import setting_error
+from mim.errors import UserError, setting_error
+from mim.progress import note
 from mim.settings import flatten, to_dict
 
 
@@ -57,14 +59,72 @@ def _one_line(config: Config) -> Iterator[None]:
         raise setting_error("log.wandb", config.log.wandb, reason) from error
 
 
-def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
+class Trackers:
+    """The trackers of a run, none of which can stop it.
+
+    One that fails (its server, its disk, its process) is told in a line, and left out from then on:
+    ``metrics.jsonl`` has everything.
+
+    Args:
+        trackers: of Accelerate.
+    """
+
+    def __init__(self, trackers: Sequence[GeneralTracker]) -> None:
+        self._trackers = list(trackers)
+
+    def __enter__(self) -> Trackers:
+        self._hook = threading.excepthook
+        threading.excepthook = self._in_thread
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._each(lambda tracker: tracker.finish())
+        self._trackers.clear()
+        threading.excepthook = self._hook
+
+    def _in_thread(self, args: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread of its own, and raises the same in the next call here.
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._hook(args)
+
+    def _each(self, act: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # theirs are of any kind
+                self._trackers.remove(tracker)
+                _tell(tracker.name, error)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Give numbers."""
+        self._each(lambda tracker: tracker.log(values, step=step))
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a picture as ``reconstructions``."""
+        self._each(lambda tracker: track_picture([tracker], path, step))
+
+
+def _tell(name: str, error: Exception) -> None:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    cause = " ".join(reason.split())[:200] or type(error).__name__
+    note(f"log: {name} has failed and gets nothing more of this run ({cause}); training goes on")
+
+
+def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Trackers:
     """Open the trackers of a run: its config, its name, group and tags.
 
+    Args:
+        accelerator: of the run.
+        config: of the run.
+        step: where it goes on; then a tracker that cannot start is left out, as one that fails
+            later.
+
     Raises:
-        UserError: if wandb cannot be reached, or has no key.
+        UserError: if a run that begins cannot reach wandb, has no key for it, or cannot write
+            TensorBoard's files.
     """
     if not accelerator.log_with:
-        return
+        return Trackers([])
     wandb = {
         "mode": config.log.wandb,
         "dir": config.output,
@@ -78,8 +138,25 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
         for key, value in flatten(to_dict(config)).items()
     }
     options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
-    with _one_line(config):
-        accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+    names, started = list(accelerator.log_with), []
+    for name in names:  # one by one, so that each can fail alone
+        accelerator.log_with, accelerator.trackers = [name], []
+        try:
+            with _one_line(config):
+                accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+        except (UserError, OSError) as error:
+            called = str(getattr(name, "value", name))
+            if step == 0 and isinstance(error, OSError):
+                reason = f"cannot write in {config.output!r}: {error.strerror or error}"
+                raise UserError(f"log.{called}: {reason}") from error
+            if step == 0:
+                raise
+            _tell(called, error)
+        else:
+            started += accelerator.trackers
+    accelerator.log_with = names
+    accelerator.trackers = []  # they are closed here, not by Accelerate
+    return Trackers(started)
 
 
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:

@@ -231,6 +231,7 @@ def test_what_makes_another_run() -> None:
         "log.wandb": "offline",
         "train.log_every": 3,
         "train.checkpoint_every": 2.5,
+        "train.accumulate": 2,
     }
     saved = json.loads(json.dumps(checkpoint.fingerprint(base)))
     checkpoint.check_same_run(saved, load_config(None, same), Path("run"))
@@ -239,7 +240,6 @@ def test_what_makes_another_run() -> None:
         "mask.ratio": 0.6,
         "data.batch_size": 128,
         "model.backbone_args": {"depth": 3},
-        "train.accumulate": 2,
         "train.max_steps": 4,
         "optim.clip_grad": 1.0,
     }

@@ -30,7 +30,9 @@ def test_runs_group_by_regime_and_carry_tags(tmp_path: Path, tiny: Callable[...,
     config = load_config(tiny({**changes, "output": str(tmp_path / "one"), "seed": 3}))
     calls: list[Any] = []
     accelerator: Any = SimpleNamespace(
-        log_with=["wandb"], init_trackers=lambda *args, **options: calls.append((args, options))
+        log_with=["wandb"],
+        trackers=[],
+        init_trackers=lambda *args, **options: calls.append((args, options)),
     )
     start_trackers(accelerator, config, step=7)
     ((project,), options), *_ = calls
