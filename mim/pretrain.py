@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim import checkpoint
+from mim.allocator import keep_freed_memory
 from mim.backbone import use_attention
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
@@ -245,6 +246,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         for reason in passed_over:
             note(f"{reason}; going on from step {start}")
 
+    if device.type == "cpu":
+        keep_freed_memory()
     model = build_model(config).to(device)
     use_attention(model, config.train.attention, device, config.train.precision)
     for source in (train, val):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mim.allocator import keep_freed_memory
 from mim.backbone import use_attention
 from mim.bench.peers import PEERS, build_peer, sizes_of
 from mim.bench.products import products_of
@@ -273,6 +274,8 @@ def _noise(config: Config, device: torch.device) -> Tensor:
 
 def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)  # imports the plugins, which this process has not seen
+    if device.type == "cpu":
+        keep_freed_memory()
     images = _noise(config, device)
     model = build_model(config).to(device)
     use_attention(model, config.train.attention, device, config.train.precision)

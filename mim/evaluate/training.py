@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from mim.allocator import keep_freed_memory
 from mim.checkpoint import FORMAT, read_checkpoint, write_atomic
 from mim.config import DataConfig
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader, worker_deaths
@@ -153,6 +154,8 @@ def start_accelerator(device: torch.device | str) -> Accelerator:
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
+    if device.type == "cpu":
+        keep_freed_memory()
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 

@@ -16,7 +16,9 @@ _EPSILON = 1e-6
 def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, P) -> mean and deviation of each patch, each (B, N, 1), over all channels."""
     mean = patches.mean(dim=-1, keepdim=True)
-    return mean, (patches.var(dim=-1, keepdim=True) + _EPSILON).sqrt()
+    # Several times faster on a CPU than torch.var, which goes through each patch number by number.
+    squares = (patches - mean).square().sum(dim=-1, keepdim=True)
+    return mean, (squares / (patches.shape[-1] - 1) + _EPSILON).sqrt()
 
 
 @TARGETS.register("pixels")
