@@ -32,6 +32,8 @@ if (
     "RANK" in os.environ
 ):  # torch would show C++ stacks of connections that break; mim names the cause
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Large tensors in pages of 2 MB: the first touch of each small page costs more than a write to it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 Verb = Callable[[list[str]], int]
 

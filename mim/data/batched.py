@@ -23,6 +23,7 @@ from torch import Tensor
 _PIL_PLACES = 22  # PRECISION_BITS
 _TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most so many places, and weights below int16's end
 _TABLE = 1 << 20  # numbers; for lines of up to 37 pixels, to as many, a CPU looks weights up
+_PART = 1 << 16  # numbers; memory that a CPU takes in so small parts is not given back each time
 _SUPPORT = 2.0  # of the bicubic filter, in pixels of the result
 
 
@@ -123,6 +124,19 @@ def crop_resize(
     Returns:
         (B, C, H, W) uint8.
     """
+    if images.device.type != "cpu":
+        return _crop_resize(images, boxes, mirrored, size, how).contiguous()
+    result = images.new_empty((*images.shape[:2], *size))
+    count = max(1, _PART // max(1, images[:1].numel()))
+    parts = (tensor.split(count) for tensor in (images, boxes, mirrored, result))
+    for part, box, mirror, into in zip(*parts, strict=True):
+        into.copy_(_crop_resize(part, box, mirror, size, how))
+    return result
+
+
+def _crop_resize(
+    images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int], how: str
+) -> Tensor:
     count, channels, height, width = images.shape
     rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size[0], how)  # (B, H, h)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size[1], how)  # (B, W, w)
@@ -130,4 +144,4 @@ def crop_resize(
     lines = images.permute(0, 2, 1, 3).reshape(count, height * channels, width).double()
     across = _product(lines, columns.mT).reshape(count, height, channels * size[1])
     down = _product(rows, across).to(torch.uint8)  # (B, H, C W)
-    return down.reshape(count, size[0], channels, size[1]).permute(0, 2, 1, 3).contiguous()
+    return down.reshape(count, size[0], channels, size[1]).permute(0, 2, 1, 3)

@@ -9,6 +9,7 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -36,6 +38,8 @@ Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Photographs are decoded so many at a time, so that a large batch never holds all at full size.
 _DECODED_AT_ONCE = 64
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES, _OWN_PAGES_FROM = 1 << 28, 1 << 25  # the latter is glibc's largest
 _SIGNAL_SECONDS = 1.0  # within which torch tells of a worker that died
 
 
@@ -64,6 +68,20 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader process sends: each tensor would go as a file of its own, which takes
+        longer than the few numbers of all but the images."""
+        return {
+            name: value.numpy()
+            if name != "images" and isinstance(value, Tensor) and value.device.type == "cpu"
+            else value
+            for name, value in self.__dict__.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def _moved(self, move: Callable[[Any], Any]) -> Batch:
         values: dict[str, Any] = {
@@ -266,6 +284,18 @@ class _EvalBatches(StepBatches):
         return self.gather(part, seed=None, epoch=-1, step=number, stand_in=self.stand_in)
 
 
+def _keep_freed_memory(worker: int) -> None:
+    """Lets a loader process use the memory of one image for the next.
+
+    Left to itself, glibc gives it back to the system, and a page that is new costs more than what
+    is written to it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+
+
 def _alone(batch: Any) -> Any:
     """Collates nothing: the data set already gives whole batches."""
     return batch
@@ -327,6 +357,7 @@ class BatchLoader:
             collate_fn=_alone,
             pin_memory=torch.cuda.is_available() and not resident,
             persistent_workers=workers > 0,
+            worker_init_fn=_keep_freed_memory,
             multiprocessing_context=start_method if workers else None,
             # Without its own, DataLoader draws a number from the global generator.
             generator=torch.Generator().manual_seed(0),

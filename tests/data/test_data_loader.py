@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +221,18 @@ def test_batches_move_as_a_whole(source: ImageSource) -> None:
     assert {moved.images.device.type, moved.sample_ids.device.type} == {"meta"}
     assert moved.labels is not None and moved.labels.device.type == "meta"
     assert (moved.epoch, moved.step, len(moved)) == (1, 5, 16)
+
+
+def test_a_batch_is_the_same_after_its_way_from_a_worker(source: ImageSource) -> None:
+    whole = next(iter(train_loader(source, CONFIG, 1, start_step=3, total_steps=4)))
+    for batch in (replace(whole, weight=torch.rand(len(whole))), replace(whole, labels=None)):
+        sent = pickle.loads(pickle.dumps(batch))
+        for field in fields(batch):
+            one, other = getattr(batch, field.name), getattr(sent, field.name)
+            if isinstance(one, torch.Tensor):
+                assert isinstance(other, torch.Tensor) and one.dtype == other.dtype
+                assert torch.equal(one, other), field.name
+            else:
+                assert one == other, field.name
+        sent.sample_ids += 1  # its own memory
+        assert not torch.equal(sent.sample_ids, batch.sample_ids)
