@@ -6,9 +6,13 @@ loading one never runs code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mim.config import Config
-from mim.errors import UserError
+from mim.errors import TrainingError, UserError
 from mim.files import (  # noqa: F401  (part of this module's interface)
     prepare_folder,
     write_atomic,
@@ -39,7 +43,7 @@ _FREE = re.compile(
     r"|data\.(cache|cache_path|index_cache)"
     r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
     r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.(timeout|shard)"
+    r"|train\.(timeout|shard|async_save)"
 )
 
 
@@ -118,6 +122,10 @@ def save_checkpoint(
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's zip writer hides that the disk is full
+            free, needed = shutil.disk_usage(folder).free, _bytes(content)
+            if free < needed:
+                reason = f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free, {needed:,} needed)"
+                raise OSError(errno.ENOSPC, reason) from error
             raise OSError(f"torch cannot write it: {error}") from error
         note = f"{_MILESTONE}\n" if milestone else ""
         line = f"{note}{_sha256(temporary)}  {path.name}\n"
@@ -129,6 +137,102 @@ def save_checkpoint(
         old.unlink()
         digest_file(old).unlink(missing_ok=True)
     return path
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors of a state take."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(_bytes, parts)) if isinstance(value, (dict, list, tuple)) else 0
+
+
+def snapshot(value: Any) -> Any:
+    """A state whose tensors are copies in host memory, which training does not go on writing to."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(snapshot(part) for part in value)
+    return value
+
+
+class Saver:
+    """Saves the checkpoints of a run, beside the training where asked; leaving it waits.
+
+    Args:
+        run: the run folder.
+        keep: how many of the newest stay.
+        background: whether :meth:`save` copies the state and returns while a thread writes it.
+    """
+
+    def __init__(self, run: Path, keep: int, background: bool = False) -> None:
+        self.run, self.keep, self.background = run, keep, background
+        self._thread: threading.Thread | None = None
+        self._error: TrainingError | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if kind is None:
+            self.check()
+
+    def save(self, state: dict[str, Any], step: int, milestone: bool = False) -> None:
+        """See :func:`save_checkpoint`; waits for the one before.
+
+        Raises:
+            TrainingError: if it, or the one before, cannot be written.
+        """
+        self.wait()
+        if not self.background:
+            self._write(state, step, milestone)
+            self.check()
+            return
+        arguments = (snapshot(state), step, milestone)
+        # Not a daemon: Python waits for it at its end.
+        self._thread = threading.Thread(target=self._write, args=arguments, name="mim-saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk.
+
+        Raises:
+            TrainingError: if it is not.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises TrainingError where a checkpoint could not be written."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
+        try:
+            save_checkpoint(self.run, state, step, self.keep, milestone)
+        except OSError as error:
+            self._error = unwritable(f"checkpoint of step {step}", self.run, error)
+        except Exception as error:  # of the thread: the run stops with it, at its next step
+            if not self.background:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            self._error = TrainingError(f"checkpoint of step {step} cannot be saved: {reason}")
+
+
+def unwritable(what: str, run: Path, error: OSError) -> TrainingError:
+    """The error for a file of a run that cannot be written."""
+    reason = error.strerror or str(error)
+    return TrainingError(
+        f"{what} cannot be saved in {str(run)!r}: {reason}; the last good one is kept. Make room, "
+        "then go on with --resume auto"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -821,6 +821,9 @@ class TrainConfig:
     deterministic: bool = False
     """Whether torch may use deterministic operations alone: slower on a GPU, and one that has no
     such form there ends the run with its name. On the CPU runs repeat bit for bit in any case."""
+    async_save: bool = False
+    """Whether a checkpoint is copied to host memory, which must have room for it, and written while
+    training goes on; the next one waits for it, and so do a signal and the end of the run."""
     on_nonfinite: str = "stop"
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
     weights: stop the run, or skip (the run goes on with the next batch)."""

@@ -295,6 +295,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             write_list(run / "subset_train.txt", train)
             write_list(run / "subset_val.txt", val)
 
+    saver = checkpoint.Saver(run, config.train.keep_checkpoints, config.train.async_save)
+
     def measured() -> MaskedImageModel:
         """What is evaluated; all processes ask for it."""
         if not shards:
@@ -332,15 +334,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             "train_loss": mean,
             "val_loss": val_loss,
         }
-        keep = config.train.keep_checkpoints
-        try:
-            checkpoint.save_checkpoint(run, state, step, keep, milestone)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise TrainingError(
-                f"checkpoint of step {step} cannot be saved in {str(run)!r}: {reason}; the last "
-                "good one is kept. Make room, then go on with --resume auto"
-            ) from error
+        saver.save(state, step, milestone)
 
     def draw(step: int) -> None:
         subject = measured()
@@ -383,7 +377,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     unread: list[Taken] = []
     wrapped.train()
     progressing = RunProgress(label, total, start, main)
-    with trackers, progressing as progress, Signals() as signals, worker_deaths():
+    with trackers, progressing as progress, Signals() as signals, worker_deaths(), saver:
         for batch in batches:
             step, lr = batch.step, schedule(batch.step)
             torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
@@ -469,7 +463,10 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
                 draw_ratios()
             if saving or caught:
                 save(step, milestone)
+                if caught or end:
+                    saver.wait()
                 accelerator.wait_for_everyone()
+            saver.check()
             interval_began += time.monotonic() - paused  # measuring and saving is not training
             if caught and not end:
                 accelerator.end_training()

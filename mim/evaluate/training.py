@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.allocator import keep_freed_memory
-from mim.checkpoint import FORMAT, read_checkpoint, write_atomic
+from mim.checkpoint import FORMAT, read_checkpoint, snapshot, write_atomic
 from mim.config import DataConfig
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader, worker_deaths
 from mim.data.loader import Augment
@@ -324,10 +324,6 @@ class State:
             self.path.unlink(missing_ok=True)
 
 
-def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
-
-
 def _stopped(signals: Signals, accelerator: Accelerator, step: int, last: bool) -> int | None:
     """The signal on which all processes stop after this step."""
     if accelerator.num_processes == 1:
@@ -375,7 +371,7 @@ def _run(
     known = json.dumps([settings, train.fingerprint(), training.identity], sort_keys=True)
     keeper = State(state, known)
 
-    best, losses, start = Trained(_cpu(subject.state_dict())), [], 0
+    best, losses, start = Trained(snapshot(subject.state_dict())), [], 0
     saved = keeper.read()
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -446,7 +442,7 @@ def _run(
                 line = {"train_loss": float(mean[head]), "held_out_accuracy": float(found[head])}
                 best.history.append(line)
                 if found[head] > best.accuracy:
-                    weights = _cpu(subject.state_dict())
+                    weights = snapshot(subject.state_dict())
                     history = best.history
                     chosen = (batch.epoch + 1, head, float(found[head]), float(mean[head]))
                     best = Trained(weights, *chosen, history)

@@ -181,7 +181,9 @@ def test_a_run_killed_anywhere_ends_the_same(
         number = draw.randint(1, often)
         plugin = tmp_path / f"kill_{kill}.py"
         plugin.write_text(DEADLY.format(module=module, name=attribute, number=number))
-        code = in_a_process(*train, f"[{fork}, {plugin}]", "--output", killed)
+        beside = str(trial % 2 == 1).lower()  # in half the trials
+        more = ("--output", killed, "--train.async_save", beside)
+        code = in_a_process(*train, f"[{fork}, {plugin}]", *more)
         history.append(f"{name} ({number})")
         if code == 0:  # it was over before that instant came
             history[-1] += " never came"
