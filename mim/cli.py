@@ -65,14 +65,14 @@ def _parser(verb: str, about: str) -> VerbParser:
     return VerbParser(prog=f"mim {verb}", description=about, formatter_class=form)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, object]:
+def _settings(pairs: Sequence[str], option: str = "--set") -> dict[str, object]:
     import yaml
 
     settings: dict[str, object] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--set {pair!r} has not the form key=value")
+            raise UserError(f"{option} {pair!r} has not the form key=value")
         settings[key] = yaml.safe_load(value)
     return settings
 
@@ -177,18 +177,26 @@ def _compare(args: list[str]) -> int:
         "each the same way, and write report.html, report.md and results.csv. Call it again to go "
         "on: finished runs are kept. --show live, plain or quiet says what is told meanwhile (live "
         "is a table of all runs, and the default on a terminal); --json FILE also writes every "
-        "run's state and numbers (- for stdout)."
+        "run's state and numbers (- for stdout). --jobs N computes N runs at once: they share the "
+        "GPUs, or the cores, so that their speed tells little. --launcher submitit makes each run "
+        "a job of SLURM, N in the queue at once; --slurm KEY=VALUE ... tells submitit what a job "
+        "needs (timeout_min=600 slurm_partition=gpu gpus_per_node=1)."
     )
     flags = VerbParser(prog="mim compare", add_help=False, allow_abbrev=False)
     flags.add_argument("--show", default="auto")
     flags.add_argument("--json")
+    flags.add_argument("--jobs", type=int, default=1)
+    flags.add_argument("--launcher", default="local")
+    flags.add_argument("--slurm", nargs="+", default=[])
     options, rest = flags.parse_known_args(args)
     if options.json not in (None, "-"):
         _prepare_file(Path(options.json), "--json")
-    from mim.compare import compare, read_compare_config
+    from mim.compare import Launch, compare, read_compare_config
 
+    launch = Launch(options.jobs, options.launcher, _settings(options.slurm, "--slurm"))
     config = read_compare_config(rest, prog="mim compare", description=about)
-    report = compare(config, command="mim compare " + shlex.join(rest), show=options.show)
+    command = "mim compare " + shlex.join(rest)
+    report = compare(config, command=command, show=options.show, launch=launch)
     from mim.report import read_comparison, summary_line
     from mim.report.overview import as_json, closing_table
     from mim.terminal import show_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -13,18 +14,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from mim import checkpoint, progress
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
-from mim.lock import sole_use
+from mim.lock import InUse, in_use, sole_use
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
 if TYPE_CHECKING:
@@ -296,10 +298,11 @@ def _on_images_of(encoder: Encoder, config: Config) -> Encoder:
     return replace(encoder, data=data)
 
 
-def _child(item: Planned, evaluations: dict[str, Any], show: str) -> None:
+def _child(
+    item: Planned, evaluations: dict[str, Any], show: str, share: tuple[int, int] = (0, 1)
+) -> None:
     """One run in a process of its own: its memory is its own, and its failure too."""
-    from mim.pretrain import Interrupted, TrainingError
-
+    _take_share(*share)
     if show != "plain":
         progress.silence()
     if show == "live":  # what libraries print would tear the table on the terminal
@@ -312,20 +315,31 @@ def _child(item: Planned, evaluations: dict[str, Any], show: str) -> None:
     # notice when the run is killed.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.exit(run_noted(item, evaluations))
+
+
+def run_noted(item: Planned, evaluations: dict[str, Any]) -> int:
+    """:func:`run_one`; what fails is noted in the run folder. Returns the exit code."""
+    from mim.pretrain import Interrupted, TrainingError
+
     try:
         run_one(item, evaluations)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(stop.code)
+        return stop.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except InUse as error:  # by a job of an earlier call: what it writes is its own
+        print(error, file=sys.stderr)
+        return 1
     except Exception as error:
         known = isinstance(error, (UserError, TrainingError))
         if not known:
             traceback.print_exc()
         text = str(error) if known else f"{type(error).__name__}: {error}"
         _write_failure(item, text)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _end_with_parent() -> None:
@@ -380,7 +394,35 @@ def _loose_config(run: Path) -> Config:
 SHOWS = ("auto", "live", "plain", "quiet")
 
 
-def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Path:
+@dataclass(frozen=True)
+class Launch:
+    """Where and how the runs of a comparison are computed; it changes no number.
+
+    Attributes:
+        jobs: how many at once. Of several on one machine, speed and memory tell little.
+        launcher: local, or submitit (SLURM; needs ``mim[slurm]``).
+        slurm: what submitit is told: timeout_min, slurm_partition, gpus_per_node, ...
+    """
+
+    jobs: int = 1
+    launcher: str = "local"
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise setting_error("--jobs", self.jobs, "must be at least 1")
+        if self.launcher not in LAUNCHERS:
+            raise choice_error("--launcher", self.launcher, LAUNCHERS)
+        if self.slurm and self.launcher != "submitit":
+            raise setting_error("--slurm", self.slurm, "is for --launcher submitit")
+
+
+LAUNCHERS = ("local", "submitit")
+
+
+def compare(
+    config: CompareConfig, command: str = "", show: str = "auto", launch: Launch | None = None
+) -> Path:
     """Run a comparison and write its report.
 
     Finished runs are kept; an interrupted one goes on from its checkpoint; a run whose config has
@@ -392,6 +434,7 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
         show: live (a table of all runs, on a terminal), plain (lines), quiet (failures alone), all
             on stderr; auto is live on a terminal and plain elsewhere. Where it is live, what a run
             prints to stderr goes to ``stderr.log`` in its folder.
+        launch: where the runs are computed; by default here, one after the other.
 
     Returns:
         The path of ``report.html``.
@@ -407,10 +450,10 @@ def compare(config: CompareConfig, command: str = "", show: str = "auto") -> Pat
     output = Path(config.output)
     checkpoint.prepare_folder(output)
     with sole_use(output):
-        return _compare(config, command, show)
+        return _compare(config, command, show, launch or Launch())
 
 
-def _compare(config: CompareConfig, command: str, show: str) -> Path:
+def _compare(config: CompareConfig, command: str, show: str, launch: Launch) -> Path:
     from mim.evaluate import build_evaluation, check_files
     from mim.report import write_report
 
@@ -441,7 +484,7 @@ def _compare(config: CompareConfig, command: str, show: str) -> Path:
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
 
     with _signals_interrupt():
-        failed = _run_all(planned, states, config.evaluations, output, show)
+        failed = _run_all(planned, states, config.evaluations, output, show, launch)
     report = write_report(output)
     _track(config, output)
     if failed:
@@ -469,43 +512,117 @@ def _run_all(
     evaluations: dict[str, Any],
     output: Path,
     show: str,
+    launch: Launch,
 ) -> list[str]:
-    """Runs what is left, one after the other; returns the folders of those that failed."""
+    """Runs what is left, so many at once as there are jobs; returns the folders that failed."""
     from mim.report.overview import Watched, live_overview
 
-    context = _context()
     failed = []
     with contextlib.ExitStack() as stack:
         watched = Watched()
         if show == "live":
             watched = stack.enter_context(live_overview(output, Console(stderr=True)))
-        for number, item in enumerate(planned, start=1):
-            state = states[item.folder]
-            if show == "plain":
-                line = f"[{number}/{len(planned)}] {item.folder}: {state}"
-                print(line, file=sys.stderr, flush=True)
-            if state == "done":
-                continue
-            watched.active = item.folder
-            code = _run_process(context.Process(target=_child, args=(item, evaluations, show)))
-            if code:
-                failed.append(item.folder)
-                _note_death(item, code)
+        jobs: Jobs = _LocalJobs(evaluations, show, launch.jobs)
+        if launch.launcher == "submitit":
+            from mim.submit import SubmittedJobs
+
+            work = functools.partial(run_noted, evaluations=evaluations)
+            jobs = SubmittedJobs(work, output, launch.slurm)
+        left = deque(enumerate(planned, start=1))
+        try:
+            while left or jobs.running:
+                while left and len(jobs.running) < launch.jobs:
+                    number, item = left.popleft()
+                    state = states[item.folder]
+                    if show == "plain":
+                        line = f"[{number}/{len(planned)}] {item.folder}: {state}"
+                        print(line, file=sys.stderr, flush=True)
+                    if state != "done":
+                        watched.active.add(item.folder)
+                        jobs.start(item)
+                for item, code in jobs.wait() if jobs.running else []:
+                    watched.active.discard(item.folder)
+                    if code in (130, 138, 143):
+                        raise KeyboardInterrupt
+                    if code:
+                        failed.append(item.folder)
+                        _note_death(item, code)
+        except KeyboardInterrupt:
+            jobs.stop()  # Ctrl-C has reached the children too, a kill of this process has not
+            raise
     return failed
 
 
-def _run_process(process: Any) -> int | None:
-    """Starts a process and waits for it; returns its exit code."""
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()  # Ctrl-C has reached the child too, a kill of this process has not
-        process.join()  # it saves
-        raise
-    if process.exitcode in (130, 138, 143):
-        raise KeyboardInterrupt
-    return int(process.exitcode)
+class Jobs(Protocol):
+    """Where runs are computed.
+
+    Attributes:
+        running: what was started and has not ended.
+    """
+
+    @property
+    def running(self) -> Collection[object]: ...
+
+    def start(self, item: Planned) -> None:
+        """Start a run."""
+
+    def wait(self) -> list[tuple[Planned, int]]:
+        """Those that have ended, one at least, each with its exit code."""
+
+    def stop(self) -> None:
+        """Let all save, and wait for them."""
+
+
+class _LocalJobs:
+    """A process of this machine for each run.
+
+    Args:
+        evaluations: of every run.
+        show: see :func:`compare`.
+        count: how many run at once; they share GPUs, or the cores.
+    """
+
+    def __init__(self, evaluations: dict[str, Any], show: str, count: int) -> None:
+        self.evaluations, self.show, self.count = evaluations, show, count
+        self.running: dict[Any, tuple[Any, Planned, int]] = {}
+        self._context = _context()
+
+    def start(self, item: Planned) -> None:
+        place = min(set(range(self.count)) - {place for _, _, place in self.running.values()})
+        share = (place, self.count)
+        arguments = (item, self.evaluations, self.show, share)
+        process = self._context.Process(target=_child, args=arguments)
+        process.start()
+        self.running[process.sentinel] = (process, item, place)
+
+    def wait(self) -> list[tuple[Planned, int]]:
+        ended = []
+        for sentinel in multiprocessing.connection.wait(list(self.running)):
+            process, item, _ = self.running.pop(sentinel)
+            process.join()
+            ended.append((item, int(process.exitcode)))
+        return ended
+
+    def stop(self) -> None:
+        for process, _, _ in self.running.values():
+            process.terminate()
+        for process, _, _ in self.running.values():
+            process.join()
+
+
+def _take_share(place: int, count: int) -> None:
+    """Of ``count`` runs at once, this one takes its GPU in turn, and its part of the cores."""
+    import torch
+
+    if count == 1:
+        return
+    # What the launcher of this comparison was given, not what the machine has.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
 class Terminated(KeyboardInterrupt):
@@ -540,7 +657,7 @@ def _signals_interrupt() -> Iterator[None]:
 def _note_death(item: Planned, code: int | None) -> None:
     """A process that was killed could not write why it failed."""
     run = Path(item.config.output)
-    if checkpoint.read_result(run).get("status") == "failed":
+    if checkpoint.read_result(run).get("status") == "failed" or in_use(run):
         return
     _write_failure(item, f"the process ended with code {code} (a kill, or no memory left)")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from mim.errors import setting_error
+from mim.errors import UserError, setting_error
 
 try:
     import fcntl
@@ -19,6 +19,19 @@ except ImportError:  # where there is none, nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+
+
+class InUse(UserError):
+    """A folder belongs to another process now."""
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process works in a folder."""
+    try:
+        with sole_use(folder):
+            return False
+    except InUse:
+        return True
 
 
 @contextmanager
@@ -34,7 +47,7 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
         setting: what named it, for the error.
 
     Raises:
-        UserError: if another process works there; it is named.
+        InUse: if another process works there; it is named.
     """
     if fcntl is None:
         yield
@@ -62,7 +75,7 @@ def _locked(path: Path, setting: str) -> TextIO:
             file.seek(0)
             reason = f"is in use by {_owner(file.read())}; wait for it, or choose another"
             file.close()
-            raise setting_error(setting, str(path.parent), reason) from error
+            raise InUse(str(setting_error(setting, str(path.parent), reason))) from error
         # Whoever had it may have removed this file between our opening and our locking it.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ _SHOWN = ("held-out loss", "wall time")
 
 @dataclass
 class Watched:
-    """What the comparison knows and the files do not: which run is being worked on."""
+    """What the comparison knows and the files do not: which runs are being worked on."""
 
-    active: str = ""
+    active: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def live_overview(folder: Path, console: Console) -> Iterator[Watched]:
     with Live(console=console, auto_refresh=False, transient=False) as live:
 
         def refresh() -> None:
-            live.update(overview(read_comparison(folder), watched.active), refresh=True)
+            live.update(overview(read_comparison(folder), set(watched.active)), refresh=True)
 
         def follow() -> None:
             while not done.wait(_SECONDS):
@@ -49,24 +49,24 @@ def live_overview(folder: Path, console: Console) -> Iterator[Watched]:
         finally:
             done.set()
             thread.join()
-            watched.active = ""
+            watched.active.clear()
             refresh()
 
 
-def overview(comparison: Comparison, active: str = "") -> Grid:
+def overview(comparison: Comparison, active: Collection[str] = ()) -> Grid:
     """All runs: their state, how far they are, the time left, why one failed."""
     table = runs_table(comparison)
     rows = []
     for run, row in zip(comparison.runs, table.rows, strict=True):
         cells = [cell.text for cell in row.cells]
-        if run.folder.name == active:
+        if run.folder.name in active:
             # It has its result before its evaluations.
             cells[1] = "evaluating" if run.finished else "running"
         elif run.status == "running":
             cells[1] = "waiting"  # begun by an earlier call
         rows.append(cells)
     heads = [column.label.lower() for column in table.columns]
-    finished = sum(run.finished and run.folder.name != active for run in comparison.runs)
+    finished = sum(run.finished and run.folder.name not in active for run in comparison.runs)
     left = training_left(comparison)
     about = f", about {clock(left)} of training left" if left else ""
     return grid(heads, rows, f"{comparison.name}: {finished} of {len(rows)} done{about}")

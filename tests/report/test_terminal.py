@@ -171,7 +171,7 @@ def test_overview_tells_the_states(folder: Path) -> None:
         stream = io.StringIO()
         system = "standard" if terminal else None
         console = Console(file=stream, width=140, force_terminal=terminal, color_system=system)
-        console.print(overview(read_comparison(folder), active))
+        console.print(overview(read_comparison(folder), {active}))
         return stream.getvalue()
 
     text = shown("regime=drop,seed=0", terminal=False)
