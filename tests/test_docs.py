@@ -72,7 +72,9 @@ def check_verb(verb: str, args: list[str]) -> None:
     elif verb == "compare":
         flags = VerbParser(prog="", add_help=False, allow_abbrev=False)
         flags.add_argument("--show")
-        flags.add_argument("--json")
+        for flag in ("--json", "--jobs", "--launcher"):
+            flags.add_argument(flag)
+        flags.add_argument("--slurm", nargs="+")
         _, rest = flags.parse_known_args(args)
         checked(read_compare_config(rest).base)
     else:
@@ -93,9 +95,12 @@ def check_verb(verb: str, args: list[str]) -> None:
 def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
-    found = list(commands(block.text))
+    found, launch = list(commands(block.text)), "scripts/launch/"
     assert found
     for words in found:
+        if any(launch in word for word in words):
+            check_verb("pretrain", words[words.index("--config") :])
+            words = ["bash", next(word for word in words if launch in word)]
         if words[0] in _LAUNCHERS:
             words = words[words.index("-m") + 1 :]
         if words[0] == "mim":
