@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -394,6 +395,8 @@ def _bench_step(args: list[str]) -> int:
     peers = "hf, hf-eager, lightly, vit-pytorch, mae; separated by commas"
     parser.add_argument("--peer", default="", help=f"time these beside: {peers}")
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
+    varied = """named settings to time beside: '{"dense": {"model.regime.name": "zero", ...}}'"""
+    parser.add_argument("--variants", metavar="JSON", default="{}", help=varied)
     parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
     options, rest = parser.parse_known_args(args)
     from mim.bench import append_table, bench_step, format_table
@@ -409,6 +412,10 @@ def _bench_step(args: list[str]) -> int:
         options.steps,
         peers=[name for name in options.peer.split(",") if name],
         mae_path=None if options.mae_path is None else Path(options.mae_path),
+        variants={
+            name: _read_config(options.config, [*rest, *settings])
+            for name, settings in _variants(options.variants).items()
+        },
     )
     if options.json:
         write_json_atomic(Path(options.json), figures)
@@ -416,6 +423,27 @@ def _bench_step(args: list[str]) -> int:
         append_table(Path(options.append), shlex.join(["mim", "bench", "step", *args]), figures)
     _say(format_table(figures))
     return 0
+
+
+def _variants(text: str) -> dict[str, list[str]]:
+    """JSON of names and dotted settings -> the settings as arguments."""
+    from mim.errors import setting_error
+
+    wanted = "must be a JSON mapping of names to mappings of dotted settings"
+    try:
+        told = json.loads(text)
+    except ValueError as error:
+        raise setting_error("--variants", text, f"{wanted} ({error})") from error
+    if not isinstance(told, dict) or not all(isinstance(each, dict) for each in told.values()):
+        raise setting_error("--variants", text, wanted)
+    return {
+        name: [f"--{key}={_argument(value)}" for key, value in settings.items()]
+        for name, settings in told.items()
+    }
+
+
+def _argument(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _bench_data(args: list[str]) -> int:

@@ -144,3 +144,26 @@ def test_beside_a_peer(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
         assert row["products_share"] > 0 and 0.5 < row["loss"] < 2
     assert "| peer hf |" in table.read_text() and "--peer hf" in table.read_text()
     assert "'nobody'" in mim(*call, "--peer", "nobody").line
+
+
+def test_variants_of_a_config_are_timed_beside_its_regimes(
+    tmp_path: Path, mim: Mim, tiny: Tiny
+) -> None:
+    call = ("bench", "step", "--config", tiny({"data.batch_size": 8}), "--rounds", 1, "--steps", 1)
+    call = (*call, "--regimes", "drop", "--json", tmp_path / "numbers.json")
+    few = {"model.regime.name": "zero", "model.regime.zero.predict_share": 0.25}
+    few["model.decoder.name"] = "mlp"
+    variants = {"few": few, "half": {"data.batch_size": 4}}
+    done = mim(*call, "--variants", json.dumps(variants))
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / "numbers.json").read_text())["regimes"]
+    assert list(rows) == ["drop", "few", "half"]
+    assert rows["drop"]["ratio_to_first"] == 1.0
+    assert rows["few"]["encoder_tokens"] > rows["drop"]["encoder_tokens"]
+    for row in rows.values():  # one round: a ratio of speeds, whatever the batch
+        speed = row["images_per_second"] / rows["drop"]["images_per_second"]
+        assert row["ratio_to_first"] == pytest.approx(speed)
+    for bad in ("[", '{"x": 1}'):
+        refused = mim(*call, "--variants", bad)
+        assert refused.code == 2 and "--variants" in refused.line and "mapping" in refused.line
+    assert "--variants" in mim(*call, "--variants", '{"drop": {}}').line

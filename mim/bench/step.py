@@ -11,7 +11,7 @@ import datetime
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
@@ -84,6 +84,7 @@ def bench_step(
     *,
     peers: Sequence[str] = (),
     mae_path: Path | None = None,
+    variants: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """Time training steps of one config under several regimes, on noise images.
 
@@ -94,14 +95,16 @@ def bench_step(
         steps: steps of one subject in a round.
         peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
+        variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
 
     Returns:
         ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
         lowest, highest over rounds), tokens in the encoder, tokens a second, operations an image,
         bytes of memory at the peak, the last loss, the share of ``matrix_flops_per_second`` that
         its operations came to, and the share of a step that its products take when run alone.
-        ``ratio_to_fastest_peer`` of each regime where there are peers. A ratio is the median over
-        rounds of the ratio within a round.
+        ``ratio_to_first``, its speed over that of the first row, and ``ratio_to_fastest_peer`` of
+        each regime where there are peers. A ratio is the median over rounds of the ratio within a
+        round.
 
     Raises:
         UserError: for an unknown regime or peer, one that does not fit the config, a package that
@@ -122,11 +125,20 @@ def bench_step(
         model = dataclasses.replace(config.model, regime=regime)
         chosen = checked(dataclasses.replace(config, model=model))
         subjects.append(_Subject(name, chosen, False, mae_path, threads))
+    for name, varied in (variants or {}).items():
+        if name in (*regimes, *peers):
+            raise setting_error("--variants", name, "is the name of another row; choose another")
+        subjects.append(_Subject(name, checked(varied), False, mae_path, threads))
+    if not subjects:
+        raise setting_error("--regimes", "", "names nothing to be timed")
+    ours_first = [subject.name for subject in subjects]
     subjects += [_Subject(name, config, True, mae_path, threads) for name in peers]
-    size = config.data.batch_size
     figures, times, products, rates = _interleave(subjects, rounds, steps)
+    sizes = {subject.name: subject.config.data.batch_size for subject in subjects}
+    first = ours_first[0]
     for name, seconds in times.items():
         row = figures[name]
+        size = sizes[name]
         speed = size / statistics.median(seconds)
         row["images_per_second"] = speed
         row["slowest"] = size / max(seconds)
@@ -136,19 +148,19 @@ def bench_step(
         shares = [part / own for part, own in zip(products[name], seconds, strict=True)]
         row["products_share"] = statistics.median(shares)
         row["utilisation"] = speed * flops / statistics.median(rates)
-    ours = {name: figures[name] for name in regimes}
+        row["ratio_to_first"] = _faster(times, sizes, name, first)
+    ours = {name: figures[name] for name in ours_first}
     theirs = {name: figures[name] for name in peers}
     if theirs:
         _check_losses(ours, theirs)
         best = min(peers, key=lambda name: statistics.median(times[name]))
-        for name in regimes:
-            ratios = [other / own for other, own in zip(times[best], times[name], strict=True)]
-            ours[name]["ratio_to_fastest_peer"] = statistics.median(ratios)
+        for name in ours_first:
+            ours[name]["ratio_to_fastest_peer"] = _faster(times, sizes, name, best)
     return {
         "date": datetime.date.today().isoformat(),
         "environment": environment(_device()),
         "threads": threads,
-        "batch_size": size,
+        "batch_size": config.data.batch_size,
         "precision": config.train.precision,
         "rounds": rounds,
         "steps": steps,
@@ -156,6 +168,13 @@ def bench_step(
         "regimes": ours,
         "peers": theirs,
     }
+
+
+def _faster(times: dict[str, list[float]], sizes: dict[str, int], name: str, other: str) -> float:
+    """Images a second of one over those of another: the median over rounds."""
+    images = sizes[name] / sizes[other]
+    rounds = zip(times[name], times[other], strict=True)
+    return statistics.median(images * theirs / own for own, theirs in rounds)
 
 
 def _device() -> torch.device:
@@ -378,9 +397,10 @@ def _matrix_rate(config: Config) -> float:
 
 
 _COLUMNS = (
-    "| subject | images/s (median) | slowest to fastest | to the fastest peer | encoder tokens "
-    "| GFLOPs an image | of the matrix rate | products alone | peak memory, GiB | loss |",
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| subject | images/s (median) | slowest to fastest | to the first | to the fastest peer "
+    "| encoder tokens | GFLOPs an image | of the matrix rate | products alone | peak memory, GiB "
+    "| loss |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -394,6 +414,7 @@ def _rows(figures: dict[str, Any]) -> list[str]:
                 f"| {name if kind == 'regimes' else 'peer ' + name} "
                 f"| {values['images_per_second']:.1f} "
                 f"| {values['slowest']:.1f} to {values['fastest']:.1f} "
+                f"| {values['ratio_to_first']:.2f} "
                 f"| {'' if ratio is None else f'{ratio:.2f}'} "
                 f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
                 f"| {100 * values['utilisation']:.0f} % "
