@@ -69,12 +69,18 @@ def _parser(verb: str, about: str) -> VerbParser:
 def _settings(pairs: Sequence[str], option: str = "--set") -> dict[str, object]:
     import yaml
 
+    from mim.files import parse_yaml
+
     settings: dict[str, object] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{option} {pair!r} has not the form key=value")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{option}: {pair!r} cannot be read: {reason}") from error
     return settings
 
 
@@ -82,8 +88,10 @@ def _settings_file(path: str) -> dict[str, dict[str, object]]:
     """Evaluation -> settings."""
     import yaml
 
+    from mim.files import parse_yaml
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error

@@ -5,11 +5,51 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mim.errors import UserError
+
+NPY_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError),
+    *(SyntaxError, tokenize.TokenError, RecursionError),  # its header is parsed as Python's
+    MemoryError,  # the header may promise any size
+)
+"""What ``np.load`` raises for a file that is damaged, or made to be."""
+
+_MOST_VALUES, _DEEPEST = 100_000, 50
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as plain values: no objects, and no more of them than a file of settings has.
+
+    A few lines of aliases to aliases can stand for any number of values.
+
+    Raises:
+        yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
+    """
+    try:
+        loaded = yaml.safe_load(text)
+    except RecursionError as error:
+        raise yaml.YAMLError("it nests too deeply") from error
+    except ValueError as error:  # a date that is none, a surrogate
+        raise yaml.YAMLError(str(error)) from error
+    waiting, count = [(loaded, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            limit = f"{_MOST_VALUES:,} values, aliases counted, or {_DEEPEST} levels"
+            raise yaml.YAMLError(f"it holds more than {limit}")
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(inner, depth + 1) for inner in value]
+    return loaded
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from mim import checkpoint
 from mim.errors import UserError, choice_error
+from mim.files import parse_yaml
 from mim.report.status import Progress, last_metrics, read_progress, read_yaml
 from mim.settings import flatten
 
@@ -126,7 +127,7 @@ def _condition(text: str) -> tuple[str, str, Any]:
     if not match:
         raise UserError(f"--where: {text!r} has not the form KEY=VALUE (or !=, <, <=, >, >=)")
     try:
-        return match[1], match[2], yaml.safe_load(match[3])
+        return match[1], match[2], parse_yaml(match[3])
     except yaml.YAMLError as error:
         raise UserError(f"--where: {match[3]!r} cannot be read as a value") from error
 

@@ -11,13 +11,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
+from mim.files import parse_yaml
 
 T = TypeVar("T")
 
@@ -96,6 +98,7 @@ def instantiate(parser: ArgumentParser, namespace: Namespace, kind: type[T]) -> 
     namespace = namespace.clone()
     for extra in ("config", "print_config"):
         namespace.pop(extra, None)
+    _check_nulls(namespace.as_dict(), kind)
     built = parser.instantiate(namespace)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(built, name) for name in names})
@@ -116,12 +119,22 @@ def _check_blocks(tree: Mapping[str, Any], kind: type, prefix: str = "") -> None
         _check_blocks(value, cast(type, hint), f"{prefix}{key}.")
 
 
+def _check_nulls(tree: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """jsonargparse lets null pass for any setting."""
+    for key, hint in get_type_hints(kind).items():
+        value = tree.get(key)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            _check_nulls(value, cast(type, hint), f"{prefix}{key}.")
+        elif value is None and key in tree and hint is not Any and NoneType not in get_args(hint):
+            raise setting_error(prefix + key, None, "must be given; null is no value of it")
+
+
 def _check_file(path: str | Path, kind: type) -> None:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config: {str(path)!r} is not a file")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):

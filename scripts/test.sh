@@ -7,7 +7,7 @@ setup dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${1:-}" = faults ]; then
   shift
-  export MIM_FAULT_TRIALS="${MIM_FAULT_TRIALS:-60}"
+  export MIM_FAULT_TRIALS="${MIM_FAULT_TRIALS:-60}" MIM_FUZZ_EXAMPLES="${MIM_FUZZ_EXAMPLES:-2000}"
   exec python -m pytest tests/faults -m "" "$@"
 fi
 exec python -m pytest -n "${MIM_TEST_WORKERS:-2}" "$@"

@@ -36,6 +36,7 @@ from PIL import Image
 
 from mim.data.transforms import Picture
 from mim.errors import UserError
+from mim.files import NPY_ERRORS
 
 EXTENSIONS = (
     ".jpg",
@@ -53,16 +54,9 @@ EXTENSIONS = (
 """Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
 uint16, for channels that no image format has."""
 
-# What PIL's decoders are known to raise on damaged files.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
+# What PIL's decoders are known to raise on damaged files, and numpy.
+DECODE_ERRORS: tuple[type[Exception], ...] = (
+    *NPY_ERRORS,
     NotImplementedError,
     struct.error,
     zlib.error,

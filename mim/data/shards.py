@@ -94,6 +94,9 @@ def scan(place: Place) -> ShardIndex:
                     base = name.rpartition("/")[2]
                     if not member.isfile() or base.startswith("."):
                         continue
+                    if name.startswith("/") or ".." in name.split("/"):
+                        reason = "which points out of the folder it would be unpacked into"
+                        raise UserError(f"{called} has a member {name!r}, {reason}")
                     if base.lower().endswith(EXTENSIONS):
                         images.append((name, member.offset_data, member.size))
                     elif base.endswith((".cls", ".json")):

@@ -22,6 +22,7 @@ from torch import Tensor
 from mim.config import DataConfig
 from mim.data.sources import ImageSource
 from mim.errors import UserError, setting_error
+from mim.files import NPY_ERRORS
 from mim.keys import name_to_int
 from mim.registry import Registry
 
@@ -101,7 +102,7 @@ def _read_npy(path: Path, given: str, source: ImageSource) -> Tensor:
     try:
         values = np.load(path, allow_pickle=False)
         numbers = torch.from_numpy(np.asarray(values, dtype=np.float64))
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except NPY_ERRORS as error:
         reason = f"cannot be read: {' '.join(str(error).split())}"
         raise setting_error("data.weights", given, reason) from error
     if numbers.ndim != 1:

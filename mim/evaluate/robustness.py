@@ -52,6 +52,7 @@ from mim.evaluate.finetune import FILE as FINETUNED
 from mim.evaluate.finetune import FinetuneSettings, load_classifier
 from mim.evaluate.linear import Linear, LinearSettings
 from mim.evaluate.training import autocast, start_accelerator
+from mim.files import parse_yaml
 from mim.keys import image_keys
 from mim.progress import RunProgress
 
@@ -219,7 +220,7 @@ def read_baseline(
                 errors[name] = sum(numbers[key] for key in keys) / len(keys)
     else:
         try:
-            errors = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+            errors = parse_yaml(Path(given).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = f"is not alexnet, a run folder or a file: {' '.join(str(error).split())}"
             raise setting_error(setting, given, reason) from error

@@ -21,6 +21,7 @@ from mim.backbone import grid_of, patch_size_of, sincos_position_embedding
 from mim.config import Config
 from mim.cost import environment
 from mim.errors import UserError, choice_error, setting_error
+from mim.files import parse_yaml
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry, some
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
 from mim.interop.files import Weights, file_digest, read_weights
@@ -154,7 +155,7 @@ def _given(
         if not path.is_file():
             raise UserError(f"config: {str(path)!r} is not a file")
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            tree = parse_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"config: {path} cannot be read: {error}") from error
         if not isinstance(tree, dict):

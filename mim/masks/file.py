@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mim.config import MaskConfig
 from mim.errors import UserError, setting_error
+from mim.files import NPY_ERRORS
 from mim.keys import name_to_int
 from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest
 
@@ -36,12 +39,9 @@ IMAGE_EXTENSIONS = (
 )
 _KINDS = (".npy", ".png")
 # What numpy and PIL are known to raise on damaged files.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    EOFError,
-    SyntaxError,
-    zipfile.BadZipFile,
+_READ_ERRORS: tuple[type[Exception], ...] = (
+    *NPY_ERRORS,
+    *(struct.error, zlib.error, zipfile.BadZipFile),
     Image.DecompressionBombError,
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mim.errors import UserError
+from mim.files import parse_yaml
 from mim.progress import clock
 
 QUIET = 600.0
@@ -95,7 +96,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         UserError: if it holds something else, or cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
