@@ -874,9 +874,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Interrupted" and isinstance(code, int):
             print(f"mim: {error}", file=sys.stderr)
             return code
-        if type(error).__name__ in ("TrainingError", "WorkerError", "LostProcess"):
+        if type(error).__name__ in ("TrainingError", "WorkerError"):
             _tell(error)
-            return 1 if code is None else code
+            return 1
+        if type(error).__name__ == "LostProcess":
+            _tell(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # At its end Python would wait, in torch, for what the lost process was to send.
+            os._exit(75 if code is None else code)
         if _several():
             _tell(f"{type(error).__name__}: {error}")
         raise

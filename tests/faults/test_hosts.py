@@ -168,7 +168,7 @@ def test_a_host_that_is_cut_off(
     assert "mim: error: rank 0: rank 1 on " in told and "no longer answers" in told, told
     assert f"mim: error: rank 1: nobody answers at {hosts.address}:" in told, told
     if how == "hosts":
-        assert seconds < TIMEOUT + 20
+        assert seconds < TIMEOUT + 30  # of which 10 are asked for; the rest is for a busy machine
     outcomes.append(("host cut off", f"{how}: both ended after {seconds:.1f} s", "told"))
     state, passed_over = checkpoint.newest_checkpoint(run)
     assert state is not None and state["step"] == 2 and not passed_over
