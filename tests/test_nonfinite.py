@@ -23,6 +23,7 @@ import mim as package
 from mim import checkpoint
 from mim import pretrain as training
 from mim.data import open_source, train_loader
+from mim.debug import debug_batch
 from mim.keys import image_keys
 from mim.model import MaskedImageModel
 from mim.nonfinite import LEAST, WINDOW, Guard, Spikes, strict
@@ -383,3 +384,53 @@ def test_a_checkpoint_of_an_older_version_goes_on(
     spoil({})
     assert mim("pretrain", "--config", config, "--output", run, "--resume", "auto").code == 0
     assert lines(run) == lines(whole)
+
+
+INFINITE = """
+import dataclasses
+import mim.pretrain
+from mim.model import MaskedImageModel
+
+real_seed, real_forward, now = mim.pretrain.seed_of, MaskedImageModel.forward, -1
+
+def seed_of(seed, *parts):
+    global now
+    now = parts[1] if parts[0] == "step" else now
+    return real_seed(seed, *parts)
+
+def forward(self, *args):
+    output = real_forward(self, *args)
+    if self.training and now == 2:  # its gradient is finite
+        bad = output.loss + float("inf")
+        return dataclasses.replace(output, loss=bad, reconstruction=bad.detach())
+    return output
+
+mim.pretrain.seed_of = seed_of
+MaskedImageModel.forward = forward
+"""
+
+
+def test_all_processes_skip_what_one_has_met(
+    tmp_path: Path, tiny: Tiny, ranks: Callable[..., Any]
+) -> None:
+    changes = {
+        "train.on_nonfinite": "skip",
+        "train.checkpoint_every": 0.04,
+        "train.keep_checkpoints": 9,
+        "train.ema_decay": 0.5,
+        "train.max_steps": 4,
+    }
+    run = tmp_path / "run"
+    found = ranks(("pretrain", "--config", tiny(changes), "--output", run), of={1: INFINITE})
+    assert found.wait() == [0, 0], found.texts()
+    states = [learned(state_after(run, step)) for step in range(1, 5)]
+    same = [
+        all(torch.equal(before[name], after[name]) for name in before)
+        for before, after in itertools.pairwise(states)
+    ]
+    assert same == [False, True, False]
+    said = "".join(found.texts())
+    assert said.count("step 3: loss is inf; the step is skipped") == 1, "the first process tells"
+    details = json.loads((run / "nonfinite.json").read_text())
+    assert details["processes"] == 2 and len(details["sample_ids"]) == 64
+    assert debug_batch(run, device="cpu").exact
