@@ -292,11 +292,14 @@ class Shards(ImageSource):
             raise OSError(f"shard {place.name} ends after {len(data)} of {size} bytes of the image")
         return data
 
+    def encoded(self, index: int) -> bytes:
+        """:meth:`read`, where an image that cannot be read is one."""
+        with decoding(self.describe(index)):
+            return self.read(index)
+
     def image(self, index: int) -> Picture:
-        name = self.describe(index)
-        with decoding(name):
-            data = self.read(index)
-        return decode(data, name, self._max_pixels, self._decoder)
+        data = self.encoded(index)
+        return decode(data, self.describe(index), self._max_pixels, self._decoder)
 
 
 def _read(place: tuple[RemoteFile, int, int]) -> bytes:

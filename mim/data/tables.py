@@ -106,13 +106,18 @@ class TableSource(ImageSource):
         """What the image column holds in a row."""
         raise NotImplementedError
 
-    def image(self, index: int) -> Picture:
+    def encoded(self, index: int) -> bytes:
+        """The bytes of an image's file."""
         name = self.describe(index)
         with decoding(name):
             data = _bytes(self._value(index))
         if data is None:
             raise UnreadableImage(name, "the row holds no image")
-        return decode(data, name, self._max_pixels, self._decoder)
+        return data
+
+    def image(self, index: int) -> Picture:
+        data = self.encoded(index)
+        return decode(data, self.describe(index), self._max_pixels, self._decoder)
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from PIL import Image
 
 from mim.config import DataConfig, HuggingFaceConfig, MixConfig, SubsetConfig
 from mim.data import Batch, fetch, open_source, train_loader
+from mim.data.pack import Recipe, pack
 from mim.errors import UserError
 from mim.settings import load_config
 
@@ -324,6 +326,23 @@ def test_inspect_streams(
     assert found["train"]["modes"] == {"L": found["train"]["images"]} and picture.is_file()
     written = load_config(tiny({"data.source": "huggingface"}), {})  # an older run's config
     assert written.data.huggingface.pool == 1024
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packed_shards_hold_the_files_of_the_rows(tmp_path: Path, streaming: bool) -> None:
+    files = []
+    for number in range(10):
+        file = io.BytesIO()
+        Image.new("L", (6, 4), number).save(file, "BMP")
+        files.append(file.getvalue())
+    root = write(tmp_path / "a.parquet", [{"image": file, "label": 0} for file in files])
+    pack(config(root, streaming=streaming), tmp_path / "tars", Recipe(kind="shards"))
+    found = []
+    for path in (tmp_path / "tars").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = [member for member in tar if member.name.endswith(".bmp")]
+            found += [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+    assert sorted(found) == sorted(files)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
