@@ -9,7 +9,6 @@ Shapes: B images, C channels, H x W pixels.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mim.allocator import keep_freed_memory
 from mim.config import DataConfig
 from mim.data.cache import device_reader
 from mim.data.faults import Fault, read_images
@@ -38,8 +38,7 @@ Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 # Photographs are decoded so many at a time, so that a large batch never holds all at full size.
 _DECODED_AT_ONCE = 64
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES, _OWN_PAGES_FROM = 1 << 28, 1 << 25  # the latter is glibc's largest
+_KEPT_BYTES = 1 << 28
 _SIGNAL_SECONDS = 1.0  # within which torch tells of a worker that died
 
 
@@ -285,15 +284,8 @@ class _EvalBatches(StepBatches):
 
 
 def _keep_freed_memory(worker: int) -> None:
-    """Lets a loader process use the memory of one image for the next.
-
-    Left to itself, glibc gives it back to the system, and a page that is new costs more than what
-    is written to it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+    """Lets a loader process use the memory of one image for the next."""
+    keep_freed_memory(_KEPT_BYTES)
 
 
 def _alone(batch: Any) -> Any:
