@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from mim.allocator import keep_freed_memory
 from mim.config import Config, DataConfig
 from mim.cost import environment
 from mim.data import (
@@ -59,6 +60,8 @@ def bench_data(
         if value < 1:
             raise setting_error(name, value, "must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training process does
     source = open_source(data, "train")
     count = max(images // data.batch_size, 1)
     folder = _plain_folder(data) if plain is None else Path(plain)
