@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -364,6 +365,18 @@ def encoder_weights(run: str | Path) -> dict[str, Tensor]:
         except Exception as error:  # safetensors raises its own kinds
             raise UserError(f"{str(path)!r} cannot be read: {error}") from error
     return backbone_state(model_state(run))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and what is told of them.
+
+    Raises:
+        OSError: if it cannot be opened.
+        SafetensorError: if it is cut short, or of another format.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        names = file.keys()  # the file itself is no mapping
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def read_result(run: str | Path) -> dict[str, Any]:

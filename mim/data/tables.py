@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,9 @@ class TableSource(ImageSource):
     def describe(self, index: int) -> str:
         return f"{self._part}/{index}"
 
+    @abstractmethod
     def _value(self, index: int) -> Any:
         """What the image column holds in a row."""
-        raise NotImplementedError
 
     def encoded(self, index: int) -> bytes:
         """The bytes of an image's file."""

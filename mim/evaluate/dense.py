@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from mim.backbone import (
     patch_size_of,
     resize_positions,
 )
-from mim.checkpoint import TASK, save_encoder
+from mim.checkpoint import TASK, read_safetensors, save_encoder
 from mim.config import DataConfig
 from mim.data import Batch, BatchLoader, ImageSource, StepBatches, open_source
 from mim.errors import UserError, choice_error, setting_error
@@ -245,9 +245,7 @@ class DenseModel(nn.Module):
         """
         setting = f"evaluations.{self.task}.weights"
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state, metadata = read_safetensors(path)
         except (OSError, SafetensorError) as error:
             raise setting_error(setting, str(path), f"cannot be read: {error}") from error
         task = "finetune" if "classifier" in metadata else metadata.get(TASK)

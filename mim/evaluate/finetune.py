@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
@@ -36,7 +36,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.backbone import build_backbone, family_of, load_backbone
-from mim.checkpoint import TASK, save_encoder
+from mim.checkpoint import TASK, read_safetensors, save_encoder
 from mim.config import DataConfig, ModelConfig
 from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
 from mim.errors import UserError, choice_error, setting_error
@@ -390,9 +390,7 @@ def load_classifier(path: Path, encoder: Encoder, setting: str) -> Classifier:
         UserError: if the file cannot be read, holds no classifier, or one of another encoder.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state, metadata = read_safetensors(path)
     except (OSError, SafetensorError) as error:
         raise setting_error(setting, str(path), f"cannot be read: {error}") from error
     if "classifier" not in metadata:

@@ -290,10 +290,9 @@ class Robustness(EncoderEvaluation):
         if self.settings.classifier != "finetune":
             return
         finetune = others.get("finetune")
-        written = finetune is not None and isinstance(finetune.settings, FinetuneSettings)
-        if folder is not None and (
-            (folder / FINETUNED).is_file() or (written and finetune.settings.save)  # type: ignore[union-attr]
-        ):
+        settings = None if finetune is None else finetune.settings
+        written = isinstance(settings, FinetuneSettings) and settings.save
+        if folder is not None and ((folder / FINETUNED).is_file() or written):
             return
         where = f"{folder} has no {FINETUNED}" if folder is not None else "there is no run folder"
         reason = (

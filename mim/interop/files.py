@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mim.checkpoint import read_safetensors
 from mim.errors import UserError, choice_error
 from mim.interop.account import some
 
@@ -75,9 +76,7 @@ def _beside(folder: Path, name: str) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+        return read_safetensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
