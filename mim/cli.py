@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -848,6 +850,13 @@ def _help() -> str:
     )
 
 
+def _unread() -> bool:
+    """Whether who read the output, such as ``head``, has gone; another pipe may have broken."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -870,6 +879,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mim: interrupted; call it again to go on", file=sys.stderr)
         return getattr(stop, "code", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            # Python flushes at its end, once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         code = getattr(error, "code", None)
         if type(error).__name__ == "Interrupted" and isinstance(code, int):
             print(f"mim: {error}", file=sys.stderr)

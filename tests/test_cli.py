@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -398,3 +399,13 @@ def test_as_a_command_of_its_own(tmp_path: Path, tiny: Tiny) -> None:
     done = call("pretrain", "--config", str(tiny()), "--output", "run", "--mask.ratio", "2")
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mim", "runs", str(Path(__file__).parent / "old_run")]
+    gone, output = os.pipe()
+    os.close(gone)
+    ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(output)
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert ended.stderr == ""
