@@ -382,7 +382,7 @@ def _mask_figure(
 
 
 def _bench(args: list[str]) -> int:
-    """Time training steps, or the loader beside a plain one: step, data."""
+    """Time training steps, how they grow, or the loader beside a plain one: step, grow, data."""
     lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _BENCH.items()]
     parser = _parser("bench", "\n".join(["Time a config; each verb has its own --help.", *lines]))
     parser.add_argument("what", choices=sorted(_BENCH), help="what to time")
@@ -430,9 +430,64 @@ def _bench_step(args: list[str]) -> int:
     if options.json:
         write_json_atomic(Path(options.json), figures)
     if options.append:
-        append_table(Path(options.append), shlex.join(["mim", "bench", "step", *args]), figures)
+        command = shlex.join(["mim", "bench", "step", *args])
+        append_table(Path(options.append), command, format_table(figures))
     _say(format_table(figures))
     return 0
+
+
+def _bench_grow(args: list[str]) -> int:
+    """Time and weigh training steps over the values of one setting: a table and a figure."""
+    about = (
+        "Time of a training step and its memory at the peak, over the values of any setting, for\n"
+        "each regime; all interleaved, medians. Memory is what torch's tensors take: weights,\n"
+        "moments and images, and what one step adds. Other settings stand above the config."
+    )
+    parser = _parser("bench grow", about)
+    parser.add_argument("--config", required=True, help="a pre-training config")
+    over = "the setting and its values: data.batch_size=16,32,64, or a JSON list behind the ="
+    parser.add_argument("--over", required=True, metavar="KEY=VALUES", help=over)
+    parser.add_argument("--regimes", default="drop,zero,token", help="separated by commas")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all steps")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each in a round")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    parser.add_argument("--append", metavar="FILE", help="add the tables to this Markdown file")
+    parser.add_argument("--figure", metavar="PNG", help="draw time and memory")
+    options, rest = parser.parse_known_args(args)
+    for option in ("json", "append", "figure"):
+        if getattr(options, option):
+            _prepare_file(Path(getattr(options, option)), f"--{option}")
+    key, values = _setting_and_values(options.over)
+    from mim.bench import append_table, bench_growth, format_growth, growth_figure
+    from mim.checkpoint import write_json_atomic
+    from mim.visualize import save_figure
+
+    configs = {value: _read_config(options.config, [*rest, f"--{key}={value}"]) for value in values}
+    regimes = options.regimes.split(",")
+    figures = bench_growth(key, configs, regimes, options.rounds, options.steps)
+    if options.json:
+        write_json_atomic(Path(options.json), figures)
+    if options.append:
+        command = shlex.join(["mim", "bench", "grow", *args])
+        append_table(Path(options.append), command, format_growth(figures))
+    if options.figure:
+        save_figure(growth_figure(figures), Path(options.figure))
+    _say(format_growth(figures))
+    return 0
+
+
+def _setting_and_values(text: str) -> tuple[str, list[str]]:
+    """KEY=V1,V2 or KEY=[V1, V2] -> the key, and each value as an argument."""
+    key, equals, rest = text.partition("=")
+    if not (key and equals and rest):
+        raise UserError(f"--over: {text!r} has not the form KEY=V1,V2,...")
+    if not rest.startswith("["):
+        return key, [value.strip() for value in rest.split(",")]
+    try:
+        values = json.loads(rest)
+    except ValueError as error:
+        raise UserError(f"--over: {rest!r} is not a JSON list ({error})") from error
+    return key, [_argument(value) for value in values]
 
 
 def _variants(text: str) -> dict[str, list[str]]:
@@ -487,7 +542,7 @@ def _bench_data(args: list[str]) -> int:
     return 0
 
 
-_BENCH: dict[str, Verb] = {"step": _bench_step, "data": _bench_data}
+_BENCH: dict[str, Verb] = {"step": _bench_step, "grow": _bench_grow, "data": _bench_data}
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,6 @@ from mim.settings import checked, flatten, load_config, read_args, to_dict, to_y
 if TYPE_CHECKING:
     from mim.evaluate import Encoder
 
-# Imported once, before the runs' processes are forked.
 # Imported once; the process of each run starts with them. The last two are what the probes and the
 # small sets import when they are used.
 SERVER_MODULES = ["mim.pretrain", "mim.evaluate", "sklearn.linear_model", "sklearn.datasets"]
@@ -585,7 +584,7 @@ class _LocalJobs:
     def __init__(self, evaluations: dict[str, Any], show: str, count: int) -> None:
         self.evaluations, self.show, self.count = evaluations, show, count
         self.running: dict[Any, tuple[Any, Planned, int]] = {}
-        self._context = _context()
+        self._context = server_context()
 
     def start(self, item: Planned) -> None:
         place = min(set(range(self.count)) - {place for _, _, place in self.running.values()})
@@ -662,7 +661,7 @@ def _note_death(item: Planned, code: int | None) -> None:
     _write_failure(item, f"the process ended with code {code} (a kill, or no memory left)")
 
 
-def _context() -> Any:
+def server_context() -> Any:
     """Processes that start with the libraries loaded and no threads running, where possible."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

@@ -41,7 +41,7 @@ def test_help_lists_the_verbs(mim: Mim) -> None:
         ("evaluate", ["RUN", "--json", "@CHECKPOINT_FILE"]),
         ("report", ["folder"]),
         ("visualize", ["masks", "reconstruct", "attention", "--generators", "--ratios"]),
-        ("bench", ["step", "data", "regime"]),
+        ("bench", ["step", "grow", "data", "regime"]),
         ("export", ["--to", "--output"]),
     ],
 )

@@ -1,14 +1,13 @@
 """Timing whole training steps, interleaved so that a busy machine is unfair to nobody.
 
-Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator and
-peak memory; the parent lets one of them work at a time, in turn, round after round.
+Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator; the
+parent lets one of them work at a time, in turn, round after round.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim.allocator import keep_freed_memory
 from mim.backbone import use_attention
+from mim.bench.memory import bytes_added, bytes_of
 from mim.bench.peers import PEERS, build_peer, sizes_of
 from mim.bench.products import products_of
 from mim.checkpoint import write_text_atomic
+from mim.compare import server_context
 from mim.config import Config
-from mim.cost import count_flops, environment, resident_bytes
+from mim.cost import count_flops, environment
 from mim.errors import UserError, choice_error, setting_error
 from mim.keys import image_keys
 from mim.model import build_model
 from mim.optim import build_optimizer
+from mim.pretrain import parts
 from mim.regimes import REGIMES
 from mim.settings import checked
 
@@ -45,16 +47,22 @@ _SAME_LOSS = 2.0
 
 
 class _Work(NamedTuple):
-    """A training step in its two parts: the loss of a step, and the optimizer's after backward."""
+    """A training step in its two parts, and what stays in memory between two steps.
 
-    loss_of: Callable[[int], Tensor]
+    Attributes:
+        learn: forward and backward of a step, by its number; returns the loss.
+        descend: the optimizer's part.
+        kept: weights, moments and images.
+    """
+
+    learn: Callable[[int], Tensor]
     descend: Callable[[], None]
+    kept: Callable[[], list[Tensor]]
 
     def step(self, number: int) -> Tensor:
-        loss = self.loss_of(number)
-        loss.backward()
+        loss = self.learn(number)
         self.descend()
-        return loss.detach()
+        return loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +75,7 @@ class _Subject:
         is_peer: whether ``name`` is a peer.
         mae_path: a checkout of facebookresearch/mae, for the peer of that name.
         threads: of torch's operations.
+        products: whether its products are timed alone, too.
     """
 
     name: str
@@ -74,6 +83,7 @@ class _Subject:
     is_peer: bool
     mae_path: Path | None
     threads: int
+    products: bool
 
 
 def bench_step(
@@ -85,6 +95,7 @@ def bench_step(
     peers: Sequence[str] = (),
     mae_path: Path | None = None,
     variants: Mapping[str, Config] | None = None,
+    products: bool = True,
 ) -> dict[str, Any]:
     """Time training steps of one config under several regimes, on noise images.
 
@@ -96,12 +107,14 @@ def bench_step(
         peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
         variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
+        products: whether the products of each step are timed alone, too.
 
     Returns:
         ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
-        lowest, highest over rounds), tokens in the encoder, tokens a second, operations an image,
-        bytes of memory at the peak, the last loss, the share of ``matrix_flops_per_second`` that
-        its operations came to, and the share of a step that its products take when run alone.
+        lowest, highest over rounds), seconds a step, tokens in the encoder, tokens a second,
+        operations an image, the bytes of torch's tensors between two steps (``kept_memory``) and
+        at the peak of a step, the last loss, the share of ``matrix_flops_per_second`` that its
+        operations came to, and the share of a step that its products take when run alone.
         ``ratio_to_first``, its speed over that of the first row, and ``ratio_to_fastest_peer`` of
         each regime where there are peers. A ratio is the median over rounds of the ratio within a
         round.
@@ -121,32 +134,32 @@ def bench_step(
     threads = torch.get_num_threads()
     subjects = []
     for name in regimes:
-        regime = dataclasses.replace(config.model.regime, name=name)
-        model = dataclasses.replace(config.model, regime=regime)
-        chosen = checked(dataclasses.replace(config, model=model))
-        subjects.append(_Subject(name, chosen, False, mae_path, threads))
+        chosen = checked(with_regime(config, name))
+        subjects.append(_Subject(name, chosen, False, mae_path, threads, products))
     for name, varied in (variants or {}).items():
         if name in (*regimes, *peers):
             raise setting_error("--variants", name, "is the name of another row; choose another")
-        subjects.append(_Subject(name, checked(varied), False, mae_path, threads))
+        subjects.append(_Subject(name, checked(varied), False, mae_path, threads, products))
     if not subjects:
         raise setting_error("--regimes", "", "names nothing to be timed")
     ours_first = [subject.name for subject in subjects]
-    subjects += [_Subject(name, config, True, mae_path, threads) for name in peers]
-    figures, times, products, rates = _interleave(subjects, rounds, steps)
+    subjects += [_Subject(name, config, True, mae_path, threads, products) for name in peers]
+    figures, times, alone, rates = _interleave(subjects, rounds, steps)
     sizes = {subject.name: subject.config.data.batch_size for subject in subjects}
     first = ours_first[0]
     for name, seconds in times.items():
         row = figures[name]
         size = sizes[name]
         speed = size / statistics.median(seconds)
+        row["seconds_per_step"] = statistics.median(seconds)
         row["images_per_second"] = speed
         row["slowest"] = size / max(seconds)
         row["fastest"] = size / min(seconds)
         row["tokens_per_second"] = speed * row["encoder_tokens"]
         flops = row["flops_forward"] + row["flops_backward"]
-        shares = [part / own for part, own in zip(products[name], seconds, strict=True)]
-        row["products_share"] = statistics.median(shares)
+        if products:
+            shares = [part / own for part, own in zip(alone[name], seconds, strict=True)]
+            row["products_share"] = statistics.median(shares)
         row["utilisation"] = speed * flops / statistics.median(rates)
         row["ratio_to_first"] = _faster(times, sizes, name, first)
     ours = {name: figures[name] for name in ours_first}
@@ -168,6 +181,12 @@ def bench_step(
         "regimes": ours,
         "peers": theirs,
     }
+
+
+def with_regime(config: Config, name: str) -> Config:
+    """The config under another regime."""
+    regime = dataclasses.replace(config.model.regime, name=name)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, regime=regime))
 
 
 def _faster(times: dict[str, list[float]], sizes: dict[str, int], name: str, other: str) -> float:
@@ -197,7 +216,7 @@ def _interleave(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]], list[float]]:
     """Figures of each subject; its seconds a step in every round, those of the products alone, and
     each round's matrix rate."""
-    context = multiprocessing.get_context("spawn")  # a fork would share the parent's threads
+    context = server_context()  # a fork of this process would share its threads
     lines: dict[str, Connection] = {}
     processes = []
     figures: dict[str, dict[str, Any]] = {}
@@ -216,11 +235,14 @@ def _interleave(
         rates = []
         for number in range(rounds):
             rates.append(_matrix_rate(subjects[0].config))
-            for name, line in lines.items():
+            for subject in subjects:
+                name = subject.name
+                line = lines[name]
                 line.send((number * steps, steps))
                 told = _answer(line, name)
                 times[name].append(told.pop("seconds"))
-                products[name].append(told.pop("products_seconds"))
+                if subject.products:
+                    products[name].append(told.pop("products_seconds"))
                 figures[name].update(told)
     finally:
         for line in lines.values():
@@ -247,7 +269,6 @@ def _serve(line: Connection, subject: _Subject) -> None:
     """The life of a subject's process: build, warm up, then step whenever it is told to."""
     torch.set_num_threads(subject.threads)
     device = _device()
-    before = resident_bytes()
     try:
         work, figures = (_peer if subject.is_peer else _regime)(subject, device)
     except UserError as error:
@@ -261,8 +282,11 @@ def _serve(line: Connection, subject: _Subject) -> None:
         return
     for number in range(_WARM_UP):
         work.step(number)
-    products = products_of(lambda: work.loss_of(0).backward())
-    work.descend()
+    figures["kept_memory"] = bytes_of(work.kept())
+    figures["peak_memory"] = figures["kept_memory"] + bytes_added(lambda: work.step(0), device)
+    if subject.products:
+        products = products_of(lambda: work.learn(0))
+        work.descend()
     line.send(("ready", figures))
     while True:
         try:
@@ -275,12 +299,9 @@ def _serve(line: Connection, subject: _Subject) -> None:
             loss = work.step(number)
         _wait(device)
         seconds = (time.perf_counter() - began) / steps
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            peak = resident_bytes() - before
-        told = {"seconds": seconds, "loss": float(loss), "peak_memory": peak}
-        told["products_seconds"] = products(partial(_wait, device))
+        told = {"seconds": seconds, "loss": float(loss)}
+        if subject.products:
+            told["products_seconds"] = products(partial(_wait, device))
         line.send(("done", told))
 
 
@@ -311,17 +332,31 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
         model.compile()
     ids = torch.arange(len(images))
 
-    def loss_of(number: int) -> Tensor:
+    cuts = list(parts(images, config.train.accumulate))
+
+    def learn(number: int) -> Tensor:
         mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
-        with _precision(config, device):
-            return model(images, mask).loss
+        total = torch.zeros((), device=device)
+        for cut in cuts:
+            with _precision(config, device):
+                loss = model(images[cut], mask if len(cuts) == 1 else mask[cut]).loss
+            loss = loss * (len(images[cut]) / len(images))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def descend() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_teacher()
 
-    return _Work(loss_of, descend), figures
+    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
+
+
+def _kept(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> list[Tensor]:
+    moments = (value for state in optimizer.state.values() for value in state.values())
+    found = [*model.parameters(), *model.buffers(), *moments, images]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
@@ -344,15 +379,17 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         "flops_backward": backward,
     }
 
-    def loss_of(number: int) -> Tensor:
+    def learn(number: int) -> Tensor:
         with _precision(config, device):
-            return model(images)
+            loss: Tensor = model(images)
+        loss.backward()
+        return loss.detach()
 
     def descend() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _Work(loss_of, descend), figures
+    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
 
 
 def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -409,7 +446,7 @@ def _rows(figures: dict[str, Any]) -> list[str]:
     for kind in ("regimes", "peers"):
         for name, values in figures[kind].items():
             flops = (values["flops_forward"] + values["flops_backward"]) / 1e9
-            ratio = values.get("ratio_to_fastest_peer")
+            ratio, alone = values.get("ratio_to_fastest_peer"), values.get("products_share")
             rows.append(
                 f"| {name if kind == 'regimes' else 'peer ' + name} "
                 f"| {values['images_per_second']:.1f} "
@@ -418,26 +455,31 @@ def _rows(figures: dict[str, Any]) -> list[str]:
                 f"| {'' if ratio is None else f'{ratio:.2f}'} "
                 f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
                 f"| {100 * values['utilisation']:.0f} % "
-                f"| {100 * values['products_share']:.0f} % "
+                f"| {'' if alone is None else f'{100 * alone:.0f} %'} "
                 f"| {values['peak_memory'] / 2**30:.2f} | {values['loss']:.3f} |"
             )
     return rows
 
 
-def format_table(figures: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with the machine in front."""
+def describe(figures: dict[str, Any]) -> str:
+    """The machine and what was timed on it, in a line."""
     machine = figures["environment"]
-    head = (
+    batch = "" if figures.get("over") == "data.batch_size" else f", batch {figures['batch_size']}"
+    return (
         f"{figures['date']}: {machine['device']}, {machine['cpu']}, {figures['threads']} threads, "
-        f"torch {machine['torch']}, timm {machine['timm']}, {figures['precision']}, batch "
-        f"{figures['batch_size']}, {figures['rounds']} rounds of {figures['steps']} steps, "
+        f"torch {machine['torch']}, timm {machine['timm']}, {figures['precision']}{batch}, "
+        f"{figures['rounds']} rounds of {figures['steps']} steps, "
         f"matrix products {figures['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
     )
-    return "\n".join([head, "", *_rows(figures)])
 
 
-def append_table(file: Path, command: str, figures: dict[str, Any]) -> None:
-    """Add the figures and the command that made them to the end of a Markdown file."""
+def format_table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table, with the machine in front."""
+    return "\n".join([describe(figures), "", *_rows(figures)])
+
+
+def append_table(file: Path, command: str, table: str) -> None:
+    """Add a table and the command that made it to the end of a Markdown file."""
     old = file.read_text(encoding="utf-8").rstrip() if file.exists() else ""
-    new = f"`{command}`\n\n{format_table(figures)}\n"
+    new = f"`{command}`\n\n{table}\n"
     write_text_atomic(file, f"{old}\n\n{new}" if old else new)

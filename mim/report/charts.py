@@ -17,7 +17,7 @@ from mim.report.collect import Comparison, Group, read_metrics, show_value
 from mim.report.statistics import summarize
 from mim.report.tables import Measure, evaluation_measures, time_unit
 
-_KNOWN_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
+REGIME_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
 _COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#5D3A9B", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -105,7 +105,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
         return show_value(group.axes[main]) if main in group.axes else group.label
 
     values = list(dict.fromkeys(map(value_of, comparison.groups)))
-    others = [value for value in values if value not in _KNOWN_COLOURS]
+    others = [value for value in values if value not in REGIME_COLOURS]
     # With a single variant the marker repeats the colour; otherwise it tells variants apart.
     single = len(comparison.groups) == len(values)
     variants: dict[tuple[int, str], int] = {}
@@ -114,7 +114,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
         value = value_of(group)
         # Where colours come a second time, lines and markers are other ones.
         turn, place = divmod(others.index(value) if value in others else 0, len(_COLOURS))
-        colour = _KNOWN_COLOURS.get(value, _COLOURS[place])
+        colour = REGIME_COLOURS.get(value, _COLOURS[place])
         rest = str([show_value(group.axes[key]) for key in group.axes if key != main])
         variant = variants.setdefault((turn, rest), len(variants))
         marker = values.index(value) if single else variant
