@@ -1,8 +1,8 @@
 """The command line: ``mim VERB --config FILE --dotted.key value``.
 
 Exit codes: 0 done; 1 training failed (a loss that is not finite, a run of a comparison); 2 a
-mistake in what was asked, in one line; 75 another process of the run was lost, call it again with
---resume auto; 130, 138 and 143 interrupted by SIGINT, SIGUSR1 and SIGTERM, with everything saved.
+mistake in what was asked, in one line; 75 another process was lost, call it again (pretrain: with
+--resume auto); 130, 138 and 143 interrupted by SIGINT, SIGUSR1 and SIGTERM, with everything saved.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import select
 import shlex
@@ -118,7 +119,8 @@ def _evaluate(args: list[str]) -> int:
         "detect       detection, likewise\n"
         "analysis     each layer's probe, reach of attention, effective rank; figures\n\n"
         "What trains goes on where it was interrupted when the same is called again on a folder,\n"
-        "and takes several processes: accelerate launch -m mim evaluate ...\n\n"
+        "and takes several processes: accelerate launch -m mim evaluate ...; when one is lost,\n"
+        "the others say which and end with exit code 75.\n\n"
         "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
         "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE."
     )
@@ -131,14 +133,25 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
     parser.add_argument("--device", help="cpu or cuda; by default what there is")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, of the encoder")
+    lost = "of several processes: seconds after which one that others wait for is lost; 600"
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help=lost)
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
     options = parser.parse_args(args)
+    if options.timeout is not None and not 0 < options.timeout < math.inf:
+        raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
     from mim import checkpoint
 
     if options.json:
         checkpoint.prepare_folder(Path(options.json).parent, "--json")
-    from mim.evaluate import EVALUATIONS, evaluate, evaluate_run, open_encoder
+    from mim.evaluate import (
+        EVALUATIONS,
+        TIMEOUT,
+        evaluate,
+        evaluate_run,
+        open_encoder,
+        several,
+    )
     from mim.settings import load_config
 
     for name in names:
@@ -160,22 +173,23 @@ def _evaluate(args: list[str]) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     main = int(os.environ.get("RANK", "0")) == 0
     everything = {}
-    for spec in options.run:
-        how = {"device": device, "precision": options.precision}
-        if Path(spec).is_dir():
-            numbers = evaluate_run(Path(spec), names, settings, **how)
-        else:
-            numbers = evaluate(open_encoder(spec, config), settings, **how)
-        everything[spec] = numbers
-        if not main:
-            continue
-        for name, values in numbers.items():
-            # A number for each of 70 corruptions and severities stands in result.json.
-            few = {key: value for key, value in values.items() if "_severity_" not in key}
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in few.items())
-            _say(f"{spec}  {name}  {shown}")
-    if options.json and main:
-        checkpoint.write_json_atomic(Path(options.json), everything)
+    with several(device, TIMEOUT if options.timeout is None else options.timeout):
+        for spec in options.run:
+            how = {"device": device, "precision": options.precision}
+            if Path(spec).is_dir():
+                numbers = evaluate_run(Path(spec), names, settings, **how)
+            else:
+                numbers = evaluate(open_encoder(spec, config), settings, **how)
+            everything[spec] = numbers
+            if not main:
+                continue
+            for name, values in numbers.items():
+                # A number for each of 70 corruptions and severities stands in result.json.
+                few = {key: value for key, value in values.items() if "_severity_" not in key}
+                shown = "  ".join(f"{key} {value:.4g}" for key, value in few.items())
+                _say(f"{spec}  {name}  {shown}")
+        if options.json and main:
+            checkpoint.write_json_atomic(Path(options.json), everything)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -38,7 +38,7 @@ from mim.data import (
     worker_deaths,
     write_list,
 )
-from mim.errors import LostProcess, TrainingError, UserError, setting_error
+from mim.errors import TrainingError, UserError, setting_error
 from mim.files import remove_leftovers
 from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
@@ -56,7 +56,7 @@ from mim.pictures import (
     save_reconstructions,
     spread_indices,
 )
-from mim.processes import together
+from mim.processes import gathering, together
 from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
 from mim.sharding import Sharded, load_model, load_optimizer, whole
@@ -180,16 +180,15 @@ def _accelerator(config: Config) -> Accelerator:
         raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     seconds = config.train.timeout
+    folder = ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs")
     try:
-        return Accelerator(
-            mixed_precision=_PRECISION[config.train.precision],
-            log_with=tracker_names(config) or None,
-            project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
-        )
-    except torch.distributed.DistError as error:
-        reason = f"not all processes have come within train.timeout ({seconds:g} s)"
-        raise LostProcess(f"{reason}: {str(error).splitlines()[0]}") from error
+        with gathering("train.timeout", seconds):
+            return Accelerator(
+                mixed_precision=_PRECISION[config.train.precision],
+                log_with=tracker_names(config) or None,
+                project_config=folder,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+            )
     except ValueError as error:
         raise refused_precision(config.train.precision, error) from error
 

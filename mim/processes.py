@@ -37,6 +37,24 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib",
 
 
 @contextmanager
+def gathering(setting: str, seconds: float) -> Iterator[None]:
+    """Around the start of the process group.
+
+    Args:
+        setting: that holds how long they wait for each other.
+        seconds: its value.
+
+    Raises:
+        LostProcess: when not all processes come.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        reason = f"not all processes have come within {setting} ({seconds:g} s)"
+        raise LostProcess(f"{reason}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
 def together(rank: int, world: int, seconds: float) -> Iterator[None]:
     """Work with the other processes of a run; when one is lost, all end.
 
@@ -60,7 +78,7 @@ def together(rank: int, world: int, seconds: float) -> Iterator[None]:
     except BaseException as error:
         watch.ending.set()
         if not _of_others(error):
-            watch.tell(f"rank {rank} failed: {_line(error)}")
+            watch.tell(f"rank {rank} {_line(error)}")
             watch.linger()
             raise
         reason = watch.explain(error)
@@ -78,6 +96,12 @@ def _of_others(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "was interrupted"
+    return f"failed: {_text(error)}"
+
+
+def _text(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if type(error).__module__.startswith("mim") else f"{type(error).__name__}: {text}"
 
@@ -192,7 +216,7 @@ class _Watch(threading.Thread):
             working = [rank for rank in others if after[rank][2] == "works"] or others
             lines = [f"rank {r} on {after[r][1]} hangs at {after[r][3]}" for r in working]
         more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        return self.tell("; ".join(lines[:4]) + f"{more} (after: {_line(error)[:200]})")
+        return self.tell("; ".join(lines[:4]) + f"{more} (after: {_text(error)[:200]})")
 
     def _look(self) -> tuple[str, list[list[str]], list[list[str]]]:
         """What another has told, if any has; and the beats, some time apart."""

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import runpy
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,8 +98,7 @@ def mim(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-# What torchrun tells its processes. The plugins of a config are imported first, and do not count
-# among the settings that make a run another run.
+# What torchrun tells its processes, then what a test adds, and the command line.
 RANK = """
 import os
 
@@ -109,6 +107,13 @@ rank = {rank}
 os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="{world}")
 os.environ |= dict(LOCAL_WORLD_SIZE="{world}", ACCELERATE_USE_CPU="true")
 os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+"""
+START = """
+import runpy
+import sys
+
+sys.argv = {argv}
+runpy.run_module("mim", None, "__main__")
 """
 
 
@@ -162,12 +167,10 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
             plugin = tmp_path / f"rank_{rank}_{port}.py"
             stderr = plugin.with_suffix(".err")
             given = {"rank": rank, "world": world, "port": port, "stderr": str(stderr)}
-            plugin.write_text(RANK.format(**given) + all + (of or {}).get(rank, ""))
-            call = ["mim", *map(str, args), "--plugins", f"[{plugin}]"]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", call)  # the process inherits it
-                process = context.Process(target=runpy.run_module, args=("mim", None, "__main__"))
-                process.start()
+            call = START.format(argv=["mim", *map(str, args)])
+            plugin.write_text(RANK.format(**given) + all + (of or {}).get(rank, "") + call)
+            process = context.Process(target=runpy.run_path, args=(str(plugin),))
+            process.start()
             found.processes.append(process)
             found.stderr.append(stderr)
         started.append(found)

@@ -272,6 +272,7 @@ def test_what_is_no_run(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert "no run folder" in expect(mim("evaluate", "knn", tmp_path / "none"), 2)
     assert "did you mean 'knn'" in expect(mim("evaluate", "kn", tmp_path), 2)
     assert "--set" in expect(mim("evaluate", "knn", tmp_path, "--set", "k"), 2)
+    assert "--timeout" in expect(mim("evaluate", "knn", tmp_path, "--timeout", 0), 2)
     assert "--images" in expect(mim("visualize", "masks", tmp_path, "--images", 0), 2)
     assert ".safetensors" in expect(mim("export", tmp_path, "--output", tmp_path / "e.pt"), 2)
     assert "regimes" in expect(mim("bench", "step", "--config", tiny(), "--regimes", "x"), 2)

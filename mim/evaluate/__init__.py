@@ -47,9 +47,11 @@ from mim.evaluate.linear_grid import LinearGrid, LinearGridSettings
 from mim.evaluate.linear_mae import LinearMae, LinearMaeSettings
 from mim.evaluate.robustness import Robustness, RobustnessSettings
 from mim.evaluate.segment import Segment, SegmentSettings
+from mim.evaluate.training import TIMEOUT, several
 
 __all__ = [
     "EVALUATIONS",
+    "TIMEOUT",
     "Analysis",
     "AnalysisSettings",
     "Attentive",
@@ -89,6 +91,7 @@ __all__ = [
     "pixels_encoder",
     "pool_tokens",
     "run_encoder",
+    "several",
     "timm_encoder",
     "untrained_encoder",
 ]
@@ -109,6 +112,8 @@ def evaluate(
     folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Runs evaluations on one encoder; features are computed once for each pooling.
+
+    Of several processes (``accelerate launch``), each calls it, within :func:`several`.
 
     Args:
         encoder: see :func:`open_encoder`.

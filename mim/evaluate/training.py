@@ -14,17 +14,20 @@ import hashlib
 import json
 import logging
 import math
+import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -40,6 +43,7 @@ from mim.evaluate.features import AUTOCAST
 from mim.interrupt import Interrupted, Signals
 from mim.keys import seed_of
 from mim.optim import Schedule
+from mim.processes import gathering, together
 from mim.progress import RunProgress
 
 logger = logging.getLogger(__name__)
@@ -146,17 +150,50 @@ def check_learnable(train: ImageSource, val: ImageSource, settings: TrainedSetti
         raise setting_error(f"evaluations.{name}.held_out", settings.held_out, reason)
 
 
-def start_accelerator(device: torch.device | str) -> Accelerator:
+TIMEOUT = 600.0
+"""Seconds after which a process that others wait for counts as lost, as in ``train.timeout``."""
+
+
+def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> Accelerator:
     """The processes that ``accelerate launch`` started, or this one, on ``device``.
 
     Precision is the caller's: an evaluation may autocast a part of what it computes only.
+
+    Args:
+        device: where it computes.
+        timeout: seconds that an operation of all processes waits; those that work in
+            :func:`several` have begun with theirs.
     """
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
     if device.type == "cpu":
         keep_freed_memory()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[waits])
+
+
+@contextmanager
+def several(device: torch.device | str, timeout: float = TIMEOUT) -> Iterator[None]:
+    """Measure with the other processes that a launcher started; when one is lost, all end.
+
+    All of them enter it, and wait for each other at its end.
+
+    Args:
+        device: where it computes.
+        timeout: seconds after which a process that others wait for is lost.
+
+    Raises:
+        LostProcess: see :func:`mim.processes.together`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    with gathering("--timeout", timeout):
+        accelerator = start_accelerator(device, timeout)
+    with together(accelerator.process_index, accelerator.num_processes, timeout):
+        yield
+        accelerator.wait_for_everyone()  # the first holds what the others look into
 
 
 def global_batch(settings: TrainedSettings, count: int, world: int) -> int:

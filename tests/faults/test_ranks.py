@@ -116,6 +116,77 @@ def test_the_others_end(
         assert state is not None and state["step"] == 2 and not passed_over
 
 
+TRAINING = "mim.evaluate.training"
+# Which evaluation, where, in which call, what; what the other says of rank 1, and its exit code.
+EVALUATED = {
+    "killed": ("finetune", (TRAINING, "seed_of"), 3, KILL, r"rank 1 on .* no longer answers", -9),
+    "hangs": (
+        "linear_mae",
+        (TRAINING, "normalize"),
+        3,
+        SLEEP,
+        r"rank 1 on .* hangs at .*faulty",
+        75,
+    ),
+    "hangs in features": (
+        "knn",
+        ("mim.evaluate.features", "image_tokens"),
+        1,
+        SLEEP,
+        r"rank 1 on .* hangs at .*\(faulty\)",
+        75,
+    ),
+    "fails": (
+        "linear_mae",
+        (TRAINING, "accuracies"),
+        1,
+        RAISE,
+        r"rank 1 failed: ArithmeticError: a cosmic ray",
+        1,
+    ),
+    "has no images": (
+        "finetune",
+        ("mim.evaluate", "open_source"),
+        1,
+        MISTAKE,
+        r"rank 1 failed: data.path: not on this host",
+        2,
+    ),
+}
+QUICK_EVALUATED = {"killed", "hangs in features", "fails"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK_EVALUATED else pytest.param(case, marks=pytest.mark.slow)
+        for case in EVALUATED
+    ],
+)
+def test_the_others_end_in_an_evaluation(
+    case: str, tmp_path: Path, tiny: Tiny, ranks: Launch, outcomes: list[tuple[str, str, str]]
+) -> None:
+    evaluation, (module, name), call, fault, told, code = EVALUATED[case]
+    mark, written = tmp_path / "mark", tmp_path / "numbers.json"
+    plugin = FAULT.format(module=module, name=name, fault=fault, call=call, mark=str(mark))
+    args = ["evaluate", evaluation, "untrained", "--config", tiny(), "--timeout", TIMEOUT]
+    if evaluation != "knn":
+        args += ["--set", "epochs=3"]
+    started = ranks([*args, "--json", written], of={1: plugin})
+    until(mark.exists)
+    began = time.monotonic()
+    assert started.wait(TIMEOUT + MARGIN, [0]) == [75]
+    seconds = time.monotonic() - began
+    assert seconds > TIMEOUT - 0.5 if fault == SLEEP else seconds < MARGIN
+    text = started.texts()[0]
+    assert re.search(f"mim: error: rank 0: .*{told}", text), text
+    assert "Traceback" not in text
+    assert started.wait(MARGIN + TIMEOUT, [1]) == [code]
+    # What each computes alone, the first has: it waited for the other at the end.
+    assert written.exists() == (evaluation == "knn")
+    outcomes.append(("lost process", f"evaluate: {case}; ended after {seconds:.1f} s", "told"))
+
+
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -130,3 +201,12 @@ def test_one_that_never_comes(tmp_path: Path, tiny: Tiny, ranks: Launch) -> None
     assert started.wait(20, [0]) == [75]
     (line,) = started.texts()[0].strip().splitlines()
     assert "rank 0: not all processes have come within train.timeout (2 s)" in line
+
+
+@pytest.mark.slow  # as for pre-training
+def test_one_that_never_comes_to_an_evaluation(tmp_path: Path, tiny: Tiny, ranks: Launch) -> None:
+    args = ["evaluate", "knn", "untrained", "--config", tiny(), "--timeout", 2]
+    started = ranks(args, of={1: "import time; time.sleep(1000)"})
+    assert started.wait(20, [0]) == [75]
+    (line,) = started.texts()[0].strip().splitlines()
+    assert "rank 0: not all processes have come within --timeout (2 s)" in line
