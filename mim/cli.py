@@ -27,6 +27,7 @@ from mim.parsing import VerbParser
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mim.bench import Machine
     from mim.config import Config
 
 # Threads that wait by spinning make a step several times slower once anything else needs a core.
@@ -396,7 +397,7 @@ def _mask_figure(
 
 
 def _bench(args: list[str]) -> int:
-    """Time training steps, how they grow, or the loader beside a plain one: step, grow, data."""
+    """Time training steps, how they grow and scale, the loader, many runs and images."""
     lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _BENCH.items()]
     parser = _parser("bench", "\n".join(["Time a config; each verb has its own --help.", *lines]))
     parser.add_argument("what", choices=sorted(_BENCH), help="what to time")
@@ -421,6 +422,8 @@ def _bench_step(args: list[str]) -> int:
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
     varied = """named settings to time beside: '{"dense": {"model.regime.name": "zero", ...}}'"""
     parser.add_argument("--variants", metavar="JSON", default="{}", help=varied)
+    alone = "do not time the steps' matrix products alone, too: half the time"
+    parser.add_argument("--no-products", action="store_true", help=alone)
     parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
     options, rest = parser.parse_known_args(args)
     from mim.bench import append_table, bench_step, format_table
@@ -434,6 +437,7 @@ def _bench_step(args: list[str]) -> int:
         [name for name in options.regimes.split(",") if name],
         options.rounds,
         options.steps,
+        products=not options.no_products,
         peers=[name for name in options.peer.split(",") if name],
         mae_path=None if options.mae_path is None else Path(options.mae_path),
         variants={
@@ -556,7 +560,110 @@ def _bench_data(args: list[str]) -> int:
     return 0
 
 
-_BENCH: dict[str, Verb] = {"step": _bench_step, "grow": _bench_grow, "data": _bench_data}
+def _bench_scale(args: list[str]) -> int:
+    """Predict step time and memory on many GPUs from what is counted of the model."""
+    about = (
+        "Predict for numbers of GPUs the time and memory of a step with DDP and with FSDP2, from\n"
+        "the model's operations, weights and activations, which are counted, and the machine's\n"
+        "rates, which are given. With --check, predict the step of processes on\n"
+        "this machine's CPU, and measure it too. Settings stand above the config."
+    )
+    parser = _parser("bench scale", about)
+    parser.add_argument("--config", required=True, help="a pre-training config")
+    parser.add_argument("--gpus", default="1,8,64", help="how many, separated by commas")
+    each = "images on each GPU at once; by default data.batch_size"
+    parser.add_argument("--images", type=int, help=each)
+    told = "a rate or size of the machine: matrix_rate, utilisation, memory, memory_rate, node, "
+    told += "node_rate, network_rate, link_share, latency"
+    parser.add_argument("--machine", nargs="+", default=[], metavar="KEY=VALUE", help=told)
+    check = "measure this many processes here instead; data.batch_size is what each takes"
+    parser.add_argument("--check", type=int, metavar="PROCESSES", help=check)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of --check")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
+    options, rest = parser.parse_known_args(args)
+    for option in ("json", "append"):
+        if getattr(options, option):
+            _prepare_file(Path(getattr(options, option)), f"--{option}")
+    gpus = _list(options.gpus, int, "--gpus") or []
+    config = _read_config(options.config, rest)
+    from mim.bench import append_table, bench_scale, check_scale, format_check, format_scale
+    from mim.checkpoint import write_json_atomic
+
+    if options.check is None:
+        figures = bench_scale(config, _machine(options.machine), gpus, options.images)
+        table = format_scale(figures)
+    else:
+        figures = check_scale(config, options.check, options.rounds)
+        table = format_check(figures)
+    if options.json:
+        write_json_atomic(Path(options.json), figures)
+    if options.append:
+        append_table(Path(options.append), shlex.join(["mim", "bench", "scale", *args]), table)
+    _say(table)
+    return 0
+
+
+def _machine(pairs: list[str]) -> Machine:
+    from dataclasses import fields
+
+    from mim.bench import Machine
+    from mim.errors import choice_error
+
+    kinds = {item.name: int if item.name == "node" else float for item in fields(Machine)}
+    values: dict[str, Any] = {}
+    for key, value in _settings(pairs, "--machine").items():
+        if key not in kinds:
+            raise choice_error("--machine", key, kinds)
+        try:
+            values[key] = kinds[key](str(value))
+        except ValueError as error:
+            raise UserError(f"--machine: {key}={value!r} is no number") from error
+    return Machine(**values)
+
+
+def _bench_report(args: list[str]) -> int:
+    """Time the report of a comparison of many runs, which are made up."""
+    return _bench_many(args, "report", "runs", "100,1000,10000")
+
+
+def _bench_index(args: list[str]) -> int:
+    """Time listing, subsets, order and masks of many images, which are empty files."""
+    return _bench_many(args, "index", "images", "50000,200000,1000000")
+
+
+def _bench_many(args: list[str], verb: str, what: str, default: str) -> int:
+    doc = _BENCH[verb].__doc__ or ""
+    parser = _parser(f"bench {verb}", f"{doc.strip()} Nothing is left behind.")
+    parser.add_argument(f"--{what}", default=default, help="how many, separated by commas")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
+    parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
+    options = parser.parse_args(args)
+    for option in ("json", "append"):
+        if getattr(options, option):
+            _prepare_file(Path(getattr(options, option)), f"--{option}")
+    from mim.bench import append_table, bench_index, bench_report, format_many
+    from mim.checkpoint import write_json_atomic
+
+    counts = _list(getattr(options, what), int, f"--{what}") or []
+    figures = bench_report(counts) if verb == "report" else bench_index(counts)
+    if options.json:
+        write_json_atomic(Path(options.json), figures)
+    if options.append:
+        command = shlex.join(["mim", "bench", verb, *args])
+        append_table(Path(options.append), command, format_many(figures))
+    _say(format_many(figures))
+    return 0
+
+
+_BENCH: dict[str, Verb] = {
+    "step": _bench_step,
+    "grow": _bench_grow,
+    "scale": _bench_scale,
+    "data": _bench_data,
+    "report": _bench_report,
+    "index": _bench_index,
+}
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

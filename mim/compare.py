@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -239,6 +240,8 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     from mim.evaluate import evaluate, pixels_encoder, run_encoder, untrained_encoder
     from mim.pretrain import ONLINE, pretrain
 
+    began = time.monotonic()
+    evaluate_seconds = 0.0
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,11 +270,15 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         wanted = {name: given for name, given in evaluations.items() if name not in left_out}
         online = {k: v for k, v in result.get("evaluations", {}).items() if k == ONLINE}
         progress.stage(f"{item.folder}  evaluating: {', '.join(wanted)}")
+        evaluating = time.monotonic()
         measured = evaluate(encoder, wanted, device=device, folder=run)
+        evaluate_seconds = time.monotonic() - evaluating
         result["evaluations"] = {**online, **measured}
         if left_out:
             result["evaluations_left_out"] = left_out
     result["evaluated_with"] = _evaluations_key(evaluations)
+    # Of this call: a run that goes on later has spent more. wall_seconds is of the training.
+    result["seconds"] = {"run": time.monotonic() - began, "evaluate": evaluate_seconds}
     checkpoint.write_json_atomic(run / "result.json", result)
 
 

@@ -51,9 +51,9 @@ def bytes_added(step: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with _without_talk(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as on:
+        with without_talk(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as on:
             step()
-        with _without_talk():
+        with without_talk():
             on.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     # Counted from the beginning of the profile; device type 0 is the CPU.
@@ -66,7 +66,7 @@ def bytes_added(step: Callable[[], Any], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _without_talk() -> Iterator[None]:
+def without_talk() -> Iterator[None]:
     """Hold back what C++ writes to stderr, and pass on all but the profiler's own lines."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -41,7 +41,7 @@ from mim.settings import checked
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LR = 1e-4
+LR = 1e-4
 # A peer whose loss is so many times ours, or ours its, does not do the same work.
 _SAME_LOSS = 2.0
 
@@ -319,7 +319,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
     images = _noise(config, device)
     model = build_model(config).to(device)
     use_attention(model, config.train.attention, device, config.train.precision)
-    optimizer = build_optimizer(config.optim, model, _LR)
+    optimizer = build_optimizer(config.optim, model, LR)
     few = torch.arange(2)
     forward, backward = count_flops(model, images[:2], few)
     mask = model.draw_mask(images[:2], image_keys(0, 0, few), sample_ids=few)
@@ -338,7 +338,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
         mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
         total = torch.zeros((), device=device)
         for cut in cuts:
-            with _precision(config, device):
+            with autocast(config, device):
                 loss = model(images[cut], mask if len(cuts) == 1 else mask[cut]).loss
             loss = loss * (len(images[cut]) / len(images))
             loss.backward()
@@ -366,7 +366,7 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
     model = build_peer(subject.name, config, subject.mae_path).to(device).train()
     optimizer = torch.optim.AdamW(
         (weight for weight in model.parameters() if weight.requires_grad),
-        lr=_LR,
+        lr=LR,
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
@@ -380,7 +380,7 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
     }
 
     def learn(number: int) -> Tensor:
-        with _precision(config, device):
+        with autocast(config, device):
             loss: Tensor = model(images)
         loss.backward()
         return loss.detach()
@@ -404,7 +404,8 @@ def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
     return forward.get_total_flops() // count, backward.get_total_flops() // count
 
 
-def _precision(config: Config, device: torch.device) -> Any:
+def autocast(config: Config, device: torch.device) -> Any:
+    """The context of a forward pass in the config's precision."""
     kind = _AUTOCAST[config.train.precision]
     return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
 

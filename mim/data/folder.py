@@ -19,7 +19,8 @@ from mim.data.transforms import Picture
 from mim.errors import setting_error
 
 # Reading so many headers takes a second or two; above that a bad file shows when it is decoded.
-_HEADERS_CHECKED = 20_000
+HEADERS_CHECKED = 20_000
+"""Files of which a source reads the headers when it is opened; of more, none."""
 VAL_NAMES = ("val", "valid", "test")
 """Folders that hold a val split, the first that is there."""
 
@@ -74,7 +75,7 @@ class Files(ImageSource):
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Reads the header of each file, if they are 20,000 at most."""
-        if (len(self) if indices is None else len(indices)) > _HEADERS_CHECKED:
+        if (len(self) if indices is None else len(indices)) > HEADERS_CHECKED:
             return []
         faults = []
         for index in range(len(self)) if indices is None else indices.tolist():

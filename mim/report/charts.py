@@ -104,8 +104,9 @@ def styles(comparison: Comparison) -> dict[str, Style]:
     def value_of(group: Group) -> str:
         return show_value(group.axes[main]) if main in group.axes else group.label
 
-    values = list(dict.fromkeys(map(value_of, comparison.groups)))
-    others = [value for value in values if value not in REGIME_COLOURS]
+    values = {value: n for n, value in enumerate(dict.fromkeys(map(value_of, comparison.groups)))}
+    unknown = (value for value in values if value not in REGIME_COLOURS)
+    others = {value: place for place, value in enumerate(unknown)}
     # With a single variant the marker repeats the colour; otherwise it tells variants apart.
     single = len(comparison.groups) == len(values)
     variants: dict[tuple[int, str], int] = {}
@@ -113,11 +114,11 @@ def styles(comparison: Comparison) -> dict[str, Style]:
     for group in comparison.groups:
         value = value_of(group)
         # Where colours come a second time, lines and markers are other ones.
-        turn, place = divmod(others.index(value) if value in others else 0, len(_COLOURS))
+        turn, place = divmod(others.get(value, 0), len(_COLOURS))
         colour = REGIME_COLOURS.get(value, _COLOURS[place])
         rest = str([show_value(group.axes[key]) for key in group.axes if key != main])
         variant = variants.setdefault((turn, rest), len(variants))
-        marker = values.index(value) if single else variant
+        marker = values[value] if single else variant
         found[group.label] = Style(
             colour, _LINES[variant % len(_LINES)], _MARKERS[marker % len(_MARKERS)]
         )

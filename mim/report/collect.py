@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ class Group:
         """The config of the first run that has one."""
         return next((run.config for run in self.runs if run.config), {})
 
+    @cached_property
+    def task(self) -> str:
+        """All that gives a loss its meaning, as text: equal where losses can be compared."""
+        return _task(self)
+
     def values(self, key: str) -> dict[int, float]:
         """seed -> value of a measure, over the finished runs that have it."""
         return {run.seed: run.measures[key] for run in self.finished if key in run.measures}
@@ -118,11 +124,23 @@ class Comparison:
 
     def reference(self, group: Group, kind: str) -> Group | None:
         """The reference of one kind that belongs to a group: its axes, if any, are the group's."""
+        found = (
+            self._references[names].get((kind, *(show_value(group.axes.get(n)) for n in names)))
+            for names in self._references
+        )
+        return next((reference for reference in found if reference is not None), None)
+
+    @cached_property
+    def _references(self) -> dict[tuple[str, ...], dict[tuple[str, ...], Group]]:
+        """Names of axes -> kind and values of these axes -> reference; a look-up instead of a
+        search where there are as many references as groups."""
+        found: dict[tuple[str, ...], dict[tuple[str, ...], Group]] = {}
         for reference in self.references:
-            same = all(group.axes.get(key) == value for key, value in reference.axes.items())
-            if reference.kind == kind and reference.runs and same:
-                return reference
-        return None
+            if reference.runs:
+                values = (show_value(value) for value in reference.axes.values())
+                own = found.setdefault(tuple(reference.axes), {})
+                own.setdefault((reference.kind, *values), reference)
+        return found
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -228,7 +246,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def same_task(groups: Iterable[Group]) -> bool:
     """Whether the losses of groups mean the same: same target, masks, data and patch size."""
-    return len({_task(group) for group in groups if group.config}) <= 1
+    return len({group.task for group in groups if group.config}) <= 1
 
 
 def _task(group: Group) -> str:

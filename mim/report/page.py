@@ -86,6 +86,7 @@ def _downloads(table: Table) -> list[dict[str, str]]:
 
 
 def _charts(comparison: Comparison) -> list[Chart]:
+    comparison = tables.drawn(comparison)
     return [
         *loss_charts(comparison),
         *quality_charts(comparison),
@@ -109,7 +110,7 @@ def report_html(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    charts = _charts(comparison)
+    charts, few = _charts(comparison), tables.drawn(comparison)
     if stills is None:
         stills = {chart.key: figures.draw(chart, ("svg",))["svg"] for chart in charts}
     pictures = {
@@ -123,7 +124,7 @@ def report_html(
     shown, left_out = gallery(comparison)
     data = {
         "charts": {chart.key: interactive.plotly_figure(chart) for chart in charts},
-        "viewer": viewer(comparison),
+        "viewer": viewer(few),
     }
     return environment.from_string(_asset("template.html")).render(
         comparison=comparison,
@@ -136,21 +137,21 @@ def report_html(
         margin_table=tables.margin_table(comparison),
         layers_table=layers.layers_table(comparison),
         robustness_table=robustness.robustness_table(comparison),
-        alignment_table=layers.alignment_table(comparison),
+        alignment_table=layers.alignment_table(few),
         settings_table=tables.settings_table(comparison),
         facts_table=tables.facts_table(comparison),
         failures_table=tables.failures_table(comparison),
         downloads=_downloads,
         notes=notes(comparison),
         warnings=warnings(comparison),
-        tiles=reconstructions(comparison),
+        tiles=reconstructions(few),
         viewer=data["viewer"],
         curves=[(c, pictures[c.key]) for c in charts if c.lines and c.key != "robustness"],
         robustness=[(c, pictures[c.key]) for c in charts if c.key == "robustness"],
         quality=[(chart, pictures[chart.key]) for chart in charts if chart.clouds],
         gallery=shown,
         left_out=[path.relative_to(comparison.folder) for path in left_out],
-        configs=configs(comparison),
+        configs=configs(few),
         base_config=tables.base_config_text(comparison),
         style=Markup(_asset("report.css")),
         scripts=[Markup(script) for script in scripts],
@@ -202,7 +203,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         ("Paired differences", tables.difference_table(comparison)),
         ("Robustness", robustness.robustness_table(comparison)),
         ("Layers", layers.layers_table(comparison)),
-        ("Likeness of the encoders", layers.alignment_table(comparison)),
+        ("Likeness of the encoders", layers.alignment_table(tables.drawn(comparison))),
         ("Settings", tables.settings_table(comparison)),
         ("Data and environment", tables.facts_table(comparison)),
     ]
@@ -264,6 +265,18 @@ def notes(comparison: Comparison) -> list[str]:
             "Robustness: the mean error is over corruptions and severities and is not normalised; "
             "mCE is relative to a baseline's errors, 100% being the baseline. Corruptions are made "
             "on the fly unless a folder of them was given, so only the latter compare with papers."
+        )
+    shown, total = len(tables.drawn(comparison).groups), len(comparison.groups)
+    if shown < total:
+        found.append(
+            f"Charts, pictures, configs and the likeness of encoders show the {shown} groups of "
+            f"{total} with the best mean of the first measure; tables and results.csv hold all."
+        )
+    axes = {key: values for key, values in comparison.axes.items() if key != "seed"}
+    if any(len(values) > tables.MOST_PAIRED for values in axes.values()):
+        found.append(
+            f"Of an axis with more than {tables.MOST_PAIRED} values, each is set against the first "
+            "alone; results.csv holds what other differences are made of."
         )
     if not same_task(comparison.groups):
         found.append(

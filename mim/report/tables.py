@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -324,16 +325,59 @@ def leader(comparison: Comparison, measure: Measure) -> str | None:
     return best.label if ahead and not any(g.values(measure.key) for g in given) else None
 
 
+MOST_PAIRED = 16
+"""Values of an axis of which every two are set against each other."""
+
+
+MOST_DRAWN = 36
+"""Groups that a chart, the pictures and the configs of a page hold."""
+
+
+def drawn(comparison: Comparison) -> Comparison:
+    """The comparison with the groups that a page has room to draw, in their order.
+
+    All, or the ``MOST_DRAWN`` with the best means of the first measure that was taken.
+    """
+    groups = comparison.groups
+    if len(groups) <= MOST_DRAWN:
+        return comparison
+    measures = [*evaluation_measures(comparison), *loss_measures(comparison)]
+    means: dict[str, float] = {}
+    for measure in measures:
+        sign = 1 if measure.higher else -1
+        found = {group.label: summarize(group.values(measure.key).values()) for group in groups}
+        means = {label: sign * summary.mean for label, summary in found.items() if summary}
+        if means:
+            break
+    ranked = sorted(groups, key=lambda group: -means.get(group.label, -math.inf))
+    kept = {group.label for group in ranked[:MOST_DRAWN]}
+    return replace(comparison, groups=tuple(group for group in groups if group.label in kept))
+
+
 def pairs(comparison: Comparison) -> list[tuple[str, Group, Group]]:
-    """(axis, first, second) for every two groups that differ in exactly one axis."""
+    """(axis, first, second) for every two groups that differ in exactly one axis.
+
+    Of more than ``MOST_PAIRED`` groups that differ in the same axis alone, each is set against the
+    first one only, so that there are not many more pairs than groups.
+    """
+    keys = list(dict.fromkeys(key for group in comparison.groups for key in group.axes))
+    order = {axis: place for place, axis in enumerate(comparison.axes)}
     found = []
-    for second, first in combinations(comparison.groups, 2):
-        keys = dict.fromkeys([*second.axes, *first.axes])
-        differing = [key for key in keys if first.axes.get(key) != second.axes.get(key)]
-        if len(differing) == 1:
-            found.append((differing[0], first, second))
-    order = list(comparison.axes)
-    return sorted(found, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
+    for key in keys:
+        rest = [other for other in keys if other != key]
+        alike: dict[str, list[tuple[int, Group]]] = {}
+        for place, group in enumerate(comparison.groups):
+            same = json.dumps([group.axes.get(other) for other in rest], sort_keys=True)
+            alike.setdefault(same, []).append((place, group))
+        for members in alike.values():
+            each = itertools.combinations(members, 2)
+            if len(members) > MOST_PAIRED:
+                each = zip(itertools.repeat(members[0]), members[1:])  # type: ignore[assignment]
+            for (one, second), (other, first) in each:
+                if first.axes.get(key) != second.axes.get(key):
+                    found.append((order.get(key, len(order)), one, other, key, first, second))
+    found.sort(key=lambda pair: pair[:3])
+    return [(key, first, second) for *_, key, first, second in found]
 
 
 def difference_table(comparison: Comparison) -> Table | None:
@@ -433,7 +477,7 @@ def facts_table(comparison: Comparison) -> Table | None:
         facts = [flatten(getattr(run, section)) for run in runs]
         for key in dict.fromkeys(key for fact in facts for key in fact):
             shown = [_setting(fact, key) for fact in facts]
-            values = {value: shown.count(value) for value in dict.fromkeys(shown)}
+            values = Counter(shown)
             several = [f"{value} ({count} of {len(facts)} runs)" for value, count in values.items()]
             text = "; ".join(several) if len(values) > 1 else next(iter(values))
             rows.append(Row((Cell(f"{section}: {key.replace('_', ' ')}"), Cell(text))))

@@ -1,0 +1,147 @@
+"""A comparison of many runs: the same tables, and work that does not grow with its square."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mim.bench.many import write_runs
+from mim.report import read_comparison, write_report
+from mim.report.collect import Comparison, Group
+from mim.report.page import notes
+from mim.report.tables import MOST_DRAWN, MOST_PAIRED, drawn, pairs
+
+Fake = Callable[..., Path]
+Mim = Callable[..., Any]
+
+
+def by_hand(comparison: Comparison) -> list[tuple[str, Group, Group]]:
+    """Every two groups, looked at one by one."""
+    found = []
+    for second, first in combinations(comparison.groups, 2):
+        keys = dict.fromkeys([*second.axes, *first.axes])
+        differing = [key for key in keys if first.axes.get(key) != second.axes.get(key)]
+        if len(differing) == 1:
+            found.append((differing[0], first, second))
+    order = list(comparison.axes)
+    return sorted(found, key=lambda pair: order.index(pair[0]))
+
+
+def test_pairs_are_those_that_differ_in_one_axis(fake_comparison: Fake) -> None:
+    axes = {
+        "mask.ratio": [0.5, 0.75, 0.9],
+        "model.regime.name": ["drop", "zero"],
+        "train.epochs": [10, 20],
+        "seed": [0, 1],
+    }
+    comparison = read_comparison(fake_comparison(axes, metrics=False))
+    assert pairs(comparison) == by_hand(comparison) and len(pairs(comparison)) == 6 + 12 + 6
+
+
+def test_many_values_of_an_axis_are_set_against_the_first(fake_comparison: Fake) -> None:
+    ratios = [round(0.3 + 0.01 * place, 2) for place in range(MOST_PAIRED + 1)]
+    comparison = read_comparison(
+        fake_comparison({"mask.ratio": ratios, "seed": [0, 1]}, metrics=False)
+    )
+    found = pairs(comparison)
+    assert [second.axes["mask.ratio"] for _, _, second in found] == [ratios[0]] * MOST_PAIRED
+    assert [first.axes["mask.ratio"] for _, first, _ in found] == ratios[1:]
+    assert any("against the first alone" in note for note in notes(comparison))
+
+
+def test_a_page_draws_the_best_and_says_so(fake_comparison: Fake) -> None:
+    ratios = [round(0.1 + 0.01 * place, 2) for place in range(MOST_DRAWN + 3)]
+    folder = fake_comparison(
+        {"mask.ratio": ratios, "seed": [0]},
+        metrics=False,
+        linear=lambda axes, seed: 0.9 - abs(axes["mask.ratio"] - 0.25),
+    )
+    comparison = read_comparison(folder)
+    shown = [group.axes["mask.ratio"] for group in drawn(comparison).groups]
+    assert shown == ratios[:MOST_DRAWN], "0.46 to 0.48 are farthest from 0.25"
+    assert any(f"show the {MOST_DRAWN} groups" in note for note in notes(comparison))
+    page = write_report(folder).read_text()
+    assert "mask ratio 0.48" in page, "the tables hold all"
+    few = read_comparison(fake_comparison(folder=folder.parent / "few", metrics=False))
+    assert drawn(few) is few and not any("groups of" in note for note in notes(few))
+
+
+def test_the_reference_of_each_group(fake_comparison: Fake) -> None:
+    comparison = read_comparison(fake_comparison(metrics=False))
+    for group in comparison.groups:
+        for kind in ("untrained", "pixels"):
+            found = comparison.reference(group, kind)
+            assert found is not None and found.kind == kind
+    own = Group("untrained (depth 2)", "untrained", {"depth": 2}, comparison.references[0].runs)
+    other = Group("untrained (depth 3)", "untrained", {"depth": 3}, comparison.references[0].runs)
+    each = Comparison(**{**vars_of(comparison), "references": (own, other)})
+    assert each.reference(Group("a", "run", {"depth": 3, "x": 1}, ()), "untrained") is other
+    assert each.reference(Group("a", "run", {"depth": 4}, ()), "untrained") is None
+    assert each.reference(Group("a", "run", {"depth": 3}, ()), "pixels") is None
+
+
+def vars_of(comparison: Comparison) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in Comparison.__dataclass_fields__}
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Python calls that work takes: the same on any machine."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.slow
+def test_work_grows_as_the_runs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the runs, at most a little more than twice the calls; pictures are of a set number."""
+    from mim.report import figures
+
+    monkeypatch.setattr(figures, "draw", lambda chart, forms: dict.fromkeys(forms, b"<svg/>"))
+    counts = {}
+    for runs in (900, 1800):
+        folder = write_runs(tmp_path / str(runs), runs)
+        counts[runs] = calls_of(lambda place=folder: write_report(place))  # type: ignore[misc]
+    assert counts[1800] < 2.2 * counts[900], counts
+
+
+def test_bench_of_many_runs(tmp_path: Path, mim: Mim) -> None:
+    numbers = tmp_path / "numbers.json"
+    done = mim("bench", "report", "--runs", "9,18", "--json", numbers)
+    assert done.code == 0, done.err
+    figures = json.loads(numbers.read_text())
+    assert [row["runs"] for row in figures["rows"]] == [9, 18]
+    assert all(row["report_html_bytes"] > 10_000 for row in figures["rows"])
+    assert set(figures["exponents"]) == set(figures["rows"][0]) - {"runs"}
+    assert "| report html (MiB) |" in done.out
+    assert "at least 1" in mim("bench", "report", "--runs", "0").line
+    folder = write_runs(tmp_path / "runs", 9)
+    comparison = read_comparison(folder)
+    assert len(comparison.groups) == 3 and all(run.finished for run in comparison.runs)
+    page = write_report(folder).read_text()
+    assert "Runs without a result" not in page and "data:image" in page
+    assert Image.open(folder / "figures" / "training_loss.png").format == "PNG"
+
+
+def test_bench_of_many_images(tmp_path: Path, mim: Mim) -> None:
+    numbers = tmp_path / "numbers.json"
+    done = mim("bench", "index", "--images", "200,400", "--json", numbers)
+    assert done.code == 0, done.err
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["images"] for row in rows] == [200, 400]
+    assert all(value > 0 for row in rows for value in row.values())
