@@ -417,7 +417,7 @@ def _bench_step(args: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds over all regimes")
     parser.add_argument("--steps", type=int, default=2, help="steps of a regime in a round")
     parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
-    peers = "hf, hf-eager, lightly, vit-pytorch, mae; separated by commas"
+    peers = "hf, hf-eager, lightly, vit-pytorch, mae; separated by commas; NAME-compiled compiles"
     parser.add_argument("--peer", default="", help=f"time these beside: {peers}")
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
     varied = """named settings to time beside: '{"dense": {"model.regime.name": "zero", ...}}'"""

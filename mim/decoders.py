@@ -21,6 +21,7 @@ from mim.errors import setting_error
 from mim.keys import seed_of
 from mim.masks import key_bias
 from mim.masks.packing import Packing
+from mim.patches import values_at
 from mim.regimes import Latents, Regime, place_tokens
 from mim.registry import Registry
 
@@ -85,10 +86,8 @@ DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name")
 
 
 def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
-    """(B, N, E) -> (B, M, E) at the patches ``ids``."""
-    if ids is None:
-        return hidden
-    return hidden.gather(1, ids[..., None].expand(-1, -1, hidden.shape[-1]))
+    """(B, N, E) -> (B, M, E) at the patches ``ids``, or all of them."""
+    return hidden if ids is None else values_at(hidden, ids)
 
 
 def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:

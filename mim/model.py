@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +29,27 @@ class Output:
             loss of the mask generator where one is trained.
         reconstruction: scalar, the weighted mean of ``loss_per_image`` alone.
         loss_per_image: (B,).
-        target: (B, N, dim).
         latents: of the encoder.
     """
 
     loss: Tensor
     reconstruction: Tensor
     loss_per_image: Tensor
-    target: Tensor
     latents: Latents
     _readable: Latents = field(repr=False)
     _decoder: Decoder = field(repr=False)
+    _target: Callable[[], Tensor] = field(repr=False)
 
     @property
     def prediction(self) -> Tensor:
         """(B, N, dim) at every patch; computed when asked for, since the loss needs but a part."""
         hidden = self._decoder(self._readable)
         return self._decoder.project(hidden.to(_dtype_of(self._decoder)))
+
+    @property
+    def target(self) -> Tensor:
+        """(B, N, dim) at every patch; computed when asked for, as the prediction is."""
+        return self._target()
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -183,13 +189,13 @@ class MaskedImageModel(nn.Module):
         if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
             readable = replace(latents, tokens=norm(latents.tokens))
-        target = self.target(images, self.teacher)  # (B, N, dim)
         if self.target.config.loss_on == "all":
-            ids, valid, wanted = None, mask.valid, target
+            ids, valid = None, mask.valid
+            wanted = self.target(images, self.teacher)  # (B, N, dim)
         else:
             share = self._share if self.training else 1.0
             ids, valid = mask.masked_share(share)
-            wanted = target.gather(1, ids[..., None].expand(-1, -1, target.shape[-1]))
+            wanted = self.target.at(images, ids, self.teacher)  # (B, M, dim)
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
         distance = self.target.distance(predicted, wanted)  # (B, M)
         losses = per_image_loss(distance, valid)
@@ -201,7 +207,8 @@ class MaskedImageModel(nn.Module):
             logits = self.mask_network(images)  # (B, N)
             chosen = self.mask_generator.objective(logits, ids, distance, valid)  # (B,)
             loss = reconstruction + _weighted_mean(chosen, weight)
-        return Output(loss, reconstruction, losses, target, latents, readable, self.decoder)
+        target = partial(self.target, images, self.teacher)
+        return Output(loss, reconstruction, losses, latents, readable, self.decoder, target)
 
 
 def _blank(images: Images, left_out: Tensor) -> Images:

@@ -28,6 +28,31 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
 
 
+def patches_at(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
+    """Some patches of each image, as :func:`patchify` cuts them; the others are not copied.
+
+    Args:
+        images: (B, C, H, W) with H and W divisible by the patch.
+        patch_size: (height, width) of a patch in pixels.
+        ids: (B, T) int64, which patches.
+
+    Returns:
+        (B, T, P).
+    """
+    p, q = patch_size
+    batch, channels, height, width = images.shape
+    whole = images.reshape(batch, channels, height // p, p, width // q, q)
+    whole = whole.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, q, C)
+    images_of = torch.arange(batch, device=images.device)[:, None]
+    columns = width // q
+    return whole[images_of, ids // columns, ids % columns].flatten(2)
+
+
+def values_at(values: Tensor, ids: Tensor) -> Tensor:
+    """What stands at some patches: (B, N, D) and ids (B, T) int64 -> (B, T, D)."""
+    return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
+
+
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The inverse of :func:`patchify`: (B, N, P) -> (B, C, H, W).
 

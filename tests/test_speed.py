@@ -126,6 +126,17 @@ def test_products_of_a_step_by_hand() -> None:
     assert len(waits) == 2 * len(ready)
 
 
+def test_a_peer_can_be_compiled(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    pytest.importorskip("transformers")
+    changes = {"model.position_embedding": "sincos2d", "data.channels": 3, "data.source": "photos"}
+    config, numbers = tiny(changes), tmp_path / "numbers.json"
+    call = ("bench", "step", "--config", config, "--rounds", 1, "--steps", 1, "--regimes", "drop")
+    done = mim(*call, "--data.batch_size", 4, "--peer", "hf,hf-compiled", "--json", numbers)
+    assert done.code == 0, done.err
+    peers = json.loads(numbers.read_text())["peers"]
+    assert peers["hf"]["loss"] == pytest.approx(peers["hf-compiled"]["loss"], abs=0.1)
+
+
 def test_beside_a_peer(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     pytest.importorskip("transformers")
     changes = {"model.position_embedding": "sincos2d", "data.channels": 3, "data.source": "photos"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim.config import RegimeConfig
-from mim.patches import Patches
+from mim.patches import Patches, values_at
 
 Grid = tuple[int, int]
 
@@ -328,8 +328,7 @@ class Transformer(Family):
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
         """See :class:`Family`."""
         tokens, prefix = embedded.tokens, self.num_prefix
-        index = ids[..., None].expand(-1, -1, tokens.shape[-1])
-        taken = tokens[:, prefix:].gather(1, index)  # (B, T, D)
+        taken = values_at(tokens[:, prefix:], ids)  # (B, T, D)
         if valid is not None:
             taken = taken.masked_fill(~valid[..., None], 0.0)
         return Embedded(torch.cat([tokens[:, :prefix], taken], dim=1))

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim.backbone.family import Embedded, Grid, Transformer, register_family
-from mim.patches import Patches, patchify
+from mim.patches import Patches, patches_at, values_at
 
 
 @register_family(VisionTransformer)
@@ -41,10 +41,10 @@ class PlainViT(Transformer):
         is_plain = type(embed.proj) is nn.Conv2d and embed.flatten and not vit.dynamic_img_size
         if drops or not is_plain:
             return None
-        whole = patchify(images, self.patch_size)  # (B, N, P)
-        patches = self._project(whole.gather(1, ids[..., None].expand(-1, -1, whole.shape[-1])))
+        patches = self._project(patches_at(images, self.patch_size, ids))  # (B, T, D)
         # timm's rule adds to what it is given: to zeros it adds the positions.
-        added = vit._pos_embed(patches.new_zeros(1, whole.shape[1], patches.shape[-1]))
+        count = images.shape[-2:].numel() // (self.patch_size[0] * self.patch_size[1])
+        added = vit._pos_embed(patches.new_zeros(1, count, patches.shape[-1]))
         tokens = patches + F.embedding(ids, added[0, self.num_prefix :])  # (B, T, D)
         prefix = added[:, : self.num_prefix].expand(len(tokens), -1, -1)
         return Embedded(torch.cat([prefix, tokens], dim=1))
@@ -131,10 +131,9 @@ def block_at(block: Block, x: Tensor, ids: Tensor, bias: Tensor | None = None) -
         (B, M, D).
     """
     assert isinstance(block.attn, Attention)
-    index = ids[..., None].expand(-1, -1, x.shape[-1])
     normed = block.norm1(x)
-    attended = _attend(block.attn, normed.gather(1, index), normed, bias)
-    x = x.gather(1, index) + block.drop_path1(block.ls1(attended))  # (B, M, D)
+    attended = _attend(block.attn, values_at(normed, ids), normed, bias)
+    x = values_at(x, ids) + block.drop_path1(block.ls1(attended))  # (B, M, D)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

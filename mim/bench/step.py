@@ -41,6 +41,7 @@ from mim.settings import checked
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model
 LR = 1e-4
 # A peer whose loss is so many times ours, or ours its, does not do the same work.
 _SAME_LOSS = 2.0
@@ -104,7 +105,8 @@ def bench_step(
         regimes: names of regimes.
         rounds: every round times each subject once, in turn.
         steps: steps of one subject in a round.
-        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`.
+        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`; with
+            ``-compiled`` behind the name, under torch.compile.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
         variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
         products: whether the products of each step are timed alone, too.
@@ -129,7 +131,7 @@ def bench_step(
         if name not in REGIMES:
             raise choice_error("--regimes", name, REGIMES)
     for name in peers:
-        if name not in PEERS:
+        if name.removesuffix(_COMPILED) not in PEERS:
             raise choice_error("--peer", name, PEERS)
     threads = torch.get_num_threads()
     subjects = []
@@ -363,7 +365,8 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
     config = checked(subject.config)
     images = _noise(config, device)
     torch.manual_seed(config.seed)
-    model = build_peer(subject.name, config, subject.mae_path).to(device).train()
+    name = subject.name.removesuffix(_COMPILED)
+    model = build_peer(name, config, subject.mae_path).to(device).train()
     optimizer = torch.optim.AdamW(
         (weight for weight in model.parameters() if weight.requires_grad),
         lr=LR,
@@ -378,6 +381,8 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         "flops_forward": forward,
         "flops_backward": backward,
     }
+    if name != subject.name:
+        model.compile()
 
     def learn(number: int) -> Tensor:
         with autocast(config, device):

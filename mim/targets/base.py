@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.config import TargetConfig
+from mim.patches import Images, values_at
 from mim.registry import Registry
 
 
@@ -75,6 +76,13 @@ class Target(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
         """(B, C, H, W) normalised images -> (B, N, dim), without gradient."""
+
+    def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """What must be predicted at some patches: ``ids`` (B, M) int64 -> (B, M, dim).
+
+        A target whose patches do not depend on each other need not compute the rest.
+        """
+        return values_at(self(images, teacher), ids)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
         """A prediction as patches of pixels that can be shown.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mim.config import TargetConfig
-from mim.patches import Images, Patches, patchify
+from mim.patches import Images, Patches, patches_at, patchify, values_at
 from mim.targets.base import TARGETS, Target, TargetContext, Teacher
 from mim.targets.frequency import cosine_basis, filter_images
 
@@ -21,6 +21,12 @@ def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / (patches.shape[-1] - 1) + _EPSILON).sqrt()
 
 
+def _normalized(patches: Tensor) -> Tensor:
+    """(..., P), each patch at mean 0 and variance 1."""
+    mean, deviation = _statistics(patches)
+    return (patches - mean) / deviation
+
+
 @TARGETS.register("pixels")
 class Pixels(Target):
     """The pixels themselves."""
@@ -32,16 +38,27 @@ class Pixels(Target):
         super().__init__(config, context)
         self.dim = context.patch_size[0] * context.patch_size[1] * context.channels
 
-    def _patches(self, images: Images) -> Tensor:
-        """(B, N, P)."""
+    def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
+        """(B, N, P), or (B, M, P) at the patches ``ids``."""
         if isinstance(images, Patches):
-            return images.values
-        return patchify(images, self.context.patch_size)
+            return images.values if ids is None else values_at(images.values, ids)
+        if ids is None:
+            return patchify(images, self.context.patch_size)
+        return patches_at(images, self.context.patch_size, ids)
+
+    def _of(self, patches: Tensor) -> Tensor:
+        """What is predicted of patches (B, M, P), each by itself."""
+        return patches
 
     @torch.no_grad()
     def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
-        """Patches of pixels; see :class:`~mim.targets.Target`."""
-        return self._patches(images)
+        """Every patch; see :class:`~mim.targets.Target`."""
+        return self._of(self._patches(images))
+
+    @torch.no_grad()
+    def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """The patches ``ids``; see :class:`~mim.targets.Target`."""
+        return self._of(self._patches(images, ids))
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """The prediction as it is; see :class:`~mim.targets.Target`."""
@@ -55,12 +72,8 @@ class NormalizedPixels(Pixels):
     The variance is the unbiased one, with 1e-6 added before the root, as in MAE's code.
     """
 
-    @torch.no_grad()
-    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
-        """Normalised patches; see :class:`~mim.targets.Target`."""
-        patches = self._patches(images)
-        mean, deviation = _statistics(patches)
-        return (patches - mean) / deviation
+    def _of(self, patches: Tensor) -> Tensor:
+        return _normalized(patches)
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """Un-normalised with the true patch's mean and deviation, which a viewer must know."""
@@ -97,19 +110,14 @@ class LowPass(Pixels):
         self.register_buffer("_vertical", cosine_basis(height), persistent=False)
         self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
 
-    def _patches(self, images: Images) -> Tensor:
+    def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
+        """Those of the filtered images; see :class:`Pixels`."""
         assert isinstance(images, Tensor)  # see takes_sizes
         low = filter_images(images, self._vertical, self._horizontal, self._gain)
-        return patchify(low, self.context.patch_size)
+        return super()._patches(low, ids)
 
-    @torch.no_grad()
-    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
-        """Patches of the filtered image; see :class:`~mim.targets.Target`."""
-        patches = self._patches(images)
-        if not self.config.low_pass.normalize:
-            return patches
-        mean, deviation = _statistics(patches)
-        return (patches - mean) / deviation
+    def _of(self, patches: Tensor) -> Tensor:
+        return _normalized(patches) if self.config.low_pass.normalize else patches
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """The prediction, un-normalised with the filtered patch's statistics where normalised."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim.config import FeaturesConfig, FrequencyConfig, HogConfig, LowPassConfig, TargetConfig
 from mim.errors import UserError
-from mim.patches import patchify, unpatchify
+from mim.patches import patches_at, patchify, unpatchify
 from mim.targets import TARGETS, Target, per_image_loss
 from mim.targets.base import principal_colours
 
@@ -116,6 +116,20 @@ def test_a_target_of_one_image_does_not_depend_on_the_others(
     images = images_of(target, 3)
     whole, alone = target(images, teach(target)), target(images[1:2], teach(target))
     torch.testing.assert_close(whole[1:2], alone, rtol=0, atol=1e-12)
+
+
+@CHANNELS
+@EVERY
+def test_a_part_of_a_target_is_that_part_of_the_whole(
+    name: str, channels: int, make: Make, teach: Any, images_of: Any
+) -> None:
+    target = make(name, channels=channels, **LONG).double()
+    images = images_of(target)
+    ids = torch.tensor([[5, 0, 3], [1, 2, 2]])
+    whole, part = target(images, teach(target)), target.at(images, ids, teach(target))
+    assert not part.requires_grad
+    for image, row in enumerate(ids.tolist()):
+        torch.testing.assert_close(part[image], whole[image, row], rtol=0, atol=1e-12)
 
 
 @EVERY
@@ -290,6 +304,13 @@ def test_patches_need_not_be_square() -> None:
     image = torch.arange(16.0).view(1, 1, 4, 4)
     assert patchify(image, (1, 4))[0, 1].tolist() == [4, 5, 6, 7]
     assert patchify(image, (4, 2))[0, 1].tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
+
+
+def test_some_patches_are_those_of_the_whole() -> None:
+    images = torch.randn(2, 3, 6, 20)
+    ids = torch.tensor([[7, 0, 5], [3, 3, 1]])
+    some, whole = patches_at(images, (3, 5), ids), patchify(images, (3, 5))
+    assert torch.equal(some[0], whole[0, [7, 0, 5]]) and torch.equal(some[1], whole[1, [3, 3, 1]])
 
 
 def test_unpatchify_inverts() -> None:
