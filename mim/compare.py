@@ -524,6 +524,7 @@ def _run_all(
     from mim.report.overview import Watched, live_overview
 
     failed = []
+    stopped: list[tuple[Planned, int | None]] = []
     with contextlib.ExitStack() as stack:
         watched = Watched()
         if show == "live":
@@ -548,15 +549,38 @@ def _run_all(
                         jobs.start(item)
                 for item, code in jobs.wait() if jobs.running else []:
                     watched.active.discard(item.folder)
-                    if code in (130, 138, 143):
+                    if code in _INTERRUPTED:
+                        stopped.append((item, code))
                         raise KeyboardInterrupt
                     if code:
                         failed.append(item.folder)
                         _note_death(item, code)
         except KeyboardInterrupt:
-            jobs.stop()  # Ctrl-C has reached the children too, a kill of this process has not
+            # Ctrl-C has reached the children too, a kill of this process has not.
+            stopped += jobs.stop()
+            stack.close()  # the table gives the terminal back
+            for item, last in stopped:
+                print(f"{item.folder}: {_left_as(item, last)}", file=sys.stderr, flush=True)
             raise
     return failed
+
+
+_INTERRUPTED = (130, 138, 143)
+
+
+def _left_as(item: Planned, code: int | None) -> str:
+    """What a run that was stopped has left."""
+    run = Path(item.config.output)
+    found = checkpoint.checkpoints(run)
+    saved = f"goes on from {found[-1].stem}" if found else "had saved nothing yet"
+    if checkpoint.read_result(run).get("status") == "finished":
+        saved = "is trained"
+    if code is None:
+        return f"its job has not left in time, and may still compute; {saved}"
+    if code == 0:
+        return "finished"
+    how = "stopped" if code in _INTERRUPTED else f"ended without saving (code {code})"
+    return f"{how}; {saved}"
 
 
 class Jobs(Protocol):
@@ -575,8 +599,8 @@ class Jobs(Protocol):
     def wait(self) -> list[tuple[Planned, int]]:
         """Those that have ended, one at least, each with its exit code."""
 
-    def stop(self) -> None:
-        """Let all save, and wait for them."""
+    def stop(self) -> list[tuple[Planned, int | None]]:
+        """Let all save, and wait for them; each with its exit code, None where it does not end."""
 
 
 class _LocalJobs:
@@ -609,11 +633,12 @@ class _LocalJobs:
             ended.append((item, int(process.exitcode)))
         return ended
 
-    def stop(self) -> None:
+    def stop(self) -> list[tuple[Planned, int | None]]:
         for process, _, _ in self.running.values():
             process.terminate()
         for process, _, _ in self.running.values():
             process.join()
+        return [(item, int(process.exitcode)) for process, item, _ in self.running.values()]
 
 
 def _take_share(place: int, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -28,11 +29,17 @@ _SIGNALS = [
 ]
 
 
+_AGAIN = 1.0
+"""Seconds in which a second SIGINT is the first one: a launcher passes on what a terminal sends to
+all of its processes."""
+
+
 class Signals:
     """Notes SIGINT, SIGTERM and SIGUSR1, so that a loop can finish its step and save."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._since = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -42,7 +49,10 @@ class Signals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.caught is None:
+            self._since = now
+        elif number == signal.SIGINT and now - self._since > _AGAIN:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         self.caught = number
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SECONDS = 1.0
+_LEAVE = 60.0
+"""Seconds that jobs which are stopped have to save and leave. SLURM's own limit is KillWait."""
+_CANCEL = 10.0
+"""Seconds more, once they are killed."""
 FOLDER = "submitit"
 """In the comparison's folder: what jobs were told and wrote."""
 
@@ -31,6 +38,10 @@ class Job(Generic[T]):
 
     def __call__(self) -> int:
         """Computes it."""
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            # submitit ignores SIGTERM, which SLURM sends before a pre-emption. Here it is a stop;
+            # what trains saves first.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self.work(self.item)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -59,8 +70,9 @@ class SubmittedJobs(Generic[T]):
             reason = "needs submitit: pip install 'mim[slurm]'"
             raise UserError(f"--launcher: 'submitit' {reason}") from error
         given = dict(parameters)
+        cluster = given.pop("cluster", "slurm")
+        self._local = cluster == "local"
         try:
-            cluster = given.pop("cluster", "slurm")
             self._executor = submitit.AutoExecutor(output / FOLDER, cluster=cluster)
             self._executor.update_parameters(name=output.name, **given)
         except (RuntimeError, NameError, ValueError, TypeError) as error:
@@ -86,7 +98,38 @@ class SubmittedJobs(Generic[T]):
         error = job.exception()  # of the cluster: the run notes its own
         return item, 1 if error is not None else job.result()
 
-    def stop(self) -> None:
-        """Cancel all jobs; what they saved stays."""
+    def stop(self) -> list[tuple[T, int | None]]:
+        """Let all jobs save and leave, for a bounded time.
+
+        Returns:
+            Each run and the exit code of its job; None where it does not leave.
+        """
         for job, _ in self.running.values():
+            self._ask(job)
+        ended = self._left(_LEAVE)
+        if self.running:
+            for job, _ in self.running.values():
+                job.cancel()
+            ended += self._left(_CANCEL)
+        return [*ended, *((item, None) for _, item in self.running.values())]
+
+    def _ask(self, job: submitit.Job[int]) -> None:
+        """Send SIGTERM; a job that still waits in the queue leaves it."""
+        if self._local:
+            # Its cancel() kills after a second; a local job's number is that of its process.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+        else:
             job.cancel()
+
+    def _left(self, seconds: float) -> list[tuple[T, int | None]]:
+        """Those that have ended by then, each with its exit code."""
+        ended: list[tuple[T, int | None]] = []
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            for name, (job, _) in list(self.running.items()):
+                if job.done(force_check=True):
+                    ended.append(self._code(*self.running.pop(name)))
+            if self.running:
+                time.sleep(_SECONDS)
+        return ended

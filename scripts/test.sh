@@ -8,6 +8,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${1:-}" = faults ]; then
   shift
   export MIM_FAULT_TRIALS="${MIM_FAULT_TRIALS:-60}" MIM_FUZZ_EXAMPLES="${MIM_FUZZ_EXAMPLES:-2000}"
+  export MIM_LOST_TRIALS="${MIM_LOST_TRIALS:-5}"
   exec python -m pytest tests/faults -m "" "$@"
 fi
 exec python -m pytest -n "${MIM_TEST_WORKERS:-2}" "$@"

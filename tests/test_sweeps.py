@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +16,10 @@ import pytest
 import torch
 import yaml
 
+import mim.submit
 from mim import checkpoint
 from mim.compare import plan, read_compare_config, run_noted
-from mim.lock import sole_use
+from mim.lock import in_use, sole_use
 
 Mim = Callable[..., Any]
 
@@ -98,6 +102,97 @@ def test_jobs_of_a_cluster(tmp_path: Path, mim: Mim, config: Path) -> None:
     again = mim(*args, *cluster)
     assert again.code == 0 and again.err.count(": done") == 2
     assert sorted((there / "submitit").iterdir()) == before, "nothing was submitted again"
+
+
+# Writing a checkpoint takes longer than submitit's local executor leaves a job that it cancels.
+SLOWLY_SAVED = """
+import time
+import torch
+
+save = torch.save
+
+def slowly(*args, **kwargs):
+    time.sleep(2.5)
+    save(*args, **kwargs)
+
+torch.save = slowly
+"""
+
+
+@pytest.mark.slow  # each job imports the libraries
+@pytest.mark.parametrize("launcher", ["local", "submitit"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_comparison_waits_for_its_runs(
+    launcher: str, number: int, tmp_path: Path, tiny_tree: Callable[..., dict[str, Any]]
+) -> None:
+    """The signal reaches this process alone; each run saves, leaves, and is told of."""
+    pytest.importorskip("submitit")
+    plugin, folder = tmp_path / "slowly.py", tmp_path / "cmp"
+    plugin.write_text(SLOWLY_SAVED)
+    endless = {"train.max_steps": 10**6, "train.epochs": 10**6, "train.checkpoint_every": 1e5}
+    changes = {**endless, "train.validate_every": 0, "train.picture_every": 0}
+    changes |= {"train.log_every": 1, "plugins": [str(plugin)]}
+    config = tmp_path / "compare.yaml"
+    axes = {"model.regime.name": ["drop", "token"]}
+    content = {"axes": axes, "evaluations": {}, "base": tiny_tree(changes)}
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "mim", "compare", "--config", config, "--output", folder]
+    command += ["--jobs", "2", "--show", "plain", "--launcher", launcher]
+    if launcher == "submitit":
+        command += ["--slurm", "cluster=local", "timeout_min=5"]
+    comparison = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
+    runs = [folder / f"regime={name}" for name in ("drop", "token")]
+    until(lambda: all(trains(run) for run in runs), comparison)
+    comparison.send_signal(number)
+    began = time.monotonic()
+    _, told = comparison.communicate(timeout=60)
+    assert time.monotonic() - began < 40  # two saves of 2.5 s on two cores
+    assert comparison.returncode == 128 + number, told
+    assert "Traceback" not in told
+    for run in runs:
+        (saved,) = checkpoint.checkpoints(run)
+        assert f"{run.name}: stopped; goes on from {saved.stem}\n" in told
+        assert not in_use(run), "it has left"
+    assert told.endswith("mim: interrupted; call it again to go on\n")
+
+
+def trains(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.is_file() and len(metrics.read_text().splitlines()) > 2
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+class Stuck:
+    """A job that does not leave."""
+
+    job_id = "7"
+    cancelled = 0
+
+    def done(self, force_check: bool = False) -> bool:
+        return False
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_a_job_that_does_not_leave_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    for name in ("_LEAVE", "_CANCEL", "_SECONDS"):
+        monkeypatch.setattr(mim.submit, name, 0.05)
+    jobs = mim.submit.SubmittedJobs(len, tmp_path, {"cluster": "local"})
+    jobs._local, job = False, Stuck()
+    jobs.running["7"] = job, ("a run",)
+    assert jobs.stop() == [(("a run",), None)]
+    assert job.cancelled == 2
 
 
 def hold(folder: str) -> None:

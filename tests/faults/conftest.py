@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 _OUTCOMES: list[tuple[str, str, str]] = []
+_SECONDS: dict[str, list[float]] = {}
+LOST_TRIALS = int(os.environ.get("MIM_LOST_TRIALS", "1"))
+"""How often a process is lost in each way; the table at the end has median and range."""
 
 
 @pytest.fixture
 def outcomes() -> list[tuple[str, str, str]]:
     """Where a trial puts (fault, where it struck, outcome)."""
     return _OUTCOMES
+
+
+@pytest.fixture
+def ended_after() -> Callable[[str, float], None]:
+    """Where a trial puts how long the others went on after a process was lost in this way."""
+    return lambda way, seconds: _SECONDS.setdefault(way, []).append(seconds)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeat the trials whose time is taken."""
+    if "ended_after" in metafunc.fixturenames and LOST_TRIALS > 1:
+        metafunc.fixturenames.append("trial")
+        metafunc.parametrize("trial", range(LOST_TRIALS))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -23,6 +42,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("trials and outcomes")
     for number, (fault, place, outcome) in enumerate(_OUTCOMES, start=1):
         terminalreporter.write_line(f"{number:>3}  {fault:<12} {outcome:<12} {place}")
+    if _SECONDS:
+        terminalreporter.section("seconds until the others had ended: median (range)")
+    for way, seconds in _SECONDS.items():
+        spread = f"({min(seconds):.1f} to {max(seconds):.1f})" if len(seconds) > 1 else ""
+        line = f"{statistics.median(seconds):6.1f} {spread:<16} of {len(seconds)}  {way}"
+        terminalreporter.write_line(line)
     counts = Counter((fault, outcome) for fault, _, outcome in _OUTCOMES)
     for (fault, outcome), count in sorted(counts.items()):
         terminalreporter.write_line(f"{fault}: {outcome} {count}")

@@ -147,6 +147,7 @@ def test_a_host_that_is_cut_off(
     hosts: Hosts,
     launcher: Callable[..., subprocess.Popen[str]],
     outcomes: list[tuple[str, str, str]],
+    ended_after: Callable[[str, float], None],
 ) -> None:
     plugin, mark = tmp_path / "plugin.py", tmp_path / "mark"
     plugin.write_text(PLUGIN.format(mark=str(mark)))
@@ -163,6 +164,7 @@ def test_a_host_that_is_cut_off(
     mark.with_name("cut").touch()
     _, told = process.communicate(timeout=100)
     seconds = time.monotonic() - began
+    ended_after(f"is on a host that is cut off ({how}): both", seconds)
     assert process.returncode == code, told
     assert "Traceback (most recent call last)" not in told or how == "torchrun"
     assert "mim: error: rank 0: rank 1 on " in told and "no longer answers" in told, told

@@ -86,7 +86,12 @@ QUICK = {"killed in a step", "hangs in the loader", "fails at the start"}
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_the_others_end(
-    case: str, tmp_path: Path, tiny: Tiny, ranks: Launch, outcomes: list[tuple[str, str, str]]
+    case: str,
+    tmp_path: Path,
+    tiny: Tiny,
+    ranks: Launch,
+    outcomes: list[tuple[str, str, str]],
+    ended_after: Callable[[str, float], None],
 ) -> None:
     rank, (module, name), fault, told, code, at_once = CASES[case]
     mark, run = tmp_path / "mark", tmp_path / "run"
@@ -98,6 +103,7 @@ def test_the_others_end(
     began, other = time.monotonic(), 1 - rank
     assert started.wait(TIMEOUT + MARGIN, [other]) == [75]
     seconds = time.monotonic() - began
+    ended_after(case, seconds)
     assert seconds < MARGIN if at_once else seconds > TIMEOUT - 0.5
     text = started.texts()[other]
     assert re.search(f"mim: error: rank {other}: .*{told}", text), text
@@ -164,7 +170,12 @@ QUICK_EVALUATED = {"killed", "hangs in features", "fails"}
     ],
 )
 def test_the_others_end_in_an_evaluation(
-    case: str, tmp_path: Path, tiny: Tiny, ranks: Launch, outcomes: list[tuple[str, str, str]]
+    case: str,
+    tmp_path: Path,
+    tiny: Tiny,
+    ranks: Launch,
+    outcomes: list[tuple[str, str, str]],
+    ended_after: Callable[[str, float], None],
 ) -> None:
     evaluation, (module, name), call, fault, told, code = EVALUATED[case]
     mark, written = tmp_path / "mark", tmp_path / "numbers.json"
@@ -177,6 +188,7 @@ def test_the_others_end_in_an_evaluation(
     began = time.monotonic()
     assert started.wait(TIMEOUT + MARGIN, [0]) == [75]
     seconds = time.monotonic() - began
+    ended_after(f"evaluate: {case}", seconds)
     assert seconds > TIMEOUT - 0.5 if fault == SLEEP else seconds < MARGIN
     text = started.texts()[0]
     assert re.search(f"mim: error: rank 0: .*{told}", text), text
