@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.errors import UserError
+from mim.interrupt import between_imports
 from mim.parsing import VerbParser
 
 if TYPE_CHECKING:
@@ -1047,7 +1048,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mim.errors import choice_error
 
             raise choice_error("verb", args[0], VERBS)
-        return VERBS[args[0]](args[1:])
+        with between_imports():
+            return VERBS[args[0]](args[1:])
     except UserError as error:
         _tell(error)
         return 2

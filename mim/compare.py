@@ -27,6 +27,7 @@ from rich.console import Console
 from mim import checkpoint, progress
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
+from mim.interrupt import between_imports
 from mim.lock import InUse, in_use, sole_use
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
@@ -321,7 +322,9 @@ def _child(
     # notice when the run is killed.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.exit(run_noted(item, evaluations))
+    with between_imports():
+        code = run_noted(item, evaluations)
+    sys.exit(code)
 
 
 def run_noted(item: Planned, evaluations: dict[str, Any]) -> int:

@@ -1,10 +1,14 @@
-"""Signals that end a long computation after its step, with its state saved."""
+"""Signals: those that end a long computation after its step, saved, and Ctrl-C anywhere else."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,9 +33,68 @@ _SIGNALS = [
 ]
 
 
+_LATER = 0.1
+"""Seconds after which a Ctrl-C within an import is tried again."""
 _AGAIN = 1.0
 """Seconds in which a second SIGINT is the first one: a launcher passes on what a terminal sends to
 all of its processes."""
+
+
+@contextlib.contextmanager
+def between_imports() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but the first one not in the middle of an import.
+
+    Libraries that are being imported swallow it, or are half loaded after it and fail elsewhere.
+    """
+    first, sent_again = math.inf, False
+    later: threading.Timer | None = None
+
+    def send_again() -> None:
+        nonlocal sent_again
+        sent_again = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def forget() -> None:
+        nonlocal first, sent_again, later
+        first, sent_again = math.inf, False
+        if later is not None:
+            later.cancel()
+            later = None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal first, sent_again, later
+        while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        now = time.monotonic()
+        if frame is None or (not sent_again and now - first > _AGAIN):
+            forget()
+            raise KeyboardInterrupt
+        if sent_again or first == math.inf:  # else it waits to be sent again already
+            later = threading.Timer(_LATER, send_again)
+            later.daemon = True
+            later.start()
+        first, sent_again = min(first, now), False
+
+    main = threading.current_thread() is threading.main_thread()
+    # Elsewhere os.kill ends the process; one started to ignore SIGINT shall go on doing so.
+    if not main or os.name != "posix":
+        yield
+        return
+    old = signal.getsignal(signal.SIGINT)
+    if old is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        forget()
+        signal.signal(signal.SIGINT, old)
+
+
+def end_at_once() -> None:
+    """Let Ctrl-C end this process without a word: the one that started it has the say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Signals:

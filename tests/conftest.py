@@ -50,7 +50,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return tree
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_tree() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """A config of some steps as a mapping, with dotted keys set."""
     return lambda changes: merged(TINY, changes)

@@ -32,6 +32,7 @@ from mim.compare import server_context
 from mim.config import Config
 from mim.cost import count_flops, environment
 from mim.errors import UserError, choice_error, setting_error
+from mim.interrupt import end_at_once
 from mim.keys import image_keys
 from mim.model import build_model
 from mim.optim import build_optimizer
@@ -269,6 +270,7 @@ def _answer(line: Connection, name: str) -> dict[str, Any]:
 
 def _serve(line: Connection, subject: _Subject) -> None:
     """The life of a subject's process: build, warm up, then step whenever it is told to."""
+    end_at_once()
     torch.set_num_threads(subject.threads)
     device = _device()
     try:

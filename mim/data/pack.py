@@ -40,6 +40,7 @@ from mim.data.sources import SOURCES, ImageSource, Split, Subset
 from mim.data.transforms import Picture, cover, prepare, resize
 from mim.errors import UserError, setting_error
 from mim.files import prepare_folder, write_atomic, write_json_atomic
+from mim.interrupt import end_at_once
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -98,6 +99,7 @@ _worker: tuple[ImageSource, Recipe] | None = None
 
 def _start_worker(source: ImageSource, recipe: Recipe) -> None:
     global _worker
+    end_at_once()
     _worker = source, recipe
     torch.set_num_threads(1)
 

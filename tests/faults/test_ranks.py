@@ -199,6 +199,18 @@ def test_the_others_end_in_an_evaluation(
     outcomes.append(("lost process", f"evaluate: {case}; ended after {seconds:.1f} s", "told"))
 
 
+@pytest.mark.slow  # four checkpoints of two seconds
+def test_a_slow_disk_is_no_lost_process(tmp_path: Path, tiny: Tiny, ranks: Launch) -> None:
+    """One process writes while the other waits, for less than the time-out each time."""
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    plugin = FAULT.format(module="torch", name="save", fault="", call=-1, mark=str(mark))
+    plugin = plugin.replace("calls += 1", "calls += 1; time.sleep(2)")
+    config = tiny({**CONFIG, "train.max_steps": 4})
+    started = ranks(["pretrain", "--config", config, "--output", run], of={0: plugin})
+    assert started.wait(60) == [0, 0], started.texts()
+    assert checkpoint.checkpoints(run)[-1].name == "step_00000004.pt"
+
+
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():

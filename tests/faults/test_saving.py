@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import pathlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,6 +168,36 @@ def test_a_slow_disk_loses_nothing(
         monkeypatch.setattr(owner, name, late)
     assert mim(*args, slow, *(BESIDE if beside else ())).code == 0
     assert_same_checkpoints(plain, slow)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_write_of_a_second_keeps_the_last_good_one(
+    beside: bool, tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint goes to the disk in pieces; who reads meanwhile, as after a kill, goes on."""
+    config = tiny({**EVERY, "train.keep_checkpoints": 1, "train.max_steps": 3})
+    args = ("pretrain", "--config", config, *(BESIDE if beside else ()), "--output")
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    assert mim(*args, plain).code == 0
+    real, seen = torch.save, []
+
+    def slowly(state: Any, path: Path) -> None:
+        whole = io.BytesIO()
+        real(state, whole)
+        with Path(path).open("wb") as file:
+            for piece in np.array_split(np.frombuffer(whole.getvalue(), np.uint8), 5):
+                file.write(piece)
+                file.flush()
+                newest, passed_over = checkpoint.newest_checkpoint(run)
+                seen.append((None if newest is None else newest["step"], len(passed_over)))
+                time.sleep(0.2)
+
+    monkeypatch.setattr(torch, "save", slowly)
+    began = time.monotonic()
+    assert mim(*args, run).code == 0
+    assert 3 < time.monotonic() - began < 60
+    assert seen == [(step, 0) for step in (None, 1, 2) for _ in range(5)]
+    assert_same_checkpoints(plain, run)
 
 
 @pytest.fixture
