@@ -884,8 +884,12 @@ class LogConfig:
     """disabled, offline or online."""
     project: str = "mim"
     """Name of the wandb project."""
+    timeout: float = 120.0
+    """Seconds that TensorBoard or wandb may take for one call, and for all that is left at the end;
+    then the run goes on without it. Training does not wait for them before its end."""
 
     def __post_init__(self) -> None:
+        _above("log.timeout", self.timeout, 0)
         _one_of("log.wandb", self.wandb, ("disabled", "offline", "online"))
 
 

@@ -5,21 +5,31 @@ Names are an interface, see docs/howto/trackers.md.
 
 from __future__ import annotations
 
+import atexit
+import copy
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
+from mim.beside import Beside
 from mim.config import Config
 from mim.errors import UserError, setting_error
 from mim.progress import note
 from mim.settings import flatten, to_dict
+
+_MOST_WAITING = 1000
+"""Calls that a tracker may be behind."""
 
 
 def tracker_names(config: Config) -> list[str]:
@@ -60,17 +70,20 @@ def _one_line(config: Config) -> Iterator[None]:
 
 
 class Trackers:
-    """The trackers of a run, none of which can stop it.
+    """The trackers of a run, none of which can stop it or keep it waiting.
 
-    One that fails (its server, its disk, its process) is told in a line, and left out from then on:
-    ``metrics.jsonl`` has everything.
+    Each is called by a thread of its own, in order. One that fails (its server, its disk, its
+    process), or is busy with one call for too long, is told in a line and left out from then on:
+    ``metrics.jsonl`` has everything. Leaving waits for them, so long at most.
 
     Args:
         trackers: of Accelerate.
+        seconds: how long one may take for a call, and for all that is left at the end.
     """
 
-    def __init__(self, trackers: Sequence[GeneralTracker]) -> None:
-        self._trackers = list(trackers)
+    def __init__(self, trackers: Sequence[GeneralTracker], seconds: float) -> None:
+        self._trackers = [(tracker, Beside(f"mim-{tracker.name}")) for tracker in trackers]
+        self._seconds = seconds
 
     def __enter__(self) -> Trackers:
         self._hook = threading.excepthook
@@ -78,9 +91,19 @@ class Trackers:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self._each(lambda tracker: tracker.finish())
-        self._trackers.clear()
-        threading.excepthook = self._hook
+        try:
+            self._each(lambda tracker: tracker.finish())
+            end = time.monotonic() + self._seconds
+            for tracker, calls in list(self._trackers):
+                done = calls.wait(max(0.0, end - time.monotonic()))
+                calls.end()
+                if error := calls.error or (
+                    None if done else _no_answer(tracker.name, self._seconds)
+                ):
+                    _tell(tracker.name, error)
+        finally:
+            self._trackers.clear()
+            threading.excepthook = self._hook
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
         # TensorBoard writes in a thread of its own, and raises the same in the next call here.
@@ -88,12 +111,19 @@ class Trackers:
             self._hook(args)
 
     def _each(self, act: Callable[[GeneralTracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                act(tracker)
-            except Exception as error:  # theirs are of any kind
-                self._trackers.remove(tracker)
-                _tell(tracker.name, error)
+        for pair in list(self._trackers):
+            tracker, calls = pair
+            error = calls.error
+            if calls.busy > self._seconds:
+                error = _no_answer(tracker.name, self._seconds)
+            elif calls.behind >= _MOST_WAITING:
+                error = TimeoutError(f"it is {calls.behind} calls behind")
+            if error is None:
+                calls.ask(partial(act, tracker))
+                continue
+            self._trackers.remove(pair)
+            calls.end()
+            _tell(tracker.name, error)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Give numbers."""
@@ -104,10 +134,52 @@ class Trackers:
         self._each(lambda tracker: track_picture([tracker], path, step))
 
 
-def _tell(name: str, error: Exception) -> None:
+def _no_answer(name: str, seconds: float) -> TimeoutError:
+    """The error for a tracker that hangs; the end of the process does not wait for it either."""
+    if name == "wandb":
+        atexit.register(_leave_wandb)
+    return TimeoutError(f"no answer for {seconds:g} s, see log.timeout")
+
+
+def _within(seconds: float, name: str, act: Callable[[], object]) -> None:
+    """Do something with a tracker.
+
+    Raises:
+        TimeoutError: where that takes longer; what it itself raises.
+    """
+    calls = Beside(f"mim-{name}")
+    calls.ask(act)
+    done = calls.wait(seconds)
+    calls.end()
+    if error := calls.error or (None if done else _no_answer(name, seconds)):
+        raise error
+
+
+def _tell(
+    name: str,
+    error: BaseException,
+    loses: str = "gets nothing more of this run",
+    then: str = "; training goes on",
+) -> None:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     cause = " ".join(reason.split())[:200] or type(error).__name__
-    note(f"log: {name} has failed and gets nothing more of this run ({cause}); training goes on")
+    note(f"log: {name} has failed and {loses} ({cause}){then}")
+
+
+def _leave_wandb() -> None:
+    """Before wandb waits for its service, at the end of Python, for ever."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith("wandb-core"):
+                child.kill()
+    hook = sys.unraisablehook
+
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        trace = args.exc_traceback
+        if trace is None or not trace.tb_frame.f_globals["__name__"].startswith("wandb."):
+            hook(args)
+
+    sys.unraisablehook = unraisable
 
 
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Trackers:
@@ -123,8 +195,9 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
         UserError: if a run that begins cannot reach wandb, has no key for it, or cannot write
             TensorBoard's files.
     """
+    seconds = config.log.timeout
     if not accelerator.log_with:
-        return Trackers([])
+        return Trackers([], seconds)
     wandb = {
         "mode": config.log.wandb,
         "dir": config.output,
@@ -138,14 +211,23 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
         for key, value in flatten(to_dict(config)).items()
     }
     options = {"wandb": wandb, "tensorboard": {"purge_step": step + 1}}
-    names, started = list(accelerator.log_with), []
-    for name in names:  # one by one, so that each can fail alone
-        accelerator.log_with, accelerator.trackers = [name], []
+    started = []
+    for name in accelerator.log_with:  # one by one, so that each can fail alone
+        called = str(getattr(name, "value", name))
+        # One that comes too late comes to a copy: none is closed by Accelerate.
+        its = copy.copy(accelerator)
+        its.log_with, its.trackers = [name], []
+        start = partial(its.init_trackers, config.log.project, config=scalars, init_kwargs=options)
         try:
             with _one_line(config):
-                accelerator.init_trackers(config.log.project, config=scalars, init_kwargs=options)
+                if sys.stdin is not None and sys.stdin.isatty():
+                    start()  # wandb may ask for a key
+                else:
+                    _within(seconds, called, start)
         except (UserError, OSError) as error:
-            called = str(getattr(name, "value", name))
+            if step == 0 and isinstance(error, TimeoutError):
+                reason = f"does not start: {error}"
+                raise setting_error(f"log.{called}", getattr(config.log, called), reason) from error
             if step == 0 and isinstance(error, OSError):
                 reason = f"cannot write in {config.output!r}: {error.strerror or error}"
                 raise UserError(f"log.{called}: {reason}") from error
@@ -153,10 +235,8 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
                 raise
             _tell(called, error)
         else:
-            started += accelerator.trackers
-    accelerator.log_with = names
-    accelerator.trackers = []  # they are closed here, not by Accelerate
-    return Trackers(started)
+            started += its.trackers
+    return Trackers(started, seconds)
 
 
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
@@ -180,6 +260,8 @@ def track_report(
 ) -> None:
     """Give a comparison's report to the trackers: a table, and the files as an artifact.
 
+    One that fails, or takes longer than ``log.timeout``, is told in a line.
+
     Args:
         config: the base config; its ``log`` says where to.
         name: of the comparison.
@@ -187,20 +269,19 @@ def track_report(
         files: of the report.
         table: (heads, rows), logged as ``results``.
         text: Markdown, shown as ``report`` where a tracker shows text.
-
-    Raises:
-        UserError: as :func:`start_trackers`.
     """
-    if not tracker_names(config):
+    names = tracker_names(config)
+    if not names:
         return
     PartialState(cpu=True)  # the trackers ask it who is the main process; no GPU is touched
-    heads, rows = table
-    if config.log.tensorboard:
+
+    def to_tensorboard() -> None:
         board = TensorBoardTracker("report", folder / "logs")
         board.start()
         board.writer.add_text("report", text)
         board.finish()
-    if config.log.wandb != "disabled":
+
+    def to_wandb() -> None:
         import wandb
 
         tracker = WandBTracker(
@@ -212,8 +293,8 @@ def track_report(
             job_type="report",
             tags=["report"],
         )
-        with _one_line(config):
-            tracker.start()
+        tracker.start()
+        heads, rows = table
         tracker.log_table("results", columns=heads, data=rows)
         safe = re.sub(r"[^\w.-]+", "-", name)[:100] or "comparison"
         artifact = wandb.Artifact(f"report-{safe}", type="report")
@@ -221,3 +302,10 @@ def track_report(
             artifact.add_file(str(path))
         tracker.run.log_artifact(artifact)
         tracker.finish()
+
+    give = {"tensorboard": to_tensorboard, "wandb": to_wandb}
+    for called in names:
+        try:
+            _within(config.log.timeout, called, give[called])
+        except (Exception, SystemExit) as error:  # theirs are of any kind
+            _tell(called, error, "does not get the report", "")

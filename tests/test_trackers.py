@@ -110,10 +110,6 @@ def test_wandb_without_a_key_is_one_line(
     accelerator: Any = SimpleNamespace(log_with=["wandb"], init_trackers=refuse)
     with pytest.raises(UserError, match=r"log\.wandb: 'online' cannot start: .* to offline\)"):
         start_trackers(accelerator, config, step=0)
-    monkeypatch.setattr("mim.trackers.WandBTracker.start", refuse)
-    table = (["Encoder"], [["drop"]])
-    with pytest.raises(UserError, match=r"No API key configured\. Use `wandb login`"):
-        track_report(config, "name", tmp_path, [], table, "text")
 
 
 def test_a_run_gives_its_trackers_the_documented_names(
