@@ -44,6 +44,7 @@ from mim.interrupt import Interrupted, Signals
 from mim.keys import image_keys, seed_of
 from mim.lock import sole_use
 from mim.machine import deterministic, memory, refused_precision
+from mim.metrics import Metrics
 from mim.model import MaskedImageModel, build_model
 from mim.nonfinite import Guard, Taken, Watch, strict
 from mim.online import OnlineProbe
@@ -67,40 +68,6 @@ PICTURED_IMAGES = 8
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-class Metrics:
-    """``metrics.jsonl``: a line each interval, never one twice.
-
-    Args:
-        path: of the file.
-        step: lines of later steps, left by a run that was killed, are removed.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if path.is_file():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            checkpoint.write_text_atomic(path, "".join(kept))
-
-    def write(self, **values: Any) -> None:
-        """Append a line.
-
-        Raises:
-            TrainingError: where it cannot be written.
-        """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{str(self.path)!r} cannot be written: {error.strerror or error}; the last good "
-                "checkpoint is kept. Make room, then go on with --resume auto"
-            ) from error
 
 
 def parts(batch: Sized, count: int) -> Iterator[slice]:
@@ -333,6 +300,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             "train_loss": mean,
             "val_loss": val_loss,
         }
+        assert metrics is not None
+        metrics.flush()
         saver.save(state, step, milestone)
 
     def draw(step: int) -> None:
@@ -375,8 +344,11 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     )
     unread: list[Taken] = []
     wrapped.train()
-    progressing = RunProgress(label, total, start, main)
-    with trackers, progressing as progress, Signals() as signals, worker_deaths(), saver:
+    progressing, writing = (
+        RunProgress(label, total, start, main),
+        metrics or contextlib.nullcontext(),
+    )
+    with trackers, progressing as progress, Signals() as signals, worker_deaths(), saver, writing:
         for batch in batches:
             step, lr = batch.step, schedule(batch.step)
             torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
@@ -466,6 +438,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
                     saver.wait()
                 accelerator.wait_for_everyone()
             saver.check()
+            if metrics is not None:
+                metrics.check()
             interval_began += time.monotonic() - paused  # measuring and saving is not training
             if caught and not end:
                 accelerator.end_training()

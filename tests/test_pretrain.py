@@ -23,8 +23,9 @@ from mim import pretrain as training
 from mim.cli import main
 from mim.compare import SERVER_MODULES
 from mim.errors import UserError
+from mim.metrics import Metrics
 from mim.model import MaskedImageModel
-from mim.pretrain import Metrics, parts
+from mim.pretrain import parts
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -488,8 +489,8 @@ def test_metrics_forget_what_a_checkpoint_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 2.0}, {"step": 4, "loss": 0.5}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
-    metrics = Metrics(path, 2)
-    metrics.write(step=4, loss=0.25)
+    with Metrics(path, 2) as metrics:
+        metrics.write(step=4, loss=0.25)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         *rows[:2],
         {"step": 4, "loss": 0.25},

@@ -1,6 +1,7 @@
 """A long run grows nothing: memory, file handles, threads, or the price of a line of metrics.
 
-``MIM_LONG_STEPS`` sets its steps, 20,000 by default.
+``MIM_LONG_STEPS`` sets its steps, 20,000 by default. ``MIM_LONG_RESTARTS`` sets how often loader
+workers are started anew; ``bash scripts/test.sh faults`` does so 300 times.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import psutil
 import pytest
 
 from mim import checkpoint
-from mim.pretrain import Metrics
+from mim import pretrain as training
+from mim.metrics import Metrics
 
 STEPS = int(os.environ.get("MIM_LONG_STEPS", "20000"))
 LINES = 200
+RESTARTS = int(os.environ.get("MIM_LONG_RESTARTS", "12"))
 
 
 @pytest.mark.slow
@@ -34,17 +37,16 @@ def test_nothing_grows(
 ) -> None:
     process = psutil.Process()
     seen: list[tuple[int, int, int, float]] = []  # bytes, handles, threads, seconds of a line
-    real = Metrics.write
+    real = Metrics._append
 
-    def write(self: Metrics, **values: Any) -> None:
+    def append(self: Metrics) -> None:
         began = time.perf_counter()
-        real(self, **values)
+        real(self)
         seconds = time.perf_counter() - began
-        if "lr" in values:
-            memory = process.memory_info().rss
-            seen.append((memory, process.num_fds(), threading.active_count(), seconds))
+        memory = process.memory_info().rss
+        seen.append((memory, process.num_fds(), threading.active_count(), seconds))
 
-    monkeypatch.setattr(Metrics, "write", write)
+    monkeypatch.setattr(Metrics, "_append", append)
     changes = {
         "data.batch_size": 16,
         "data.workers": 1,
@@ -75,3 +77,62 @@ def test_nothing_grows(
     assert handles[1] <= handles[0] and threads[1] <= threads[0], told
     assert seconds[1] < 3 * seconds[0], told
     outcomes[-1] = ("long life", told, "steady")
+
+
+def test_workers_are_started_anew_and_leave_nothing(
+    tmp_path: Path,
+    mim: Callable[..., Any],
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: list[tuple[str, str, str]],
+) -> None:
+    """Each held-out loss has workers of its own, beside those of the training, which stay."""
+    process, real = psutil.Process(), Metrics.write
+    seen: list[dict[str, float]] = []
+    workers: set[int] = set()
+
+    def children() -> set[int]:
+        return {child.pid for child in process.children(recursive=True)}
+
+    def write(self: Metrics, **values: Any) -> None:
+        real(self, **values)
+        if "val_loss" in values:
+            maps = process.memory_maps(grouped=False)
+            now = {
+                "processes": len(children()),
+                "handles": process.num_fds(),
+                "threads": threading.active_count(),
+                "shared memory": sum("/dev/shm" in part.path for part in maps),
+                "memory": process.memory_info().rss,
+            }
+            seen.append(now)
+
+    batches = training.eval_loader
+
+    def watched(*args: Any, **named: Any) -> Iterator[Any]:
+        there = children()
+        for batch in batches(*args, **named):
+            workers.update(children() - there)
+            yield batch
+
+    monkeypatch.setattr(Metrics, "write", write)
+    monkeypatch.setattr(training, "eval_loader", watched)
+    changes = {
+        "data.workers": 2,
+        "train.epochs": RESTARTS,
+        "train.max_steps": RESTARTS,
+        "train.validate_every": 0.04,  # each step
+        "train.log_every": 1,
+        "train.checkpoint_every": RESTARTS,
+    }
+    before = children()
+    outcomes.append(("long life", f"workers started anew {RESTARTS} times", "grows"))
+    assert mim("pretrain", "--config", tiny(changes), "--output", tmp_path / "run").code == 0
+    assert len(seen) == RESTARTS
+    assert len(workers) == 2 * RESTARTS + 1  # one for the images whose cost is counted at the start
+    assert children() == before
+    early, late = seen[RESTARTS // 3], seen[-1]
+    for what in ("processes", "handles", "threads", "shared memory"):
+        assert late[what] <= early[what], (what, seen)
+    assert late["memory"] - early["memory"] < 8e6, seen
+    outcomes[-1] = (*outcomes[-1][:2], "steady")
