@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from mim import checkpoint, progress
+from mim.allocator import keep_freed_memory
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
 from mim.interrupt import between_imports
@@ -246,6 +247,8 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     if item.kind == "run":
         result = pretrain(item.config)
         encoder = run_encoder(run) if evaluations else None

@@ -25,6 +25,7 @@ from mim.bench.step import LR, autocast
 from mim.compare import server_context
 from mim.config import Config
 from mim.errors import UserError, setting_error
+from mim.interrupt import end_at_once
 from mim.keys import image_keys
 from mim.model import build_model
 from mim.optim import build_optimizer
@@ -135,6 +136,7 @@ def _links(told: list[dict[str, Any]], processes: int) -> tuple[float, float]:
 
 
 def _serve(line: Connection, rank: int, world: int, port: int, config: Config, rounds: int) -> None:
+    end_at_once()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

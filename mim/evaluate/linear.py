@@ -16,6 +16,7 @@ from torch import Tensor
 from mim.errors import UserError
 from mim.evaluate.base import (
     EVALUATIONS,
+    FOLDS,
     Evaluation,
     Features,
     ProbeSettings,
@@ -26,7 +27,7 @@ from mim.evaluate.base import (
     labels_of,
     spread,
 )
-from mim.evaluate.softmax import SoftmaxFit, fit_softmax
+from mim.evaluate.softmax import SoftmaxFit, fit_softmax, side_by_side
 
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _FEW_SHOT_STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -137,6 +138,12 @@ class Linear(Evaluation):
         classes = int(y.max()) + 1
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
+    def _work(self, x: Tensor, n: int, classes: int) -> int:
+        """Multiplications of a product of the largest fits of a draw, at the most."""
+        images, folds = n * classes, min(n, FOLDS) if n > 1 else 1
+        width = min(images, x.shape[1])
+        return folds * images * width * len(self.settings.few_shot_strengths) * classes
+
     def run(self, train: Features, val: Features) -> dict[str, float]:
         """See :meth:`Evaluation.run`.
 
@@ -159,14 +166,15 @@ class Linear(Evaluation):
             "converged": float(converged),
         }
         for n in s.few_shot:
-            results = []
-            for draw in range(s.draws):
+
+            def of_draw(draw: int, n: int = n) -> tuple[float, float, bool]:
                 part = few_shot_draw(ids, y, n, s.seed, draw)
                 folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
-                result = self._probe(
+                return self._probe(
                     x[part], y[part], folds, s.few_shot_strengths, val_x, val_y, classes
                 )
-                results.append(result)
+
+            results = side_by_side(of_draw, range(s.draws), self._work(x, n, classes), x.device)
             mean, std = spread([r[0] for r in results])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std

@@ -12,13 +12,17 @@ Shapes: P problems, n samples, D features, K classes, S strengths, R = rank kept
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 _HISTORY = 20
 _SMALL = 1 << 26  # multiplications of one product below which a second thread may not pay
@@ -37,6 +41,26 @@ def _threads_for(multiplications: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(
+    fit: Callable[[int], T], items: Iterable[int], multiplications: int, device: torch.device
+) -> list[T]:
+    """Independent fits, of which each is too small for more than one thread, one on each thread.
+
+    Every fit is computed as it is alone, so that its numbers are the same.
+
+    Args:
+        fit: called with each item.
+        items: what is fitted.
+        multiplications: of one product of a fit, at the most.
+        device: where they run; elsewhere than on a CPU, one after the other.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or multiplications >= _SMALL or device.type != "cpu":
+        return [fit(item) for item in items]
+    with _threads_for(multiplications), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(fit, items))
 
 
 @dataclass(frozen=True)
@@ -97,15 +121,15 @@ def _direction(grad: Tensor, history: deque[tuple[Tensor, Tensor, Tensor]]) -> T
     alphas = []
     for s, y, rho in reversed(history):
         alpha = rho * _dot(s, q)
-        q = q - alpha[..., None, None] * y
+        q -= alpha[..., None, None] * y
         alphas.append(alpha)
     if history:
         s, y, rho = history[-1]
         sy, yy = _dot(s, y), _dot(y, y)
-        q = q * torch.where(rho > 0, sy / yy.clamp_min(1e-300), 1.0)[..., None, None]
+        q *= torch.where(rho > 0, sy / yy.clamp_min(1e-300), 1.0)[..., None, None]
     for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
-        q = q + (alpha - rho * _dot(y, q))[..., None, None] * s
-    return -q
+        q += (alpha - rho * _dot(y, q))[..., None, None] * s
+    return q.neg_()
 
 
 def fit_softmax(

@@ -8,8 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
-from mim.evaluate.softmax import fit_softmax
+from mim.evaluate.softmax import fit_softmax, side_by_side
 
 STRENGTHS = torch.tensor([1.0, 1e-2, 1e-3], dtype=torch.float64)
 
@@ -76,3 +77,32 @@ def test_survives_constant_and_repeated_features() -> None:
     assert fit.converged.all()
     assert fit.logits(x).isfinite().all()
     assert (fit.weight[:, :, -2:] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_fits_side_by_side_are_those_one_after_the_other(threads: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 40, 12, generator=rng, dtype=torch.float64)
+    y = torch.randint(0, 4, (5, 40), generator=rng)
+    strengths = torch.tensor([1e-3, 1e-1], dtype=torch.float64)
+    seen: set[int] = set()
+
+    def fit(number: int) -> Tensor:
+        seen.add(torch.get_num_threads())
+        part = slice(number, number + 1)
+        return fit_softmax(x[part], y[part], strengths, 4).weight
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = [fit(number) for number in range(5)]
+        seen.clear()
+        together = side_by_side(fit, range(5), 1000, x.device)
+        assert seen == {1} and torch.get_num_threads() == threads, "a thread each"
+        seen.clear()
+        large = side_by_side(fit, range(5), 1 << 40, x.device)
+        assert seen == {threads}, "large fits are given all threads"
+    finally:
+        torch.set_num_threads(before)
+    for one, other, third in zip(alone, together, large, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
