@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from PIL import Image
 
 from mim.bench.growth import fit
 from mim.config import Config, DataConfig, MaskConfig, SubsetConfig
-from mim.cost import environment
+from mim.cost import environment, resident_bytes
 from mim.data import open_source
 from mim.data.folder import HEADERS_CHECKED
 from mim.errors import setting_error
@@ -189,7 +188,7 @@ def _index_row(root: Path, count: int) -> dict[str, Any]:
             sample_masks(MaskConfig(), _GRID, seed=0, epoch=1, sample_ids=part)
 
     row["masks_seconds"] = _seconds(masks)
-    row["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row["resident_bytes"] = resident_bytes()
     return row
 
 
