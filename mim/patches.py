@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +39,42 @@ def patches_at(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tens
     Returns:
         (B, T, P).
     """
-    p, q = patch_size
+    return _cut(images, ids, *patch_size)
+
+
+# An operation of its own, since torch.compile on a CPU would cut value by value, and once for each
+# use: a tenth of a step.
+@torch.library.custom_op("mim::patches_at", mutates_args=())
+def _cut(images: Tensor, ids: Tensor, p: int, q: int) -> Tensor:
     batch, channels, height, width = images.shape
     whole = images.reshape(batch, channels, height // p, p, width // q, q)
     whole = whole.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, q, C)
-    images_of = torch.arange(batch, device=images.device)[:, None]
+    image = torch.arange(batch, device=images.device)[:, None]
     columns = width // q
-    return whole[images_of, ids // columns, ids % columns].flatten(2)
+    return whole[image, ids // columns, ids % columns].flatten(2)
+
+
+@_cut.register_fake
+def _(images: Tensor, ids: Tensor, p: int, q: int) -> Tensor:
+    return images.new_empty(*ids.shape, images.shape[1] * p * q)
+
+
+def _note_cut(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids, p, q = inputs
+    ctx.save_for_backward(ids)
+    ctx.form = (images.shape, p, q)
+
+
+def _uncut(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    (ids,) = ctx.saved_tensors
+    (batch, _, height, width), p, q = ctx.form
+    grid = (height // p, width // q)
+    whole = gradient.new_zeros(batch, grid[0] * grid[1], gradient.shape[-1])
+    whole = whole.scatter_add(1, ids[..., None].expand_as(gradient), gradient)
+    return unpatchify(whole, (p, q), grid), None, None, None
+
+
+_cut.register_autograd(_uncut, setup_context=_note_cut)
 
 
 def values_at(values: Tensor, ids: Tensor) -> Tensor:

@@ -247,6 +247,9 @@ def _interleave(
                 if subject.products:
                     products[name].append(told.pop("products_seconds"))
                 figures[name].update(told)
+        for name, line in lines.items():
+            line.send(None)
+            figures[name].update(_answer(line, name))
     finally:
         for line in lines.values():
             line.close()  # a subject whose line ends goes home
@@ -286,17 +289,21 @@ def _serve(line: Connection, subject: _Subject) -> None:
         return
     for number in range(_WARM_UP):
         work.step(number)
-    figures["kept_memory"] = bytes_of(work.kept())
-    figures["peak_memory"] = figures["kept_memory"] + bytes_added(lambda: work.step(0), device)
     if subject.products:
         products = products_of(lambda: work.learn(0))
         work.descend()
     line.send(("ready", figures))
     while True:
         try:
-            first, steps = line.recv()
+            asked = line.recv()
         except EOFError:
             return
+        if asked is None:  # last, since the count itself changes what the C library keeps
+            kept = bytes_of(work.kept())
+            peak = kept + bytes_added(lambda: work.step(0), device)
+            line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
+            continue
+        first, steps = asked
         _wait(device)
         began = time.perf_counter()
         for number in range(first, first + steps):

@@ -313,6 +313,12 @@ def test_some_patches_are_those_of_the_whole() -> None:
     assert torch.equal(some[0], whole[0, [7, 0, 5]]) and torch.equal(some[1], whole[1, [3, 3, 1]])
 
 
+def test_the_gradient_of_some_patches() -> None:
+    images = torch.randn(2, 3, 6, 20, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[7, 0, 5], [3, 3, 1]])
+    assert torch.autograd.gradcheck(lambda images: patches_at(images, (3, 5), ids), images)
+
+
 def test_unpatchify_inverts() -> None:
     images = torch.randn(2, 3, 6, 20)
     patches = patchify(images, (3, 5))
