@@ -9,6 +9,7 @@ if [ "${1:-}" = faults ]; then
   shift
   export MIM_FAULT_TRIALS="${MIM_FAULT_TRIALS:-60}" MIM_FUZZ_EXAMPLES="${MIM_FUZZ_EXAMPLES:-2000}"
   export MIM_LOST_TRIALS="${MIM_LOST_TRIALS:-5}"
+  export MIM_FUZZ_SECONDS="${MIM_FUZZ_SECONDS:-60}" MIM_LONG_RESTARTS="${MIM_LONG_RESTARTS:-300}"
   exec python -m pytest tests/faults -m "" "$@"
 fi
 exec python -m pytest -n "${MIM_TEST_WORKERS:-2}" "$@"

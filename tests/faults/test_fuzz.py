@@ -26,9 +26,10 @@ from safetensors.torch import save
 
 from mim import checkpoint
 from mim.config import Config, FileMaskConfig, MaskConfig
-from mim.data.decode import UnreadableImage, decode
+from mim.data.decode import decode
 from mim.data.shards import scan
 from mim.errors import UserError
+from mim.files import parse_yaml
 from mim.interop.files import read_weights
 from mim.masks.generators import build_mask_generator
 from mim.settings import load_config, read_args, to_yaml
@@ -97,19 +98,32 @@ def images() -> dict[str, bytes]:
 OPEN = b"\x93NUMPY\x01\x00\x10\x00{'descr': (" + b" " * 7  # found once: its header has no end
 
 
+def refused(act: Callable[[], object], what: str = "") -> bool:
+    """Whether it was refused, in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of what it mends, torch of old files
+        try:
+            act()
+        except UserError as error:
+            assert "\n" not in str(error) and what in str(error)
+            return True
+    return False
+
+
+def refuses_image(data: bytes) -> bool:
+    found: list[Any] = []
+    if refused(lambda: found.append(decode(data, "x", 10_000)), "unreadable image x"):
+        return True
+    size = found[0].size if isinstance(found[0], Image.Image) else found[0].shape[:2]
+    assert 0 < size[0] * size[1] <= 10_000
+    return False
+
+
 @given(data=st.one_of(damaged(images()), st.binary(max_size=200)))
 @example(data=OPEN)
 @bounded
 def test_images(data: bytes) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns of what it mends
-        try:
-            found = decode(data, "x", 10_000)
-        except UnreadableImage as error:
-            assert "\n" not in str(error)
-        else:
-            size = found.size if isinstance(found, Image.Image) else found.shape[:2]
-            assert 0 < size[0] * size[1] <= 10_000
+    refuses_image(data)
 
 
 @cache
@@ -124,6 +138,12 @@ def masks() -> dict[str, bytes]:
     return found
 
 
+def refuses_mask(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    config = MaskConfig(name="file", file=FileMaskConfig(path=str(path)))
+    return refused(lambda: build_mask_generator(config, (4, 4), (2, 2)), "mask.file.path")
+
+
 @given(
     data=st.one_of(damaged(masks()), st.binary(max_size=200)),
     ending=st.sampled_from(["npy", "png"]),
@@ -131,22 +151,7 @@ def masks() -> dict[str, bytes]:
 @example(data=OPEN, ending="npy")
 @bounded
 def test_mask_files(tmp_path: Path, data: bytes, ending: str) -> None:
-    path = tmp_path / f"mask.{ending}"
-    path.write_bytes(data)
-    config = MaskConfig(name="file", file=FileMaskConfig(path=str(path)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        refused(lambda: build_mask_generator(config, (4, 4), (2, 2)), "mask.file.path")
-
-
-def refused(act: Callable[[], object], what: str = "") -> bool:
-    """Whether it was refused, in one line."""
-    try:
-        act()
-    except UserError as error:
-        assert "\n" not in str(error) and what in str(error)
-        return True
-    return False
+    refuses_mask(tmp_path / f"mask.{ending}", data)
 
 
 @cache
@@ -165,15 +170,16 @@ def checkpoints() -> dict[str, bytes]:
     return found
 
 
+def refuses_checkpoint(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return refused(lambda: checkpoint.read_checkpoint(path), "checkpoint ")
+
+
 @given(data=st.one_of(damaged(checkpoints()), st.binary(max_size=200)))
 @bounded
 def test_checkpoints(tmp_path: Path, data: bytes) -> None:
     """Without the digest that would tell at once."""
-    path = tmp_path / "step_00000003.pt"
-    path.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        refused(lambda: checkpoint.read_checkpoint(path), "checkpoint ")
+    refuses_checkpoint(tmp_path / "step_00000003.pt", data)
 
 
 @cache
@@ -182,17 +188,18 @@ def weights() -> dict[str, bytes]:
     return {"safetensors": save(tensors, {"format": "pt"}), **checkpoints()}
 
 
+def refuses_weights(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return refused(lambda: read_weights(path))
+
+
 @given(
     data=st.one_of(damaged(weights()), st.binary(max_size=200)),
     ending=st.sampled_from(["safetensors", "pth"]),
 )
 @bounded
 def test_weights_of_others(tmp_path: Path, data: bytes, ending: str) -> None:
-    path = tmp_path / f"weights.{ending}"
-    path.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        refused(lambda: read_weights(path))
+    refuses_weights(tmp_path / f"weights.{ending}", data)
 
 
 @cache
@@ -213,12 +220,15 @@ def tars() -> dict[str, bytes]:
     return found
 
 
+def refuses_shard(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return refused(lambda: scan(path), "shard")
+
+
 @given(data=st.one_of(damaged(tars()), st.binary(max_size=600)))
 @bounded
 def test_shards(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "x.tar"
-    path.write_bytes(data)
-    refused(lambda: scan(path), "shard")
+    refuses_shard(tmp_path / "x.tar", data)
 
 
 DEFAULTS = yaml.safe_load(to_yaml(Config()))
@@ -273,12 +283,23 @@ def test_configs_of_odd_values(tmp_path: Path, tree: Any) -> None:
         assert read_args(Config, ["--config", str(again)]) == config
 
 
+def refuses_yaml(data: bytes) -> bool:
+    try:
+        parse_yaml(data.decode("utf-8", "replace"))
+    except yaml.YAMLError:
+        return True
+    return False
+
+
+def refuses_config(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    return refused(lambda: read_args(Config, ["--config", str(path)]))
+
+
 @given(data=st.one_of(damaged({"all": to_yaml(Config()).encode()}), st.binary(max_size=200)))
 @bounded
 def test_damaged_configs(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_bytes(data)
-    refused(lambda: read_args(Config, ["--config", str(path)]))
+    refuses_config(tmp_path / "config.yaml", data)
 
 
 @given(

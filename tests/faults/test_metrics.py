@@ -100,11 +100,12 @@ def test_a_slow_disk_does_not_slow_the_loop(
 
 
 def test_lines_keep_their_order(tmp_path: Path, slow_disk: None) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path, began = tmp_path / "metrics.jsonl", time.monotonic()
     with Metrics(path, 0) as metrics:
         for step in range(200):
             metrics.write(step=step)
         metrics.flush()
+        assert time.monotonic() - began < 200 * SECONDS / 4, "all lines that wait are one write"
         assert [row["step"] for row in rows(path)] == list(range(200))
         metrics.write(step=200)
     assert [row["step"] for row in rows(path)] == list(range(201))
