@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from mim import checkpoint, progress
 from mim.allocator import keep_freed_memory
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
-from mim.interrupt import between_imports
+from mim.interrupt import between_imports, hear, unheard
 from mim.lock import InUse, in_use, sole_use
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
@@ -325,8 +326,12 @@ def _child(
     # notice when the run is killed.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with between_imports():
-        code = run_noted(item, evaluations)
+    try:
+        with between_imports():
+            hear()
+            code = run_noted(item, evaluations)
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)
 
 
@@ -705,6 +710,8 @@ def server_context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SERVER_MODULES)
+    with unheard():  # in the middle of these imports it would tell of a Ctrl-C at length
+        multiprocessing.forkserver.ensure_running()
     return context
 
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,9 +46,16 @@ def between_imports() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, but the first one not in the middle of an import.
 
     Libraries that are being imported swallow it, or are half loaded after it and fail elsewhere.
+    Where Python itself ignores an exception, such as in ``__del__``, it is sent once more.
     """
     first, sent_again = math.inf, False
     later: threading.Timer | None = None
+
+    def wait() -> None:
+        nonlocal later
+        later = threading.Timer(_LATER, send_again)
+        later.daemon = True
+        later.start()
 
     def send_again() -> None:
         nonlocal sent_again
@@ -62,7 +70,7 @@ def between_imports() -> Iterator[None]:
             later = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal first, sent_again, later
+        nonlocal first, sent_again
         while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
             frame = frame.f_back
         now = time.monotonic()
@@ -70,10 +78,14 @@ def between_imports() -> Iterator[None]:
             forget()
             raise KeyboardInterrupt
         if sent_again or first == math.inf:  # else it waits to be sent again already
-            later = threading.Timer(_LATER, send_again)
-            later.daemon = True
-            later.start()
+            wait()
         first, sent_again = min(first, now), False
+
+    def ignored(found: sys.UnraisableHookArgs) -> None:
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            wait()
+        else:
+            old_ignored(found)
 
     main = threading.current_thread() is threading.main_thread()
     # Elsewhere os.kill ends the process; one started to ignore SIGINT shall go on doing so.
@@ -84,17 +96,39 @@ def between_imports() -> Iterator[None]:
     if old is not signal.default_int_handler:
         yield
         return
+    old_ignored, sys.unraisablehook = sys.unraisablehook, ignored
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         forget()
         signal.signal(signal.SIGINT, old)
+        sys.unraisablehook = old_ignored
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Processes that are started here do not get Ctrl-C until they call :func:`hear`."""
+    if os.name != "posix":
+        yield
+        return
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def hear() -> None:
+    """Get Ctrl-C again; see :func:`unheard`."""
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_at_once() -> None:
     """Let Ctrl-C end this process without a word: the one that started it has the say."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    hear()
 
 
 class Signals:

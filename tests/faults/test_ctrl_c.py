@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ import yaml
 import mim.cli
 import mim.report.page
 from mim.compare import plan, read_compare_config, run_one
-from mim.interrupt import Signals, between_imports
+from mim.interrupt import Signals, between_imports, unheard
 
 Tiny = Callable[..., Path]
 Terminal = Callable[..., tuple[int, str]]
@@ -197,6 +198,37 @@ def test_one_typed_again_does_not_wait_for_an_import(
     with pytest.raises(KeyboardInterrupt), between_imports():
         importlib.import_module("mim_test_slow")
     assert 0.5 < time.monotonic() - began < 2
+
+
+class Last:
+    """Python ignores what is raised while it goes."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_python_cannot_ignore_it(capfd: pytest.CaptureFixture[str]) -> None:
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), between_imports():
+        Last()
+        time.sleep(30)
+    assert sys.unraisablehook is hook
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_server_of_processes_does_not_hear_it() -> None:
+    """It imports the libraries, and would tell of a Ctrl-C at length."""
+    with unheard():
+        server = subprocess.Popen(["sleep", "30"])
+    server.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.wait(0.3)
+    server.kill()
+    assert server.wait() == -signal.SIGKILL
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
 
 
 def test_one_started_to_ignore_it_goes_on_doing_so(monkeypatch: pytest.MonkeyPatch) -> None:
