@@ -9,7 +9,6 @@ import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -29,7 +28,7 @@ from mim import checkpoint, progress
 from mim.allocator import keep_freed_memory
 from mim.config import Config
 from mim.errors import UserError, choice_error, setting_error
-from mim.interrupt import between_imports, hear, unheard
+from mim.interrupt import between_imports, hear, start_server
 from mim.lock import InUse, in_use, sole_use
 from mim.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 
@@ -710,8 +709,7 @@ def server_context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SERVER_MODULES)
-    with unheard():  # in the middle of these imports it would tell of a Ctrl-C at length
-        multiprocessing.forkserver.ensure_running()
+    start_server()
     return context
 
 

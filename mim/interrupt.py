@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -117,6 +118,13 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def start_server() -> None:
+    """Start the server of forked processes, unheard: while it imports, it would tell at length."""
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again
+    with unheard():
+        forkserver.ensure_running()
 
 
 def hear() -> None:

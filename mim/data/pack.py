@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from mim.data.sources import SOURCES, ImageSource, Split, Subset
 from mim.data.transforms import Picture, cover, prepare, resize
 from mim.errors import UserError, setting_error
 from mim.files import prepare_folder, write_atomic, write_json_atomic
-from mim.interrupt import end_at_once, unheard
+from mim.interrupt import end_at_once, start_server
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -189,8 +189,7 @@ def read_spans(
             yield read_span(source, recipe, span)
         return
     context = get_context("forkserver")  # a fork of a process with threads may hang
-    with unheard():
-        forkserver.ensure_running()
+    start_server()
     with ProcessPoolExecutor(
         min(workers, len(spans)), context, initializer=_start_worker, initargs=(source, recipe)
     ) as pool:

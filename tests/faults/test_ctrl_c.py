@@ -219,7 +219,7 @@ def test_python_cannot_ignore_it(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_server_of_processes_does_not_hear_it() -> None:
     """It imports the libraries, and would tell of a Ctrl-C at length."""
-    with unheard():
+    with unheard():  # as mim.interrupt.start_server does
         server = subprocess.Popen(["sleep", "30"])
     server.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
