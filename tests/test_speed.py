@@ -126,6 +126,7 @@ def test_products_of_a_step_by_hand() -> None:
     assert len(waits) == 2 * len(ready)
 
 
+@pytest.mark.slow
 def test_a_peer_can_be_compiled(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     pytest.importorskip("transformers")
     changes = {"model.position_embedding": "sincos2d", "data.channels": 3, "data.source": "photos"}

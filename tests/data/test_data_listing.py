@@ -26,7 +26,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(listing, "KEPT_FROM", 100)
     monkeypatch.setattr(listing, "_SETTLED", -3600.0)  # the folders of a test are always new
-    monkeypatch.setattr(folder_module, "_HEADERS_CHECKED", 0)  # the files are empty
+    monkeypatch.setattr(folder_module, "HEADERS_CHECKED", 0)  # the files are empty
 
 
 @pytest.fixture

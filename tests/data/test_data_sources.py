@@ -227,7 +227,7 @@ def test_large_folders_are_not_read_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     not_an_image(tmp_path)
-    monkeypatch.setattr(folder_module, "_HEADERS_CHECKED", 1)
+    monkeypatch.setattr(folder_module, "HEADERS_CHECKED", 1)
     source = open_source(at(tmp_path), "train")
     with pytest.raises(UserError, match=r"unreadable image .*fake\.jpg: the file holds no image"):
         source.image(1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mim.config import FeaturesConfig, FrequencyConfig, HogConfig, LowPassConfig, TargetConfig
 from mim.errors import UserError
-from mim.patches import patches_at, patchify, unpatchify
-from mim.targets import TARGETS, Target, per_image_loss
+from mim.patches import Images, patches_at, patchify, unpatchify
+from mim.targets import TARGETS, NormalizedPixels, Target, per_image_loss
 from mim.targets.base import principal_colours
 
 Make = Callable[..., Target]
@@ -130,6 +130,17 @@ def test_a_part_of_a_target_is_that_part_of_the_whole(
     assert not part.requires_grad
     for image, row in enumerate(ids.tolist()):
         torch.testing.assert_close(part[image], whole[image, row], rtol=0, atol=1e-12)
+
+
+def test_who_changes_the_whole_of_a_target_changes_its_parts(make: Make, images_of: Any) -> None:
+    class Twice(NormalizedPixels):
+        def forward(self, images: Images, teacher: Any = None) -> Tensor:
+            return 2 * super().forward(images, teacher)
+
+    plain = make("normalized_pixels", **LONG)
+    images, ids = images_of(plain), torch.tensor([[5, 0, 3], [1, 2, 2]])
+    twice = Twice(plain.config, plain.context)
+    assert torch.equal(twice.at(images, ids), 2 * plain.at(images, ids))
 
 
 @EVERY
