@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,14 @@ def test_a_verb_stops(
     full = [arg.replace("RUN", places["RUN"]).replace("CMP", places["CMP"]) for arg in args]
     assert_stopped(terminal(full, place, how))
     assert files(measured) == found
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """pytest itself may ignore SIGINT, where a script has started it in the background."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 SWALLOWS = """
