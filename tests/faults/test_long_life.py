@@ -7,7 +7,6 @@ workers are started anew; ``bash scripts/test.sh faults`` does so 300 times.
 from __future__ import annotations
 
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,8 +62,9 @@ def test_nothing_grows(
     assert mim("pretrain", "--config", tiny(changes), "--output", run).code == 0
     assert checkpoint.read_result(run)["steps"] == STEPS
     early, late = seen[len(seen) // 3 : len(seen) // 2], seen[-len(seen) // 5 :]
+    # The least of each: a batch on its way holds handles for a moment, another process takes time.
     memory, handles, threads, seconds = (
-        [statistics.median(row[i] for row in part) for part in (early, late)] for i in range(4)
+        [min(row[i] for row in part) for part in (early, late)] for i in range(4)
     )
     grown = memory[1] - memory[0]
     told = (
@@ -121,7 +121,7 @@ def test_workers_are_started_anew_and_leave_nothing(
         "data.workers": 2,
         "train.epochs": RESTARTS,
         "train.max_steps": RESTARTS,
-        "train.validate_every": 0.04,  # each step
+        "train.validate_every": 0.01,  # each step
         "train.log_every": 1,
         "train.checkpoint_every": RESTARTS,
     }
