@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 from mim.beside import Beside
 
@@ -14,7 +15,7 @@ def test_calls_are_made_in_order_and_waited_for() -> None:
     free = threading.Event()
     calls.ask(free.wait)
     for number in range(100):
-        calls.ask(lambda number=number: made.append(number))  # type: ignore[misc]
+        calls.ask(partial(made.append, number))
     assert not calls.wait(0.01) and calls.busy >= 0.01 and calls.behind == 100
     free.set()
     assert calls.wait(10) and made == list(range(100)) and calls.busy == 0

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def bench_report(counts: Sequence[int]) -> dict[str, Any]:
             folder = write_runs(Path(place) / "runs", count)
             before = {path.name for path in folder.iterdir()}
             row: dict[str, Any] = {"runs": count}
-            row["read_seconds"] = _seconds(lambda f=folder: read_comparison(f))  # type: ignore[misc]
-            row["report_seconds"] = _seconds(lambda f=folder: write_report(f))  # type: ignore[misc]
+            row["read_seconds"] = _seconds(partial(read_comparison, folder))
+            row["report_seconds"] = _seconds(partial(write_report, folder))
             made = [path for path in folder.iterdir() if path.name not in before]
             sizes = {
                 path.name: sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file())

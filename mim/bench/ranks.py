@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -196,15 +197,15 @@ def _measure(accelerator: Accelerator, config: Config, rounds: int) -> dict[str,
     }
     pieces = [torch.ones(size // 4) for size in _SIZES]
     exchanges: list[list[float]] = [[] for _ in _SIZES]
+    losses: list[Tensor] = []
     for _ in range(rounds):
-        losses: list[Tensor] = []
-        times["forward"].append(_timed(lambda held=losses: held.append(bare.forward())))  # type: ignore[misc]
-        times["backward"].append(_timed(lambda held=losses: held.pop().backward()))  # type: ignore[misc]
+        times["forward"].append(_timed(lambda: losses.append(bare.forward())))
+        times["backward"].append(_timed(losses.pop().backward))
         times["optimizer"].append(_timed(bare.descend))
         times["ddp"].append(_timed(ddp.step))
         times["fsdp"].append(_timed(fsdp.step))
         for number, piece in enumerate(pieces):
-            exchanges[number].append(_timed(lambda sent=piece: dist.all_reduce(sent)))  # type: ignore[misc]
+            exchanges[number].append(_timed(partial(dist.all_reduce, piece)))
     return {
         **times,
         "exchanges": exchanges,

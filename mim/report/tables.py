@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 import re
@@ -370,9 +369,8 @@ def pairs(comparison: Comparison) -> list[tuple[str, Group, Group]]:
             same = json.dumps([group.axes.get(other) for other in rest], sort_keys=True)
             alike.setdefault(same, []).append((place, group))
         for members in alike.values():
-            each = itertools.combinations(members, 2)
-            if len(members) > MOST_PAIRED:
-                each = zip(itertools.repeat(members[0]), members[1:])  # type: ignore[assignment]
+            starts = members if len(members) <= MOST_PAIRED else members[:1]
+            each = ((a, b) for place, a in enumerate(starts) for b in members[place + 1 :])
             for (one, second), (other, first) in each:
                 if first.axes.get(key) != second.axes.get(key):
                     found.append((order.get(key, len(order)), one, other, key, first, second))

@@ -180,7 +180,8 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting(capfd: pytest.CaptureFixture[
         seen.append(step)
 
     began = time.monotonic()
-    with Trackers([Fake("one", hang), Fake("two", slow)], 0.5) as trackers:  # type: ignore[list-item]
+    fakes: list[Any] = [Fake("one", hang), Fake("two", slow)]
+    with Trackers(fakes, 0.5) as trackers:
         for step in range(20):
             trackers.log({"loss": 1.0}, step)
         assert time.monotonic() - began < 0.1
@@ -206,7 +207,8 @@ def test_a_tracker_that_cannot_keep_up(capfd: pytest.CaptureFixture[str]) -> Non
         free.wait()
         seen.append(step)
 
-    with Trackers([Fake("one", wait)], 30) as trackers:  # type: ignore[list-item]
+    fakes: list[Any] = [Fake("one", wait)]
+    with Trackers(fakes, 30) as trackers:
         for step in range(3000):
             trackers.log({}, step)
         free.set()
