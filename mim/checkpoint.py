@@ -42,9 +42,9 @@ _FREE = re.compile(
     r"output|resume|plugins|log\..*"
     r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
     r"|data\.(cache|cache_path|index_cache)"
-    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every|compile)"
+    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every)"
     r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.(timeout|shard|async_save)"
+    r"|train\.(timeout|shard|async_save|compile|linear)"
 )
 
 

@@ -798,6 +798,10 @@ class TrainConfig:
     attention: str = "auto"
     """fused (one operation), plain (products and a softmax), or auto: the faster by measurement,
     which is plain on a CPU in bf16 and fused elsewhere."""
+    linear: str = "auto"
+    """Which library computes linear layers in fp32 on a CPU: torch (its own choice, MKL), onednn,
+    or auto: the faster by measurement, which is onednn on x86 processors with AVX-512 that are not
+    Intel's. The same numbers up to rounding."""
     compile: bool = False
     """Whether the model runs under torch.compile."""
     accumulate: int = 1
@@ -845,6 +849,7 @@ class TrainConfig:
             _above("train.max_steps", self.max_steps, 1, equal=True)
         _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         _one_of("train.attention", self.attention, ("auto", "fused", "plain"))
+        _one_of("train.linear", self.linear, ("auto", "torch", "onednn"))
         _one_of("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         for name in ("accumulate", "log_every", "keep_checkpoints", "max_nonfinite"):
             _above(f"train.{name}", getattr(self, name), 1, equal=True)

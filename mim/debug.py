@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mim import checkpoint
-from mim.backbone import use_attention
+from mim.backbone import use_kernels
 from mim.config import Config
 from mim.data import Batch, normalize, open_source, open_weights, steps_per_epoch, train_loader
 from mim.errors import UserError, setting_error
@@ -227,7 +227,7 @@ def debug_batch(run: str | Path, step: int | None = None, device: str | None = N
         raise setting_error("--step", step, f"is not one of 1 to {total}")
     place = torch.device(pick_device(device))
     model = build_model(config).to(place)
-    use_attention(model, config.train.attention, place, config.train.precision)
+    use_kernels(model, config.train, place)
     state, words, exact = _weights(run, step, record)
     if state:
         model.load_state_dict(state)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mim import checkpoint
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_attention
+from mim.backbone import use_kernels
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
 from mim.data import (
@@ -215,7 +215,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     model = build_model(config).to(device)
-    use_attention(model, config.train.attention, device, config.train.precision)
+    use_kernels(model, config.train, device)
     for source in (train, val):
         _check_masks(model, config, source)
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
@@ -268,7 +268,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         if not shards:
             return model if ema is None else ema.module
         copy = build_model(config).to(device)
-        use_attention(copy, config.train.attention, device, config.train.precision)
+        use_kernels(copy, config.train, device)
         copy.load_state_dict(whole(model.state_dict()))
         return copy
 

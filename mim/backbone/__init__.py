@@ -4,7 +4,6 @@
 model and loads its weights.
 """
 
-from mim.backbone.attention import ATTENTION, use_attention
 from mim.backbone.build import (
     build_backbone,
     grid_of,
@@ -27,6 +26,7 @@ from mim.backbone.family import (
     register_family,
 )
 from mim.backbone.hiera import HieraFamily
+from mim.backbone.kernels import ATTENTION, use_attention, use_kernels
 from mim.backbone.naflex import NaFlexViT
 from mim.backbone.plain import PlainViT, block_at
 from mim.backbone.rotary import RotaryViT
@@ -58,4 +58,5 @@ __all__ = [
     "sincos_position_embedding",
     "supports_split",
     "use_attention",
+    "use_kernels",
 ]

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim.backbone.family import Embedded, Grid, Transformer, register_family
+from mim.linear import linear_of
 from mim.patches import Patches, patches_at, values_at
 
 
@@ -57,7 +58,7 @@ class PlainViT(Transformer):
         """timm's convolution as a product with each patch: (B, T, P) -> (B, T, D)."""
         embed = self.vit.patch_embed
         weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
-        return embed.norm(F.linear(patches, weight, embed.proj.bias))
+        return embed.norm(linear_of(embed.proj)(patches, weight, embed.proj.bias))
 
     def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
         """See :class:`~mim.backbone.Family`; timm's resampling, to the grid of each image."""
@@ -141,9 +142,9 @@ def _attend(attn: Attention, x: Tensor, memory: Tensor, bias: Tensor | None) -> 
     """timm's ``Attention.forward`` with queries of ``x`` and keys and values of ``memory``."""
     batch, length, _ = x.shape
     width, heads = attn.attn_dim, attn.num_heads
-    weight, offset = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(x, weight[:width], None if offset is None else offset[:width])
-    kv = F.linear(memory, weight[width:], None if offset is None else offset[width:])
+    weight, offset, linear = attn.qkv.weight, attn.qkv.bias, linear_of(attn.qkv)
+    q = linear(x, weight[:width], None if offset is None else offset[:width])
+    kv = linear(memory, weight[width:], None if offset is None else offset[width:])
     q = q.view(batch, length, heads, width // heads).transpose(1, 2)  # (B, heads, L, d)
     kv = kv.view(batch, memory.shape[1], 2, heads, width // heads)
     k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, K, d)

@@ -13,6 +13,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor
 
 from mim.backbone.family import Embedded, Transformer, register_family
+from mim.linear import linear_of
 
 
 @register_family(Eva)
@@ -95,8 +96,9 @@ def _project(
         if getattr(attn, "q_bias", None) is not None:
             offset = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         width = len(weight) // 3
-        q = F.linear(x, weight[:width], None if offset is None else offset[:width])
-        kv = F.linear(few, weight[width:], None if offset is None else offset[width:])
+        linear = linear_of(attn.qkv)
+        q = linear(x, weight[:width], None if offset is None else offset[:width])
+        kv = linear(few, weight[width:], None if offset is None else offset[width:])
         k, v = kv.chunk(2, dim=-1)
     q, k, v = (part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
     q, k = attn.q_norm(q), attn.k_norm(k)

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from mim.linear import has_onednn, onednn_product
+
 _aten = torch.ops.aten
 _PRODUCTS = frozenset(
     (
@@ -22,6 +24,7 @@ _PRODUCTS = frozenset(
         _aten.baddbmm.default,
         _aten.convolution.default,
         _aten.convolution_backward.default,
+        *((onednn_product(),) if has_onednn() else ()),
     )
 )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_attention
+from mim.backbone import use_kernels
 from mim.bench.memory import bytes_added, bytes_of, without_talk
 from mim.bench.scaling import Machine, count_work, predict
 from mim.bench.step import LR, autocast
@@ -156,7 +156,7 @@ class _Steps:
     def __init__(self, config: Config, rank: int) -> None:
         self.config, self.device = config, torch.device("cpu")
         self.model = build_model(config).train()
-        use_attention(self.model, config.train.attention, self.device, config.train.precision)
+        use_kernels(self.model, config.train, self.device)
         self.wrapped: Any = self.model
         self.optimizer: Any = None
         count = config.data.batch_size

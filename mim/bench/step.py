@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_attention
+from mim.backbone import use_kernels
 from mim.bench.memory import bytes_added, bytes_of
 from mim.bench.peers import PEERS, build_peer, sizes_of
 from mim.bench.products import products_of
@@ -34,6 +34,7 @@ from mim.cost import count_flops, environment
 from mim.errors import UserError, choice_error, setting_error
 from mim.interrupt import end_at_once
 from mim.keys import image_keys
+from mim.linear import has_onednn, onednn_product
 from mim.model import build_model
 from mim.optim import build_optimizer
 from mim.pretrain import parts
@@ -329,7 +330,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
         keep_freed_memory()
     images = _noise(config, device)
     model = build_model(config).to(device)
-    use_attention(model, config.train.attention, device, config.train.precision)
+    use_kernels(model, config.train, device)
     optimizer = build_optimizer(config.optim, model, LR)
     few = torch.arange(2)
     forward, backward = count_flops(model, images[:2], few)
@@ -430,22 +431,29 @@ def _wait(device: torch.device) -> None:
 
 
 def _matrix_rate(config: Config) -> float:
-    """Operations a second of square matrix products alone, in the config's precision."""
+    """Operations a second of square matrix products alone, by the faster library."""
     device = _device()
     kind = _AUTOCAST[config.train.precision] or torch.float32
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(kind)
     b = torch.randn(side, side, device=device).to(kind)
+    ways: list[Callable[[], Tensor]] = [lambda: a @ b]
+    if device.type == "cpu" and kind == torch.float32 and has_onednn():
+        ways.append(partial(onednn_product(), a, b, None, "none", [], ""))
+    return 2 * side**3 / min(statistics.median(_seconds(way, device)) for way in ways)
+
+
+def _seconds(way: Callable[[], Tensor], device: torch.device) -> list[float]:
     for _ in range(_WARM_UP):
-        a @ b
+        way()
     seconds = []
     for _ in range(10):
         _wait(device)
         began = time.perf_counter()
-        a @ b
+        way()
         _wait(device)
         seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / statistics.median(seconds)
+    return seconds
 
 
 _COLUMNS = (

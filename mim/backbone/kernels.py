@@ -1,9 +1,12 @@
-"""Which kernel computes attention; the numbers are the same up to rounding."""
+"""Which kernels compute a model; the numbers are the same up to rounding."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from mim.config import TrainConfig
+from mim.linear import use_linear
 
 ATTENTION = ("auto", "fused", "plain")
 
@@ -24,3 +27,15 @@ def use_attention(model: nn.Module, kind: str, device: torch.device, precision: 
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", is_fused)  # noqa: B010 (timm declares no type)
+
+
+def use_kernels(model: nn.Module, train: TrainConfig, device: torch.device) -> None:
+    """Let a model's attention and linear layers run as ``train`` says, by measurement on auto.
+
+    Args:
+        model: its modules are changed in place.
+        train: ``attention``, ``linear`` and ``precision`` count.
+        device: where the model runs.
+    """
+    use_attention(model, train.attention, device, train.precision)
+    use_linear(model, train.linear, device, train.precision)

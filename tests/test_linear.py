@@ -1,0 +1,230 @@
+"""Linear layers by another library: the same numbers, weights and steps, up to rounding."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mim.linear
+from mim import build_model, load_config
+from mim.bench.products import products_of
+from mim.cost import count_flops
+from mim.keys import image_keys
+from mim.linear import Linear, has_onednn, linear_of, onednn_linear, prefers_onednn, use_linear
+from mim.optim import build_optimizer
+
+Tiny = Callable[..., Path]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+STEPS = 20
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN on this machine")
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products, too, go by oneDNN."""
+    monkeypatch.setattr(mim.linear, "_LEAST", 0)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def calls(work: Callable[[], Any]) -> int:
+    """How often oneDNN's product is called."""
+    with torch.profiler.profile() as profile:
+        work()
+    return sum(e.count for e in profile.key_averages() if e.key == "mkldnn::_linear_pointwise")
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inner, outer", [(7, 30), (30, 7)])  # either operand may be copied
+@pytest.mark.parametrize("front", [(11,), (3, 5), (2, 3, 4)])
+def test_values_and_gradients(front: tuple[int, ...], inner: int, outer: int, bias: bool) -> None:
+    found = []
+    for linear in (onednn_linear, F.linear):
+        x, weight = random(*front, inner).requires_grad_(), random(outer, inner).requires_grad_()
+        offset = random(outer).requires_grad_() if bias else None
+        out = linear(x, weight, offset)
+        out.backward(random(*front, outer, seed=1))
+        grads = [value.grad for value in (x, weight, offset) if value is not None]
+        found.append([out.detach(), *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    x = random(*front, inner)
+    assert calls(lambda: onednn_linear(x, random(outer, inner))) == 1, "it did not go by oneDNN"
+
+
+@needs_onednn
+def test_operands_that_are_not_contiguous() -> None:
+    x, weight = random(9, 5, 12).transpose(0, 1)[:, ::2], random(12, 8).t()
+    assert not x.is_contiguous() and not weight.is_contiguous()
+    torch.testing.assert_close(onednn_linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
+    x, weight = random(6, 4), random(5, 4).requires_grad_()
+    assert calls(lambda: onednn_linear(x, weight).sum().backward()) == 2
+    weight.grad = None
+    assert calls(lambda: onednn_linear(x.requires_grad_(), weight).sum().backward()) == 3
+
+
+@needs_onednn
+def test_a_gradient_of_the_gradient() -> None:
+    found = []
+    for linear in (onednn_linear, F.linear):
+        x, weight = random(6, 4).requires_grad_(), random(5, 4).requires_grad_()
+        (first,) = torch.autograd.grad(linear(x, weight).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, weight]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_what_goes_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = random(6, 4), random(5, 4)
+    assert calls(lambda: onednn_linear(x, weight)) == 1
+    assert calls(lambda: onednn_linear(x.double(), weight.double())) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(lambda: onednn_linear(x, weight)) == 0
+        assert onednn_linear(x, weight).dtype == torch.bfloat16
+    monkeypatch.setattr(mim.linear, "_LEAST", 6 * 4 * 5 + 1)
+    assert calls(lambda: onednn_linear(x, weight)) == 0
+    assert onednn_linear(x.to("meta"), weight.to("meta")).shape == (6, 5)
+
+
+@needs_onednn
+def test_a_model_keeps_its_weights_and_their_names(tiny: Tiny) -> None:
+    model = build_model(load_config(tiny()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    use_linear(model, "onednn", CPU)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert layers and all(type(layer) is Linear for layer in layers)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
+        after = same.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    use_linear(model, "torch", CPU)
+    assert all(type(layer) is nn.Linear for layer in layers)
+
+
+def test_what_auto_chooses(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(load_config(tiny()))
+    block, conv = model.backbone.blocks[0], model.backbone.patch_embed.proj
+    for able, pays, kind, device, precision, chosen in (
+        (True, True, "auto", CPU, "fp32", True),
+        (True, False, "auto", CPU, "fp32", False),
+        (True, False, "onednn", CPU, "fp32", True),
+        (True, True, "torch", CPU, "fp32", False),
+        (True, True, "auto", CPU, "bf16", False),
+        (True, True, "onednn", CUDA, "fp32", False),
+        (False, True, "onednn", CPU, "fp32", False),
+    ):
+        monkeypatch.setattr(mim.linear, "has_onednn", lambda able=able: able)
+        monkeypatch.setattr(mim.linear, "prefers_onednn", lambda pays=pays: pays)
+        use_linear(model, kind, device, precision)
+        case = (able, pays, kind, device, precision)
+        assert (type(block.mlp.fc1) is Linear) == chosen, case
+        assert (linear_of(block.attn.qkv) is onednn_linear) == chosen, case
+        assert (linear_of(conv) is onednn_linear) == chosen, case
+
+
+@pytest.mark.parametrize(
+    "capability, vendor, wanted",
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("AVX2", "AuthenticAMD", False),
+    ],
+)
+def test_which_processors(
+    capability: str, vendor: str, wanted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor : 0\nvendor_id : {vendor}\n")
+    monkeypatch.setattr(mim.linear, "_CPUINFO", told)
+    monkeypatch.setattr(mim.linear, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert prefers_onednn.__wrapped__() == wanted
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not prefers_onednn.__wrapped__(), "without MKL, torch has another library to choose"
+
+
+def losses(config: Path, kind: str, changes: dict[str, Any], compiled: bool = False) -> list[float]:
+    """Of some steps of training on the same images under new masks."""
+    model = build_model(load_config(config, changes))
+    use_linear(model, kind, CPU)
+    if compiled:
+        model.compile()
+    optimizer = build_optimizer(load_config(config).optim, model, 1e-3)
+    images, ids, found = random(8, 1, 8, 8), torch.arange(8), []
+    for step in range(STEPS):
+        mask = model.draw_mask(images, image_keys(0, step, ids), epoch=step, sample_ids=ids)
+        loss = model(images, mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+_SPLIT = {"model.regime.name": "zero", "model.decoder.name": "mlp"}
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.regime.name": "drop"},
+        {"model.regime.name": "zero"},
+        {**_SPLIT, "model.regime.zero.predict_share": 0.25},
+        {"model.regime.name": "token"},
+        {"model.decoder.name": "cross_attention"},
+    ],
+    ids=["drop", "zero", "a share of zero", "token", "cross-attention"],
+)
+def test_it_learns_as_torch_does(changes: dict[str, Any], tiny: Tiny) -> None:
+    config = tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}})
+    one, other = (losses(config, kind, changes) for kind in ("onednn", "torch"))
+    assert one == pytest.approx(other, rel=1e-4)
+    assert one != other, "both took one way"
+    assert one[-1] < one[0]
+
+
+@needs_onednn
+@pytest.mark.slow
+def test_it_learns_as_torch_does_also_compiled(tiny: Tiny) -> None:
+    config = tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}})
+    compiled = losses(config, "onednn", {}, compiled=True)
+    assert compiled == pytest.approx(losses(config, "torch", {}), rel=1e-4)
+
+
+@needs_onednn
+def test_operations_are_counted_alike(tiny: Tiny) -> None:
+    """By torch's counter, in a whole step and by hand, and among the products timed alone."""
+    counts = []
+    for kind in ("onednn", "torch"):
+        model = build_model(load_config(tiny()))
+        use_linear(model, kind, CPU)
+        counts.append(count_flops(model, random(8, 1, 8, 8), torch.arange(8)))
+    assert counts[0] == counts[1]
+    x, layer = random(11, 3), nn.Linear(3, 5)
+    use_linear(layer, "onednn", CPU)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 11 * 3 * 5)
+    measure = products_of(lambda: layer(x).sum().backward())
+    assert calls(lambda: measure(lambda: None)) == 2 * 2, "each once before it counts"
