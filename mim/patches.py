@@ -47,11 +47,14 @@ def patches_at(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tens
 @torch.library.custom_op("mim::patches_at", mutates_args=())
 def _cut(images: Tensor, ids: Tensor, p: int, q: int) -> Tensor:
     batch, channels, height, width = images.shape
-    whole = images.reshape(batch, channels, height // p, p, width // q, q)
-    whole = whole.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, q, C)
-    image = torch.arange(batch, device=images.device)[:, None]
     columns = width // q
-    return whole[image, ids // columns, ids % columns].flatten(2)
+    places = torch.arange(height * columns, device=images.device)
+    # The image's rows of q pixels, one below the other, and which of them each patch holds.
+    pieces = places.view(height // p, p, columns).transpose(1, 2).reshape(-1, p)  # (N, p)
+    planes = torch.arange(batch * channels, device=images.device).view(batch, 1, channels, 1)
+    pieces = pieces[ids][:, :, None] + planes * len(places)  # (B, T, C, p)
+    rows = images.reshape(-1, q).index_select(0, pieces.flatten())
+    return rows.view(*ids.shape, channels, p * q).transpose(2, 3).flatten(2)
 
 
 @_cut.register_fake
