@@ -7,18 +7,21 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from packaging.requirements import InvalidRequirement, Requirement
+from torch import Tensor
 
 from mim.config import Config
 from mim.data import open_source, train_loader
 from mim.errors import UserError
+from mim.linear import has_onednn, onednn_linear, takes_onednn
 
 _OPTIONAL = {
     "transformers": "mim export --to hf",
@@ -52,7 +55,7 @@ def examine(config: Config, output: Path, quick: bool = False) -> list[Check]:
     """
     checks = [*_versions(), *_devices(config), *_threads(), _disk(output)]
     if not quick:
-        checks += [_precision(config), *_loader(config)]
+        checks += [*_products(config), *_loader(config)]
     return checks
 
 
@@ -152,28 +155,47 @@ def _disk(output: Path) -> Check:
     return Check("disk", "ok", found)
 
 
-def _precision(config: Config) -> Check:
-    """Half the layers' time is matrix products: whether bfloat16 makes them faster."""
+def _products(config: Config) -> Iterator[Check]:
+    """Half the layers' time is matrix products: what makes them faster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 4096 if device.type == "cuda" else 512
-    seconds = {kind: _matmul(side, kind, device) for kind in (torch.float32, torch.bfloat16)}
-    gain = seconds[torch.float32] / seconds[torch.bfloat16]
+    one = torch.ones(side, side, device=device)
+    plain = _seconds(lambda: F.linear(one, one), device)
+    if device.type == "cpu" and has_onednn():
+        other = _seconds(lambda: onednn_linear(one, one), device)
+        yield _linear(config, plain / other)
+        if takes_onednn(config.train.linear):
+            plain = other
+    half = one.bfloat16()
+    gain = plain / _seconds(lambda: F.linear(half, half), device)
     found = f"products of matrices are {gain:.1f} times as fast in bfloat16 as in float32"
     advice, own = "", config.train.precision
     if gain > 1.3 and own == "fp32":
         advice = "try train.precision: bf16, and time it with mim bench step"
     elif gain < 0.9 and own == "bf16":
         advice = "train.precision: fp32 is likely faster here"
-    return Check("precision", "warning" if gain < 0.9 and own == "bf16" else "ok", found, advice)
+    yield Check("precision", "warning" if gain < 0.9 and own == "bf16" else "ok", found, advice)
 
 
-def _matmul(side: int, kind: torch.dtype, device: torch.device) -> float:
-    """Median seconds of a product."""
-    one = torch.ones(side, side, dtype=kind, device=device)
+def _linear(config: Config, gain: float) -> Check:
+    own = "onednn" if takes_onednn(config.train.linear) else "torch"
+    found = f"linear layers in float32 are {gain:.1f} times as fast by oneDNN as by torch's choice"
+    found += f"; train.linear: {config.train.linear} takes {own}"
+    loss = gain if own == "torch" else 1 / gain
+    if loss < 1.3 or config.train.precision != "fp32":
+        return Check("linear", "ok", found)
+    other = "torch" if own == "onednn" else "onednn"
+    return Check(
+        "linear", "warning", found, f"train.linear: {other}, and time it with mim bench step"
+    )
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Median of some calls."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        one @ one
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)

@@ -41,6 +41,11 @@ def prefers_onednn() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
 
 
+def takes_onednn(kind: str) -> bool:
+    """Whether ``train.linear`` means oneDNN on this machine's CPU."""
+    return has_onednn() and (kind == "onednn" or (kind == "auto" and prefers_onednn()))
+
+
 def _is_intel() -> bool:
     try:
         return "GenuineIntel" in _CPUINFO.read_text(encoding="utf-8")
@@ -134,8 +139,7 @@ def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str
         device: where the model runs.
         precision: fp32, bf16 or fp16.
     """
-    able = device.type == "cpu" and precision == "fp32" and has_onednn()
-    chosen = able and (kind == "onednn" or (kind == "auto" and prefers_onednn()))
+    chosen = device.type == "cpu" and precision == "fp32" and takes_onednn(kind)
     for module in model.modules():
         if type(module) in (nn.Linear, Linear):
             module.__class__ = Linear if chosen else nn.Linear

@@ -142,7 +142,7 @@ def _accelerator(config: Config) -> Accelerator:
         reason = "needs a GPU; choose bf16 or fp32"
         raise setting_error("train.precision", config.train.precision, reason)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # Accelerate shards on GPUs alone, by units that not every regime calls as a whole.
+        # Accelerate shards on GPUs alone, by blocks that not every regime calls as a whole.
         reason = "is for mim to do: leave it out and set train.shard=true"
         raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
     AcceleratorState._reset_state()  # a second run in one process may choose another precision

@@ -1,21 +1,23 @@
 """One copy of weights, gradients and moments among all processes (PyTorch's FSDP2).
 
-The whole model is gathered for a step and shared out again after it: regimes read the parts of a
-block on their own, so that there is no smaller unit that is always called as a whole. What is
-saved is whole, so that a run goes on with any number of processes, sharded or not.
+Each block's weights are gathered for its part of a step, those of the next one meanwhile, and its
+gradients are shared out when it has them; what is left of the model is gathered for the whole step.
+What is saved is whole, so that a run goes on with any number of processes, sharded or not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mim.backbone import UNIT, family_of
 from mim.errors import setting_error
 from mim.masks import PatchMask
 from mim.model import Images, MaskedImageModel
@@ -39,6 +41,10 @@ class Sharded(nn.Module):
         self.model = model
         self._autocast = accelerator.autocast
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for block in units_of(model):
+            setattr(block, UNIT, _call)
+            fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, UNIT)
         fully_shard(self, mesh=mesh)
 
     def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Losses:
@@ -46,6 +52,15 @@ class Sharded(nn.Module):
         with self._autocast():
             output = self.model(images, mask, weight)
         return Losses(output.loss.float(), output.reconstruction.float())
+
+
+def units_of(model: MaskedImageModel) -> list[nn.Module]:
+    """What is gathered on its own: blocks of the encoder and of the decoder, as they are called."""
+    return [*family_of(model.backbone).blocks, *getattr(model.decoder, "blocks", [])]
+
+
+def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
+    return work(*args)
 
 
 def whole(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mim.bench.scaling import (
     exchange_seconds,
     exposed_seconds,
     predict,
+    sharded_seconds,
 )
 
 Mim = Callable[..., Any]
@@ -69,6 +71,32 @@ def test_predictions_by_hand() -> None:
     shards = predict(work, PLAIN, 8, 4, "fsdp")
     assert shards["exchange"] == pytest.approx(many["exchange"]), "gathered, then reduced"
     assert shards["state"] == 3 * 800 / 8
+
+
+def test_blocks_gathered_one_by_one_by_hand() -> None:
+    """Gathers of 1, 1 and 2 s; passes of 1, 1, 2 and of 4, 2, 2 s."""
+    work = Work((400,), (400,), 1, 1, 0.5, 50.0, 100.0, 10, (200, 200), (400,))
+    # Forward: 0-1 gather, 1-2, 2-3 work, 3-4 wait for the second half of 2 s, 4-6. Backward: 6-8
+    # gather, 8-12 and 12-14 work, 14-15 wait behind the first block's gradients, 15-17, 17-18 send.
+    assert sharded_seconds(work, PLAIN, 2, 4.0, 8.0) == (12.0, 6.0)
+    whole = Work((800,), (), 1, 1, 0.0, 0.0, 0.0, 0)
+    assert sharded_seconds(whole, PLAIN, 2, 4.0, 8.0) == (8.0, 8.0), "in one piece nothing hides"
+    fast = replace(PLAIN, node_rate=100e6)
+    assert sharded_seconds(work, fast, 2, 4.0, 8.0)[1] < 1e-4
+    # A tenth of the weights stands in no block, and a linear decoder has none.
+    some = Work((400,), (40,), 1, 1, 0.5, 0.0, 0.0, 0, (400,))
+    exchange, waits = sharded_seconds(some, PLAIN, 2, 4.0, 8.0)
+    assert exchange == pytest.approx(2 * 0.2 + 3 * 2)
+    # 0.2 and 2 s before the first work; gathered anew while the head, half of each pass, is at
+    # work; sent after the last work.
+    assert waits == pytest.approx(0.2 + 2 + 2 + 0.2)
+
+
+def test_peaks_by_hand() -> None:
+    work = Work((400,), (400,), 10**9, 2 * 10**9, 0.5, 50.0, 100.0, 10, (100, 150), (350,))
+    shards = predict(work, PLAIN, 8, 4, "fsdp")
+    state, inputs, rest = 3 * 800 / 8, 40, 200
+    assert shards["memory"] == state + inputs + rest + max(300 + 4 * 350, 400 + 100)
 
 
 def test_a_step_is_counted_on_the_model(tiny: Tiny) -> None:

@@ -29,6 +29,7 @@ CHANGES = {
 # What lies on each process is a part, and the step does as much.
 NOTE = """
 import mim.sharding
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 load = mim.sharding.Sharded.__init__
@@ -37,7 +38,8 @@ def noted(self, model, accelerator):
     load(self, model, accelerator)
     parts = sum(p.to_local().numel() for p in self.parameters() if isinstance(p, DTensor))
     total = sum(p.numel() for p in self.parameters())
-    open({note!r} + str(rank), "w").write(f"{{parts}} {{total}}")
+    units = sum(isinstance(module, FSDPModule) for module in self.modules())
+    open({note!r} + str(rank), "w").write(f"{{parts}} {{total}} {{units}}")
 
 mim.sharding.Sharded.__init__ = noted
 """
@@ -78,7 +80,8 @@ def assert_alike(one: Path, two: Path) -> None:
 def test_shards_are_the_whole(
     regime: str, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
 ) -> None:
-    config = tiny({**CHANGES, "model.regime.name": regime})
+    depth = {"model.backbone_args.depth": 2, "model.decoder.transformer.depth": 2}
+    config = tiny({**CHANGES, **depth, "model.regime.name": regime})
     args = ["pretrain", "--config", config, "--output"]
     one, two, note = tmp_path / "one", tmp_path / "two", tmp_path / "note"
     assert mim(*args, one).code == 0
@@ -89,6 +92,7 @@ def test_shards_are_the_whole(
     noted = [Path(f"{note}{rank}").read_text().split() for rank in (0, 1)]
     parts, totals = ([int(row[column]) for row in noted] for column in (0, 1))
     assert sum(parts) == totals[0] == totals[1] and max(parts) < 0.6 * totals[0]
+    assert noted[0][2] == "5", "each block of the encoder and of the decoder, and the rest"
     # The files are those of a run that was not sharded: every tensor whole, the same names.
     ours, theirs = (checkpoint.read_checkpoint(checkpoint.checkpoints(r)[-1]) for r in (two, one))
     assert ours["model"].keys() == theirs["model"].keys()

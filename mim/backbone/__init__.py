@@ -17,6 +17,7 @@ from mim.backbone.build import (
 )
 from mim.backbone.family import (
     FAMILIES,
+    UNIT,
     Embedded,
     Family,
     attention_maps,
@@ -35,6 +36,7 @@ from mim.backbone.swin import Swin
 __all__ = [
     "ATTENTION",
     "FAMILIES",
+    "UNIT",
     "Embedded",
     "Family",
     "HieraFamily",

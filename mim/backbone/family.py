@@ -370,6 +370,20 @@ class Transformer(Family):
         return self.vit.norm(x)
 
 
+def as_unit(block: nn.Module, work: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``work(*args)``, which reads parts of a block without calling it.
+
+    Where weights are shared out block by block (:mod:`mim.sharding`), a block's are gathered only
+    while it is called; this counts as a call of it.
+    """
+    call = getattr(block, UNIT, None)
+    return work(*args) if call is None else call(work, *args)
+
+
+UNIT = "call_as_unit"
+"""A block's method under which :mod:`mim.sharding` gathers its weights."""
+
+
 def block_outputs(vit: nn.Module, embedded: Embedded, bias: Tensor | None = None) -> list[Tensor]:
     """The output of every block, each (B, L, D)."""
     layers: list[Tensor] = []

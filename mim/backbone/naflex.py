@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class NaFlexViT(Transformer):
         super().__init__(vit)
         # A model with gates or SwiGLU has EVA's blocks, even without a rotation.
         self._inner: PlainViT | RotaryViT = PlainViT(vit)
-        if type(vit.blocks[0]).__name__ == "EvaBlock":
+        if isinstance(vit.blocks[0], EvaBlock):
             self._inner = _Rotary(vit)
         # EVA's blocks expect one prefix a sequence.
         self.packs = isinstance(self._inner, PlainViT)

@@ -11,7 +11,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mim.backbone.family import Embedded, Grid, Transformer, register_family
+from mim.backbone.family import Embedded, Grid, Transformer, as_unit, register_family
 from mim.linear import linear_of
 from mim.patches import Patches, patches_at, values_at
 
@@ -97,10 +97,7 @@ class PlainViT(Transformer):
         block = self.vit.blocks[index]
         if num_keys is None:
             return block(x, attn_mask=bias) if bias is not None else block(x)
-        normed = block.norm1(x)
-        attended = _attend(block.attn, normed, normed[:, :num_keys], bias)
-        x = x + block.drop_path1(block.ls1(attended))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return as_unit(block, _few_keys, block, x, num_keys, bias)
 
     def attention(
         self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
@@ -131,10 +128,24 @@ def block_at(block: Block, x: Tensor, ids: Tensor, bias: Tensor | None = None) -
     Returns:
         (B, M, D).
     """
+    return as_unit(block, _few_queries, block, x, ids, bias)
+
+
+def _few_queries(block: Block, x: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
     assert isinstance(block.attn, Attention)
     normed = block.norm1(x)
     attended = _attend(block.attn, values_at(normed, ids), normed, bias)
-    x = values_at(x, ids) + block.drop_path1(block.ls1(attended))  # (B, M, D)
+    return _after_attention(block, values_at(x, ids), attended)  # (B, M, D)
+
+
+def _few_keys(block: Block, x: Tensor, num_keys: int, bias: Tensor | None) -> Tensor:
+    assert isinstance(block.attn, Attention)
+    normed = block.norm1(x)
+    return _after_attention(block, x, _attend(block.attn, normed, normed[:, :num_keys], bias))
+
+
+def _after_attention(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

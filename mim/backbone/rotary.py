@@ -12,7 +12,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor
 
-from mim.backbone.family import Embedded, Transformer, register_family
+from mim.backbone.family import Embedded, Transformer, as_unit, register_family
 from mim.linear import linear_of
 
 
@@ -61,9 +61,7 @@ class RotaryViT(Transformer):
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
         if num_keys is None:
             return block(x, rope=rotation, attn_mask=bias)
-        attended = _attend_few_keys(block.attn, block.norm1(x), rotation, num_keys, bias)
-        x = x + block.drop_path1(_scaled(attended, block.gamma_1))
-        return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+        return as_unit(block, _few_keys, block, x, rotation, num_keys, bias)
 
     def attention(
         self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
@@ -78,6 +76,14 @@ class RotaryViT(Transformer):
         """See :class:`~mim.backbone.Family`; with ``mean`` a norm follows the pooling (MAE)."""
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "use_fc_norm": normed}
+
+
+def _few_keys(
+    block: Any, x: Tensor, rotation: Tensor | None, num_keys: int, bias: Tensor | None
+) -> Tensor:
+    attended = _attend_few_keys(block.attn, block.norm1(x), rotation, num_keys, bias)
+    x = x + block.drop_path1(_scaled(attended, block.gamma_1))
+    return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

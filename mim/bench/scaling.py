@@ -8,16 +8,16 @@ backward pass hides. `docs/scaling.md` says what is assumed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.backbone import use_attention
+from mim.backbone import family_of, use_attention
 from mim.bench.step import autocast
 from mim.config import Config
 from mim.errors import setting_error
@@ -77,6 +77,8 @@ class Work:
         saved_per_image: bytes that the forward pass leaves for the backward pass, an image.
         saved_per_step: likewise, whatever the number of images: weights cast to bfloat16.
         input_bytes: of an image.
+        encoder_blocks: bytes of the weights of each encoder block, in order.
+        decoder_blocks: likewise of the decoder.
     """
 
     encoder: tuple[int, ...]
@@ -87,6 +89,8 @@ class Work:
     saved_per_image: float
     saved_per_step: float
     input_bytes: int
+    encoder_blocks: tuple[int, ...] = ()
+    decoder_blocks: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -119,7 +123,14 @@ def count_work(config: Config, device: torch.device | None = None) -> Work:
         slope,
         max(saved[1] - 2 * slope, 0.0),
         config.data.channels * config.data.size[0] * config.data.size[1] * 4,
+        _sizes(family_of(model.backbone).blocks),
+        _sizes(getattr(model.decoder, "blocks", [])),
     )
+
+
+def _sizes(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
+    """Bytes of the weights of each; all are gathered, trained or not."""
+    return tuple(_BYTES * sum(p.numel() for p in block.parameters()) for block in blocks)
 
 
 def _loss(model: MaskedImageModel, config: Config, count: int, device: torch.device) -> Tensor:
@@ -211,6 +222,54 @@ def exposed_seconds(exchanges: Sequence[tuple[float, float]], backward: float) -
     return max(0.0, now - backward)
 
 
+def sharded_seconds(
+    work: Work, machine: Machine, gpus: int, forward: float, backward: float
+) -> tuple[float, float]:
+    """All exchanges of a step whose blocks are gathered one by one, and what it waits for.
+
+    The blocks share the passes by the bytes of their weights. The next block's weights are sent for
+    when one begins, its gradients are sent when it ends, one exchange runs at a time, and what
+    stands in no block is gathered first and reduced last.
+
+    Args:
+        work: of the model.
+        machine: what it runs on.
+        gpus: how many.
+        forward: seconds of the forward pass.
+        backward: of the backward pass.
+
+    Returns:
+        (seconds of all exchanges, seconds by which the step outlasts the two passes).
+    """
+
+    def seconds(size: float) -> float:
+        return exchange_seconds(size, gpus, machine, both_ways=False)
+
+    parts = (
+        (work.encoder_blocks, 1 - work.decoder_share),
+        (work.decoder_blocks, work.decoder_share),
+    )
+    blocks = [(seconds(b), share * b / sum(own)) for own, share in parts for b in own]
+    rest = seconds(work.weight_bytes - sum(work.encoder_blocks) - sum(work.decoder_blocks))
+    now = link = rest  # when the last work and the last exchange so far end
+    left = forward * (1 - sum(share for _, share in blocks))  # of a decoder without blocks
+    for ordered, whole, reduces in ((blocks, forward, False), (blocks[::-1], backward, True)):
+        link = max(link, now)
+        ready = [link := link + ordered[0][0]] if ordered else []
+        now += left * whole / forward if reduces else 0.0
+        for number, (send, share) in enumerate(ordered):
+            now = max(now, ready[number])
+            if number + 1 < len(ordered):
+                ready.append(link := max(link, now) + ordered[number + 1][0])
+            now += whole * share
+            if reduces:
+                link = max(link, now) + send
+        now += 0.0 if reduces else left
+    total = max(link, now) + rest
+    exchange = 2 * rest + 3 * sum(send for send, _ in blocks)
+    return exchange, total - forward - backward
+
+
 def predict(work: Work, machine: Machine, gpus: int, images: int, how: str) -> dict[str, Any]:
     """Step time and memory.
 
@@ -219,7 +278,7 @@ def predict(work: Work, machine: Machine, gpus: int, images: int, how: str) -> d
         machine: what it runs on.
         gpus: how many; more than a node's must be whole nodes.
         images: on each GPU, at once.
-        how: ``ddp``, or ``fsdp`` as :mod:`mim.sharding` does it: the model in one piece.
+        how: ``ddp``, or ``fsdp`` as :mod:`mim.sharding` does it: block by block.
 
     Returns:
         Seconds: ``forward``, ``backward``, ``optimizer``, ``exchange`` (all communication),
@@ -248,13 +307,14 @@ def predict(work: Work, machine: Machine, gpus: int, images: int, how: str) -> d
         state = weights * (3 if gpus == 1 else 4)  # moments; the reducer's copy of the gradients
         peak = state + inputs + max(activations, weights)
     else:
-        one = exchange_seconds(weights, gpus, machine, both_ways=False)
-        exchange = exposed = 2 * one  # gathered before the forward pass, reduced after the other
+        exchange, exposed = sharded_seconds(work, machine, gpus, forward, backward)
         optimizer = _TOUCHED * weights / gpus / machine.memory_rate
         state = 3 * weights / gpus
-        # Whole weights stay; at the end gradients, and their copy to send, have taken the place
-        # of activations.
-        peak = state + inputs + weights + max(activations, 2 * weights)
+        blocks = (*work.encoder_blocks, *work.decoder_blocks)
+        rest, two = weights - sum(blocks), 2 * max(blocks, default=0)
+        # The backward pass begins with two blocks' weights, the gradients of one and their copy
+        # to send; at its end the parts of all gradients have taken the place of activations.
+        peak = state + inputs + rest + max(activations + 2 * two, 2 * rest + weights / gpus)
     step = forward + backward + optimizer + exposed
     alone = forward + backward + _TOUCHED * weights / machine.memory_rate
     return {

@@ -44,6 +44,7 @@ from mim.evaluate.pyramid import SCALES
 from mim.evaluate.training import State, identity_of
 from mim.interrupt import Interrupted, Signals
 from mim.keys import seed_of
+from mim.linear import use_linear
 from mim.optim import Schedule
 from mim.progress import RunProgress
 
@@ -379,6 +380,7 @@ def fit(
     warmup = min(settings.warmup_epochs * per_epoch, total / 2)
     schedule = Schedule(settings.lr, 0.0, warmup, total)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=schedule(0), fused=True)
+    use_linear(model, "auto", device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     best, chosen = copy.deepcopy(model.state_dict()), {"chosen": -math.inf}
     losses: list[Tensor] = []

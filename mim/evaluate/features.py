@@ -12,6 +12,7 @@ from mim.backbone import family_of
 from mim.data import eval_loader, normalize
 from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import POOLS, Features
+from mim.linear import use_linear
 from mim.masks import key_bias
 from mim.patches import Images, Patches
 
@@ -112,7 +113,7 @@ def extract_features(
     device = torch.device(device)
     dtype = AUTOCAST[precision]
     if encoder.vit is not None:
-        encoder.vit.to(device)
+        use_linear(encoder.vit.to(device), "auto", device)
     values, labels, ids = [], [], []
     patch_size = None
     if encoder.data.keeps_aspect and encoder.vit is not None:

@@ -42,6 +42,7 @@ from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import AUTOCAST
 from mim.interrupt import Interrupted, Signals
 from mim.keys import seed_of
+from mim.linear import use_linear
 from mim.optim import Schedule
 from mim.processes import gathering, together
 from mim.progress import RunProgress
@@ -401,6 +402,7 @@ def _run(
     fit_on, held = (Subset(train, part) for part in split(train, s))
     per_epoch = len(fit_on) // training.data.batch_size
     total = s.epochs * per_epoch
+    use_linear(model, "auto", device)
     ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
     subject = model if ema is None else ema.module
     wrapped: nn.Module = accelerator.prepare_model(model)

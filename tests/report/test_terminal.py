@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mim import progress
-from mim.doctor import Check, examine
+from mim.doctor import Check, _products, examine
 from mim.errors import UserError
 from mim.report import read_comparison
 from mim.report.overview import as_json, closing_table, overview, training_left
@@ -122,7 +122,7 @@ def test_doctor_names_what_to_set(tmp_path: Path, mim: Mim, monkeypatch: Any) ->
 def test_doctor_times_the_loader(tmp_path: Path, monkeypatch: Any, tiny: Any) -> None:
     rates = {0: 100.0, 2: 300.0}
     monkeypatch.setattr("mim.doctor.os.cpu_count", lambda: 2)
-    monkeypatch.setattr("mim.doctor._matmul", lambda *_: 1.0)
+    monkeypatch.setattr("mim.doctor._seconds", lambda *_: 1.0)
     monkeypatch.setattr("mim.doctor._images_per_second", lambda _, data: rates[data.workers])
     checks = {check.name: check for check in examine(load_config(tiny()), tmp_path)}
     assert checks["loader"].advice == "data.workers: 2" and checks["loader"].state == "warning"
@@ -130,6 +130,32 @@ def test_doctor_times_the_loader(tmp_path: Path, monkeypatch: Any, tiny: Any) ->
     rates[2] = 120.0
     checks = {check.name: check for check in examine(load_config(tiny()), tmp_path)}
     assert checks["loader"].advice == "" and checks["loader"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    "kind, prefers, seconds, advice",
+    [
+        ("auto", True, (2.0, 1.0), ""),
+        ("auto", False, (2.0, 1.0), "train.linear: onednn, and time it with mim bench step"),
+        ("auto", True, (1.0, 2.0), "train.linear: torch, and time it with mim bench step"),
+        ("onednn", False, (1.0, 2.0), "train.linear: torch, and time it with mim bench step"),
+        ("torch", True, (1.2, 1.0), ""),
+    ],
+)
+def test_doctor_times_linear_layers_both_ways(
+    kind: str, prefers: bool, seconds: tuple[float, float], advice: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("mim.doctor.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("mim.doctor.has_onednn", lambda: True)
+    monkeypatch.setattr("mim.linear.has_onednn", lambda: True)
+    monkeypatch.setattr("mim.linear.prefers_onednn", lambda: prefers)
+    told = iter((*seconds, 0.5))  # by torch, by oneDNN, in bfloat16
+    monkeypatch.setattr("mim.doctor._seconds", lambda *_: next(told))
+    linear, precision = _products(load_config(None, {"train.linear": kind}))
+    assert (linear.advice, linear.state) == (advice, "warning" if advice else "ok")
+    assert f"are {seconds[0] / seconds[1]:.1f} times as fast by oneDNN" in linear.found
+    taken = seconds[1] if f"{kind} takes onednn" in linear.found else seconds[0]
+    assert f"{taken / 0.5:.1f} times as fast in bfloat16" in precision.found
 
 
 def test_doctor_reads_real_batches(tiny: Any) -> None:
