@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import mim.linear
 from mim import build_model, load_config
 from mim.bench.products import products_of
+from mim.config import DataConfig
 from mim.cost import count_flops
+from mim.data import open_source
+from mim.evaluate import Encoder, extract_features
 from mim.keys import image_keys
 from mim.linear import Linear, has_onednn, linear_of, onednn_linear, prefers_onednn, use_linear
 from mim.optim import build_optimizer
 
+Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 STEPS = 20
@@ -228,3 +234,48 @@ def test_operations_are_counted_alike(tiny: Tiny) -> None:
     assert counter.get_total_flops() == 2 * (2 * 11 * 3 * 5)
     measure = products_of(lambda: layer(x).sum().backward())
     assert calls(lambda: measure(lambda: None)) == 2 * 2, "each once before it counts"
+
+
+@needs_onednn
+def test_a_run_trains_so_and_goes_on_the_other_way(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+    """The setting reaches the steps, and is no part of what a run is: only rounding differs."""
+
+    def curve(run: Path) -> list[float]:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    config = tiny({"train.epochs": 2, "train.log_every": 1, "train.checkpoint_every": 1})
+    runs = {}
+    for kind in ("onednn", "torch"):
+        runs[kind] = tmp_path / kind
+        args = ("pretrain", "--config", config, "--output", runs[kind], "--train.linear", kind)
+        codes: list[int] = []
+        count = calls(lambda args=args, codes=codes: codes.append(mim(*args).code))
+        assert codes == [0] and (count > 0) == (kind == "onednn")
+    one, other = (curve(run) for run in runs.values())
+    assert one == pytest.approx(other, rel=1e-4)
+    last = sorted((runs["onednn"] / "checkpoints").glob("*.pt"))[-1]
+    last.unlink()
+    args = ("pretrain", "--config", config, "--output", runs["onednn"], "--resume", "auto")
+    assert mim(*args, "--train.linear", "torch").code == 0
+    assert curve(runs["onednn"]) == pytest.approx(other, rel=1e-4)
+    refused = mim(*args, "--train.linear", "mkl")
+    assert refused.code == 2 and "train.linear" in refused.line and "onednn" in refused.line
+
+
+@needs_onednn
+def test_features_are_computed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(source="digits", image_size=8, channels=1)
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, num_heads=2, **sizes).eval()
+    source, found = open_source(data, "val"), []
+    for takes in (True, False):
+        monkeypatch.setattr(mim.linear, "takes_onednn", lambda kind, takes=takes: takes)
+        values: list[Tensor] = []
+
+        def extract(values: list[Tensor] = values) -> None:
+            values.append(extract_features(Encoder("a ViT", "timm", data, vit), source).values)
+
+        assert (calls(extract) > 0) == takes
+        found += values
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

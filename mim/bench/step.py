@@ -1,7 +1,8 @@
 """Timing whole training steps, interleaved so that a busy machine is unfair to nobody.
 
 Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator; the
-parent lets one of them work at a time, in turn, round after round.
+parent lets one of them work at a time, in turn, round after round. Its products are timed alone in
+another process, since what they leave behind in the C library's heap makes later steps faster.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import datetime
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
@@ -222,37 +223,45 @@ def _interleave(
     each round's matrix rate."""
     context = server_context()  # a fork of this process would share its threads
     lines: dict[str, Connection] = {}
+    aside: dict[str, Connection] = {}  # of products, by the same names
     processes = []
     figures: dict[str, dict[str, Any]] = {}
+
+    def start(life: Callable[[Connection, _Subject], None], subject: _Subject) -> Connection:
+        line, far = context.Pipe()
+        process = context.Process(target=life, args=(far, subject), daemon=True)
+        process.start()
+        far.close()
+        processes.append(process)
+        return line
+
     try:
         for subject in subjects:
-            line, far = context.Pipe()
-            process = context.Process(target=_serve, args=(far, subject), daemon=True)
-            process.start()
-            far.close()
-            processes.append(process)
-            lines[subject.name] = line
+            name = subject.name
+            lines[name] = start(_serve, subject)
             # One after the other, so that each warms up on a free machine.
-            figures[subject.name] = _answer(line, subject.name)
+            figures[name] = _answer(lines[name], name)
+            if subject.products:
+                aside[name] = start(_serve_products, subject)
+                _answer(aside[name], name)
         times: dict[str, list[float]] = {name: [] for name in lines}
         products: dict[str, list[float]] = {name: [] for name in lines}
         rates = []
         for number in range(rounds):
             rates.append(_matrix_rate(subjects[0].config))
-            for subject in subjects:
-                name = subject.name
-                line = lines[name]
+            for name, line in lines.items():
                 line.send((number * steps, steps))
                 told = _answer(line, name)
                 times[name].append(told.pop("seconds"))
-                if subject.products:
-                    products[name].append(told.pop("products_seconds"))
                 figures[name].update(told)
+                if name in aside:
+                    aside[name].send(True)
+                    products[name].append(_answer(aside[name], name)["seconds"])
         for name, line in lines.items():
             line.send(None)
             figures[name].update(_answer(line, name))
     finally:
-        for line in lines.values():
+        for line in (*lines.values(), *aside.values()):
             line.close()  # a subject whose line ends goes home
         for process in processes:
             process.join(timeout=10)
@@ -272,33 +281,44 @@ def _answer(line: Connection, name: str) -> dict[str, Any]:
     return told
 
 
-def _serve(line: Connection, subject: _Subject) -> None:
-    """The life of a subject's process: build, warm up, then step whenever it is told to."""
+def _built(
+    line: Connection, subject: _Subject, device: torch.device
+) -> tuple[_Work, dict[str, Any]] | None:
+    """What a subject's process works on; None where the parent has been told why it cannot."""
     end_at_once()
     torch.set_num_threads(subject.threads)
-    device = _device()
     try:
-        work, figures = (_peer if subject.is_peer else _regime)(subject, device)
+        return (_peer if subject.is_peer else _regime)(subject, device)
     except UserError as error:
         line.send(("mistake", str(error)))
-        return
     except Exception as error:
         if not subject.is_peer:
             raise
         reason = f"does not run as installed: {type(error).__name__}: {error}"
         line.send(("mistake", f"--peer {subject.name}: it {reason}"))
-        return
-    for number in range(_WARM_UP):
-        work.step(number)
-    if subject.products:
-        products = products_of(lambda: work.learn(0))
-        work.descend()
-    line.send(("ready", figures))
+    return None
+
+
+def _asked(line: Connection) -> Iterator[Any]:
+    """What the parent asks for, till it is gone."""
     while True:
         try:
-            asked = line.recv()
+            yield line.recv()
         except EOFError:
             return
+
+
+def _serve(line: Connection, subject: _Subject) -> None:
+    """The life of a subject's process: build, warm up, then step whenever it is told to."""
+    device = _device()
+    built = _built(line, subject, device)
+    if built is None:
+        return
+    work, figures = built
+    for number in range(_WARM_UP):
+        work.step(number)
+    line.send(("ready", figures))
+    for asked in _asked(line):
         if asked is None:  # last, since the count itself changes what the C library keeps
             kept = bytes_of(work.kept())
             peak = kept + bytes_added(lambda: work.step(0), device)
@@ -311,10 +331,25 @@ def _serve(line: Connection, subject: _Subject) -> None:
             loss = work.step(number)
         _wait(device)
         seconds = (time.perf_counter() - began) / steps
-        told = {"seconds": seconds, "loss": float(loss)}
-        if subject.products:
-            told["products_seconds"] = products(partial(_wait, device))
-        line.send(("done", told))
+        line.send(("done", {"seconds": seconds, "loss": float(loss)}))
+
+
+def _serve_products(line: Connection, subject: _Subject) -> None:
+    """The life of the process that times a subject's products; they are those it has uncompiled."""
+    device, config = _device(), subject.config
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+    name = subject.name.removesuffix(_COMPILED) if subject.is_peer else subject.name
+    built = _built(line, dataclasses.replace(subject, name=name, config=plain), device)
+    if built is None:
+        return
+    work, _ = built
+    measure = products_of(partial(work.learn, 0))
+    del work, built
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    line.send(("ready", {}))
+    for _ in _asked(line):
+        line.send(("done", {"seconds": measure(partial(_wait, device))}))
 
 
 def _noise(config: Config, device: torch.device) -> Tensor:
