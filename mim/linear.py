@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-LINEAR = ("auto", "torch", "onednn")
-
 _CPUINFO = Path("/proc/cpuinfo")
 _LEAST = 2**23  # multiplications below which calling it from Python takes what it gains
 
@@ -34,11 +32,16 @@ def has_onednn() -> bool:
 
 
 @cache
-def prefers_onednn() -> bool:
-    """Whether this processor has AVX-512 and is one on which MKL does not use it."""
-    if not (has_onednn() and torch.backends.mkl.is_available()):
+def mkl_lacks_avx512() -> bool:
+    """Whether torch has MKL, and this processor AVX-512 that MKL does not use."""
+    if not torch.backends.mkl.is_available():
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
+
+
+def prefers_onednn() -> bool:
+    """Whether oneDNN's products are the faster on this machine's CPU, by measurement."""
+    return has_onednn() and mkl_lacks_avx512()
 
 
 def takes_onednn(kind: str) -> bool:

@@ -24,7 +24,14 @@ from mim.cost import count_flops
 from mim.data import open_source
 from mim.evaluate import Encoder, extract_features
 from mim.keys import image_keys
-from mim.linear import Linear, has_onednn, linear_of, onednn_linear, prefers_onednn, use_linear
+from mim.linear import (
+    Linear,
+    has_onednn,
+    linear_of,
+    mkl_lacks_avx512,
+    onednn_linear,
+    use_linear,
+)
 from mim.optim import build_optimizer
 
 Mim = Callable[..., Any]
@@ -161,12 +168,11 @@ def test_which_processors(
     told = tmp_path / "cpuinfo"
     told.write_text(f"processor : 0\nvendor_id : {vendor}\n")
     monkeypatch.setattr(mim.linear, "_CPUINFO", told)
-    monkeypatch.setattr(mim.linear, "has_onednn", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert prefers_onednn.__wrapped__() == wanted
+    assert mkl_lacks_avx512.__wrapped__() == wanted
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not prefers_onednn.__wrapped__(), "without MKL, torch has another library to choose"
+    assert not mkl_lacks_avx512.__wrapped__(), "without MKL, torch has another library to choose"
 
 
 def losses(config: Path, kind: str, changes: dict[str, Any], compiled: bool = False) -> list[float]:
