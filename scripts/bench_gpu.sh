@@ -18,7 +18,7 @@ for size in vit_base vit_large; do
   for call in "drop,zero,token false" "drop true"; do
     read -r regimes compiled <<< "$call"
     python -m mim bench step --config "configs/bench/$size.yaml" --regimes "$regimes" \
-      --rounds 5 --steps 10 --peer "$peers" "${mae[@]}" --append "$table" \
+      --rounds 5 --steps 10 --no-products --peer "$peers" "${mae[@]}" --append "$table" \
       --data.batch_size "${BATCH:-256}" --train.precision bf16 --train.compile "$compiled" "$@" \
       > /dev/null
   done
