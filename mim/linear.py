@@ -39,14 +39,9 @@ def mkl_lacks_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
 
 
-def prefers_onednn() -> bool:
-    """Whether oneDNN's products are the faster on this machine's CPU, by measurement."""
-    return has_onednn() and mkl_lacks_avx512()
-
-
 def takes_onednn(kind: str) -> bool:
     """Whether ``train.linear`` means oneDNN on this machine's CPU."""
-    return has_onednn() and (kind == "onednn" or (kind == "auto" and prefers_onednn()))
+    return has_onednn() and (kind == "onednn" or (kind == "auto" and mkl_lacks_avx512()))
 
 
 def _is_intel() -> bool:
@@ -56,29 +51,25 @@ def _is_intel() -> bool:
         return "Intel" in platform.processor()
 
 
-def onednn_product() -> Any:
-    """torch's operation: of a (..., K), b (N, K), offset (N) or None, and what follows."""
-    return torch.ops.mkldnn._linear_pointwise.default
-
-
-def _times(a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
     """a (..., K), b (N, K), offset (N) -> a b' + offset (..., N)."""
-    if torch.compiler.is_compiling():
-        return _opaque(a, b, offset)
-    product: Tensor = onednn_product()(a, b, offset, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, offset, "none", [], "")
     return product
 
 
 # torch.compile takes torch's operation for one of inference, whose weights are constants.
-@torch.library.custom_op("mim::onednn_product", mutates_args=(), device_types="cpu")
-def _opaque(a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
-    product: Tensor = onednn_product()(a, b, offset, "none", [], "")
-    return product
+_opaque = torch.library.custom_op(
+    "mim::onednn_product", _product, mutates_args=(), device_types="cpu"
+)
 
 
 @_opaque.register_fake
 def _(a: Tensor, b: Tensor, offset: Tensor | None) -> Tensor:
     return a.new_empty(*a.shape[:-1], len(b))
+
+
+def _times(a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tensor:
+    return (_opaque if torch.compiler.is_compiling() else _product)(a, b, offset)
 
 
 class _Linear(Function):
@@ -126,11 +117,13 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 class Linear(nn.Linear):
     """``nn.Linear`` by :func:`onednn_linear`; weights and their names are the same."""
 
-    by_onednn = True
-
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         return onednn_linear(input, self.weight, self.bias)
+
+
+class PatchProjection(nn.Conv2d):
+    """``nn.Conv2d`` as ever, whose weights :func:`linear_of` multiplies by oneDNN."""
 
 
 def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str = "fp32") -> None:
@@ -138,21 +131,20 @@ def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str
 
     Args:
         model: its modules are changed in place.
-        kind: torch, onednn, or auto: oneDNN where it is the faster, see :func:`prefers_onednn`.
+        kind: torch, onednn, or auto: oneDNN where it is the faster, see :func:`mkl_lacks_avx512`.
         device: where the model runs.
         precision: fp32, bf16 or fp16.
     """
     chosen = device.type == "cpu" and precision == "fp32" and takes_onednn(kind)
     for module in model.modules():
-        if type(module) in (nn.Linear, Linear):
-            module.__class__ = Linear if chosen else nn.Linear
-        elif isinstance(module, nn.Conv2d):
-            setattr(module, "by_onednn", chosen)  # noqa: B010 (see linear_of)
+        for plain, ours in ((nn.Linear, Linear), (nn.Conv2d, PatchProjection)):
+            if type(module) in (plain, ours):
+                module.__class__ = ours if chosen else plain
 
 
 def linear_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What computes products with a module's weights where the module itself is not called."""
-    return onednn_linear if getattr(module, "by_onednn", False) else F.linear
+    return onednn_linear if isinstance(module, (Linear, PatchProjection)) else F.linear
 
 
 def _operations(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -7,6 +7,7 @@ What is saved is whole, so that a run goes on with any number of processes, shar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Sharded(nn.Module):
         self.model = model
         self._autocast = accelerator.autocast
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for block in units_of(model):
+        for block in itertools.chain(*blocks_of(model)):
             setattr(block, UNIT, _call)
             fully_shard(block, mesh=mesh)
             register_fsdp_forward_method(block, UNIT)
@@ -54,9 +55,9 @@ class Sharded(nn.Module):
         return Losses(output.loss.float(), output.reconstruction.float())
 
 
-def units_of(model: MaskedImageModel) -> list[nn.Module]:
-    """What is gathered on its own: blocks of the encoder and of the decoder, as they are called."""
-    return [*family_of(model.backbone).blocks, *getattr(model.decoder, "blocks", [])]
+def blocks_of(model: MaskedImageModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What is gathered on its own: the blocks of the encoder, and those of the decoder if any."""
+    return family_of(model.backbone).blocks, list(getattr(model.decoder, "blocks", []))
 
 
 def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -85,6 +85,31 @@ class Outcome:
         return lines[0]
 
 
+@pytest.fixture(scope="session")
+def losses_of() -> Callable[..., list[float]]:
+    """Those of 20 steps of a model on the same 8 images of 8 x 8 under new masks."""
+    from mim import Config
+    from mim.keys import image_keys
+    from mim.model import MaskedImageModel
+    from mim.optim import build_optimizer
+
+    def train(model: MaskedImageModel, config: Config, precision: str = "fp32") -> list[float]:
+        optimizer = build_optimizer(config.optim, model, 1e-3)
+        images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        ids, found = torch.arange(8), []
+        for step in range(20):
+            mask = model.draw_mask(images, image_keys(0, step, ids), epoch=step, sample_ids=ids)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(images, mask).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    return train
+
+
 @pytest.fixture
 def mim(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Calls the command line in this process: ``mim("pretrain", "--seed", 1)``."""

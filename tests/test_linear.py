@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mim.linear
-from mim import build_model, load_config
+from mim import Config, build_model, load_config
+from mim.backbone import family_of
 from mim.bench.products import products_of
 from mim.config import DataConfig
 from mim.cost import count_flops
 from mim.data import open_source
 from mim.evaluate import Encoder, extract_features
-from mim.keys import image_keys
 from mim.linear import (
     Linear,
     has_onednn,
@@ -32,12 +32,10 @@ from mim.linear import (
     onednn_linear,
     use_linear,
 )
-from mim.optim import build_optimizer
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-STEPS = 20
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="torch has no oneDNN on this machine")
 
@@ -146,12 +144,23 @@ def test_what_auto_chooses(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
         (False, True, "onednn", CPU, "fp32", False),
     ):
         monkeypatch.setattr(mim.linear, "has_onednn", lambda able=able: able)
-        monkeypatch.setattr(mim.linear, "prefers_onednn", lambda pays=pays: pays)
+        monkeypatch.setattr(mim.linear, "mkl_lacks_avx512", lambda pays=pays: pays)
         use_linear(model, kind, device, precision)
         case = (able, pays, kind, device, precision)
         assert (type(block.mlp.fc1) is Linear) == chosen, case
         assert (linear_of(block.attn.qkv) is onednn_linear) == chosen, case
         assert (linear_of(conv) is onednn_linear) == chosen, case
+
+
+@needs_onednn
+def test_visible_patches_are_embedded_so(tiny: Tiny) -> None:
+    vit, found = build_model(load_config(tiny())).backbone, []
+    family, ids = family_of(vit), torch.tensor([[0, 3, 5]] * 8)
+    for kind in ("onednn", "torch"):
+        use_linear(vit, kind, CPU)
+        count = calls(lambda: found.append(family.embed_at(random(8, 1, 8, 8), ids)))
+        assert count == (kind == "onednn")
+    torch.testing.assert_close(found[0].tokens, found[1].tokens, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -175,22 +184,15 @@ def test_which_processors(
     assert not mkl_lacks_avx512.__wrapped__(), "without MKL, torch has another library to choose"
 
 
-def losses(config: Path, kind: str, changes: dict[str, Any], compiled: bool = False) -> list[float]:
-    """Of some steps of training on the same images under new masks."""
-    model = build_model(load_config(config, changes))
+Losses = Callable[..., list[float]]
+
+
+def losses(losses_of: Losses, config: Config, kind: str, compiled: bool = False) -> list[float]:
+    model = build_model(config)
     use_linear(model, kind, CPU)
     if compiled:
         model.compile()
-    optimizer = build_optimizer(load_config(config).optim, model, 1e-3)
-    images, ids, found = random(8, 1, 8, 8), torch.arange(8), []
-    for step in range(STEPS):
-        mask = model.draw_mask(images, image_keys(0, step, ids), epoch=step, sample_ids=ids)
-        loss = model(images, mask).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    return losses_of(model, config)
 
 
 _SPLIT = {"model.regime.name": "zero", "model.decoder.name": "mlp"}
@@ -208,9 +210,9 @@ _SPLIT = {"model.regime.name": "zero", "model.decoder.name": "mlp"}
     ],
     ids=["drop", "zero", "a share of zero", "token", "cross-attention"],
 )
-def test_it_learns_as_torch_does(changes: dict[str, Any], tiny: Tiny) -> None:
-    config = tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}})
-    one, other = (losses(config, kind, changes) for kind in ("onednn", "torch"))
+def test_it_learns_as_torch_does(changes: dict[str, Any], tiny: Tiny, losses_of: Losses) -> None:
+    config = load_config(tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}}), changes)
+    one, other = (losses(losses_of, config, kind) for kind in ("onednn", "torch"))
     assert one == pytest.approx(other, rel=1e-4)
     assert one != other, "both took one way"
     assert one[-1] < one[0]
@@ -218,10 +220,11 @@ def test_it_learns_as_torch_does(changes: dict[str, Any], tiny: Tiny) -> None:
 
 @needs_onednn
 @pytest.mark.slow
-def test_it_learns_as_torch_does_also_compiled(tiny: Tiny) -> None:
-    config = tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}})
-    compiled = losses(config, "onednn", {}, compiled=True)
-    assert compiled == pytest.approx(losses(config, "torch", {}), rel=1e-4)
+def test_it_learns_as_torch_does_also_compiled(tiny: Tiny, losses_of: Losses) -> None:
+    config = load_config(tiny({"model.backbone_args": {"depth": 2, "patch_size": 2}}))
+    compiled: list[float] = []
+    assert calls(lambda: compiled.extend(losses(losses_of, config, "onednn", compiled=True))) > 0
+    assert compiled == pytest.approx(losses(losses_of, config, "torch"), rel=1e-4)
 
 
 @needs_onednn

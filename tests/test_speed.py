@@ -14,43 +14,30 @@ from torch import Tensor, nn
 from mim import build_model, load_config
 from mim.backbone import family_of, use_attention
 from mim.bench.products import products_of
-from mim.keys import image_keys
-from mim.optim import build_optimizer
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-STEPS = 20
 
 
 def noise() -> Tensor:
     return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def losses(config: Path, kind: str, precision: str, regime: str) -> list[float]:
-    """Of some steps of training on the same images under new masks."""
-    model = build_model(load_config(config, {"model.regime.name": regime}))
-    use_attention(model, kind, CPU, precision)
-    optimizer = build_optimizer(load_config(config).optim, model, 1e-3)
-    images, ids, found = noise(), torch.arange(8), []
-    for step in range(STEPS):
-        mask = model.draw_mask(images, image_keys(0, step, ids), epoch=step, sample_ids=ids)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(images, mask).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
-
-
 @pytest.mark.parametrize("precision, atol", [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("regime", ["drop", "zero", "token"])
 def test_plain_attention_learns_as_fused_does(
-    regime: str, precision: str, atol: float, tiny: Tiny
+    regime: str, precision: str, atol: float, tiny: Tiny, losses_of: Callable[..., list[float]]
 ) -> None:
-    config = tiny({"model.backbone_args": {"qk_norm": True, "depth": 2, "patch_size": 2}})
-    plain, fused, auto = (losses(config, k, precision, regime) for k in ("plain", "fused", "auto"))
+    path = tiny({"model.backbone_args": {"qk_norm": True, "depth": 2, "patch_size": 2}})
+    config = load_config(path, {"model.regime.name": regime})
+
+    def losses(kind: str) -> list[float]:
+        model = build_model(config)
+        use_attention(model, kind, CPU, precision)
+        return losses_of(model, config, precision)
+
+    plain, fused, auto = (losses(kind) for kind in ("plain", "fused", "auto"))
     assert plain == pytest.approx(fused, abs=atol)
     assert plain != fused, "both took one way"
     assert auto == (plain if precision == "bf16" else fused)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim.backbone.family import Embedded, Grid, Transformer, as_unit, register_family
-from mim.linear import linear_of
+from mim.linear import PatchProjection, linear_of
 from mim.patches import Patches, patches_at, values_at
 
 
@@ -39,7 +39,8 @@ class PlainViT(Transformer):
         """See :class:`~mim.backbone.Family`."""
         vit, embed = self.vit, self.vit.patch_embed
         drops = vit.training and (vit.pos_drop.p > 0 or not isinstance(vit.patch_drop, nn.Identity))
-        is_plain = type(embed.proj) is nn.Conv2d and embed.flatten and not vit.dynamic_img_size
+        convolves = type(embed.proj) in (nn.Conv2d, PatchProjection)
+        is_plain = convolves and embed.flatten and not vit.dynamic_img_size
         if drops or not is_plain:
             return None
         patches = self._project(patches_at(images, self.patch_size, ids))  # (B, T, D)

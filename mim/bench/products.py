@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from mim.linear import has_onednn, onednn_product
+from mim.linear import has_onednn
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -24,7 +24,7 @@ _PRODUCTS = frozenset(
         _aten.baddbmm.default,
         _aten.convolution.default,
         _aten.convolution_backward.default,
-        *((onednn_product(),) if has_onednn() else ()),
+        *((torch.ops.mkldnn._linear_pointwise.default,) if has_onednn() else ()),
     )
 )
 

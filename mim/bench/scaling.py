@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.backbone import family_of, use_attention
+from mim.backbone import use_attention
 from mim.bench.step import autocast
 from mim.config import Config
 from mim.errors import setting_error
 from mim.keys import image_keys
 from mim.model import MaskedImageModel, build_model
+from mim.sharding import blocks_of
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes; DistributedDataParallel's defaults
 _BYTES = 4  # of a weight, a gradient and each of AdamW's two moments
@@ -123,8 +124,7 @@ def count_work(config: Config, device: torch.device | None = None) -> Work:
         slope,
         max(saved[1] - 2 * slope, 0.0),
         config.data.channels * config.data.size[0] * config.data.size[1] * 4,
-        _sizes(family_of(model.backbone).blocks),
-        _sizes(getattr(model.decoder, "blocks", [])),
+        *(_sizes(blocks) for blocks in blocks_of(model)),
     )
 
 

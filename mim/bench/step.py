@@ -35,7 +35,7 @@ from mim.cost import count_flops, environment
 from mim.errors import UserError, choice_error, setting_error
 from mim.interrupt import end_at_once
 from mim.keys import image_keys
-from mim.linear import has_onednn, onednn_product
+from mim.linear import has_onednn, onednn_linear
 from mim.model import build_model
 from mim.optim import build_optimizer
 from mim.pretrain import parts
@@ -474,7 +474,7 @@ def _matrix_rate(config: Config) -> float:
     b = torch.randn(side, side, device=device).to(kind)
     ways: list[Callable[[], Tensor]] = [lambda: a @ b]
     if device.type == "cpu" and kind == torch.float32 and has_onednn():
-        ways.append(partial(onednn_product(), a, b, None, "none", [], ""))
+        ways.append(lambda: onednn_linear(a, b))
     return 2 * side**3 / min(statistics.median(_seconds(way, device)) for way in ways)
 
 

@@ -148,7 +148,7 @@ def test_doctor_times_linear_layers_both_ways(
     monkeypatch.setattr("mim.doctor.torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("mim.doctor.has_onednn", lambda: True)
     monkeypatch.setattr("mim.linear.has_onednn", lambda: True)
-    monkeypatch.setattr("mim.linear.prefers_onednn", lambda: prefers)
+    monkeypatch.setattr("mim.linear.mkl_lacks_avx512", lambda: prefers)
     told = iter((*seconds, 0.5))  # by torch, by oneDNN, in bfloat16
     monkeypatch.setattr("mim.doctor._seconds", lambda *_: next(told))
     linear, precision = _products(load_config(None, {"train.linear": kind}))
