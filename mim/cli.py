@@ -24,6 +24,7 @@ from mim import __version__
 from mim.errors import UserError
 from mim.interrupt import between_imports
 from mim.parsing import VerbParser
+from mim.threads import choose_waiting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from mim.bench import Machine
     from mim.config import Config
 
-# Threads that wait by spinning make a step several times slower once anything else needs a core.
-# Read when torch loads its thread pool, hence before any verb imports it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if (
     "RANK" in os.environ
 ):  # torch would show C++ stacks of connections that break; mim names the cause
@@ -1048,6 +1046,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mim.errors import choice_error
 
             raise choice_error("verb", args[0], VERBS)
+        choose_waiting()  # before a verb loads torch
         with between_imports():
             return VERBS[args[0]](args[1:])
     except UserError as error:
