@@ -138,12 +138,6 @@ class Linear(Evaluation):
         classes = int(y.max()) + 1
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
-    def _work(self, x: Tensor, n: int, classes: int) -> int:
-        """Multiplications of a product of the largest fits of a draw, at the most."""
-        images, folds = n * classes, min(n, FOLDS) if n > 1 else 1
-        width = min(images, x.shape[1])
-        return folds * images * width * len(self.settings.few_shot_strengths) * classes
-
     def run(self, train: Features, val: Features) -> dict[str, float]:
         """See :meth:`Evaluation.run`.
 
@@ -159,22 +153,29 @@ class Linear(Evaluation):
         classes = int(y.max()) + 1
 
         held = holdout(ids, y, s.seed)[None]
-        accuracy, strength, converged = self._probe(x, y, held, s.strengths, val_x, val_y, classes)
-        numbers: dict[str, float] = {
-            "accuracy": accuracy,
-            "chosen_strength": strength,
-            "converged": float(converged),
-        }
+
+        def probed(item: tuple[int, int] | None) -> tuple[float, float, bool]:
+            """Of all training images, or of a draw of so many a class."""
+            if item is None:
+                return self._probe(x, y, held, s.strengths, val_x, val_y, classes)
+            part = few_shot_draw(ids, y, item[0], s.seed, item[1])
+            folds = few_shot_folds(ids[part], y[part], item[0], s.seed, item[1])
+            return self._probe(x[part], y[part], folds, s.few_shot_strengths, val_x, val_y, classes)
+
+        def work(item: tuple[int, int] | None) -> int:
+            """Multiplications of a product of its largest fits, at the most."""
+            images, folds, fits = len(x), 1, len(s.strengths)
+            if item is not None:
+                images, folds, fits = item[0] * classes, FOLDS, len(s.few_shot_strengths)
+            return folds * images * min(images, x.shape[1]) * fits * classes
+
+        draws = [(n, draw) for n in s.few_shot for draw in range(s.draws)]
+        whole, *few = side_by_side(probed, [None, *draws], work, x.device)
+        numbers = dict(
+            zip(("accuracy", "chosen_strength", "converged"), map(float, whole), strict=True)
+        )
         for n in s.few_shot:
-
-            def of_draw(draw: int, n: int = n) -> tuple[float, float, bool]:
-                part = few_shot_draw(ids, y, n, s.seed, draw)
-                folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
-                return self._probe(
-                    x[part], y[part], folds, s.few_shot_strengths, val_x, val_y, classes
-                )
-
-            results = side_by_side(of_draw, range(s.draws), self._work(x, n, classes), x.device)
+            results = [result for item, result in zip(draws, few, strict=True) if item[0] == n]
             mean, std = spread([r[0] for r in results])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std

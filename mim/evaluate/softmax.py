@@ -12,7 +12,7 @@ Shapes: P problems, n samples, D features, K classes, S strengths, R = rank kept
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _HISTORY = 20
 _SMALL = 1 << 26  # multiplications of one product below which a second thread may not pay
@@ -44,23 +45,31 @@ def _threads_for(multiplications: int) -> Iterator[None]:
 
 
 def side_by_side(
-    fit: Callable[[int], T], items: Iterable[int], multiplications: int, device: torch.device
-) -> list[T]:
-    """Independent fits, of which each is too small for more than one thread, one on each thread.
+    fit: Callable[[Item], Result],
+    items: Sequence[Item],
+    work: Callable[[Item], int],
+    device: torch.device,
+) -> list[Result]:
+    """Independent fits; those too small for more than one thread run one on each thread.
 
     Every fit is computed as it is alone, so that its numbers are the same.
 
     Args:
         fit: called with each item.
-        items: what is fitted.
-        multiplications: of one product of a fit, at the most.
+        items: what is fitted; the longest first is best.
+        work: multiplications of one product of an item's fits, at the most.
         device: where they run; elsewhere than on a CPU, one after the other.
+
+    Returns:
+        What each item's fit returned, in their order.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or multiplications >= _SMALL or device.type != "cpu":
+    small = [item for item in items if work(item) < _SMALL]
+    if threads == 1 or len(small) < 2 or device.type != "cpu":
         return [fit(item) for item in items]
-    with _threads_for(multiplications), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(fit, items))
+    with _threads_for(0), ThreadPoolExecutor(threads) as pool:
+        found = iter(list(pool.map(fit, small)))
+    return [next(found) if work(item) < _SMALL else fit(item) for item in items]
 
 
 @dataclass(frozen=True)

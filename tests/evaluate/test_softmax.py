@@ -97,12 +97,15 @@ def test_fits_side_by_side_are_those_one_after_the_other(threads: int) -> None:
     try:
         alone = [fit(number) for number in range(5)]
         seen.clear()
-        together = side_by_side(fit, range(5), 1000, x.device)
+        together = side_by_side(fit, range(5), lambda number: 1000, x.device)
         assert seen == {1} and torch.get_num_threads() == threads, "a thread each"
         seen.clear()
-        large = side_by_side(fit, range(5), 1 << 40, x.device)
+        large = side_by_side(fit, range(5), lambda number: 1 << 40, x.device)
         assert seen == {threads}, "large fits are given all threads"
+        seen.clear()
+        mixed = side_by_side(fit, range(5), lambda number: 1 << 40 * (number == 1), x.device)
+        assert seen == {1, threads}
     finally:
         torch.set_num_threads(before)
-    for one, other, third in zip(alone, together, large, strict=True):
-        assert torch.equal(one, other) and torch.equal(one, third)
+    for one, *others in zip(alone, together, large, mixed, strict=True):
+        assert all(torch.equal(one, other) for other in others), "and each in its place"
