@@ -47,7 +47,10 @@ class PlainViT(Transformer):
         # timm's rule adds to what it is given: to zeros it adds the positions.
         count = images.shape[-2:].numel() // (self.patch_size[0] * self.patch_size[1])
         added = vit._pos_embed(patches.new_zeros(1, count, patches.shape[-1]))
-        tokens = patches + F.embedding(ids, added[0, self.num_prefix :])  # (B, T, D)
+        positions = added[0, self.num_prefix :]
+        if vit.pos_embed is None or not vit.pos_embed.requires_grad:
+            positions = positions.detach()  # no gradient is summed up for nobody
+        tokens = patches + F.embedding(ids, positions)  # (B, T, D)
         prefix = added[:, : self.num_prefix].expand(len(tokens), -1, -1)
         return Embedded(torch.cat([prefix, tokens], dim=1))
 
