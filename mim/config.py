@@ -794,7 +794,11 @@ class TrainConfig:
     max_steps: int | None = None
     """Bound for short runs: the run, and its schedule, end after so many steps at most."""
     precision: str = "fp32"
-    """fp32, bf16 or fp16 (autocast)."""
+    """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
+    float8, by torchao (``pip install "mim[float8]"``); a CPU emulates that."""
+    weights: str = "fp32"
+    """What weights are kept in: fp32, or bf16, with gradients and first moments (12 bytes a weight
+    instead of 16). What rounding takes from a small update is kept beside it."""
     attention: str = "auto"
     """fused (one operation), plain (products and a softmax), or auto: the faster by measurement,
     which is plain on a CPU in bf16 and fused elsewhere."""
@@ -847,7 +851,11 @@ class TrainConfig:
         _above("train.epochs", self.epochs, 1, equal=True)
         if self.max_steps is not None:
             _above("train.max_steps", self.max_steps, 1, equal=True)
-        _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16", "fp8"))
+        _one_of("train.weights", self.weights, ("fp32", "bf16"))
+        if self.weights == "bf16" and self.precision not in ("bf16", "fp8"):
+            reason = f"needs train.precision bf16 or fp8, and that is {self.precision!r}"
+            raise setting_error("train.weights", self.weights, reason)
         _one_of("train.attention", self.attention, ("auto", "fused", "plain"))
         _one_of("train.linear", self.linear, ("auto", "torch", "onednn"))
         _one_of("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))

@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from mim import checkpoint
-from mim.backbone import use_kernels
 from mim.config import Config
 from mim.data import Batch, normalize, open_source, open_weights, steps_per_epoch, train_loader
 from mim.errors import UserError, setting_error
 from mim.keys import image_keys, seed_of
 from mim.machine import pick_device
 from mim.masks import PatchMask
-from mim.model import MaskedImageModel, build_model
+from mim.model import MaskedImageModel
 from mim.nonfinite import RECORD, WEIGHTS, strict
 from mim.patches import Patches
 from mim.pictures import Pixels, masked_pixels
+from mim.precision import autocast, model_on, narrow_weights
 from mim.pretrain import parts, share_of
 
 SHOWN_IMAGES = 12
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,8 @@ def debug_batch(run: str | Path, step: int | None = None, device: str | None = N
     if not 1 <= step <= total:
         raise setting_error("--step", step, f"is not one of 1 to {total}")
     place = torch.device(pick_device(device))
-    model = build_model(config).to(place)
-    use_kernels(model, config.train, place)
+    model = model_on(config, place)
+    narrow_weights(model, config.train)
     state, words, exact = _weights(run, step, record)
     if state:
         model.load_state_dict(state)
@@ -301,7 +300,6 @@ def _compute(
     losses: list[Tensor] = []
     total = torch.zeros((), device=device)
     weight = None if batch.weight is None else batch.weight.to(device)
-    dtype = _AUTOCAST.get(config.train.precision)
     size = len(batch) // processes
     for rank in range(processes):
         torch.manual_seed(seed_of(config.seed, "step", batch.step, rank))  # as in training
@@ -310,7 +308,7 @@ def _compute(
             place = slice(begin + cut.start, begin + cut.stop)
             part_weight = None if weight is None else weight[place]
             share = share_of(size, cut, part_weight, batch.total_weight, processes)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(config.train.precision, device):
                 output = model(images[place], mask[place], part_weight)
             recorder.add("loss of each image", "loss", output.loss_per_image)
             (output.loss * share * strict(output.loss) / processes).backward()

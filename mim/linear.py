@@ -133,7 +133,7 @@ def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str
         model: its modules are changed in place.
         kind: torch, onednn, or auto: oneDNN where it is the faster, see :func:`mkl_lacks_avx512`.
         device: where the model runs.
-        precision: fp32, bf16 or fp16.
+        precision: see ``train.precision``.
     """
     chosen = device.type == "cpu" and precision == "fp32" and takes_onednn(kind)
     for module in model.modules():

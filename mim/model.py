@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -269,6 +270,9 @@ def build_model(config: Config) -> MaskedImageModel:
         reason = f"needs blocks of one width, and {model.backbone} has several; choose last"
         raise setting_error(f"model.decoder.{model.decoder.name}.layers", "weighted", reason)
     regime.collects_layers = decoder.needs_layers
+    if generator.is_trained and config.train.weights != "fp32":
+        reason = "does not work with a trained mask generator; choose fp32"
+        raise setting_error("train.weights", config.train.weights, reason)
     network = generator.network(data.channels, config.seed) if generator.is_trained else None
     teacher = None
     if generator.needs_attention or target.needs_teacher:
@@ -318,7 +322,10 @@ def check_config(config: Config) -> None:
     """Refuse a config whose parts do not fit, without allocating the weights.
 
     Raises:
-        UserError: as :func:`build_model`.
+        UserError: as :func:`build_model`, and where training needs a package that is not there.
     """
+    if config.train.precision == "fp8" and find_spec("torchao") is None:
+        reason = "needs torchao: pip install 'mim[float8]'; or choose bf16"
+        raise setting_error("train.precision", config.train.precision, reason)
     with torch.device("meta"):
         build_model(config)

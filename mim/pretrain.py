@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from mim import checkpoint
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_kernels
 from mim.config import Config
 from mim.cost import count_flops, environment, resident_bytes
 from mim.data import (
@@ -45,7 +44,7 @@ from mim.keys import image_keys, seed_of
 from mim.lock import sole_use
 from mim.machine import deterministic, memory, refused_precision
 from mim.metrics import Metrics
-from mim.model import MaskedImageModel, build_model
+from mim.model import MaskedImageModel
 from mim.nonfinite import Guard, Taken, Watch, strict
 from mim.online import OnlineProbe
 from mim.optim import build_optimizer, build_schedule
@@ -57,6 +56,7 @@ from mim.pictures import (
     save_reconstructions,
     spread_indices,
 )
+from mim.precision import is_emulated, model_on, narrow_weights
 from mim.processes import gathering, together
 from mim.progress import RunProgress, note
 from mim.settings import to_dict, to_yaml
@@ -67,7 +67,7 @@ from mim.trackers import start_trackers, tracker_names
 PICTURED_IMAGES = 8
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 
 
 def parts(batch: Sized, count: int) -> Iterator[slice]:
@@ -214,17 +214,19 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 
     if device.type == "cpu":
         keep_freed_memory()
-    model = build_model(config).to(device)
-    use_kernels(model, config.train, device)
+    model = model_on(config, device)
+    if main and is_emulated(config.train.precision, device):
+        note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")
     for source in (train, val):
         _check_masks(model, config, source)
     schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
-    optimizer = build_optimizer(config.optim, model, schedule(start))
     ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
     online = None
     if config.online_probe.enabled:
         online = OnlineProbe(model, train, config, accelerator)
     flops = _measure_flops(model, config, val, device)
+    narrow_weights(model, config.train)  # after what stays in float32 has been made of them
+    optimizer = build_optimizer(config.optim, model, schedule(start))
     if config.train.compile:
         model.compile()
     shards = config.train.shard and world > 1
@@ -265,10 +267,11 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 
     def measured() -> MaskedImageModel:
         """What is evaluated; all processes ask for it."""
-        if not shards:
-            return model if ema is None else ema.module
-        copy = build_model(config).to(device)
-        use_kernels(copy, config.train, device)
+        if ema is not None:
+            return ema.module
+        if not shards and config.train.weights == "fp32":
+            return model
+        copy = model_on(config, device)
         copy.load_state_dict(whole(model.state_dict()))
         return copy
 

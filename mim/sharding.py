@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mim.backbone import UNIT, family_of
+from mim.backbone import UNIT
 from mim.errors import setting_error
 from mim.masks import PatchMask
 from mim.model import Images, MaskedImageModel
+from mim.precision import blocks_of
 
 
 class Losses(NamedTuple):
@@ -53,11 +54,6 @@ class Sharded(nn.Module):
         with self._autocast():
             output = self.model(images, mask, weight)
         return Losses(output.loss.float(), output.reconstruction.float())
-
-
-def blocks_of(model: MaskedImageModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """What is gathered on its own: the blocks of the encoder, and those of the decoder if any."""
-    return family_of(model.backbone).blocks, list(getattr(model.decoder, "blocks", []))
 
 
 def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -22,7 +22,7 @@ def follow(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None
     pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     for mine, new in pairs:
         if mine.is_floating_point():
-            mine.lerp_(new, weight)
+            mine.lerp_(new.to(mine.dtype), weight)
         else:
             mine.copy_(new)
 
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
     def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
         """Move a step towards ``vit``, or, where ``taken`` is 0, none."""
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
-            mine.lerp_(new, (1 - self.decay) * taken)
+            mine.lerp_(new.to(mine.dtype), (1 - self.decay) * taken)
         for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
             buffer.copy_(now)
 

@@ -92,6 +92,7 @@ def losses_of() -> Callable[..., list[float]]:
     from mim.keys import image_keys
     from mim.model import MaskedImageModel
     from mim.optim import build_optimizer
+    from mim.precision import autocast
 
     def train(model: MaskedImageModel, config: Config, precision: str = "fp32") -> list[float]:
         optimizer = build_optimizer(config.optim, model, 1e-3)
@@ -99,7 +100,7 @@ def losses_of() -> Callable[..., list[float]]:
         ids, found = torch.arange(8), []
         for step in range(20):
             mask = model.draw_mask(images, image_keys(0, step, ids), epoch=step, sample_ids=ids)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(precision, images.device):
                 loss = model(images, mask).loss
             loss.backward()
             optimizer.step()

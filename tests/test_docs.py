@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 import mim
-from mim.cli import VERBS
+from mim.cli import _BENCH, VERBS
 from mim.compare import read_compare_config
 from mim.config import Config
 from mim.parsing import ParserTaken, VerbParser
@@ -78,14 +78,18 @@ def check_verb(verb: str, args: list[str]) -> None:
         _, rest = flags.parse_known_args(args)
         checked(read_compare_config(rest).base)
     else:
+        call = VERBS[verb]
+        if verb == "bench":
+            (what, *args), follow = args, ("step", "grow", "data", "scale")
+            call, verb = _BENCH[what], "config" if what in follow else what
         VerbParser.taking = True
         try:
-            VERBS[verb](args)
+            call(args)
         except ParserTaken as taken:
             parser = taken.parser
         finally:
             VerbParser.taking = False
-        if verb in ("import", "data"):  # settings of a config follow
+        if verb in ("import", "data", "config"):  # settings of a config follow
             parser.parse_known_args(args)
         else:
             parser.parse_args(args)

@@ -167,6 +167,7 @@ ATTENTION = {
     "model.teacher_decay": 0.5,
 }
 LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0.5}
+NARROW = {"train.precision": "bf16", "train.weights": "bf16", "train.ema_decay": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,9 @@ LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0
         (signal.SIGUSR1, 138, {}),
         (signal.SIGTERM, 143, ATTENTION),
         (signal.SIGTERM, 143, LEARNED),
+        (signal.SIGTERM, 143, NARROW),
     ],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1", "a teacher", "a learned mask"],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1", "a teacher", "a learned mask", "bf16 weights"],
 )
 def test_a_signal_ends_the_step_saves_and_exits(
     number: signal.Signals,

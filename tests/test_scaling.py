@@ -16,6 +16,7 @@ from mim.bench.ranks import hidden_share
 from mim.bench.scaling import (
     Machine,
     Work,
+    bench_scale,
     buckets_of,
     count_work,
     exchange_seconds,
@@ -71,6 +72,21 @@ def test_predictions_by_hand() -> None:
     shards = predict(work, PLAIN, 8, 4, "fsdp")
     assert shards["exchange"] == pytest.approx(many["exchange"]), "gathered, then reduced"
     assert shards["state"] == 3 * 800 / 8
+
+
+def test_weights_in_16_bits_by_hand(tiny: Tiny) -> None:
+    """Half as many bytes to send; 10 bytes a weight to keep, and DDP's copy of its gradient."""
+    wide = load_config(tiny({"train.precision": "bf16"}))
+    narrow = load_config(tiny({"train.precision": "bf16", "train.weights": "bf16"}))
+    one, two = count_work(wide), count_work(narrow)
+    count = one.weight_bytes // 4
+    assert two.weight_bytes == 2 * count and two.encoder_blocks[0] * 2 == one.encoder_blocks[0]
+    assert two.saved_per_step < one.saved_per_step, "no weight is cast"
+    states = [predict(work, PLAIN, 8, 4, "ddp")["state"] for work in (one, two)]
+    assert states == [16 * count, 12 * count]
+    assert predict(two, PLAIN, 8, 4, "fsdp")["state"] == 10 * count / 8
+    assert predict(two, PLAIN, 1, 4, "ddp")["optimizer"] == pytest.approx(106 * count / 1e9)
+    assert bench_scale(narrow, PLAIN, [1])["weights"] == bench_scale(wide, PLAIN, [1])["weights"]
 
 
 def test_blocks_gathered_one_by_one_by_hand() -> None:

@@ -19,10 +19,10 @@ def use_attention(model: nn.Module, kind: str, device: torch.device, precision: 
         kind: fused, plain, or auto. On a CPU in bfloat16 torch's fused kernel takes longer than
             plain products (docs/benchmarks.md), so there auto is plain, and elsewhere fused.
         device: where the model runs.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16 or fp8, whose attention is that of bf16.
     """
     is_fused = kind == "fused" or (
-        kind == "auto" and not (device.type == "cpu" and precision == "bf16")
+        kind == "auto" and not (device.type == "cpu" and precision in ("bf16", "fp8"))
     )
     for module in model.modules():
         if hasattr(module, "fused_attn"):

@@ -19,17 +19,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_kernels
 from mim.bench.memory import bytes_added, bytes_of, without_talk
 from mim.bench.scaling import Machine, count_work, predict
-from mim.bench.step import LR, autocast
+from mim.bench.step import LR
 from mim.compare import server_context
 from mim.config import Config
 from mim.errors import UserError, setting_error
 from mim.interrupt import end_at_once
 from mim.keys import image_keys
-from mim.model import build_model
 from mim.optim import build_optimizer
+from mim.precision import autocast, model_on, narrow_weights
 from mim.sharding import Sharded
 
 _WARM_UP = 2
@@ -92,7 +91,7 @@ def check_scale(config: Config, processes: int = 2, rounds: int = 5) -> dict[str
     machine = Machine(
         matrix_rate=(work.flops_forward + work.flops_backward) * images / bare,
         utilisation=1.0,
-        memory_rate=7 * work.weight_bytes / seconds["optimizer"],
+        memory_rate=work.touched * work.weight_bytes / seconds["optimizer"],
         node=processes,
         node_rate=link_rate,
         link_share=1.0,
@@ -157,8 +156,8 @@ class _Steps:
 
     def __init__(self, config: Config, rank: int) -> None:
         self.config, self.device = config, torch.device("cpu")
-        self.model = build_model(config).train()
-        use_kernels(self.model, config.train, self.device)
+        self.model = model_on(config, self.device).train()
+        narrow_weights(self.model, config.train)
         self.wrapped: Any = self.model
         self.optimizer: Any = None
         count = config.data.batch_size
@@ -169,7 +168,7 @@ class _Steps:
     def forward(self) -> Tensor:
         keys = image_keys(0, 0, self.ids)
         mask = self.model.draw_mask(self.images, keys, epoch=0, sample_ids=self.ids)
-        with autocast(self.config, self.device):
+        with autocast(self.config.train.precision, self.device):
             return self.wrapped(self.images, mask).loss
 
     def descend(self) -> None:

@@ -18,17 +18,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.backbone import use_attention
-from mim.bench.step import autocast
 from mim.config import Config
 from mim.errors import setting_error
 from mim.keys import image_keys
 from mim.model import MaskedImageModel, build_model
-from mim.sharding import blocks_of
+from mim.precision import autocast, blocks_of, narrow_weights
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes; DistributedDataParallel's defaults
-_BYTES = 4  # of a weight, a gradient and each of AdamW's two moments
-# AdamW reads weight, gradient and both moments, and writes all but the gradient.
-_TOUCHED = 7
+# Of a step of AdamW: bytes that are kept beside the weights, and bytes read or written, each by the
+# bytes of the weights. In float32 two moments are kept, and all but the gradient is written back.
+# In bfloat16 (CompensatedAdamW) there are two remainders too, and all passes through float32.
+_ADAMW = {"fp32": (2.0, 7.0), "bf16": (4.0, 53.0)}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Work:
     """What a step of a model is made of, counted on the model itself.
 
     Attributes:
-        encoder: bytes of each encoder weight, as float32, in the order in which their gradients
-            come: the reverse of the model's.
+        encoder: bytes of each encoder weight, in the order in which their gradients come: the
+            reverse of the model's.
         decoder: likewise of what stands behind the encoder; these come first.
         flops_forward: operations an image, by torch's counter.
         flops_backward: likewise.
@@ -80,6 +80,8 @@ class Work:
         input_bytes: of an image.
         encoder_blocks: bytes of the weights of each encoder block, in order.
         decoder_blocks: likewise of the decoder.
+        kept: bytes that the optimizer keeps, by the bytes of the weights.
+        touched: bytes that its step reads or writes, likewise.
     """
 
     encoder: tuple[int, ...]
@@ -92,10 +94,12 @@ class Work:
     input_bytes: int
     encoder_blocks: tuple[int, ...] = ()
     decoder_blocks: tuple[int, ...] = ()
+    kept: float = _ADAMW["fp32"][0]
+    touched: float = _ADAMW["fp32"][1]
 
     @property
     def weight_bytes(self) -> int:
-        """Of all trained weights in float32."""
+        """Of all trained weights."""
         return sum(self.encoder) + sum(self.decoder)
 
 
@@ -108,29 +112,34 @@ def count_work(config: Config, device: torch.device | None = None) -> Work:
     model = build_model(config).to(device).train()
     kind = "fused" if config.train.attention == "auto" else config.train.attention
     use_attention(model, kind, device, config.train.precision)
+    forward, backward, behind_encoder = _flops(model, config, device)
+    narrow_weights(model, config.train)
     saved = [_saved_bytes(model, config, count, device) for count in (1, 2, 3)]
     # The first two may differ in kernels; the last two tell the slope.
     slope = float(saved[2] - saved[1])
-    forward, backward, decoder = _flops(model, config, device)
-    trained = [(n, p.numel() * _BYTES) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [(n, p.nbytes) for n, p in model.named_parameters() if p.requires_grad]
     inside = [size for name, size in reversed(trained) if name.startswith("backbone.")]
     behind = [size for name, size in reversed(trained) if not name.startswith("backbone.")]
+    (encoder, decoder), (kept, touched) = blocks_of(model), _ADAMW[config.train.weights]
     return Work(
         tuple(inside),
         tuple(behind),
         forward,
         backward,
-        decoder / forward,
+        behind_encoder / forward,
         slope,
         max(saved[1] - 2 * slope, 0.0),
         config.data.channels * config.data.size[0] * config.data.size[1] * 4,
-        *(_sizes(blocks) for blocks in blocks_of(model)),
+        _sizes(encoder),
+        _sizes(decoder),
+        kept,
+        touched,
     )
 
 
 def _sizes(blocks: Iterable[nn.Module]) -> tuple[int, ...]:
     """Bytes of the weights of each; all are gathered, trained or not."""
-    return tuple(_BYTES * sum(p.numel() for p in block.parameters()) for block in blocks)
+    return tuple(sum(p.nbytes for p in block.parameters()) for block in blocks)
 
 
 def _loss(model: MaskedImageModel, config: Config, count: int, device: torch.device) -> Tensor:
@@ -138,7 +147,7 @@ def _loss(model: MaskedImageModel, config: Config, count: int, device: torch.dev
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     ids = torch.arange(count)
     mask = model.draw_mask(images, image_keys(0, 0, ids), epoch=0, sample_ids=ids)
-    with autocast(config, device):
+    with autocast(config.train.precision, device):
         return model(images, mask).loss
 
 
@@ -303,20 +312,21 @@ def predict(work: Work, machine: Machine, gpus: int, images: int, how: str) -> d
             for size, ready in buckets_of(work)
         ]
         exchange, exposed = sum(seconds for seconds, _ in rows), exposed_seconds(rows, backward)
-        optimizer = _TOUCHED * weights / machine.memory_rate
-        state = weights * (3 if gpus == 1 else 4)  # moments; the reducer's copy of the gradients
+        optimizer = work.touched * weights / machine.memory_rate
+        # The reducer has a copy of the gradients.
+        state = weights * (1 + work.kept + (gpus > 1))
         peak = state + inputs + max(activations, weights)
     else:
         exchange, exposed = sharded_seconds(work, machine, gpus, forward, backward)
-        optimizer = _TOUCHED * weights / gpus / machine.memory_rate
-        state = 3 * weights / gpus
+        optimizer = work.touched * weights / gpus / machine.memory_rate
+        state = weights * (1 + work.kept) / gpus
         blocks = (*work.encoder_blocks, *work.decoder_blocks)
         rest, two = weights - sum(blocks), 2 * max(blocks, default=0)
         # The backward pass begins with two blocks' weights, the gradients of one and their copy
         # to send; at its end the parts of all gradients have taken the place of activations.
         peak = state + inputs + rest + max(activations + 2 * two, 2 * rest + weights / gpus)
     step = forward + backward + optimizer + exposed
-    alone = forward + backward + _TOUCHED * weights / machine.memory_rate
+    alone = forward + backward + work.touched * weights / machine.memory_rate
     return {
         "gpus": gpus,
         "how": how,
@@ -367,7 +377,7 @@ def bench_scale(
         "backbone": config.model.backbone,
         "regime": config.model.regime.name,
         "precision": config.train.precision,
-        "weights": work.weight_bytes // _BYTES,
+        "weights": work.weight_bytes // (2 if config.train.weights == "bf16" else 4),
         "flops_forward": work.flops_forward,
         "flops_backward": work.flops_backward,
         "decoder_share": work.decoder_share,

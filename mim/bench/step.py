@@ -12,7 +12,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.allocator import keep_freed_memory
-from mim.backbone import use_kernels
 from mim.bench.memory import bytes_added, bytes_of
 from mim.bench.peers import PEERS, build_peer, sizes_of
 from mim.bench.products import products_of
@@ -36,14 +34,13 @@ from mim.errors import UserError, choice_error, setting_error
 from mim.interrupt import end_at_once
 from mim.keys import image_keys
 from mim.linear import has_onednn, onednn_linear
-from mim.model import build_model
 from mim.optim import build_optimizer
+from mim.precision import autocast, autocast_dtype, model_on, narrow_weights
 from mim.pretrain import parts
 from mim.regimes import REGIMES
 from mim.settings import checked
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model
 LR = 1e-4
 # A peer whose loss is so many times ours, or ours its, does not do the same work.
@@ -364,9 +361,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
     if device.type == "cpu":
         keep_freed_memory()
     images = _noise(config, device)
-    model = build_model(config).to(device)
-    use_kernels(model, config.train, device)
-    optimizer = build_optimizer(config.optim, model, LR)
+    model = model_on(config, device)
     few = torch.arange(2)
     forward, backward = count_flops(model, images[:2], few)
     mask = model.draw_mask(images[:2], image_keys(0, 0, few), sample_ids=few)
@@ -375,6 +370,8 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
         "flops_forward": forward,
         "flops_backward": backward,
     }
+    narrow_weights(model, config.train)
+    optimizer = build_optimizer(config.optim, model, LR)
     if config.train.compile:
         model.compile()
     ids = torch.arange(len(images))
@@ -385,7 +382,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
         mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
         total = torch.zeros((), device=device)
         for cut in cuts:
-            with autocast(config, device):
+            with autocast(config.train.precision, device):
                 loss = model(images[cut], mask if len(cuts) == 1 else mask[cut]).loss
             loss = loss * (len(images[cut]) / len(images))
             loss.backward()
@@ -430,7 +427,7 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         model.compile()
 
     def learn(number: int) -> Tensor:
-        with autocast(config, device):
+        with autocast(config.train.precision, device):
             loss: Tensor = model(images)
         loss.backward()
         return loss.detach()
@@ -454,12 +451,6 @@ def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
     return forward.get_total_flops() // count, backward.get_total_flops() // count
 
 
-def autocast(config: Config, device: torch.device) -> Any:
-    """The context of a forward pass in the config's precision."""
-    kind = _AUTOCAST[config.train.precision]
-    return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -468,7 +459,7 @@ def _wait(device: torch.device) -> None:
 def _matrix_rate(config: Config) -> float:
     """Operations a second of square matrix products alone, by the faster library."""
     device = _device()
-    kind = _AUTOCAST[config.train.precision] or torch.float32
+    kind = autocast_dtype(config.train.precision) or torch.float32
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device).to(kind)
     b = torch.randn(side, side, device=device).to(kind)
