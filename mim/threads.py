@@ -23,7 +23,9 @@ def choose_waiting() -> None:
     if "OMP_WAIT_POLICY" in os.environ or "torch" in sys.modules:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if "GOMP_SPINCOUNT" not in os.environ and any(_are_free() for _ in range(_LOOKS)):
+    if "GOMP_SPINCOUNT" in os.environ or _asked() == 1:  # one alone waits for nobody
+        return
+    if any(_are_free() for _ in range(_LOOKS)):
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
@@ -34,5 +36,10 @@ def _are_free() -> bool:
     busy = psutil.cpu_percent(_LOOK, percpu=True)
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
     free = sum(1 - busy[core] / 100 for core in ours if core < len(busy))
+    return free > (_asked() or len(ours)) - _SPARE
+
+
+def _asked() -> int | None:
+    """Threads that the environment asks for."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return free > (int(asked) if asked.isdigit() else len(ours)) - _SPARE
+    return int(asked) if asked.isdigit() else None

@@ -38,6 +38,7 @@ def chosen(
         ([20, 20, 20, 20], {}, ["PASSIVE", None]),
         ([0, 100, 100, 0], {"OMP_NUM_THREADS": "2"}, ["PASSIVE", threads.SPINS]),
         ([60, 100, 100, 0], {"OMP_NUM_THREADS": "2"}, ["PASSIVE", None]),
+        ([0, 0, 0, 0], {"OMP_NUM_THREADS": "1"}, ["PASSIVE", None]),
         # Cores that this process may not run on do not count.
         ([0, 0, 0, 0, 100, 100], {}, ["PASSIVE", threads.SPINS]),
         ([100, 100, 100, 100, 0, 0, 0, 0], {}, ["PASSIVE", None]),
