@@ -116,7 +116,7 @@ BAD: list[tuple[type[Any], dict[str, Any], str, list[str]]] = [
     (OptimConfig, {"clip_grad": 0.0}, "optim.clip_grad: 0.0", ["above 0"]),
     (TrainConfig, {"epochs": 0}, "train.epochs: 0", ["at least 1"]),
     (TrainConfig, {"max_steps": 0}, "train.max_steps: 0", ["at least 1"]),
-    (TrainConfig, {"precision": "fp8"}, "train.precision: 'fp8'", ["bf16, fp16, fp32"]),
+    (TrainConfig, {"precision": "fp4"}, "train.precision: 'fp4'", ["bf16, fp16, fp32"]),
     *(
         (TrainConfig, {name: 0}, f"train.{name}: 0", ["at least 1"])
         for name in ("accumulate", "log_every", "keep_checkpoints")
