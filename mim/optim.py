@@ -80,10 +80,10 @@ class CompensatedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, group)
+                    self._update(weight, weight.grad, group)
         return loss
 
-    def _update(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, weight: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -94,7 +94,7 @@ class CompensatedAdamW(torch.optim.AdamW):
         second = state["exp_avg_sq"].float() + state["exp_avg_sq_remainder"]
         adamw(
             [value],
-            [weight.grad.float()],  # type: ignore[union-attr]
+            [gradient.float()],
             [first],
             [second],
             [],

@@ -81,7 +81,7 @@ def test_weight_decay_and_one_step_by_hand() -> None:
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
-    weight, optimizer = nn.Parameter(random(8, 8).bfloat16()), None
+    weight = nn.Parameter(random(8, 8).bfloat16())
     optimizer = CompensatedAdamW([weight], lr=1e-3, fused=True)
     for step in range(3):
         weight.grad = random(8, 8, seed=step).bfloat16()
@@ -202,7 +202,8 @@ def test_a_run_with_both(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
 def test_processes_keep_narrow_weights_alike(
     shard: bool, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
 ) -> None:
-    config = tiny({**NARROW, "train.log_every": 1, "train.shard": shard})
+    often = {"train.log_every": 1, "train.checkpoint_every": 0.08}
+    config = tiny({**NARROW, **often, "train.shard": shard})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
     started = ranks(["pretrain", "--config", config, "--output", two])
@@ -214,9 +215,14 @@ def test_processes_keep_narrow_weights_alike(
         for name, value in state.items():
             other = states[1]["optimizer"]["state"][number][name]
             assert other.shape == value.shape and other.dtype == value.dtype
-    # It goes on, by one process from what two have written.
-    args = ("--config", config, "--output", two, "--resume", "auto", "--train.max_steps", 6)
-    assert mim("pretrain", *args).code == 0
+    # One process goes on from step 4 of what two have written.
+    (two / "result.json").unlink()
+    checkpoint.checkpoints(two)[-1].unlink()
+    assert checkpoint.read_checkpoint(checkpoint.checkpoints(two)[-1])["step"] == 4
+    assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+    again = checkpoint.read_result(two)
+    assert again["steps"] == 6
+    assert again["val_loss"] == pytest.approx(results[0]["val_loss"], rel=2e-3)
 
 
 def test_mistakes(tiny: Tiny, mim: Mim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
