@@ -8,32 +8,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mim import moved
+
 if TYPE_CHECKING:
-    from mim.api import encode, load
-    from mim.config import Config
-    from mim.errors import UserError
-    from mim.estimator import MIMFeatures
+    from mim.core.config import Config
+    from mim.core.errors import UserError
+    from mim.core.settings import load_config
     from mim.evaluate.finetune import finetune
     from mim.interop import export_run, import_model, import_run
     from mim.masks import PatchMask, sample_masks
-    from mim.model import build_model
-    from mim.settings import load_config
+    from mim.model import build_model, encode
+    from mim.sklearn import MIMFeatures
+    from mim.training.loading import load
 
 __version__ = "0.1.0"
 
+moved.install()
+
 _HOME = {
-    "Config": "mim.config",
-    "MIMFeatures": "mim.estimator",
+    "Config": "mim.core.config",
+    "MIMFeatures": "mim.sklearn",
     "PatchMask": "mim.masks",
-    "UserError": "mim.errors",
-    "build_model": "mim.model",
-    "encode": "mim.api",
+    "UserError": "mim.core.errors",
+    "build_model": "mim.model.model",
+    "encode": "mim.model",
     "export_run": "mim.interop",
     "finetune": "mim.evaluate.finetune",
     "import_model": "mim.interop",
     "import_run": "mim.interop",
-    "load": "mim.api",
-    "load_config": "mim.settings",
+    "load": "mim.training.loading",
+    "load_config": "mim.core.settings",
     "sample_masks": "mim.masks",
 }
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from mim.cli import main
+from mim.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

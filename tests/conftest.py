@@ -89,10 +89,10 @@ class Outcome:
 def losses_of() -> Callable[..., list[float]]:
     """Those of 20 steps of a model on the same 8 images of 8 x 8 under new masks."""
     from mim import Config
-    from mim.keys import image_keys
+    from mim.core.keys import image_keys
     from mim.model import MaskedImageModel
-    from mim.optim import build_optimizer
-    from mim.precision import autocast
+    from mim.training.optim import build_optimizer
+    from mim.training.runtime.precision import autocast
 
     def train(model: MaskedImageModel, config: Config, precision: str = "fp32") -> list[float]:
         optimizer = build_optimizer(config.optim, model, 1e-3)
@@ -114,7 +114,7 @@ def losses_of() -> Callable[..., list[float]]:
 @pytest.fixture
 def mim(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Calls the command line in this process: ``mim("pretrain", "--seed", 1)``."""
-    from mim.cli import main
+    from mim.cli.main import main
 
     def call(*args: object) -> Outcome:
         capfd.readouterr()
@@ -176,7 +176,7 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
 
     ``ranks(args, world=2, of={1: "code"}, all="code")``: Python that one or all ranks run first.
     """
-    from mim.compare import SERVER_MODULES
+    from mim.compare.runner import SERVER_MODULES
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SERVER_MODULES)

@@ -18,11 +18,11 @@ import yaml
 from PIL import Image
 
 import mim
-from mim.cli import _BENCH, VERBS
-from mim.compare import read_compare_config
-from mim.config import Config
-from mim.parsing import ParserTaken, VerbParser
-from mim.settings import checked, read_args
+from mim.cli.main import _BENCH, VERBS
+from mim.cli.parsing import ParserTaken, VerbParser
+from mim.compare.runner import read_compare_config
+from mim.core.config import Config
+from mim.core.settings import checked, read_args
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -132,7 +132,7 @@ def test_settings_exist(block: Block, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run under the names that the docs use, and photographs."""
-    from mim.pretrain import pretrain
+    from mim.training.pretrain import pretrain
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -209,8 +209,8 @@ def test_files_that_the_docs_name_exist() -> None:
 
 def test_settings_that_the_docs_name_exist() -> None:
     """Words such as `mask.aligned.unit` in the text."""
+    from mim.core.settings import flatten, to_dict
     from mim.model import MaskedImageModel
-    from mim.settings import flatten, to_dict
 
     known = flatten(to_dict(Config()))
     groups = {key.rpartition(".")[0] for key in known} | set(known)

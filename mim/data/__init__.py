@@ -1,17 +1,21 @@
-"""Images: sources, transforms and loaders. Never imports the model."""
+"""Images: sources, transforms, storage and loaders. Never imports the model.
 
-from mim.data import (  # noqa: F401  (they register sources)
-    embedded,
-    folder,
-    huggingface,
-    mixed,
-    pack,
-    shards,
-    torchvision_sets,
-)
+A source lists images and reads one; ``opening.py`` makes a source from a config; ``loader.py``
+makes batches of it. Start reading in ``opening.py``.
+"""
+
+from mim.data import mixed  # noqa: F401
 from mim.data.corruptions import CORRUPTIONS, Corrupted, corrupt
-from mim.data.decode import UnreadableImage
-from mim.data.folder import ClassFolders
+from mim.data.images.decode import UnreadableImage
+from mim.data.images.transforms import (
+    Picture,
+    crop_parameters,
+    denormalize,
+    eval_transform,
+    normalize,
+    prepare,
+    train_transform,
+)
 from mim.data.loader import (
     Batch,
     BatchLoader,
@@ -22,17 +26,11 @@ from mim.data.loader import (
     worker_deaths,
 )
 from mim.data.opening import open_source
-from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout
+from mim.data.sources import embedded, folder, huggingface, shards, torchvision_sets  # noqa: F401
+from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
+from mim.data.sources.folder import ClassFolders
+from mim.data.storage import packed  # noqa: F401  (they register sources)
 from mim.data.subset import CLASS_LISTS, match_classes, write_list
-from mim.data.transforms import (
-    Picture,
-    crop_parameters,
-    denormalize,
-    eval_transform,
-    normalize,
-    prepare,
-    train_transform,
-)
 from mim.data.weights import WEIGHTS, Weigh, open_weights
 
 __all__ = [

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mim.config import DataConfig
-from mim.data.sources import ImageSource
-from mim.data.transforms import eval_transform
-from mim.errors import choice_error, setting_error
-from mim.keys import image_keys, random_bits
+from mim.core.config import DataConfig
+from mim.core.errors import choice_error, setting_error
+from mim.core.keys import image_keys, random_bits
+from mim.data.images.transforms import eval_transform
+from mim.data.sources.base import ImageSource
 
 Pixels: TypeAlias = NDArray[np.floating[Any]]
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -424,7 +424,7 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDA
         image: (H, W, C) uint8, C of 1 or 3.
         name: one of :data:`CORRUPTIONS`.
         severity: 0 leaves the image as it is, 5 is the strongest.
-        key: what is drawn follows from it alone; see :func:`mim.keys.image_keys`.
+        key: what is drawn follows from it alone; see :func:`mim.core.keys.image_keys`.
 
     Raises:
         UserError: for an unknown name, or channels that it cannot have.

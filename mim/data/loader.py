@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mim.allocator import keep_freed_memory
-from mim.config import DataConfig
-from mim.data.cache import device_reader
-from mim.data.faults import Fault, read_images
-from mim.data.own_sizes import cat_images, eval_patches, train_patches
-from mim.data.sources import ImageSource
-from mim.data.transforms import Picture, eval_transform, train_transform
+from mim.core.config import DataConfig
+from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.errors import UserError, WorkerError, setting_error
+from mim.core.keys import image_keys
+from mim.core.patches import Grid, Images, Patches
+from mim.data.images.own_sizes import cat_images, eval_patches, train_patches
+from mim.data.images.transforms import Picture, eval_transform, train_transform
+from mim.data.sources.base import ImageSource
+from mim.data.sources.reading import read_images
+from mim.data.storage.cache import device_reader
+from mim.data.unreadable import Fault
 from mim.data.weights import Weigh, batch_weights
-from mim.errors import UserError, WorkerError, setting_error
-from mim.keys import image_keys
-from mim.patches import Grid, Images, Patches
 
 Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) uint8 and their keys (B,) -> images; must pickle."""
@@ -47,7 +48,7 @@ class Batch:
     """Images of one step."""
 
     images: Any
-    """(B, C, H, W) uint8; where images keep their own sizes, :class:`mim.patches.Patches`."""
+    """(B, C, H, W) uint8; where images keep their own sizes, :class:`mim.core.patches.Patches`."""
     labels: Tensor | None
     """(B,) int64, or None where the source has none."""
     sample_ids: Tensor
@@ -324,8 +325,8 @@ class BatchLoader:
     """Iterates over the batches of ``steps``; may be iterated more than once.
 
     Unreadable images are noted in the source's ledger, which ends the run at too many of them. A
-    mistake of the user that shows only now raises :class:`mim.errors.UserError` here, also where a
-    worker process met it; one that was killed raises :class:`mim.errors.WorkerError`.
+    mistake of the user that shows only now raises :class:`UserError` here, also where a
+    worker process met it; one that was killed raises :class:`WorkerError`.
     """
 
     def __init__(

@@ -9,13 +9,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mim.config import STREAMED, DataConfig, MixConfig
-from mim.data.faults import Fault
+from mim.core.config import STREAMED, DataConfig, MixConfig
+from mim.core.errors import setting_error
+from mim.core.keys import image_keys, permutation
+from mim.data.images.transforms import Picture
 from mim.data.opening import open_source
-from mim.data.sources import SOURCES, ImageSource, Split
-from mim.data.transforms import Picture
-from mim.errors import setting_error
-from mim.keys import image_keys, permutation
+from mim.data.sources.base import SOURCES, ImageSource, Split
+from mim.data.unreadable import Fault
 
 
 @SOURCES.register("mixed")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mim.config import DataConfig
-from mim.data.faults import Ledger
-from mim.data.sources import SOURCES, ImageSource, Split, Subset, holdout
+from mim.core.config import DataConfig
+from mim.core.errors import setting_error
+from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
+from mim.data.storage.cache import cached
 from mim.data.subset import choose
-from mim.errors import setting_error
+from mim.data.unreadable import Ledger
 
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's own
 
@@ -59,8 +60,6 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     source.mean, source.std = _statistics(source, config)
     if config.cache == "none":
         return source
-    from mim.data.cache import cached  # which packs, and packing opens sources
-
     return cached(source, config)
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mim.config import DataConfig, SubsetConfig
-from mim.data.sources import ImageSource, Split, Subset
-from mim.errors import choice_error, setting_error
-from mim.files import write_atomic
-from mim.keys import image_keys, name_to_int
+from mim.core.config import DataConfig, SubsetConfig
+from mim.core.errors import choice_error, setting_error
+from mim.core.files import write_atomic
+from mim.core.keys import image_keys, name_to_int
+from mim.data.sources.base import ImageSource, Split, Subset
 
 _LISTS = {
     "imagenet-100": """

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim.config import DataConfig
-from mim.data.sources import ImageSource
-from mim.errors import UserError, setting_error
-from mim.files import NPY_ERRORS
-from mim.keys import name_to_int
-from mim.registry import Registry
+from mim.core.config import DataConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.files import NPY_ERRORS
+from mim.core.keys import name_to_int
+from mim.core.registry import Registry
+from mim.data.sources.base import ImageSource
 
 Weigh: TypeAlias = Callable[[ImageSource, Tensor, int], Tensor]
 """Source, positions (B,) and epoch -> weights (B,), numbers or booleans; must pickle."""

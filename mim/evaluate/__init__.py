@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 
-from mim.checkpoint import read_result, write_json_atomic
+from mim.core.errors import UserError
 from mim.data import ImageSource, open_source
-from mim.errors import UserError
-from mim.evaluate.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
-from mim.evaluate.attentive import Attentive, AttentiveSettings
 from mim.evaluate.base import (
     EVALUATIONS,
     AnyEvaluation,
@@ -30,7 +27,8 @@ from mim.evaluate.base import (
     TaskEvaluation,
     build_evaluation,
 )
-from mim.evaluate.detect import Detect, DetectSettings
+from mim.evaluate.dense.detect import Detect, DetectSettings
+from mim.evaluate.dense.segment import Segment, SegmentSettings
 from mim.evaluate.encoders import (
     Encoder,
     open_encoder,
@@ -41,13 +39,15 @@ from mim.evaluate.encoders import (
 )
 from mim.evaluate.features import check_pool, extract_features, pool_tokens
 from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
-from mim.evaluate.knn import Knn, KnnSettings, knn_predict
-from mim.evaluate.linear import Linear, LinearSettings
-from mim.evaluate.linear_grid import LinearGrid, LinearGridSettings
-from mim.evaluate.linear_mae import LinearMae, LinearMaeSettings
+from mim.evaluate.probes.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
+from mim.evaluate.probes.attentive import Attentive, AttentiveSettings
+from mim.evaluate.probes.knn import Knn, KnnSettings, knn_predict
+from mim.evaluate.probes.linear import Linear, LinearSettings
+from mim.evaluate.probes.linear_grid import LinearGrid, LinearGridSettings
+from mim.evaluate.probes.linear_mae import LinearMae, LinearMaeSettings
 from mim.evaluate.robustness import Robustness, RobustnessSettings
-from mim.evaluate.segment import Segment, SegmentSettings
 from mim.evaluate.training import TIMEOUT, several
+from mim.training.checkpoint import read_result, write_json_atomic
 
 __all__ = [
     "EVALUATIONS",

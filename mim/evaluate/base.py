@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mim.errors import UserError, choice_error, setting_error
-from mim.keys import image_keys
-from mim.registry import Registry
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import image_keys
+from mim.core.registry import Registry
 
 if TYPE_CHECKING:
     from pathlib import Path

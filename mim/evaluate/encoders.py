@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from mim.backbone import build_backbone, load_backbone, load_weights
-from mim.checkpoint import encoder_weights, read_config
-from mim.config import Config, DataConfig, ModelConfig
-from mim.errors import UserError, setting_error
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError, setting_error
+from mim.model.backbones import build_backbone, load_backbone, load_weights
+from mim.training.checkpoint import encoder_weights, read_config
 
 logger = logging.getLogger(__name__)
 

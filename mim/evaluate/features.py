@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mim.backbone import family_of
+from mim.core.cpu.linear import use_linear
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.patches import Images, Patches
 from mim.data import eval_loader, normalize
-from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import POOLS, Features
-from mim.linear import use_linear
-from mim.masks import key_bias
-from mim.patches import Images, Patches
+from mim.model.attention import key_bias
+from mim.model.backbones import family_of
 
 if TYPE_CHECKING:
     from mim.data import ImageSource

@@ -35,11 +35,10 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from mim.backbone import build_backbone, family_of, load_backbone
-from mim.checkpoint import TASK, read_safetensors, save_encoder
-from mim.config import DataConfig, ModelConfig
+from mim.core.config import DataConfig, ModelConfig
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import image_keys, random_bits, seed_of, uniforms
 from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
-from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool
@@ -57,8 +56,9 @@ from mim.evaluate.training import (
     split,
     start_accelerator,
 )
-from mim.keys import image_keys, random_bits, seed_of, uniforms
-from mim.optim import Schedule
+from mim.model.backbones import build_backbone, family_of, load_backbone
+from mim.training.checkpoint import TASK, read_safetensors, save_encoder
+from mim.training.optim import Schedule
 
 _HEAD_STD = 2e-5  # MAE's: the head begins almost at zero
 # The norm stands before the pooling or behind it; the one a classifier has not is left out.

@@ -27,8 +27,11 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
-from mim.checkpoint import prepare_folder, read_result, write_atomic
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import choice_error, setting_error
+from mim.core.files import parse_yaml
+from mim.core.keys import image_keys
+from mim.core.progress import RunProgress
 from mim.data import (
     ClassFolders,
     Corrupted,
@@ -39,7 +42,6 @@ from mim.data import (
     normalize,
 )
 from mim.data.corruptions import BENCHMARK, CORRUPTIONS, SEVERITIES, check_channels
-from mim.errors import choice_error, setting_error
 from mim.evaluate.base import (
     EVALUATIONS,
     AnyEvaluation,
@@ -50,11 +52,9 @@ from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import extract_features, image_tokens, pool_tokens
 from mim.evaluate.finetune import FILE as FINETUNED
 from mim.evaluate.finetune import FinetuneSettings, load_classifier
-from mim.evaluate.linear import Linear, LinearSettings
+from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.training import autocast, start_accelerator
-from mim.files import parse_yaml
-from mim.keys import image_keys
-from mim.progress import RunProgress
+from mim.training.checkpoint import prepare_folder, read_result, write_atomic
 
 ALEXNET = {
     "gaussian_noise": 0.886428,

@@ -31,21 +31,21 @@ from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mim.allocator import keep_freed_memory
-from mim.checkpoint import FORMAT, read_checkpoint, snapshot, write_atomic
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.linear import use_linear
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import seed_of
+from mim.core.progress import RunProgress
+from mim.core.signals import Interrupted, Signals
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader, worker_deaths
 from mim.data.loader import Augment
-from mim.errors import UserError, choice_error, setting_error
 from mim.evaluate.base import EvaluationSettings, holdout, low_shot
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import AUTOCAST
-from mim.interrupt import Interrupted, Signals
-from mim.keys import seed_of
-from mim.linear import use_linear
-from mim.optim import Schedule
-from mim.processes import gathering, together
-from mim.progress import RunProgress
+from mim.training.checkpoint import FORMAT, read_checkpoint, snapshot, write_atomic
+from mim.training.optim import Schedule
+from mim.training.runtime.processes import gathering, together
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def several(device: torch.device | str, timeout: float = TIMEOUT) -> Iterator[No
         timeout: seconds after which a process that others wait for is lost.
 
     Raises:
-        LostProcess: see :func:`mim.processes.together`.
+        LostProcess: see :func:`mim.training.runtime.processes.together`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 
 Grid = tuple[int, int]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from mim import checkpoint
-from mim.config import Config
-from mim.settings import to_dict
+from mim.core.config import Config
+from mim.core.settings import to_dict
+from mim.training import checkpoint
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -14,9 +14,12 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim import checkpoint
-from mim.api import load
-from mim.backbone import (
+from mim.core.config import Config
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.settings import to_dict
+from mim.interop.card import write_card
+from mim.interop.layouts import to_hf, to_mae, to_timm
+from mim.model.backbones import (
     build_backbone,
     family_of,
     grid_of,
@@ -24,11 +27,8 @@ from mim.backbone import (
     patch_size_of,
     supports_split,
 )
-from mim.config import Config
-from mim.errors import UserError, choice_error, setting_error
-from mim.interop.card import write_card
-from mim.interop.layouts import to_hf, to_mae, to_timm
-from mim.settings import to_dict
+from mim.training import checkpoint
+from mim.training.loading import load
 
 PARTS = ("encoder", "model")
 

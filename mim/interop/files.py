@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mim.checkpoint import read_safetensors
-from mim.errors import UserError, choice_error
+from mim.core.errors import UserError, choice_error
 from mim.interop.account import some
+from mim.training.checkpoint import read_safetensors
 
 # Where training scripts put the weights; the average of them first, as it is what is evaluated.
 _WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "teacher", "module")

@@ -16,20 +16,20 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mim import checkpoint
-from mim.backbone import grid_of, patch_size_of, sincos_position_embedding
-from mim.config import Config
-from mim.cost import environment
-from mim.errors import UserError, choice_error, setting_error
-from mim.files import parse_yaml
+from mim.core.config import Config
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.files import parse_yaml
+from mim.core.settings import flatten, load_config, to_dict, to_yaml
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry, some
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
 from mim.interop.files import Weights, file_digest, read_weights
 from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
-from mim.optim import build_optimizer
-from mim.settings import flatten, load_config, to_dict, to_yaml
-from mim.teacher import Teacher
+from mim.model.backbones import grid_of, patch_size_of, sincos_position_embedding
+from mim.model.teacher import Teacher
+from mim.training import checkpoint
+from mim.training.optim import build_optimizer
+from mim.training.runtime.cost import environment
 
 PARTS = ("model", "encoder")
 IMPORTED = "imported"

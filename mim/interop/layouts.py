@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mim.errors import UserError, choice_error
+from mim.core.errors import UserError, choice_error
 from mim.interop.account import some
 
 CLASSIFIER = "classification head: the encoder alone is taken"

@@ -1,6 +1,5 @@
 """Masks: which patches are hidden, how they are chosen, and who may attend to whom."""
 
-from mim.masks.attention import key_bias
 from mim.masks.file import FileMask
 from mim.masks.generators import (
     MASKS,
@@ -38,7 +37,6 @@ __all__ = [
     "RowMask",
     "build_mask_generator",
     "hidden_count",
-    "key_bias",
     "mask_statistics",
     "sample_masks",
 ]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mim.config import MaskConfig
-from mim.errors import UserError, setting_error
-from mim.files import NPY_ERRORS
-from mim.keys import name_to_int
+from mim.core.config import MaskConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.files import NPY_ERRORS
+from mim.core.keys import name_to_int
 from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest
 
 # Those of mim.data's image folders, which stand above this module; a test compares them.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim.keys import seed_of, uniforms
+from mim.core.keys import seed_of, uniforms
 from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
 
 

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from mim.errors import setting_error
-from mim.keys import random_bits, uniforms
+from mim.core.errors import setting_error
+from mim.core.keys import random_bits, uniforms
 from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest, RankedMask, rank_by
 
 _SHAPES = 4  # the keys' stream for places and shapes; 0 orders patches, 1 draws ratios

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mim.errors import UserError, setting_error
+from mim.core.errors import UserError, setting_error
 from mim.report.status import Progress, read_progress
 
 FORMAT = 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report.collect import Comparison, Run
 from mim.report.figures import Picture, data_uri
 

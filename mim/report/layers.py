@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report.collect import Comparison, Group, Run
 from mim.report.statistics import summarize
 from mim.report.tables import MISSING, Cell, Column, Row, Table

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Grid
 
-from mim.progress import clock
+from mim.core.progress import clock
+from mim.core.terminal import grid
 from mim.report.collect import Comparison, read_comparison
 from mim.report.tables import Table, comparison_table, runs_table
-from mim.terminal import grid
 
 _SECONDS = 2.0
 _SHOWN = ("held-out loss", "wall time")

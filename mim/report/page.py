@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report import figures, interactive, layers, robustness, tables
 from mim.report.charts import Chart, loss_charts, quality_charts, robustness_charts
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value

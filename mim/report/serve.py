@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from mim.errors import UserError, setting_error
+from mim.core.errors import UserError, setting_error
 from mim.report.collect import read_comparison
 from mim.report.page import report_html
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from mim.errors import UserError
-from mim.files import parse_yaml
-from mim.progress import clock
+from mim.core.errors import UserError
+from mim.core.files import parse_yaml
+from mim.core.progress import clock
 
 QUIET = 600.0
 """A run that has written nothing for so many seconds is taken to have stopped."""

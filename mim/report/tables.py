@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mim.progress import clock
+from mim.core.progress import clock
 from mim.report.collect import (
     COSTS,
     GIVEN,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report.charts import styles
 from mim.report.collect import Comparison, Run
 from mim.report.figures import Picture, data_uri

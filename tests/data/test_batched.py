@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.core.keys import image_keys
 from mim.data import train_transform
-from mim.data.batched import crop_resize
-from mim.data.decode import UnreadableImage, decode
-from mim.data.transforms import resize, resizer
-from mim.errors import UserError
-from mim.keys import image_keys
+from mim.data.images.batched import crop_resize
+from mim.data.images.decode import UnreadableImage, decode
+from mim.data.images.transforms import resize, resizer
 
 
 @pytest.mark.parametrize("how", ["pil", "torch"])
@@ -125,7 +125,7 @@ def test_exif_rotation_is_left_to_pil() -> None:
 def test_without_a_gpu_nvjpeg_falls_back_and_says_so_in_a_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from mim.data import decode as module
+    from mim.data.images import decode as module
 
     module._has_nvjpeg.cache_clear()
     data = _jpeg()

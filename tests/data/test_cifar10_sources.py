@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
 from mim.data import Batch, eval_loader, open_source, train_loader
-from mim.data.pack import Recipe, pack
+from mim.data.storage.pack import pack
+from mim.data.storage.packed import Recipe
 
 CLASSES = 10
 TARS = 4

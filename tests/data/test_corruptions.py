@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import color
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
 from mim.data import CORRUPTIONS, Corrupted, Subset, corrupt, eval_loader, open_source
 from mim.data.corruptions import BENCHMARK, _disk, _streak
-from mim.errors import UserError
 
 PHOTOS = DataConfig(source="photos", image_size=32, batch_size=64)
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
 from mim.data import Batch, Subset, eval_loader, open_source, train_loader
-from mim.data import pack as pack_module
-from mim.data.pack import MANIFEST, Recipe, pack, verify
-from mim.errors import UserError
+from mim.data.storage import packed as pack_module
+from mim.data.storage.pack import pack
+from mim.data.storage.packed import MANIFEST, Recipe, verify
 
 
 def photographs(root: Path, sizes: list[tuple[int, int]], count: int = 24) -> Path:
@@ -112,7 +113,7 @@ def test_a_subset_of_a_device_cache_reads_its_own_images(tmp_path: Path) -> None
 def test_too_little_memory_is_said_before_all_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mim.data import cache
+    from mim.data.storage import cache
 
     data = config(photographs(tmp_path / "set", [(32, 32)]), cache="memory")
     monkeypatch.setattr(

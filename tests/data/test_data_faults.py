@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError, WorkerError
+from mim.core.keys import image_keys, uniforms
 from mim.data import (
     ImageSource,
     UnreadableImage,
@@ -22,10 +24,8 @@ from mim.data import (
     open_source,
     train_loader,
 )
-from mim.data.decode import decode
-from mim.data.transforms import prepare
-from mim.errors import UserError, WorkerError
-from mim.keys import image_keys, uniforms
+from mim.data.images.decode import decode
+from mim.data.images.transforms import prepare
 
 SIDE = 6
 COLOUR = (200, 40, 90)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from mim.config import DataConfig
-from mim.data import ImageSource, listing, open_source
-from mim.data import folder as folder_module
-from mim.data.names import Names
-from mim.errors import UserError
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.data import ImageSource, open_source
+from mim.data.places import listing
+from mim.data.places.names import Names
+from mim.data.sources import folder as folder_module
 
 CLASSES, DEEP, EACH = 60, 2, 20  # 120 folders, 2,400 files
 
@@ -193,9 +194,11 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import psutil, torch, torch.multiprocessing
 from pathlib import Path
-from mim.config import DataConfig, SubsetConfig
-from mim.data import folder, listing, open_source, shards
-from mim.keys import permutation
+from mim.core.config import DataConfig, SubsetConfig
+from mim.data import open_source
+from mim.data.places import listing
+from mim.data.sources import folder, shards
+from mim.core.keys import permutation
 
 CLASSES, EACH = 1000, 1000
 MB = 1 << 20

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
 from mim.data import (
     Batch,
     ImageSource,
@@ -22,7 +23,6 @@ from mim.data import (
     steps_per_epoch,
     train_loader,
 )
-from mim.errors import UserError
 
 CONFIG = DataConfig(source="digits", image_size=8, channels=1, batch_size=16)
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.core.patches import Patches, patchify
 from mim.data import Batch, ImageSource, eval_loader, normalize, open_source, train_loader
-from mim.data.own_sizes import own_grid
-from mim.errors import UserError
-from mim.patches import Patches, patchify
+from mim.data.images.own_sizes import own_grid
 
 SIZES = [(40, 60), (64, 32), (33, 47), (120, 24), (32, 32), (90, 91), (24, 200), (50, 75)]
 

@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
-from mim.data import Batch, ImageSource, eval_loader, fetch, open_source, shards, train_loader
-from mim.data.places import expand
-from mim.errors import UserError
-from mim.keys import name_to_int
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.core.keys import name_to_int
+from mim.data import Batch, ImageSource, eval_loader, open_source, train_loader
+from mim.data.places import fetch
+from mim.data.places.places import expand
+from mim.data.sources import shards
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.core.keys import name_to_int
 from mim.data import (
     SOURCES,
     ImageSource,
@@ -24,9 +26,7 @@ from mim.data import (
     torchvision_sets,
     train_loader,
 )
-from mim.data import folder as folder_module
-from mim.errors import UserError
-from mim.keys import name_to_int
+from mim.data.sources import folder as folder_module
 
 
 def folder(root: Path, *names: str) -> Path:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig, SubsetConfig
+from mim.core.config import DataConfig, SubsetConfig
+from mim.core.errors import UserError
+from mim.core.settings import load_config
 from mim.data import CLASS_LISTS, ImageSource, open_source
-from mim.errors import UserError
-from mim.settings import load_config
 
 SHA = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
 SIZES = {"n01558993": 20, "n01692333": 10, "n02085620": 5, "n03000684": 5, "tench": 4}

@@ -15,10 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from mim.config import DataConfig, HuggingFaceConfig, MixConfig, SubsetConfig
+from mim.core.config import DataConfig, HuggingFaceConfig, MixConfig, SubsetConfig
+from mim.core.errors import UserError
+from mim.core.settings import load_config, to_yaml
 from mim.data import open_source, steps_per_epoch, train_loader
-from mim.errors import UserError
-from mim.settings import load_config, to_yaml
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
+from mim.core.keys import image_keys
 from mim.data import (
     crop_parameters,
     denormalize,
@@ -17,8 +19,6 @@ from mim.data import (
     prepare,
     train_transform,
 )
-from mim.errors import UserError
-from mim.keys import image_keys
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> Image.Image:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
 from mim.data import (
     WEIGHTS,
     Batch,
@@ -23,7 +24,6 @@ from mim.data import (
     open_weights,
     train_loader,
 )
-from mim.errors import UserError
 
 CONFIG = DataConfig(source="digits", image_size=8, channels=1, batch_size=8)
 

@@ -20,11 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.config import DataConfig, HuggingFaceConfig, MixConfig, SubsetConfig
-from mim.data import Batch, fetch, open_source, train_loader
-from mim.data.pack import Recipe, pack
-from mim.errors import UserError
-from mim.settings import load_config
+from mim.core.config import DataConfig, HuggingFaceConfig, MixConfig, SubsetConfig
+from mim.core.errors import UserError
+from mim.core.settings import load_config
+from mim.data import Batch, open_source, train_loader
+from mim.data.places import fetch
+from mim.data.storage.pack import pack
+from mim.data.storage.packed import Recipe
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
@@ -406,7 +408,7 @@ def hub(server: tuple[str, type[Any]]) -> Iterator[str]:
 
 SCRIPT = """
 import sys, torch
-from mim.config import DataConfig, HuggingFaceConfig
+from mim.core.config import DataConfig, HuggingFaceConfig
 from mim.data import open_source, train_loader
 seen = []
 for path in ("me/set", "hf://datasets/me/set@main"):

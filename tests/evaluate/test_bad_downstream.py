@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim.checkpoint import save_encoder
-from mim.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.settings import to_yaml
 from mim.evaluate import build_evaluation, open_encoder
-from mim.evaluate.dense import encoder_at_size
+from mim.evaluate.dense.segment import Segmenter
+from mim.evaluate.dense.training import encoder_at_size
 from mim.evaluate.finetune import FinetuneSettings, build_classifier
-from mim.evaluate.segment import Segmenter
-from mim.settings import to_yaml
+from mim.training.checkpoint import save_encoder
 
 ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 MODEL = ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=ARGS)

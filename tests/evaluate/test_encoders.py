@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from mim.backbone import build_backbone
-from mim.config import Config, DataConfig, ModelConfig
-from mim.errors import UserError
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError
 from mim.evaluate import open_encoder, timm_encoder
+from mim.model.backbones import build_backbone
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import save_file
 
 import mim.evaluate
-from mim.backbone import build_backbone
-from mim.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError
 from mim.data import ImageSource, Subset, open_source
-from mim.errors import UserError
 from mim.evaluate import EVALUATIONS, Encoder, Linear, evaluate, evaluate_run, open_encoder
+from mim.model.backbones import build_backbone
 
 ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64)

@@ -9,9 +9,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from mim.config import DataConfig
+from mim.core.config import DataConfig
+from mim.core.errors import UserError
 from mim.data import eval_transform, normalize, open_source
-from mim.errors import UserError
 from mim.evaluate import Encoder, extract_features, pixels_encoder, pool_tokens
 
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=32)

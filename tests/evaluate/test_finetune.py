@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import mim as package
-from mim.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError
+from mim.core.keys import image_keys
 from mim.data import Subset, eval_loader, normalize, open_source
-from mim.errors import UserError
 from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_encoder
 from mim.evaluate.base import low_shot
 from mim.evaluate.finetune import (
@@ -32,7 +33,6 @@ from mim.evaluate.finetune import (
     parameter_groups,
 )
 from mim.evaluate.training import split
-from mim.keys import image_keys
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)

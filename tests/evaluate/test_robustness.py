@@ -13,9 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from mim.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError
 from mim.data import Corrupted, ImageSource, Subset, eval_loader, match_classes, open_source
-from mim.errors import UserError
 from mim.evaluate import Encoder, evaluate, open_encoder
 from mim.evaluate import robustness as module
 from mim.evaluate.finetune import load_classifier

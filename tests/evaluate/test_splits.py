@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.evaluate import ProbeSettings, build_evaluation
 from mim.evaluate.base import check_few_shot, few_shot_draw, few_shot_folds, holdout
 

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import mim.evaluate.finetune
-from mim.compare import SERVER_MODULES
-from mim.config import Config, DataConfig, ModelConfig
+from mim.compare.runner import SERVER_MODULES
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.errors import UserError
+from mim.core.signals import Interrupted
 from mim.data import open_source
-from mim.errors import UserError
 from mim.evaluate import (
     Attentive,
     AttentiveSettings,
@@ -34,7 +35,6 @@ from mim.evaluate import (
 )
 from mim.evaluate.finetune import KeyedDropPath, build_classifier, fit
 from mim.evaluate.training import global_batch
-from mim.interrupt import Interrupted
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)
@@ -218,7 +218,7 @@ import os, sys
 rank = {rank}
 os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
 os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", ACCELERATE_USE_CPU="true")
-from mim.cli import main
+from mim.cli.main import main
 
 sys.exit(main({args}))
 """

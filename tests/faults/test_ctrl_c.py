@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-import mim.cli
+import mim.cli.main
 import mim.report.page
-from mim.compare import plan, read_compare_config, run_one
-from mim.interrupt import Signals, between_imports, unheard
+from mim.compare.runner import plan, read_compare_config, run_one
+from mim.core.signals import Signals, between_imports, unheard
 
 Tiny = Callable[..., Path]
 Terminal = Callable[..., tuple[int, str]]
@@ -76,7 +76,7 @@ def terminal() -> Terminal:
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 setattr(owner, last, how(getattr(owner, last)))
-                code = mim.cli.main([str(arg) for arg in args])
+                code = mim.cli.main.main([str(arg) for arg in args])
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -132,7 +132,7 @@ def measured(
     args = ["--config", str(config), "--output", str(folder)]
     for item in plan(read_compare_config(args)):
         run_one(item, {})  # here, where the libraries are loaded
-    assert mim.cli.main(["compare", *args, "--show", "quiet"]) == 0
+    assert mim.cli.main.main(["compare", *args, "--show", "quiet"]) == 0
     return folder
 
 
@@ -140,15 +140,19 @@ def measured(
     ("args", "place", "how"),
     [
         (["evaluate", "knn", "RUN"], "mim.evaluate.features:image_tokens", before),
-        (["evaluate", "linear", "RUN"], "mim.evaluate.linear:Linear.run", before),
-        (["evaluate", "knn", "RUN"], "mim.files:_write_text", halfway),
+        (["evaluate", "linear", "RUN"], "mim.evaluate.probes.linear:Linear.run", before),
+        (["evaluate", "knn", "RUN"], "mim.core.files:_write_text", halfway),
         (["report", "CMP"], "mim.report.figures:draw", before),
         (["report", "CMP"], "pathlib:Path.write_bytes", halfway),
-        (["visualize", "masks", "RUN"], "mim.visualize:draw_masks", before),
+        (["visualize", "masks", "RUN"], "mim.evaluate.visualize:draw_masks", before),
         (["visualize", "masks", "RUN"], "matplotlib.figure:Figure.savefig", halfway),
-        (["visualize", "reconstruct", "RUN"], "mim.visualize:reconstruction_figure", before),
+        (
+            ["visualize", "reconstruct", "RUN"],
+            "mim.evaluate.visualize:reconstruction_figure",
+            before,
+        ),
         (["export", "RUN", "--output", "RUN/a.safetensors"], "mim.interop:export_run", before),
-        (["runs", "RUN"], "mim.runs:find_runs", before),
+        (["runs", "RUN"], "mim.report.runs:find_runs", before),
     ],
 )
 def test_a_verb_stops(
@@ -201,7 +205,7 @@ def test_one_typed_again_does_not_wait_for_an_import(
     text += "    if i in (0, 10):\n        os.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / "mim_test_slow.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("mim.interrupt._AGAIN", 0.3)
+    monkeypatch.setattr("mim.core.signals._AGAIN", 0.3)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), between_imports():
         importlib.import_module("mim_test_slow")
@@ -227,7 +231,7 @@ def test_python_cannot_ignore_it(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_server_of_processes_does_not_hear_it() -> None:
     """It imports the libraries, and would tell of a Ctrl-C at length."""
-    with unheard():  # as mim.interrupt.start_server does
+    with unheard():  # as mim.core.signals.start_server does
         server = subprocess.Popen(["sleep", "30"])
     server.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -255,7 +259,7 @@ def test_a_launcher_that_passes_it_on_does_not_make_it_two(monkeypatch: pytest.M
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert signals.caught == signal.SIGINT
-        monkeypatch.setattr("mim.interrupt._AGAIN", 0.0)
+        monkeypatch.setattr("mim.core.signals._AGAIN", 0.0)
         with pytest.raises(KeyboardInterrupt):  # who types it again does not wait
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)

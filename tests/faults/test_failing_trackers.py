@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from mim import checkpoint
-from mim import pretrain as training
-from mim.metrics import Metrics
-from mim.settings import load_config
-from mim.trackers import Trackers, track_report
+from mim.core.settings import load_config
+from mim.training import checkpoint
+from mim.training import pretrain as training
+from mim.training.metrics import Metrics
+from mim.training.runtime.trackers import Trackers, track_report
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -115,7 +115,7 @@ def test_a_tracker_that_fails_is_left_out(
         if trackers[0].name == name and call == "picture":
             fail(OSError(28, "No space left on device"))
 
-    monkeypatch.setattr("mim.trackers.track_picture", picture)
+    monkeypatch.setattr("mim.training.runtime.trackers.track_picture", picture)
 
     def finish(self: Any) -> None:
         fail(BrokenPipeError(32, "Broken pipe"))
@@ -221,7 +221,7 @@ import os, signal, sys, threading
 import psutil
 from accelerate import PartialState
 from accelerate.tracking import WandBTracker
-from mim.trackers import Trackers
+from mim.training.runtime.trackers import Trackers
 
 PartialState(cpu=True)
 tracker = WandBTracker("masks", mode="offline", dir=sys.argv[1])

@@ -24,15 +24,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from mim import checkpoint
-from mim.config import Config, FileMaskConfig, MaskConfig
-from mim.data.decode import decode
-from mim.data.shards import scan
-from mim.errors import UserError
-from mim.files import parse_yaml
+from mim.core.config import Config, FileMaskConfig, MaskConfig
+from mim.core.errors import UserError
+from mim.core.files import parse_yaml
+from mim.core.settings import load_config, read_args, to_yaml
+from mim.data.images.decode import decode
+from mim.data.sources.shards import scan
 from mim.interop.files import read_weights
 from mim.masks.generators import build_mask_generator
-from mim.settings import load_config, read_args, to_yaml
+from mim.training import checkpoint
 
 Outcomes = list[tuple[str, str, str]]
 EXAMPLES = int(os.environ.get("MIM_FUZZ_EXAMPLES", "25"))

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from PIL import Image, PngImagePlugin
 
-from mim import pretrain as training
-from mim.config import Config, DataConfig
+from mim.core.config import Config, DataConfig
+from mim.core.errors import UserError
+from mim.core.files import parse_yaml
+from mim.core.settings import load_config
 from mim.data import open_source
-from mim.data.decode import UnreadableImage, decode
-from mim.errors import UserError
-from mim.files import parse_yaml
-from mim.settings import load_config
+from mim.data.images.decode import UnreadableImage, decode
+from mim.training import pretrain as training
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -262,7 +262,7 @@ def test_plain_yaml_is_what_it_was() -> None:
 
 
 def test_a_record_from_elsewhere_is_read_as_values(tmp_path: Path) -> None:
-    from mim.debug import debug_batch
+    from mim.training.debug import debug_batch
 
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     for content in ("[]", '{"step": "x", "sample_ids": []}', '{"step": 1}', "\udc80x"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mim import checkpoint
+from mim.training import checkpoint
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -28,9 +28,9 @@ TIMEOUT = 4.0
 PLUGIN = """
 import os, time
 from pathlib import Path
-import mim.pretrain
+import mim.training.pretrain
 
-keys, calls, mark = mim.pretrain.image_keys, 0, Path({mark!r})
+keys, calls, mark = mim.training.pretrain.image_keys, 0, Path({mark!r})
 
 def noted(*args, **kwargs):
     global calls
@@ -41,7 +41,7 @@ def noted(*args, **kwargs):
             time.sleep(0.01)
     return keys(*args, **kwargs)
 
-mim.pretrain.image_keys = noted
+mim.training.pretrain.image_keys = noted
 """
 
 

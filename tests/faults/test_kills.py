@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from mim import checkpoint
-from mim.cli import main
-from mim.compare import SERVER_MODULES
+from mim.cli.main import main
+from mim.compare.runner import SERVER_MODULES
+from mim.training import checkpoint
 
 TRIALS = int(os.environ.get("MIM_FAULT_TRIALS", "4"))
 KILLS_AT_MOST = 3
@@ -28,18 +28,18 @@ KILLS_AT_MOST = 3
 # What dies, and how often it is called in the run below, about (in each of its two workers).
 INSTANTS = {
     "reading a batch": ("mim.data.loader", "_TrainBatches.gather", 4),
-    "drawing a mask": ("mim.pretrain", "image_keys", 12),
-    "in the forward pass": ("mim.model", "MaskedImageModel.forward", 24),
+    "drawing a mask": ("mim.training.pretrain", "image_keys", 12),
+    "in the forward pass": ("mim.model.model", "MaskedImageModel.forward", 24),
     "before the optimizer": ("torch.optim", "AdamW.step", 12),
-    "giving a line of metrics": ("mim.metrics", "Metrics.write", 6),
-    "writing a line of metrics": ("mim.metrics", "Metrics._append", 6),
-    "measuring held-out loss": ("mim.pretrain", "held_out_loss", 2),
-    "drawing a picture": ("mim.pretrain", "reconstruct", 1),
+    "giving a line of metrics": ("mim.training.metrics", "Metrics.write", 6),
+    "writing a line of metrics": ("mim.training.metrics", "Metrics._append", 6),
+    "measuring held-out loss": ("mim.training.pretrain", "held_out_loss", 2),
+    "drawing a picture": ("mim.training.pretrain", "reconstruct", 1),
     "half-way in a checkpoint": ("torch", "save", 5),
     "before a file has its name": ("pathlib", "Path.replace", 12),
     "before a file is on disk": ("os", "fsync", 20),
     "removing an old checkpoint": ("pathlib", "Path.unlink", 20),
-    "saving the encoder": ("mim.checkpoint", "save_encoder", 1),
+    "saving the encoder": ("mim.training.checkpoint", "save_encoder", 1),
 }
 FORK = """
 import multiprocessing

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mim.errors import UserError
-from mim.lock import sole_use
+from mim.core.errors import UserError
+from mim.core.lock import sole_use
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from mim import checkpoint
-from mim import pretrain as training
-from mim.metrics import Metrics
+from mim.training import checkpoint
+from mim.training import pretrain as training
+from mim.training.metrics import Metrics
 
 STEPS = int(os.environ.get("MIM_LONG_STEPS", "20000"))
 LINES = 200

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mim import checkpoint
-from mim.errors import TrainingError
-from mim.metrics import Metrics
+from mim.core.errors import TrainingError
+from mim.training import checkpoint
+from mim.training.metrics import Metrics
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mim import checkpoint
+from mim.training import checkpoint
 
 Tiny = Callable[..., Path]
 Launch = Callable[..., Any]
@@ -40,15 +40,17 @@ def faulty(*args, **kwargs):
 
 setattr(owner, last, faulty)
 """
-STEP = ("mim.pretrain", "image_keys")
+STEP = ("mim.training.pretrain", "image_keys")
 LOADER = ("mim.data.loader", "_TrainBatches.gather")
-SAVING = ("mim.checkpoint", "save_checkpoint")
-START = ("mim.pretrain", "_start_folder")
+SAVING = ("mim.training.checkpoint", "save_checkpoint")
+START = ("mim.training.pretrain", "_start_folder")
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 SLEEP = "time.sleep(1000)"
 RAISE = "raise ArithmeticError('a cosmic ray')"
-MISTAKE = "raise importlib.import_module('mim.errors').UserError('data.path: not on this host')"
+MISTAKE = (
+    "raise importlib.import_module('mim.core.errors').UserError('data.path: not on this host')"
+)
 CONFIG = {"train.timeout": TIMEOUT, "train.checkpoint_every": 0.04, "train.log_every": 1}
 
 # Which rank, where, what; what the others say of it; its exit code, and whether at once.

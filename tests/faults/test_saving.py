@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-import mim.pretrain as loop
-from mim import checkpoint
+import mim.training.pretrain as loop
+from mim.training import checkpoint
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]

@@ -16,7 +16,7 @@ from layouts_by_hand import encoder_shapes, fill, mae_shapes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.interop import import_model, import_run, read_weights
 
 Store = Callable[..., Path]

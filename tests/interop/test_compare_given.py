@@ -12,10 +12,10 @@ import pytest
 import yaml
 from layouts_by_hand import encoder_shapes, fill
 
-from mim.compare import CompareConfig, plan
-from mim.errors import UserError
+from mim.compare.runner import CompareConfig, plan
+from mim.core.errors import UserError
+from mim.core.settings import load_config
 from mim.interop import import_run
-from mim.settings import load_config
 
 PROBES = {"knn": {"k": [5], "few_shot": [], "temperature": [0.1]}}
 

@@ -23,9 +23,9 @@ from layouts_by_hand import (
 )
 from torch import Tensor
 
-from mim import checkpoint
 from mim.interop import convert, export_run, import_model, import_run, to_hf, to_mae, to_timm
 from mim.masks import PatchMask, sample_masks
+from mim.training import checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -35,7 +35,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def mask_of(model: Any, count: int = 3) -> PatchMask:
-    from mim.config import MaskConfig
+    from mim.core.config import MaskConfig
 
     config = MaskConfig(ratio=0.75)
     return sample_masks(config, model.grid, seed=5, epoch=0, sample_ids=list(range(count)))
@@ -255,7 +255,7 @@ def test_both_generations_of_names(tmp_path: Path, store: Store, small: Small) -
             mixed[name] = value
     for name in [n for n in mixed if n.startswith("vit.encoder.layer.1.")]:
         del mixed[name]
-    from mim.errors import UserError
+    from mim.core.errors import UserError
 
     with pytest.raises(UserError, match="mixed key styles"):
         import_model(store(mixed), small)
@@ -277,7 +277,7 @@ def test_vit_for_masked_image_modeling(tmp_path: Path, images: Tensor) -> None:
     mask = mask_of(model)
     expected = oracle(images, bool_masked_pos=mask.is_masked)
     output = model(images, mask)
-    from mim.patches import unpatchify
+    from mim.core.patches import unpatchify
 
     drawn = unpatchify(output.prediction, (4, 4), (4, 4))
     torch.testing.assert_close(drawn, expected.reconstruction, **EXACT)
@@ -352,7 +352,7 @@ def test_simmim(scaled: bool, store: Store, small: Small, images: Tensor) -> Non
     output, features = layers(model, lambda: model(images, mask))
     for depth, tokens in enumerate(features):
         torch.testing.assert_close(tokens, wanted[f"layer{depth}"], **EXACT)
-    from mim.patches import unpatchify
+    from mim.core.patches import unpatchify
 
     drawn = unpatchify(output.prediction, (4, 4), (4, 4))
     torch.testing.assert_close(drawn, wanted["image"], **EXACT)
@@ -491,7 +491,7 @@ def test_files_in_parts(tmp_path: Path) -> None:
     wanted = whole.model.state_dict()
     for key, value in parts.model.state_dict().items():
         assert torch.equal(value, wanted[key])
-    from mim.errors import UserError
+    from mim.core.errors import UserError
 
     next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
     with pytest.raises(UserError, match="is not in its folder"):
@@ -519,7 +519,7 @@ def size_settings(size: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_heads_by_size_by_name_or_not_at_all(store: Store) -> None:
-    from mim.errors import UserError
+    from mim.core.errors import UserError
 
     plain = store(timm.create_model("vit_small_patch16_224", depth=12).state_dict())
     imported = import_model(plain, {"data.image_size": 32})

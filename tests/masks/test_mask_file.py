@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from mim import load_config
-from mim.config import DataConfig, FileMaskConfig, MaskConfig
-from mim.data import decode
-from mim.data.folder import ImageFolder
-from mim.errors import UserError
-from mim.keys import image_keys, name_to_int
+from mim.core.config import DataConfig, FileMaskConfig, MaskConfig
+from mim.core.errors import UserError
+from mim.core.keys import image_keys, name_to_int
+from mim.data.images import decode
+from mim.data.sources.folder import ImageFolder
 from mim.masks import PatchMask, build_mask_generator, sample_masks
 from mim.masks.file import IMAGE_EXTENSIONS
 from mim.model import build_model

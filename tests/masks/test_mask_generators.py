@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim.config import MaskConfig, MaskScheduleConfig
-from mim.errors import UserError
-from mim.keys import image_keys, random_bits
+from mim.core.config import MaskConfig, MaskScheduleConfig
+from mim.core.errors import UserError
+from mim.core.keys import image_keys, random_bits
 from mim.masks import (
     MaskGenerator,
     PatchMask,

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim.backbone import attention_maps, patch_attention
-from mim.config import (
+from mim.core.config import (
     AttentionMaskConfig,
     Config,
     DataConfig,
@@ -21,12 +20,13 @@ from mim.config import (
     RegimeConfig,
     TransformerDecoderConfig,
 )
-from mim.errors import UserError
-from mim.keys import image_keys
+from mim.core.errors import UserError
+from mim.core.keys import image_keys
 from mim.masks import PatchMask, build_mask_generator, sample_masks
 from mim.masks.guided import gumbel
 from mim.model import MaskedImageModel, build_model
-from mim.optim import build_optimizer
+from mim.model.backbones import attention_maps, patch_attention
+from mim.training.optim import build_optimizer
 
 IDS = torch.arange(6)
 

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from mim.config import (
+from mim.core.config import (
     AlignedMaskConfig,
     BlockMaskConfig,
     InverseBlockMaskConfig,
     MaskConfig,
     MultiblockMaskConfig,
 )
-from mim.errors import UserError
-from mim.keys import image_keys, uniforms
+from mim.core.errors import UserError
+from mim.core.keys import image_keys, uniforms
+from mim.core.settings import read_args
 from mim.masks import (
     MASKS,
     PatchMask,
@@ -30,7 +31,6 @@ from mim.masks import (
     mask_statistics,
     sample_masks,
 )
-from mim.settings import read_args
 
 Grid = tuple[int, int]
 Ratio = float | tuple[float, float]

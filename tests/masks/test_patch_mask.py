@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mim.masks import PatchMask, key_bias
+from mim.masks import PatchMask
+from mim.model.attention import key_bias
 
 
 def rows(*texts: str) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mim.bench.many import write_runs
+from mim.compare.cost.many import write_runs
 from mim.report import read_comparison, write_report
 from mim.report.collect import Comparison, Group
 from mim.report.page import notes

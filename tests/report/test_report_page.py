@@ -21,7 +21,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report import write_report
 from mim.report.charts import loss_charts, mean_curve, styles
 from mim.report.collect import axis_labels, read_comparison

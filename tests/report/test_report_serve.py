@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mim.errors import UserError
+from mim.core.errors import UserError
 from mim.report import report_server
 
 Ask = Callable[..., tuple[int, str, str]]

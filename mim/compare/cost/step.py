@@ -1,0 +1,534 @@
+"""Timing whole training steps, interleaved so that a busy machine is unfair to nobody.
+
+Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator; the
+parent lets one of them work at a time, in turn, round after round. Its products are timed alone in
+another process, since what they leave behind in the C library's heap makes later steps faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim.compare.cost.memory import bytes_added, bytes_of
+from mim.compare.cost.peers import PEERS, build_peer, sizes_of
+from mim.compare.cost.products import products_of
+from mim.compare.runner import server_context
+from mim.core.config import Config
+from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.linear import has_onednn, onednn_linear
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import image_keys
+from mim.core.settings import checked
+from mim.core.signals import end_at_once
+from mim.model.regimes import REGIMES
+from mim.training.checkpoint import write_text_atomic
+from mim.training.optim import build_optimizer
+from mim.training.pretrain import parts
+from mim.training.runtime.cost import count_flops, environment
+from mim.training.runtime.precision import autocast, autocast_dtype, model_on, narrow_weights
+
+_WARM_UP = 3  # the first steps pay for page faults and allocation
+_COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model
+LR = 1e-4
+# A peer whose loss is so many times ours, or ours its, does not do the same work.
+_SAME_LOSS = 2.0
+
+
+class _Work(NamedTuple):
+    """A training step in its two parts, and what stays in memory between two steps.
+
+    Attributes:
+        learn: forward and backward of a step, by its number; returns the loss.
+        descend: the optimizer's part.
+        kept: weights, moments and images.
+    """
+
+    learn: Callable[[int], Tensor]
+    descend: Callable[[], None]
+    kept: Callable[[], list[Tensor]]
+
+    def step(self, number: int) -> Tensor:
+        loss = self.learn(number)
+        self.descend()
+        return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What one process times.
+
+    Attributes:
+        name: of the regime or the peer.
+        config: for a regime of ours, with that regime; for a peer, what it is built to.
+        is_peer: whether ``name`` is a peer.
+        mae_path: a checkout of facebookresearch/mae, for the peer of that name.
+        threads: of torch's operations.
+        products: whether its products are timed alone, too.
+    """
+
+    name: str
+    config: Config
+    is_peer: bool
+    mae_path: Path | None
+    threads: int
+    products: bool
+
+
+def bench_step(
+    config: Config,
+    regimes: Sequence[str],
+    rounds: int = 5,
+    steps: int = 2,
+    *,
+    peers: Sequence[str] = (),
+    mae_path: Path | None = None,
+    variants: Mapping[str, Config] | None = None,
+    products: bool = True,
+) -> dict[str, Any]:
+    """Time training steps of one config under several regimes, on noise images.
+
+    Args:
+        config: what is timed; its batch size, precision, mask and sizes count.
+        regimes: names of regimes.
+        rounds: every round times each subject once, in turn.
+        steps: steps of one subject in a round.
+        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`; with
+            ``-compiled`` behind the name, under torch.compile.
+        mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
+        variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
+        products: whether the products of each step are timed alone, too.
+
+    Returns:
+        ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
+        lowest, highest over rounds), seconds a step, tokens in the encoder, tokens a second,
+        operations an image, the bytes of torch's tensors between two steps (``kept_memory``) and
+        at the peak of a step, the last loss, the share of ``matrix_flops_per_second`` that its
+        operations came to, and the share of a step that its products take when run alone.
+        ``ratio_to_first``, its speed over that of the first row, and ``ratio_to_fastest_peer`` of
+        each regime where there are peers. A ratio is the median over rounds of the ratio within a
+        round.
+
+    Raises:
+        UserError: for an unknown regime or peer, one that does not fit the config, a package that
+            is missing, or a peer whose loss shows that it does other work.
+    """
+    if rounds < 1 or steps < 1:
+        raise setting_error("bench", f"rounds={rounds}, steps={steps}", "must be at least 1")
+    for name in regimes:
+        if name not in REGIMES:
+            raise choice_error("--regimes", name, REGIMES)
+    for name in peers:
+        if name.removesuffix(_COMPILED) not in PEERS:
+            raise choice_error("--peer", name, PEERS)
+    threads = torch.get_num_threads()
+    subjects = []
+    for name in regimes:
+        chosen = checked(with_regime(config, name))
+        subjects.append(_Subject(name, chosen, False, mae_path, threads, products))
+    for name, varied in (variants or {}).items():
+        if name in (*regimes, *peers):
+            raise setting_error("--variants", name, "is the name of another row; choose another")
+        subjects.append(_Subject(name, checked(varied), False, mae_path, threads, products))
+    if not subjects:
+        raise setting_error("--regimes", "", "names nothing to be timed")
+    ours_first = [subject.name for subject in subjects]
+    subjects += [_Subject(name, config, True, mae_path, threads, products) for name in peers]
+    figures, times, alone, rates = _interleave(subjects, rounds, steps)
+    sizes = {subject.name: subject.config.data.batch_size for subject in subjects}
+    first = ours_first[0]
+    for name, seconds in times.items():
+        row = figures[name]
+        size = sizes[name]
+        speed = size / statistics.median(seconds)
+        row["seconds_per_step"] = statistics.median(seconds)
+        row["images_per_second"] = speed
+        row["slowest"] = size / max(seconds)
+        row["fastest"] = size / min(seconds)
+        row["tokens_per_second"] = speed * row["encoder_tokens"]
+        flops = row["flops_forward"] + row["flops_backward"]
+        if products:
+            shares = [part / own for part, own in zip(alone[name], seconds, strict=True)]
+            row["products_share"] = statistics.median(shares)
+        row["utilisation"] = speed * flops / statistics.median(rates)
+        row["ratio_to_first"] = _faster(times, sizes, name, first)
+    ours = {name: figures[name] for name in ours_first}
+    theirs = {name: figures[name] for name in peers}
+    if theirs:
+        _check_losses(ours, theirs)
+        best = min(peers, key=lambda name: statistics.median(times[name]))
+        for name in ours_first:
+            ours[name]["ratio_to_fastest_peer"] = _faster(times, sizes, name, best)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(_device()),
+        "threads": threads,
+        "batch_size": config.data.batch_size,
+        "precision": config.train.precision,
+        "rounds": rounds,
+        "steps": steps,
+        "matrix_flops_per_second": statistics.median(rates),
+        "regimes": ours,
+        "peers": theirs,
+    }
+
+
+def with_regime(config: Config, name: str) -> Config:
+    """The config under another regime."""
+    regime = dataclasses.replace(config.model.regime, name=name)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, regime=regime))
+
+
+def _faster(times: dict[str, list[float]], sizes: dict[str, int], name: str, other: str) -> float:
+    """Images a second of one over those of another: the median over rounds."""
+    images = sizes[name] / sizes[other]
+    rounds = zip(times[name], times[other], strict=True)
+    return statistics.median(images * theirs / own for own, theirs in rounds)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """On noise every masked autoencoder begins near the variance of the target, which is 1."""
+    name, first = next(iter(ours.items()))
+    for peer, row in theirs.items():
+        if not 1 / _SAME_LOSS < row["loss"] / first["loss"] < _SAME_LOSS:
+            raise UserError(
+                f"--peer {peer}: its loss is {row['loss']:.3f} and that of {name} is "
+                f"{first['loss']:.3f}, so they do not do the same work; nothing can be compared"
+            )
+
+
+def _interleave(
+    subjects: Sequence[_Subject], rounds: int, steps: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Figures of each subject; its seconds a step in every round, those of the products alone, and
+    each round's matrix rate."""
+    context = server_context()  # a fork of this process would share its threads
+    lines: dict[str, Connection] = {}
+    aside: dict[str, Connection] = {}  # of products, by the same names
+    processes = []
+    figures: dict[str, dict[str, Any]] = {}
+
+    def start(life: Callable[[Connection, _Subject], None], subject: _Subject) -> Connection:
+        line, far = context.Pipe()
+        process = context.Process(target=life, args=(far, subject), daemon=True)
+        process.start()
+        far.close()
+        processes.append(process)
+        return line
+
+    try:
+        for subject in subjects:
+            name = subject.name
+            lines[name] = start(_serve, subject)
+            # One after the other, so that each warms up on a free machine.
+            figures[name] = _answer(lines[name], name)
+            if subject.products:
+                aside[name] = start(_serve_products, subject)
+                _answer(aside[name], name)
+        times: dict[str, list[float]] = {name: [] for name in lines}
+        products: dict[str, list[float]] = {name: [] for name in lines}
+        rates = []
+        for number in range(rounds):
+            rates.append(_matrix_rate(subjects[0].config))
+            for name, line in lines.items():
+                line.send((number * steps, steps))
+                told = _answer(line, name)
+                times[name].append(told.pop("seconds"))
+                figures[name].update(told)
+                if name in aside:
+                    aside[name].send(True)
+                    products[name].append(_answer(aside[name], name)["seconds"])
+        for name, line in lines.items():
+            line.send(None)
+            figures[name].update(_answer(line, name))
+    finally:
+        for line in (*lines.values(), *aside.values()):
+            line.close()  # a subject whose line ends goes home
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+    return figures, times, products, rates
+
+
+def _answer(line: Connection, name: str) -> dict[str, Any]:
+    try:
+        kind, told = line.recv()
+    except EOFError as error:
+        reason = "its process ended without a word; it may have run out of memory"
+        raise UserError(f"mim bench step: {name}: {reason}") from error
+    if kind == "mistake":
+        raise UserError(told)
+    return told
+
+
+def _built(
+    line: Connection, subject: _Subject, device: torch.device
+) -> tuple[_Work, dict[str, Any]] | None:
+    """What a subject's process works on; None where the parent has been told why it cannot."""
+    end_at_once()
+    torch.set_num_threads(subject.threads)
+    try:
+        return (_peer if subject.is_peer else _regime)(subject, device)
+    except UserError as error:
+        line.send(("mistake", str(error)))
+    except Exception as error:
+        if not subject.is_peer:
+            raise
+        reason = f"does not run as installed: {type(error).__name__}: {error}"
+        line.send(("mistake", f"--peer {subject.name}: it {reason}"))
+    return None
+
+
+def _asked(line: Connection) -> Iterator[Any]:
+    """What the parent asks for, till it is gone."""
+    while True:
+        try:
+            yield line.recv()
+        except EOFError:
+            return
+
+
+def _serve(line: Connection, subject: _Subject) -> None:
+    """The life of a subject's process: build, warm up, then step whenever it is told to."""
+    device = _device()
+    built = _built(line, subject, device)
+    if built is None:
+        return
+    work, figures = built
+    for number in range(_WARM_UP):
+        work.step(number)
+    line.send(("ready", figures))
+    for asked in _asked(line):
+        if asked is None:  # last, since the count itself changes what the C library keeps
+            kept = bytes_of(work.kept())
+            peak = kept + bytes_added(lambda: work.step(0), device)
+            line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
+            continue
+        first, steps = asked
+        _wait(device)
+        began = time.perf_counter()
+        for number in range(first, first + steps):
+            loss = work.step(number)
+        _wait(device)
+        seconds = (time.perf_counter() - began) / steps
+        line.send(("done", {"seconds": seconds, "loss": float(loss)}))
+
+
+def _serve_products(line: Connection, subject: _Subject) -> None:
+    """The life of the process that times a subject's products; they are those it has uncompiled."""
+    device, config = _device(), subject.config
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+    name = subject.name.removesuffix(_COMPILED) if subject.is_peer else subject.name
+    built = _built(line, dataclasses.replace(subject, name=name, config=plain), device)
+    if built is None:
+        return
+    work, _ = built
+    measure = products_of(partial(work.learn, 0))
+    del work, built
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    line.send(("ready", {}))
+    for _ in _asked(line):
+        line.send(("done", {"seconds": measure(partial(_wait, device))}))
+
+
+def _noise(config: Config, device: torch.device) -> Tensor:
+    """(B, C, H, W) of a normal distribution, the same in every process."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.data.batch_size, config.data.channels, *config.data.size)
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
+    config = checked(subject.config)  # imports the plugins, which this process has not seen
+    if device.type == "cpu":
+        keep_freed_memory()
+    images = _noise(config, device)
+    model = model_on(config, device)
+    few = torch.arange(2)
+    forward, backward = count_flops(model, images[:2], few)
+    mask = model.draw_mask(images[:2], image_keys(0, 0, few), sample_ids=few)
+    figures = {
+        "encoder_tokens": model.regime.encoder_tokens(model.backbone, mask.num_visible),
+        "flops_forward": forward,
+        "flops_backward": backward,
+    }
+    narrow_weights(model, config.train)
+    optimizer = build_optimizer(config.optim, model, LR)
+    if config.train.compile:
+        model.compile()
+    ids = torch.arange(len(images))
+
+    cuts = list(parts(images, config.train.accumulate))
+
+    def learn(number: int) -> Tensor:
+        mask = model.draw_mask(images, image_keys(0, number, ids), epoch=number, sample_ids=ids)
+        total = torch.zeros((), device=device)
+        for cut in cuts:
+            with autocast(config.train.precision, device):
+                loss = model(images[cut], mask if len(cuts) == 1 else mask[cut]).loss
+            loss = loss * (len(images[cut]) / len(images))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def descend() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_teacher()
+
+    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
+
+
+def _kept(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> list[Tensor]:
+    moments = (value for state in optimizer.state.values() for value in state.values())
+    found = [*model.parameters(), *model.buffers(), *moments, images]
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
+    config = checked(subject.config)
+    images = _noise(config, device)
+    torch.manual_seed(config.seed)
+    name = subject.name.removesuffix(_COMPILED)
+    model = build_peer(name, config, subject.mae_path).to(device).train()
+    optimizer = torch.optim.AdamW(
+        (weight for weight in model.parameters() if weight.requires_grad),
+        lr=LR,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+    )
+    forward, backward = _flops_of(model, images[:2])
+    sizes = sizes_of(config)
+    patches = (sizes.image // sizes.patch) ** 2
+    figures = {
+        "encoder_tokens": 1 + patches - int(sizes.ratio * patches),
+        "flops_forward": forward,
+        "flops_backward": backward,
+    }
+    if name != subject.name:
+        model.compile()
+
+    def learn(number: int) -> Tensor:
+        with autocast(config.train.precision, device):
+            loss: Tensor = model(images)
+        loss.backward()
+        return loss.detach()
+
+    def descend() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
+
+
+def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        with forward:
+            loss = model(images)
+        with backward:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    count = len(images)
+    return forward.get_total_flops() // count, backward.get_total_flops() // count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(config: Config) -> float:
+    """Operations a second of square matrix products alone, by the faster library."""
+    device = _device()
+    kind = autocast_dtype(config.train.precision) or torch.float32
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(kind)
+    b = torch.randn(side, side, device=device).to(kind)
+    ways: list[Callable[[], Tensor]] = [lambda: a @ b]
+    if device.type == "cpu" and kind == torch.float32 and has_onednn():
+        ways.append(lambda: onednn_linear(a, b))
+    return 2 * side**3 / min(statistics.median(_seconds(way, device)) for way in ways)
+
+
+def _seconds(way: Callable[[], Tensor], device: torch.device) -> list[float]:
+    for _ in range(_WARM_UP):
+        way()
+    seconds = []
+    for _ in range(10):
+        _wait(device)
+        began = time.perf_counter()
+        way()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+_COLUMNS = (
+    "| subject | images/s (median) | slowest to fastest | to the first | to the fastest peer "
+    "| encoder tokens | GFLOPs an image | of the matrix rate | products alone | peak memory, GiB "
+    "| loss |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+)
+
+
+def _rows(figures: dict[str, Any]) -> list[str]:
+    rows = list(_COLUMNS)
+    for kind in ("regimes", "peers"):
+        for name, values in figures[kind].items():
+            flops = (values["flops_forward"] + values["flops_backward"]) / 1e9
+            ratio, alone = values.get("ratio_to_fastest_peer"), values.get("products_share")
+            rows.append(
+                f"| {name if kind == 'regimes' else 'peer ' + name} "
+                f"| {values['images_per_second']:.1f} "
+                f"| {values['slowest']:.1f} to {values['fastest']:.1f} "
+                f"| {values['ratio_to_first']:.2f} "
+                f"| {'' if ratio is None else f'{ratio:.2f}'} "
+                f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
+                f"| {100 * values['utilisation']:.0f} % "
+                f"| {'' if alone is None else f'{100 * alone:.0f} %'} "
+                f"| {values['peak_memory'] / 2**30:.2f} | {values['loss']:.3f} |"
+            )
+    return rows
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The machine and what was timed on it, in a line."""
+    machine = figures["environment"]
+    batch = "" if figures.get("over") == "data.batch_size" else f", batch {figures['batch_size']}"
+    return (
+        f"{figures['date']}: {machine['device']}, {machine['cpu']}, {figures['threads']} threads, "
+        f"torch {machine['torch']}, timm {machine['timm']}, {figures['precision']}{batch}, "
+        f"{figures['rounds']} rounds of {figures['steps']} steps, "
+        f"matrix products {figures['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+    )
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table, with the machine in front."""
+    return "\n".join([describe(figures), "", *_rows(figures)])
+
+
+def append_table(file: Path, command: str, table: str) -> None:
+    """Add a table and the command that made it to the end of a Markdown file."""
+    old = file.read_text(encoding="utf-8").rstrip() if file.exists() else ""
+    new = f"`{command}`\n\n{table}\n"
+    write_text_atomic(file, f"{old}\n\n{new}" if old else new)

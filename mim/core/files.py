@@ -1,0 +1,119 @@
+"""Files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mim.core.errors import UserError
+
+NPY_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError),
+    *(SyntaxError, tokenize.TokenError, RecursionError),  # its header is parsed as Python's
+    MemoryError,  # the header may promise any size
+)
+"""What ``np.load`` raises for a file that is damaged, or made to be."""
+
+_MOST_VALUES, _DEEPEST = 100_000, 50
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as plain values: no objects, and no more of them than a file of settings has.
+
+    A few lines of aliases to aliases can stand for any number of values.
+
+    Raises:
+        yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
+    """
+    try:
+        loaded = yaml.safe_load(text)
+    except RecursionError as error:
+        raise yaml.YAMLError("it nests too deeply") from error
+    except ValueError as error:  # a date that is none, a surrogate
+        raise yaml.YAMLError(str(error)) from error
+    waiting, count = [(loaded, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            limit = f"{_MOST_VALUES:,} values, aliases counted, or {_DEEPEST} levels"
+            raise yaml.YAMLError(f"it holds more than {limit}")
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(inner, depth + 1) for inner in value]
+    return loaded
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under another name, flush it to disk, and rename it.
+
+    Args:
+        path: where it shall be.
+        write: is given the temporary path.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the files that a killed process was writing in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in a folder outlast a power cut."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text; see :func:`write_atomic`."""
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write JSON; see :func:`write_atomic`."""
+    write_text_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def prepare_folder(path: Path, setting: str = "output") -> None:
+    """Make a folder and see that files can be written there.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{setting}: cannot write to {str(path)!r}: {reason}") from error

@@ -1,0 +1,205 @@
+"""Bytes of a file to an image, by one rule for each kind of odd file.
+
+What is odd and still an image is taken as it is meant:
+
+- grayscale, black and white, CMYK, palette, alpha: turned to ``data.channels`` channels by
+  :func:`mim.data.images.transforms.prepare`; alpha is left out (kept with 4 channels);
+- 16-bit: the upper 8 bits;
+- rotated by EXIF: upright; damaged EXIF: as stored;
+- animated: the first picture;
+- tiny: enlarged, down to 1 x 1;
+- misnamed (a PNG called .jpg): by its content, never by its name.
+
+JPEG is decoded in full, whatever is cut out of it later: on photographs of ImageNet's size the
+reduced sizes of libjpeg save nothing (docs/benchmarks.md).
+
+What cannot be decoded whole is :class:`UnreadableImage`, and its reason says why: an empty file,
+one that holds no image, one cut short or damaged (never half an image), one of more than
+``data.max_pixels``, one of pixels that have no range (floats).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mim.core.errors import UserError
+from mim.core.files import NPY_ERRORS
+from mim.data.images.transforms import Picture
+
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".npy",
+)
+"""Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
+uint16, for channels that no image format has."""
+
+# What PIL's decoders are known to raise on damaged files, and numpy.
+DECODE_ERRORS: tuple[type[Exception], ...] = (
+    *NPY_ERRORS,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_READABLE_MODES = {
+    *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"),
+    *("I", "I;16", "I;16L", "I;16B", "I;16N"),
+}
+_NUMPY = b"\x93NUMPY"
+
+
+class UnreadableImage(UserError):
+    """An image that cannot be decoded whole.
+
+    Attributes:
+        name: what messages call it.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"unreadable image {name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[str, str]]:
+        return UnreadableImage, (self.name, self.reason)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turns what decoders raise on damaged files into :class:`UnreadableImage`."""
+    try:
+        yield
+    except DECODE_ERRORS as error:
+        raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _open(file: Path | io.BytesIO, max_pixels: int) -> Image.Image:
+    """Reads the header alone.
+
+    Raises:
+        ValueError: if it begins no image, or one of too many pixels.
+    """
+    # PIL has a limit of its own, for all of the process; it must not lie below the setting.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        image = Image.open(file)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("the file holds no image") from error
+    if image.width * image.height > max_pixels:
+        reason = f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}"
+        raise ValueError(reason)
+    return image
+
+
+def _array(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    values = np.load(io.BytesIO(data), allow_pickle=False)
+    if values.ndim not in (2, 3) or values.dtype not in (np.uint8, np.uint16) or not values.size:
+        raise ValueError(f"an array {values.shape} of {values.dtype} is no image")
+    if values.shape[0] * values.shape[1] > max_pixels:
+        raise ValueError(f"more pixels than data.max_pixels={max_pixels}")
+    if values.dtype == np.uint16:
+        values = (values >> 8).astype(np.uint8)
+    return values if values.ndim == 3 else values[:, :, None]
+
+
+def check_header(path: Path, name: str, max_pixels: int) -> None:
+    """Looks at the beginning of a file, without decoding.
+
+    Raises:
+        UnreadableImage: if it begins no image, or one that is too large.
+    """
+    with decoding(name):
+        if not path.stat().st_size:
+            raise ValueError("the file is empty")
+        if path.suffix.lower() == ".npy":
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            return
+        with _open(path, max_pixels):
+            pass
+
+
+@functools.cache
+def _has_nvjpeg() -> bool:
+    """Whether torchvision decodes on the GPU; says so once if it does not."""
+    try:
+        from torchvision.io import decode_jpeg, encode_jpeg
+
+        small = encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))
+        decode_jpeg(small, device="cuda")
+    except (ImportError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log = logging.getLogger("mim")
+        log.warning("data.decode: nvjpeg is not to be had (%s); JPEG is decoded as by auto", reason)
+        return False
+    return True
+
+
+def _jpeg(data: bytes, image: Image.Image, decoder: str) -> NDArray[np.uint8] | None:
+    """(h, w, 3) of an upright RGB JPEG; None leaves the file to PIL, which knows why it is odd."""
+    plain = image.format == "JPEG" and image.mode == "RGB" and "exif" not in image.info
+    if decoder == "pil" or not plain:
+        return None
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+    except ImportError:  # torchvision means to take it out some day
+        return None
+    device = "cuda" if decoder == "nvjpeg" and _has_nvjpeg() else "cpu"
+    content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        planes = decode_jpeg(content, mode=ImageReadMode.RGB, device=device)  # (3, h, w)
+    except RuntimeError:
+        return None
+    return planes.permute(1, 2, 0).cpu().numpy()
+
+
+def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
+    """The image in a file.
+
+    Args:
+        data: the whole file.
+        name: what a message calls it.
+        max_pixels: width times height at most.
+        decoder: ``data.decode``.
+
+    Returns:
+        A loaded PIL image of one of the modes that ``prepare`` knows, or (H, W, C) uint8.
+
+    Raises:
+        UnreadableImage: see the head of this file.
+    """
+    with decoding(name):
+        if data.startswith(_NUMPY):
+            return _array(data, max_pixels)
+        if not data:
+            raise ValueError("the file is empty")
+        image = _open(io.BytesIO(data), max_pixels)
+        pixels = _jpeg(data, image, decoder)
+        if pixels is not None:
+            return pixels
+        image.load()
+        if image.mode not in _READABLE_MODES:
+            raise ValueError(f"pixels of mode {image.mode} have no range to bring to 0 to 255")
+        return image

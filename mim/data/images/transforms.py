@@ -1,0 +1,330 @@
+"""Images to tensors: the keyed training augmentation, the fixed evaluation transform, normalising.
+
+The augmentation is MAE's (He et al. 2022, https://arxiv.org/abs/2111.06377): a random resized crop
+with bicubic interpolation and a mirror image. What it draws depends only on the image's key, so
+an image is cut alike whatever batch, worker or process it is in.
+
+Shapes: B images, C channels, H x W pixels of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import TypeAlias, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from mim.core.config import DataConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.keys import uniforms
+from mim.core.patches import Images, Patches
+from mim.data.images.batched import crop_resize
+
+Picture: TypeAlias = Image.Image | NDArray[np.uint8]
+"""What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
+
+_TRIES = 10
+_TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
+_ALONE_FROM = 65  # pixels; below, the calls for each image cost more than dense products
+_AT_ONCE = 1 << 17  # numbers; what is normalised at once stays in a core's cache
+_ORIENTATION = 0x0112  # EXIF tag
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image  # damaged EXIF says nothing
+
+
+def prepare(image: Picture, channels: int) -> Picture:
+    """An upright image with the wanted channels: 1 is grayscale, 3 RGB, 4 RGBA; an array of as many
+    channels is taken as it is.
+
+    EXIF orientation is applied, and where it is damaged the image stays as stored. Alpha is left
+    out, but for 4 channels; 16-bit images keep their upper 8 bits.
+
+    Raises:
+        UserError: if the image cannot have so many channels.
+    """
+    if isinstance(image, np.ndarray):
+        given = image.shape[2]
+        if given == channels:
+            return image
+        if given not in (1, 3) or channels not in _MODES:
+            reason = f"does not fit images of {given} channels"
+            raise setting_error("data.channels", channels, reason)
+        image = Image.fromarray(image[:, :, 0] if given == 1 else image)
+    if channels not in _MODES:
+        raise setting_error("data.channels", channels, "must be 1, 3 or 4 for this source's images")
+    image = _upright(image)
+    if image.mode == _MODES[channels]:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # PIL would clip at 255 and turn most of a 16-bit image white.
+        upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        image = Image.fromarray(upper.astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif channels == 4 and image.mode in ("CMYK", "YCbCr", "HSV"):  # have no way to RGBA
+        image = image.convert("RGB")
+    try:
+        return image.convert(_MODES[channels])
+    except ValueError as error:
+        raise UserError(f"data: cannot turn a {image.mode} image to {_MODES[channels]}") from error
+
+
+def crop_parameters(
+    keys: Tensor,
+    heights: Tensor,
+    widths: Tensor,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (0.75, 4 / 3),
+) -> tuple[Tensor, Tensor]:
+    """The crop and the mirror of each key, distributed as in torchvision's RandomResizedCrop.
+
+    An area and an aspect ratio are drawn until the crop fits, ten times at most; then the largest
+    central crop of an allowed ratio is taken. A key always spends the same count of numbers.
+
+    Args:
+        keys: (B,) int64, from :func:`mim.core.keys.image_keys` with purpose "augment".
+        heights: (B,) int64, of the images.
+        widths: (B,) int64, of the images.
+        scale: share of the area, from and to, drawn uniformly.
+        ratio: width over height, from and to, its logarithm drawn uniformly.
+
+    Returns:
+        boxes (B, 4) int64 as (top, left, height, width), and mirrored (B,) bool.
+    """
+    draws = uniforms(keys, 2 * _TRIES + 3)  # (B, 23)
+    areas, ratios = draws[:, :_TRIES], draws[:, _TRIES : 2 * _TRIES]  # (B, 10) each
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * areas)
+    aspect = torch.exp(low + (high - low) * ratios)
+    width = torch.round(torch.sqrt(area * aspect)).long()  # (B, 10)
+    height = torch.round(torch.sqrt(area / aspect)).long()
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)  # (B, 1), 0 where none fits
+    crop = torch.stack([height.gather(1, first)[:, 0], width.gather(1, first)[:, 0]], dim=1)
+    room = torch.stack([heights, widths], dim=1) - crop  # (B, 2)
+    corner = torch.floor(draws[:, -3:-1] * (room + 1)).long().minimum(room)
+
+    whole = widths.double() / heights
+    central_height = torch.where(whole < ratio[0], torch.round(widths / ratio[0]).long(), heights)
+    central_width = torch.where(whole > ratio[1], torch.round(heights * ratio[1]).long(), widths)
+    central = torch.stack([central_height, central_width], dim=1).clamp(min=1)
+    central = central.minimum(torch.stack([heights, widths], dim=1))
+    middle = (torch.stack([heights, widths], dim=1) - central) // 2
+
+    found = fits.any(dim=1, keepdim=True)
+    boxes = torch.where(found, torch.cat([corner, crop], 1), torch.cat([middle, central], 1))
+    return boxes, draws[:, -1] < 0.5
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.height, image.width
+
+
+def resizer(config: DataConfig) -> str:
+    """Which library's bicubic makes the images of a config: "pil" or "torch".
+
+    It follows from the config alone, never from where an image comes from.
+    """
+    if config.resize != "auto":
+        return config.resize
+    return "torch" if max(config.size) >= _TORCH_FROM else "pil"
+
+
+def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
+    """(H, W, C) uint8, by antialiased bicubic interpolation: lines first, then columns.
+
+    :func:`mim.data.images.batched.crop_resize` gives the same bytes.
+
+    Args:
+        image: prepared, see :func:`prepare`.
+        size: (H, W) of the result.
+        how: "pil" or "torch".
+    """
+    if how == "torch":
+        pixels = _pixels(image)
+        if pixels.shape[:2] == size:
+            return pixels
+        if not pixels.flags.writeable:  # a warning of torch's; nothing is written
+            pixels = pixels.copy()
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
+        done = functional.interpolate(planes, size, mode="bicubic", antialias=True)
+        return done[0].permute(1, 2, 0).numpy()
+    if isinstance(image, np.ndarray):
+        if image.shape[2] != 3:
+            split = [Image.fromarray(image[:, :, channel]) for channel in range(image.shape[2])]
+            return np.concatenate([resize(plane, size, how) for plane in split], axis=2)
+        image = Image.fromarray(image)
+    height, width = size
+    # Left to itself, Pillow chooses which way to go first, and not in all versions alike.
+    if image.width != width and image.height > height:
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _pixels(image)
+
+
+def _pixels(image: Picture) -> NDArray[np.uint8]:
+    """(h, w, C)."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def cut_out(image: Picture, box: tuple[int, int, int, int]) -> Picture:
+    """The box (top, left, height, width) of an image."""
+    top, left, height, width = box
+    if isinstance(image, np.ndarray):
+        return image[top : top + height, left : left + width]
+    if box == (0, 0, image.height, image.width):
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
+def _output(out: Tensor | None, count: int, config: DataConfig) -> Tensor:
+    """(B, C, H, W) uint8 to write to."""
+    shape = (count, config.channels, *config.size)
+    return torch.empty(shape, dtype=torch.uint8) if out is None else out
+
+
+def train_transform(
+    images: Sequence[Picture], keys: Tensor, config: DataConfig, out: Tensor | None = None
+) -> Tensor:
+    """The training images of one batch: MAE's augmentation, or none as ``data.augment`` says.
+
+    Args:
+        images: B images of any sizes and modes.
+        keys: (B,) int64, one for each image.
+        config: image_size, channels, augment, crop_scale, crop_ratio and flip are read.
+        out: (B, C, H, W) uint8, where the result is to be; by default new memory.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    if config.augment == "none":
+        return eval_transform(images, config, out)
+    upright = [prepare(image, config.channels) for image in images]
+    sizes = torch.tensor([size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
+    boxes, mirrored = crop_parameters(
+        keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
+    )
+    if not config.flip:
+        mirrored = torch.zeros_like(mirrored)
+    how, planes = resizer(config), _output(out, len(images), config)
+    if (stacked := _small_stack(upright, config)) is not None:
+        return planes.copy_(crop_resize(stacked, boxes, mirrored, config.size, how))
+    for row, (image, box) in enumerate(zip(upright, boxes.tolist(), strict=True)):
+        cut = resize(cut_out(image, tuple(box)), config.size, how)
+        planes[row].numpy()[:] = cut.transpose(2, 0, 1)
+    for row in mirrored.nonzero()[:, 0].tolist():  # torch mirrors planes several times as fast
+        planes[row] = planes[row].flip(-1)
+    return planes
+
+
+def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None:
+    """(B, C, h, w) uint8 where small arrays of one size are cut faster together than one by one."""
+    arrays = [image for image in images if isinstance(image, np.ndarray)]
+    shapes = {image.shape for image in arrays}
+    if len(arrays) < len(images) or len(shapes) != 1:
+        return None
+    if max(*shapes.pop()[:2], *config.size) >= _ALONE_FROM:
+        return None
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def covering_size(
+    given: tuple[int, int], size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of an image scaled until it just covers ``size``, and (top, left) of its
+    centre."""
+    scale = max(size[0] / given[0], size[1] / given[1])
+    # Rounding must not leave a side one pixel short.
+    height, width = max(round(given[0] * scale), size[0]), max(round(given[1] * scale), size[1])
+    return (height, width), ((height - size[0]) // 2, (width - size[1]) // 2)
+
+
+def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
+    """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
+    covering, (top, left) = covering_size(size_of(image), size)
+    return resize(image, covering, how)[top : top + size[0], left : left + size[1]]
+
+
+def eval_transform(
+    images: Sequence[Picture], config: DataConfig, out: Tensor | None = None
+) -> Tensor:
+    """Images as evaluations see them: resized until they cover the size, then the centre crop.
+
+    An image that has the size already is left untouched.
+
+    Args:
+        images: B images of any sizes and modes.
+        config: image_size and channels are read.
+        out: (B, C, H, W) uint8, where the result is to be; by default new memory.
+
+    Returns:
+        (B, C, H, W) uint8.
+    """
+    how, planes = resizer(config), _output(out, len(images), config)
+    for row, image in enumerate(images):
+        covered = cover(prepare(image, config.channels), config.size, how)
+        planes[row].numpy()[:] = covered.transpose(2, 0, 1)
+    return planes
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C, 1, 1) float32 on the device of ``like``."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+
+
+@overload
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor: ...
+@overload
+def normalize(images: Patches, mean: Sequence[float], std: Sequence[float]) -> Patches: ...
+def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
+    """Images to what the model reads: each channel less its mean, over its standard deviation.
+
+    Args:
+        images: (B, C, H, W) uint8, or patches of uint8, on any device.
+        mean: one value a channel on the scale 0 to 1.
+        std: likewise, above 0.
+
+    Returns:
+        The same as float32; padding holds 0.
+    """
+    if isinstance(images, Patches):
+        values = images.values.unflatten(-1, (-1, len(mean)))  # (B, N, pixels, C)
+        values = values.permute(0, 3, 1, 2)  # channels as those of an image
+        values = normalize(values, mean, std).permute(0, 2, 3, 1)
+        return images.with_values(values.flatten(-2))
+    means, stds = _per_channel(mean, images), _per_channel(std, images)
+    if images.dtype != torch.uint8 or images.device.type != "cpu":
+        return (images.to(torch.float32) / 255 - means) / stds
+    # On a CPU the way to memory and back, four times, costs more than the arithmetic.
+    normalized = torch.empty(images.shape, dtype=torch.float32)
+    count = max(1, _AT_ONCE // max(1, images[:1].numel()))
+    for part, into in zip(images.split(count), normalized.split(count), strict=True):
+        torch.div(part, 255, out=into).sub_(means).div_(stds)
+    return normalized
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of :func:`normalize` as (B, C, H, W) float32 in [0, 1], for pictures."""
+    restored = images.to(torch.float32) * _per_channel(std, images) + _per_channel(mean, images)
+    return restored.clamp(0, 1)

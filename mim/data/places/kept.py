@@ -1,0 +1,66 @@
+"""What a look through a large file found, kept for later runs on the same file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mim.core.errors import UserError
+from mim.core.files import write_atomic
+from mim.data.places.fetch import cache_folder
+from mim.data.places.places import Place
+from mim.data.places.remote import RemoteFile
+
+
+def shown(place: Place) -> str:
+    """What a message calls the file."""
+    return place.url if isinstance(place, RemoteFile) else str(place)
+
+
+def _path(place: Place, what: str) -> Path | None:
+    """Where it is kept; None if nothing tells one version of the file from the next."""
+    if isinstance(place, RemoteFile):
+        if not place.version:
+            return None
+        state = f"{what}/{place.url}/{place.size}/{place.version}"
+    else:
+        try:
+            status = place.stat()
+        except OSError as error:
+            raise UserError(f"{shown(place)!r} is missing") from error
+        state = f"{what}/{place.resolve()}/{status.st_size}/{status.st_mtime_ns}"
+    digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    return cache_folder("index") / f"{digest}.npz"
+
+
+def recall(place: Place, what: str) -> dict[str, Any] | None:
+    """What :func:`keep` was given for this very version of a file, else None.
+
+    Args:
+        place: the file.
+        what: the kind and the format of what is kept.
+
+    Raises:
+        UserError: if the file is missing.
+    """
+    path = _path(place, what)
+    if path is None or not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def keep(place: Place, what: str, arrays: dict[str, Any]) -> None:
+    """Keeps arrays for later runs; see :func:`recall`."""
+    path = _path(place, what)
+    if path is None:
+        return
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)

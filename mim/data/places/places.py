@@ -1,0 +1,126 @@
+"""The files that ``data.path`` and ``data.val_path`` name: folders, patterns, braces, URLs."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from mim.core.config import DataConfig
+from mim.core.errors import setting_error
+from mim.data.places.fetch import fetch, is_url
+from mim.data.places.names import VAL_NAMES
+from mim.data.places.remote import Headers, RemoteFile, in_parallel, open_remote
+
+Place: TypeAlias = Path | RemoteFile
+"""A file on disk, or one that is read by URL."""
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(pattern: str) -> list[str]:
+    """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
+
+    Raises:
+        ValueError: for a range whose ends are not whole numbers.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    inside = match[1]
+    if ".." in inside:
+        first, _, last = inside.partition("..")
+        if not (first.isdigit() and last.isdigit()):
+            raise ValueError(f"{{{inside}}} is no range of whole numbers")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        low, high = int(first), int(last)
+        step = 1 if low <= high else -1
+        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
+    else:
+        choices = inside.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [whole for choice in choices for whole in expand(f"{head}{choice}{tail}")]
+
+
+def is_local(given: str, ending: str) -> bool:
+    """Whether a place is files (of such names, on disk or by URL) rather than a name elsewhere."""
+    return Path(given).exists() or is_url(given) or given.endswith(ending)
+
+
+def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequence[Place]:
+    """The files that a folder, file, pattern or URL names, in order; URLs are fetched.
+
+    Args:
+        setting: for messages.
+        given: its value.
+        ending: of the files in a folder, ``.tar``; if it holds none, those below it count.
+        streaming: whether files by URL are read in place, where their server can.
+
+    Raises:
+        UserError: if there are none, or one is missing.
+    """
+    try:
+        places = expand(given)
+    except ValueError as error:
+        raise setting_error(setting, given, str(error)) from error
+    if is_url(given):
+        return open_urls(places) if streaming else fetch(places)
+    found: list[Path] = []
+    for place in places:
+        if Path(place).is_dir():
+            here = sorted(Path(place).glob(f"*{ending}"))
+            found += here or sorted(Path(place).rglob(f"*{ending}"))
+        elif glob.has_magic(place):
+            found += [Path(name) for name in sorted(glob.glob(place, recursive=True))]
+        else:
+            found.append(Path(place))
+    missing = [path for path in found if not path.is_file()]
+    if missing or not found:
+        what = f"has no file {missing[0].as_posix()}" if missing else f"names no {ending} files"
+        raise setting_error(setting, given, what)
+    return found
+
+
+def open_urls(urls: Sequence[str], headers: Headers = ()) -> list[Place]:
+    """Files by URL, to be read in place; those that cannot be are fetched, and a line says so.
+
+    Raises:
+        UserError: for a URL that is refused, or fails each time.
+    """
+    opened = in_parallel(lambda url: open_remote(url, headers), urls)
+    missing = [url for url, file in zip(urls, opened, strict=True) if file is None]
+    if missing:
+        reason = "the server answers no range requests, so they are fetched whole first"
+        log = logging.getLogger("mim")
+        log.warning("data.streaming: %d files, of them %s: %s", len(missing), missing[0], reason)
+    fetched = dict(zip(missing, fetch(missing), strict=True))
+    return [fetched[url] if file is None else file for url, file in zip(urls, opened, strict=True)]
+
+
+def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[Place]]:
+    """Files of train, and of val, which may be none.
+
+    ``data.val_path`` names those of val; else a folder does in which ``train/`` stands beside
+    ``val/``, ``valid/`` or ``test/``; else the beginnings of the files' names.
+
+    Raises:
+        UserError: see :func:`find`.
+    """
+    assert config.path is not None
+    streaming = config.streaming
+    if config.val_path is not None:
+        val = find("data.val_path", config.val_path, ending, streaming)
+        return find("data.path", config.path, ending, streaming), val
+    root = Path(config.path)
+    if root.is_dir() and (root / "train").is_dir():
+        names = [name for name in VAL_NAMES if (root / name).is_dir()]
+        val = find("data.path", str(root / names[0]), ending) if names else []
+        return find("data.path", str(root / "train"), ending), val
+    files = find("data.path", config.path, ending, streaming)
+    val = [path for path in files if path.name.startswith(VAL_NAMES)]
+    if len(val) == len(files):
+        return files, []
+    return [path for path in files if path not in val], val

@@ -1,0 +1,210 @@
+"""Where images come from: the base of every source, and their registry.
+
+A source gives images by position and names each by a stable id, from which masks and
+augmentations follow. A new source is one class and its registration, in a file of its own::
+
+    @SOURCES.register("mine")
+    class Mine(ImageSource):
+        def __init__(self, config: DataConfig, split: Split) -> None: ...
+
+It sets the attributes of :class:`ImageSource`. One without a val split of its own sets
+``has_val = False`` and gives all its images; ``open_source`` then holds a keyed share out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mim.core.config import DataConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.keys import image_keys, permutation
+from mim.core.registry import Registry
+from mim.data.images.transforms import Picture
+from mim.data.unreadable import Fault, Ledger
+
+Split: TypeAlias = Literal["train", "val"]
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's channels."""
+
+
+class ImageSource(ABC):
+    """Images with labels and stable ids. Must pickle, so that worker processes can have it."""
+
+    name: str
+    """As in ``data.source``."""
+    labels: Tensor | None
+    """(n,) int64 positions in ``classes``, or None."""
+    classes: list[str]
+    """Names of the classes; empty without labels."""
+    sample_ids: Tensor
+    """(n,) int64, unique, the same on every machine."""
+    mean: tuple[float, ...]
+    """Mean of each channel on the scale 0 to 1. ``open_source`` fits it to the config."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel, likewise."""
+    reads_path: bool = True
+    """Whether ``data.path`` says where its images are; if not, a path is refused."""
+    has_val: bool = True
+    """Whether the set comes divided; if not, ``open_source`` holds a share out."""
+    ledger: Ledger | None = None
+    """Where loaders note the images that cannot be read; of ``open_source``."""
+    groups: Tensor | None = None
+    """(n,) int64, images of one number lie together and are read at once; None where any image is
+    as near as any other."""
+    groups_mixed: int = 1
+    """So many groups are shuffled together in an epoch's order."""
+    weights: Tensor | None = None
+    """(n,) how much each image counts in training, or None where all count alike."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def epoch_size(self) -> int:
+        """Images in one epoch of training."""
+        return len(self)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """(epoch_size,) positions of the images of an epoch, in their order.
+
+        A keyed permutation. With ``groups`` it goes through them in a keyed order, of which
+        ``groups_mixed`` in a row are shuffled together, so that each is read once.
+        """
+        shuffled = permutation(seed, epoch, len(self))
+        if self.groups is None:
+            return shuffled
+        present, place = self.groups.unique(return_inverse=True)
+        keys = image_keys(seed, epoch, present, purpose="order groups")
+        turn = torch.argsort(torch.argsort(keys, stable=True))  # of each group
+        pool = (turn // self.groups_mixed)[place[shuffled]]
+        return shuffled[torch.argsort(pool, stable=True)]
+
+    @abstractmethod
+    def image(self, index: int) -> Picture:
+        """Image at a position: PIL of any mode, or (height, width, channels) uint8.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded; loaders let another stand in for it.
+        """
+
+    def ahead(self, indices: Tensor) -> None:
+        """Tells the positions that are read next; a source far away may fetch them together."""
+        return
+
+    def describe(self, index: int) -> str:
+        """What a message calls the image at a position."""
+        return f"image {int(self.sample_ids[index])}"
+
+    def check(self, indices: Tensor | None = None) -> list[Fault]:
+        """Looks cheaply for images that cannot be read; ``open_source`` calls this.
+
+        Args:
+            indices: (m,) positions to look at; by default all.
+        """
+        return []
+
+    def fingerprint(self) -> str:
+        """Digest of ids and labels: two runs with the same one saw the same images."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.name.encode())
+        for values in (self.sample_ids, self.labels):
+            digest.update(b"/")
+            if values is not None:
+                digest.update(np.ascontiguousarray(values.numpy(), dtype="<i8"))
+        return digest.hexdigest()
+
+
+class Subset(ImageSource):
+    """Some images of a source, in the order of ``indices``.
+
+    Args:
+        source: what to choose from.
+        indices: (m,) positions in it.
+    """
+
+    def __init__(self, source: ImageSource, indices: Tensor | Sequence[int]) -> None:
+        self.source = source
+        self.indices = torch.as_tensor(indices).long()
+        self.name = source.name
+        self.classes = source.classes
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.sample_ids = source.sample_ids[self.indices]
+        self.mean, self.std = source.mean, source.std
+        self.ledger = source.ledger
+        self.weights = None if source.weights is None else source.weights[self.indices]
+        self.groups = None if source.groups is None else source.groups[self.indices]
+        self.groups_mixed = source.groups_mixed
+
+    def ahead(self, indices: Tensor) -> None:
+        self.source.ahead(self.indices[indices])
+
+    def image(self, index: int) -> Picture:
+        return self.source.image(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+    def check(self, indices: Tensor | None = None) -> list[Fault]:
+        return self.source.check(self.indices if indices is None else self.indices[indices])
+
+
+SourceFactory: TypeAlias = Callable[[DataConfig, Split], ImageSource]
+SOURCES: Registry[SourceFactory] = Registry("data.source")
+
+
+def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:
+    """Positions of one part of a keyed division of the images.
+
+    The images with the smallest keys are held out; keys depend on the ids alone, so the division
+    is the same on any machine and for any seed of a run, and the order of the images is kept.
+
+    Args:
+        sample_ids: (n,) int64, n at least 2.
+        fraction: share held out; the count is rounded, at least 1 and at most n - 1.
+        split: "val" for what is held out, "train" for the rest.
+
+    Returns:
+        (m,) int64, ascending.
+    """
+    count = len(sample_ids)
+    held = min(max(round(count * fraction), 1), count - 1)
+    keys = image_keys(0, -1, sample_ids, purpose="holdout")
+    order = torch.argsort(keys, stable=True)
+    part = order[:held] if split == "val" else order[held:]
+    return part.sort().values
+
+
+def needs_package(source: str, package: str) -> UserError:
+    """The error for a source whose package is not installed."""
+    reason = f"needs the package {package}: pip install {package}"
+    return setting_error("data.source", source, reason)
+
+
+class InMemory(ImageSource):
+    """Images of one size as one array; ids are positions in the whole set."""
+
+    def __init__(
+        self,
+        name: str,
+        pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        classes: list[str],
+    ) -> None:
+        self.name = name
+        self.pixels = pixels  # (n, H, W) or (n, H, W, 3)
+        self.labels = torch.from_numpy(labels)
+        self.classes = classes
+        self.sample_ids = torch.arange(len(pixels))
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])

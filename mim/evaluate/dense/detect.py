@@ -1,0 +1,418 @@
+"""Object detection, with masks where there are any: torchvision's Faster and Mask R-CNN on a ViT.
+
+The ViT's last map becomes ViTDet's simple feature pyramid (Li et al. 2022,
+https://arxiv.org/abs/2203.16527), on which torchvision's region proposals and heads stand;
+attention stays global. Images are scaled until they fit into the encoder's size, in training times
+a random scale (large-scale jitter), and padded. mAP is COCO's, by torchmetrics.
+
+Shapes: B images, C channels, H x W pixels, n objects, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim.core.config import DataConfig
+from mim.core.errors import choice_error
+from mim.core.keys import seed_of
+from mim.data import Batch, holdout
+from mim.evaluate.base import EVALUATIONS, TaskEvaluation
+from mim.evaluate.dense.detection_data import (
+    DetectionBatches,
+    DetectionSource,
+    DetectionSpec,
+    DetectionSubset,
+    ObjectBatch,
+    coco_tools,
+    open_detection,
+    picture_of,
+    whole_images,
+)
+from mim.evaluate.dense.pictures import detection_picture
+from mim.evaluate.dense.pyramid import Pyramid, layer_maps
+from mim.evaluate.dense.training import (
+    DenseModel,
+    DenseSettings,
+    autocast,
+    data_of,
+    encoder_at_size,
+    fill_of,
+    fit,
+    state_of,
+    statistics_of,
+)
+from mim.evaluate.dense.views import View
+from mim.model.backbones import patch_size_of
+
+if TYPE_CHECKING:
+    from mim.data import ImageSource
+    from mim.evaluate.encoders import Encoder
+
+_ASPECTS = (0.5, 1.0, 2.0)
+_DRAWN_ABOVE = 0.5  # score of the predictions that pictures show
+FILE = "detect.safetensors"
+"""Name of the trained model in a run folder."""
+
+
+@dataclass(frozen=True)
+class DetectSettings(DenseSettings):
+    """Settings of detection."""
+
+    source: str = "coco"
+    """coco (JSON) or voc (XML); the layouts are those of COCO and Pascal VOC."""
+    bad_boxes: str = "refuse"
+    """What to do with boxes outside their image or without an area: refuse, or mend (cut them at
+    the rim, leave out what has no area)."""
+    masks: bool = True
+    """Whether masks are learnt and measured too (Mask R-CNN), where every object has one."""
+    anchor: float = 8.0
+    """Side of the anchors over the pixels between two places of their map."""
+    proposals: int = 1000
+    """Regions of an image that reach the second stage; twice as many in training."""
+    samples: int = 512
+    """Regions of an image on which the second stage is trained."""
+    lr: float = 2e-4
+    """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
+    scale: tuple[float, ...] = (0.5, 1.5)
+    """From and to of the random scale of a training image; at 1 it just fits into image_size."""
+
+    name: ClassVar[str] = "detect"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for setting in ("anchor", "proposals", "samples"):
+            self._positive(setting, getattr(self, setting))
+        if self.bad_boxes not in ("refuse", "mend"):
+            raise choice_error("evaluations.detect.bad_boxes", self.bad_boxes, ("refuse", "mend"))
+
+    @property
+    def spec(self) -> DetectionSpec:
+        """Where images and boxes come from."""
+        return DetectionSpec(self.source, self.path, self.classes, self.bad_boxes)
+
+
+class _Maps(nn.Module):
+    """torchvision's backbone: images (B, C, H, W) -> named maps, the coarsest pooled once more."""
+
+    def __init__(self, encoder: Any, settings: DetectSettings) -> None:
+        super().__init__()
+        self.encoder, self.frozen = encoder, settings.freeze
+        self.out_channels = settings.width
+        self.pyramid = Pyramid(encoder.embed_dim, settings.width, settings.scales)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            (last,) = layer_maps(self.encoder, images, [len(self.encoder.blocks) - 1])
+        levels = self.pyramid([last] * len(self.pyramid.levels))
+        levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return OrderedDict((str(number), level) for number, level in enumerate(levels))
+
+
+class Detector(DenseModel):
+    """Images to boxes, classes, scores and perhaps masks.
+
+    Args:
+        encoder: at the task's size.
+        settings: width, scales, anchor, proposals, samples, freeze and seed are read.
+        classes: their names.
+        mean: of each channel, by which images are normalised.
+        std: likewise.
+        masks: whether it predicts masks too.
+    """
+
+    task: ClassVar[str] = "detect"
+
+    def __init__(
+        self,
+        encoder: Any,
+        settings: DetectSettings,
+        classes: list[str],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        masks: bool,
+    ) -> None:
+        super().__init__()
+        self.frozen, self.classes, self.masks = settings.freeze, classes, masks
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(settings.seed, "head"))
+            self.network = _network(encoder, settings, len(classes), mean, std, masks)
+
+    @property
+    def encoder(self) -> Any:
+        """The ViT within the network."""
+        encoder: Any = self.network.backbone.encoder
+        return encoder
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of torchvision's losses: proposals, classes, boxes and masks."""
+        assert isinstance(batch, ObjectBatch)
+        device = next(self.parameters()).device
+        images = list(batch.images.to(device).float() / 255)
+        targets = [{key: value.to(device) for key, value in t.items()} for t in batch.targets]
+        losses: dict[str, Tensor] = self.network(images, targets)
+        return torch.stack(list(losses.values())).sum()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """(B, C, H, W) uint8 -> for each image boxes (n, 4), labels (n,) from 1, scores (n,), and
+        masks (n, 1, H, W) in [0, 1]."""
+        device = next(self.parameters()).device
+        found: list[dict[str, Tensor]] = self.network(list(images.to(device).float() / 255))
+        return found
+
+
+def _network(
+    encoder: Any,
+    settings: DetectSettings,
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    masks: bool,
+) -> Any:
+    from torchvision.models.detection import FasterRCNN, MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    (height, width), channels = settings.size, settings.width
+    steps = [patch_size_of(encoder)[0] / scale for scale in settings.scales]
+    steps.append(2 * steps[-1])
+    names = [str(number) for number in range(len(settings.scales))]
+    hidden = 4 * channels  # torchvision's 1024 for 256
+    arguments: dict[str, Any] = {
+        "rpn_anchor_generator": AnchorGenerator(
+            sizes=tuple((settings.anchor * step,) for step in steps),
+            aspect_ratios=(_ASPECTS,) * len(steps),
+        ),
+        "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        "rpn_post_nms_top_n_train": 2 * settings.proposals,
+        "rpn_post_nms_top_n_test": settings.proposals,
+        "box_batch_size_per_image": settings.samples,
+        "box_head": TwoMLPHead(channels * 7 * 7, hidden),
+        "box_predictor": FastRCNNPredictor(hidden, classes + 1),
+        # Views have the encoder's size already; torchvision only normalises.
+        "min_size": min(height, width),
+        "max_size": max(height, width),
+        "fixed_size": (width, height),
+        "size_divisible": 1,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    if not masks:
+        return FasterRCNN(_Maps(encoder, settings), **arguments)
+    return MaskRCNN(
+        _Maps(encoder, settings),
+        mask_roi_pool=MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1),
+        **arguments,
+    )
+
+
+def _original(found: dict[str, Tensor], view: View, size: tuple[int, int]) -> dict[str, Tensor]:
+    """What was found in a view, in the image's own pixels, on the CPU; labels from 0."""
+    result = {
+        "boxes": view.original_boxes(found["boxes"].cpu(), size),
+        "labels": found["labels"].cpu() - 1,
+        "scores": found["scores"].cpu(),
+    }
+    if "masks" in found:
+        rows, columns = view.kept
+        kept = found["masks"][..., :rows, :columns].float()
+        grown = (
+            F.interpolate(kept, size=size, mode="bilinear", align_corners=False)
+            if len(kept)
+            else kept.new_zeros(0, 1, *size)
+        )
+        result["masks"] = (grown[:, 0] > 0.5).cpu()
+    return result
+
+
+@EVALUATIONS.register("detect")
+class Detect(TaskEvaluation):
+    """Boxes around objects, and masks; COCO's mAP."""
+
+    Settings = DetectSettings
+    settings: DetectSettings
+    _sources: tuple[DetectionSource, DetectionSource] | None = None
+
+    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
+        """Opens the images and boxes of the settings.
+
+        Raises:
+            UserError: see :func:`open_detection`; also if pycocotools is
+                missing, or there are too few images to hold some out.
+        """
+        coco_tools()
+        self._sources = self._opened()
+
+    def _opened(self) -> tuple[DetectionSource, DetectionSource]:
+        if self._sources is None:
+            spec = self.settings.spec
+            own, other = open_detection(spec, "train"), open_detection(spec, "val")
+            if len(own) < 2:
+                self.settings.refuse("path", "holds fewer than 2 training images")
+            if not own.classes:
+                self.settings.refuse("path", "has training images in which nothing is marked")
+            return own, other
+        return self._sources
+
+    def run(
+        self,
+        encoder: Encoder,
+        train: ImageSource | None = None,
+        val: ImageSource | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> dict[str, float]:
+        """See :meth:`TaskEvaluation.run`.
+
+        The model goes to ``detect.safetensors``, pictures to ``pictures/detect.png``.
+
+        Returns:
+            map (over IoU 0.5 to 0.95), map_50, map_75, those of sizes that are there, mar_100,
+            map_class_NAME; the same under ``mask_`` with masks; what was chosen on the held-out
+            images; mended_boxes where boxes were mended.
+        """
+        s, device = self.settings, torch.device(device)
+        own, other = self._opened()
+        mean, std = statistics_of(encoder, s)
+        masks = s.masks and own.has_masks and other.has_masks
+        model = Detector(encoder_at_size(encoder, s), s, list(own.classes), mean, std, masks)
+        state = state_of(folder, s, encoder, own, precision)
+        chosen: dict[str, float] = {}
+        if s.weights:
+            model.load(Path(s.weights))
+            model.to(device).eval()
+        else:
+            model.to(device)
+            held, rest = (
+                DetectionSubset(own, holdout(own.sample_ids, s.held_out, part))
+                for part in ("val", "train")
+            )
+            data = data_of(encoder, s, len(rest))
+            scale = (s.scale[0], s.scale[1])
+            batches = DetectionBatches(rest, data, s.seed, scale, fill_of(mean), masks)
+            found = fit(
+                model,
+                batches,
+                batches.per_epoch,
+                lambda: self._measure(model, held, mean, device, precision)["map"],
+                s,
+                device,
+                precision,
+                f"detect {encoder.name}",
+                state,
+            )
+            chosen = {"chosen_map": found.pop("chosen"), **found}
+        numbers = {**self._measure(model, other, mean, device, precision), **chosen}
+        if own.mended + other.mended:
+            numbers["mended_boxes"] = float(own.mended + other.mended)
+        if folder is not None:
+            if s.save and not s.weights:
+                model.save(folder / FILE, numbers)
+            if s.pictures:
+                self._draw(model, other, mean, device, precision, folder)
+        if state is not None:
+            state.remove()
+        return numbers
+
+    @torch.no_grad()
+    def predict(
+        self,
+        model: Detector,
+        source: DetectionSource,
+        indices: list[int],
+        mean: tuple[float, ...],
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> list[dict[str, Tensor]]:
+        """Boxes, labels from 0, scores and masks of images, in their own pixels."""
+        model.eval()
+        data = DataConfig(image_size=self.settings.size, channels=len(mean))
+        images, views = whole_images(source, indices, data, fill_of(mean))
+        with autocast(device, precision):
+            found = model(images)
+        return [
+            _original(f, view, source.objects[index].size)
+            for f, view, index in zip(found, views, indices, strict=True)
+        ]
+
+    def _measure(
+        self,
+        model: Detector,
+        source: DetectionSource,
+        mean: tuple[float, ...],
+        device: torch.device,
+        precision: str,
+    ) -> dict[str, float]:
+        from torchmetrics.detection import MeanAveragePrecision  # slow to import
+
+        kinds = ("bbox", "segm") if model.masks else ("bbox",)
+        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True)  # type: ignore[arg-type]
+        for start in range(0, len(source), self.settings.batch_size):
+            indices = list(range(start, min(start + self.settings.batch_size, len(source))))
+            found = self.predict(model, source, indices, mean, device, precision)
+            truth = []
+            for index in indices:
+                objects = source.objects[index]
+                target = {
+                    "boxes": objects.boxes,
+                    "labels": objects.labels,
+                    "iscrowd": objects.crowd.long(),
+                }
+                if model.masks:
+                    target["masks"] = objects.masks()
+                truth.append(target)
+            metric.update(found, truth)
+        return _numbers(metric.compute(), model.classes, model.masks)
+
+    def _draw(
+        self,
+        model: Detector,
+        source: DetectionSource,
+        mean: tuple[float, ...],
+        device: torch.device,
+        precision: str,
+        folder: Path,
+    ) -> None:
+        step = max(len(source) // self.settings.pictures, 1)
+        indices = list(range(0, len(source), step))[: self.settings.pictures]
+        rows = []
+        found = self.predict(model, source, indices, mean, device, precision)
+        for index, prediction in zip(indices, found, strict=True):
+            keep = prediction["scores"] >= _DRAWN_ABOVE
+            objects = source.objects[index]
+            truth = {"boxes": objects.boxes, "labels": objects.labels}
+            if model.masks:
+                truth["masks"] = objects.masks()
+            shown = {key: value[keep].numpy() for key, value in prediction.items()}
+            image = picture_of(source, index, len(mean))
+            rows.append((image, {key: value.numpy() for key, value in truth.items()}, shown))
+        detection_picture(rows, model.classes, folder / "pictures" / "detect.png")
+
+
+def _numbers(found: dict[str, Tensor], classes: list[str], masks: bool) -> dict[str, float]:
+    """torchmetrics' results by plain names; what it marks by -1, having nothing, is left out."""
+    numbers: dict[str, float] = {}
+    kinds = {"bbox_": "", "segm_": "mask_"} if masks else {"": ""}
+    for prefix, ours in kinds.items():
+        for key in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100"):
+            value = float(found[f"{prefix}{key}"])
+            if value >= 0 or key == "map":
+                numbers[f"{ours}{key}"] = value
+        each = found[f"{prefix}map_per_class"].reshape(-1).tolist()
+        for label, value in zip(found["classes"].reshape(-1).tolist(), each, strict=True):
+            if value >= 0:
+                numbers[f"{ours}map_class_{classes[int(label)]}"] = value
+    return numbers

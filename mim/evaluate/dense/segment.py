@@ -1,0 +1,421 @@
+"""Semantic segmentation: a label for each pixel, from a frozen or a fine-tuned encoder.
+
+Two heads: ``linear``, a batch norm and one linear layer on the last block's patch tokens (DINOv2's
+frozen protocol, https://arxiv.org/abs/2304.07193), and ``upernet`` (Xiao et al. 2018,
+https://arxiv.org/abs/1807.10221) on maps of four blocks and scales, as BEiT and MAE use it, without
+their auxiliary head. Whole images are predicted by sliding windows whose logits are averaged;
+mIoU is that of the pixels of all images together, at their own size, void left out.
+
+Shapes: B images, C channels, H x W pixels of a window, K classes, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim.core.errors import choice_error
+from mim.core.keys import seed_of
+from mim.data import Batch, holdout, normalize
+from mim.evaluate.base import EVALUATIONS, TaskEvaluation
+from mim.evaluate.dense.pictures import segmentation_picture
+from mim.evaluate.dense.pyramid import Pyramid, layer_maps, quarter_layers
+from mim.evaluate.dense.segmentation_data import (
+    VOID,
+    MaskedBatch,
+    SegmentationBatches,
+    SegmentationSource,
+    SegmentationSpec,
+    SegmentationSubset,
+    base_factor,
+    open_segmentation,
+    pair,
+)
+from mim.evaluate.dense.training import (
+    DenseModel,
+    DenseSettings,
+    autocast,
+    data_of,
+    encoder_at_size,
+    fill_of,
+    fit,
+    state_of,
+    statistics_of,
+)
+from mim.evaluate.dense.views import stack_pixels, whole_view
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+    from mim.data import ImageSource
+    from mim.evaluate.encoders import Encoder
+
+HEADS = ("linear", "upernet")
+_POOLS = (1, 2, 3, 6)
+_WINDOWS_AT_ONCE = 16
+FILE = "segment.safetensors"
+"""Name of the trained model in a run folder."""
+
+
+@dataclass(frozen=True)
+class SegmentSettings(DenseSettings):
+    """Settings of segmentation."""
+
+    source: str = "folders"
+    """folders (path/images/{train,val} and path/masks/{train,val}, of equal stems),
+    torchvision/VOCSegmentation or torchvision/OxfordIIITPet."""
+    download: bool = True
+    """Whether torchvision may download."""
+    void: int = 255
+    """Label in the masks of pixels that never count (folders)."""
+    head: str = "upernet"
+    """upernet, or linear: one linear layer on the last block."""
+    resize: int = 0
+    """Short side in pixels to which images are brought before windows are cut from them; 0: until
+    they just cover image_size."""
+    stride: float = 0.67
+    """Step of the sliding window over its side."""
+
+    name: ClassVar[str] = "segment"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head not in HEADS:
+            raise choice_error("evaluations.segment.head", self.head, HEADS)
+        if not 0 < self.stride <= 1:
+            self.refuse("stride", "must be above 0 and at most 1")
+        if self.resize < 0:
+            self.refuse("resize", "must not be below 0")
+        if self.head == "upernet" and len(self.scales) != 4:
+            self.refuse("scales", "must be 4, one for each quarter of the depth")
+
+    @property
+    def spec(self) -> SegmentationSpec:
+        """Where images and masks come from."""
+        return SegmentationSpec(self.source, self.path, self.download, self.classes, self.void)
+
+
+def _convolution(inside: int, out: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inside, out, kernel, padding=kernel // 2, bias=False),
+        # At least 8 channels a group, so that a map of one pixel is not normalised to 0.
+        nn.GroupNorm(max(out // 8, 1) if out % 8 == 0 else 1, out),
+        nn.ReLU(),
+    )
+
+
+class LinearHead(nn.Module):
+    """Maps (B, D, h, w), of which the last counts -> logits (B, K, h, w)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, classes, kernel_size=1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        logits: Tensor = self.classifier(self.norm(maps[-1]))
+        return logits
+
+
+class UperHead(nn.Module):
+    """UPerNet: pyramid pooling on the coarsest map, a top-down path, all scales fused.
+
+    Args:
+        inside: D.
+        width: channels within.
+        scales: of the four maps, descending.
+        classes: K.
+    """
+
+    def __init__(self, inside: int, width: int, scales: tuple[float, ...], classes: int) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(inside, width, scales)
+        self.pools = nn.ModuleList(_convolution(width, width, 1) for _ in _POOLS)
+        self.bottleneck = _convolution(width * (1 + len(_POOLS)), width, 3)
+        self.outputs = nn.ModuleList(_convolution(width, width, 3) for _ in scales[:-1])
+        self.fuse = _convolution(width * len(scales), width, 3)
+        self.classifier = nn.Conv2d(width, classes, kernel_size=1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps (B, D, h, w) -> logits (B, K, h', w') at the finest scale."""
+        *fine, coarse = self.pyramid(maps)
+        size = coarse.shape[2:]
+        pooled = [
+            _resize(pool(F.adaptive_avg_pool2d(coarse, side)), size)
+            for side, pool in zip(_POOLS, self.pools, strict=True)
+        ]
+        levels = [self.bottleneck(torch.cat([coarse, *pooled], dim=1))]
+        for lateral in reversed(fine):
+            levels.insert(0, lateral + _resize(levels[0], lateral.shape[2:]))
+        levels[:-1] = [out(x) for out, x in zip(self.outputs, levels[:-1], strict=True)]
+        finest = levels[0].shape[2:]
+        fused = self.fuse(torch.cat([_resize(level, finest) for level in levels], dim=1))
+        logits: Tensor = self.classifier(fused)
+        return logits
+
+
+def _resize(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Segmenter(DenseModel):
+    """Images to a class for each pixel.
+
+    Args:
+        encoder: at the size of the windows.
+        settings: head, width, scales, freeze and seed are read.
+        classes: their names.
+        mean: of each channel, by which images are normalised.
+        std: likewise.
+    """
+
+    task: ClassVar[str] = "segment"
+
+    def __init__(
+        self,
+        encoder: Any,
+        settings: SegmentSettings,
+        classes: list[str],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.encoder, self.frozen, self.classes = encoder, settings.freeze, classes
+        self.mean, self.std = mean, std
+        linear = settings.head == "linear"
+        layers = quarter_layers(len(encoder.blocks))
+        self.layers = layers[-1:] if linear else layers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(settings.seed, "head"))
+            self.head: nn.Module = (
+                LinearHead(encoder.embed_dim, len(classes))
+                if linear
+                else UperHead(encoder.embed_dim, settings.width, settings.scales, len(classes))
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised -> logits (B, K, H, W)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = layer_maps(self.encoder, images, self.layers)
+        return _resize(self.head(maps), images.shape[2:])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy over the pixels that count; 0 where none does."""
+        assert isinstance(batch, MaskedBatch)
+        device = next(self.parameters()).device
+        logits = self(normalize(batch.images.to(device), self.mean, self.std))
+        masks = batch.masks.to(device)
+        summed = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
+        return summed / (masks != VOID).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, stride: float) -> Tensor:
+        """Logits of a whole image by sliding windows.
+
+        Args:
+            images: (1, C, height, width), normalised; smaller than a window, it is padded.
+            stride: step of the window over its side.
+
+        Returns:
+            (1, K, height, width).
+        """
+        window = self.encoder.patch_embed.img_size
+        height, width = images.shape[2:]
+        below, right = max(window[0] - height, 0), max(window[1] - width, 0)
+        padded = F.pad(images, (0, right, 0, below))
+        corners = [
+            (top, left)
+            for top in window_starts(padded.shape[2], window[0], stride)
+            for left in window_starts(padded.shape[3], window[1], stride)
+        ]
+        total = padded.new_zeros(1, len(self.classes), *padded.shape[2:])
+        count = padded.new_zeros(1, 1, *padded.shape[2:])
+        for start in range(0, len(corners), _WINDOWS_AT_ONCE):
+            part = corners[start : start + _WINDOWS_AT_ONCE]
+            cut = [padded[0, :, t : t + window[0], x : x + window[1]] for t, x in part]
+            for (top, left), logits in zip(part, self(torch.stack(cut)).float(), strict=True):
+                place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+                total[place] += logits
+                count[place] += 1
+        return (total / count)[..., :height, :width]
+
+
+def window_starts(length: int, window: int, stride: float) -> list[int]:
+    """Where windows begin so that they cover ``length``; the last one ends there."""
+    step = max(round(window * stride), 1)
+    starts = list(range(0, length - window, step))
+    return [*starts, length - window]
+
+
+def intersection_over_union(confusion: Tensor) -> Tensor:
+    """(K, K) counts, truth by prediction -> (K,) IoU, NaN for a class in neither."""
+    hits = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return hits / union
+
+
+def _confusion_metric(classes: int) -> Metric:
+    from torchmetrics.classification import MulticlassConfusionMatrix  # slow to import
+
+    return MulticlassConfusionMatrix(classes, ignore_index=VOID, validate_args=False)
+
+
+def _miou(confusion: Tensor) -> Tensor:
+    return intersection_over_union(confusion).nanmean()
+
+
+def _numbers(confusion: Tensor, classes: list[str]) -> dict[str, float]:
+    each = intersection_over_union(confusion)
+    recall = confusion.diagonal().double() / confusion.sum(1)
+    numbers = {
+        "miou": float(each.nanmean()),
+        "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum()),
+        "class_accuracy": float(recall.nanmean()),
+    }
+    for name, value in zip(classes, each.tolist(), strict=True):
+        if value == value:  # NaN: in neither truth nor prediction
+            numbers[f"iou_{name}"] = value
+    return numbers
+
+
+@EVALUATIONS.register("segment")
+class Segment(TaskEvaluation):
+    """A label for each pixel; mIoU."""
+
+    Settings = SegmentSettings
+    settings: SegmentSettings
+    _sources: tuple[SegmentationSource, SegmentationSource] | None = None
+
+    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
+        """Opens the images and masks of the settings.
+
+        Raises:
+            UserError: see :func:`open_segmentation`; also if there are too
+                few images to hold some out.
+        """
+        self._sources = self._opened()
+
+    def _opened(self) -> tuple[SegmentationSource, SegmentationSource]:
+        if self._sources is None:
+            spec = self.settings.spec
+            own, other = open_segmentation(spec, "train"), open_segmentation(spec, "val")
+            if len(own) < 2:
+                self.settings.refuse("path", "holds fewer than 2 training images")
+            return own, other
+        return self._sources
+
+    def run(
+        self,
+        encoder: Encoder,
+        train: ImageSource | None = None,
+        val: ImageSource | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> dict[str, float]:
+        """See :meth:`TaskEvaluation.run`.
+
+        The model goes to ``segment.safetensors``, pictures to ``pictures/segment.png``.
+
+        Returns:
+            miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS for each class that
+            is there, and what was chosen on the held-out images.
+        """
+        s, device = self.settings, torch.device(device)
+        own, other = self._opened()
+        mean, std = statistics_of(encoder, s)
+        vit = encoder_at_size(encoder, s)
+        model = Segmenter(vit, s, list(own.classes), mean, std)
+        state = state_of(folder, s, encoder, own, precision)
+        numbers: dict[str, float] = {}
+        if s.weights:
+            model.load(Path(s.weights))
+            model.to(device).eval()
+        else:
+            model.to(device)
+            held, rest = (
+                SegmentationSubset(own, holdout(own.sample_ids, s.held_out, part))
+                for part in ("val", "train")
+            )
+            data = data_of(encoder, s, len(rest))
+            batches = SegmentationBatches(
+                rest, data, s.seed, s.resize, (s.scale[0], s.scale[1]), fill_of(mean)
+            )
+
+            def measure() -> float:
+                return float(_miou(self._confusion(model, held, device, precision)))
+
+            found = fit(
+                model,
+                batches,
+                batches.per_epoch,
+                measure,
+                s,
+                device,
+                precision,
+                f"segment {encoder.name}",
+                state,
+            )
+            numbers = {"chosen_miou": found.pop("chosen"), **found}
+        confusion = self._confusion(model, other, device, precision)
+        numbers = {**_numbers(confusion, model.classes), **numbers}
+        if folder is not None:
+            if s.save and not s.weights:
+                model.save(folder / FILE, numbers)
+            if s.pictures:
+                self._draw(model, other, device, precision, folder)
+        if state is not None:
+            state.remove()
+        return numbers
+
+    @torch.no_grad()
+    def labels(
+        self,
+        model: Segmenter,
+        source: SegmentationSource,
+        index: int,
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted and true labels of an image, (height, width) int64 each, at its own size."""
+        model.eval()
+        image, mask = pair(source, index, len(model.mean))
+        original = image.height, image.width
+        window: tuple[int, int] = model.encoder.patch_embed.img_size
+        view = whole_view(original, base_factor(original, window, self.settings.resize))
+        pixels = stack_pixels([view.pixels(image, 0)]).to(device)
+        with autocast(device, precision):
+            logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
+        predicted = _resize(logits.float(), original).argmax(1)[0].cpu()
+        return predicted, torch.from_numpy(np.array(mask)).long()
+
+    def _confusion(
+        self, model: Segmenter, source: SegmentationSource, device: torch.device, precision: str
+    ) -> Tensor:
+        metric = _confusion_metric(len(model.classes))
+        for index in range(len(source)):
+            predicted, truth = self.labels(model, source, index, device, precision)
+            metric.update(predicted, truth)
+        return metric.compute()
+
+    def _draw(
+        self,
+        model: Segmenter,
+        source: SegmentationSource,
+        device: torch.device,
+        precision: str,
+        folder: Path,
+    ) -> None:
+        rows = []
+        step = max(len(source) // self.settings.pictures, 1)
+        for index in range(0, len(source), step)[: self.settings.pictures]:
+            predicted, truth = self.labels(model, source, index, device, precision)
+            rows.append((pair(source, index, len(model.mean))[0], truth.numpy(), predicted.numpy()))
+        segmentation_picture(rows, model.classes, folder / "pictures" / "segment.png")

@@ -1,0 +1,455 @@
+"""What segmentation and detection share: settings, the encoder at the task's size, training, files.
+
+An encoder, frozen or fine-tuned, is trained with a head on images of the task's own. The best epoch
+is chosen on a keyed share of the training images; val is asked once, at the end. Order and views
+follow from (seed, epoch, sample id), drop path and what a head samples from (seed, step).
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from mim.core.config import DataConfig
+from mim.core.cpu.linear import use_linear
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import seed_of
+from mim.core.progress import RunProgress
+from mim.core.signals import Interrupted, Signals
+from mim.data import Batch, BatchLoader, ImageSource, StepBatches, open_source
+from mim.evaluate.base import AnySettings
+from mim.evaluate.dense.pyramid import SCALES
+from mim.evaluate.features import AUTOCAST
+from mim.evaluate.training import State, identity_of
+from mim.model.backbones import (
+    PlainViT,
+    RotaryViT,
+    build_backbone,
+    family_of,
+    load_backbone,
+    patch_size_of,
+    resize_positions,
+)
+from mim.training.checkpoint import TASK, read_safetensors, save_encoder
+from mim.training.optim import Schedule
+
+if TYPE_CHECKING:
+    from mim.evaluate.encoders import Encoder
+
+
+@dataclass(frozen=True)
+class DenseSettings(AnySettings):
+    """Settings that segmentation and detection share."""
+
+    path: str = ""
+    """Folder of the images; see ``source``."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes."""
+    image_size: tuple[int, ...] = (512, 512)
+    """(height, width) of what the encoder reads; position embeddings are interpolated to it."""
+    freeze: bool = False
+    """Whether the encoder stays as it is and only the head is trained."""
+    epochs: int = 50
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images a step; all where there are fewer training images."""
+    lr: float = 1e-4
+    """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up, at most half of all."""
+    weight_decay: float = 0.05
+    """AdamW's; vectors, tokens and position embeddings have none."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer of the encoder to the one before it."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it grows linearly from 0 in the first. None if frozen."""
+    scale: tuple[float, ...] = (0.5, 2.0)
+    """From and to of the random scale of a training image."""
+    flip: bool = True
+    """Whether half of the training images are mirrored left to right."""
+    width: int = 256
+    """Channels of the head."""
+    scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    """Sizes of the pyramid's maps over that of the grid of patches, descending."""
+    held_out: float = 0.1
+    """Share of the training images on which the best epoch is chosen."""
+    measure_every: int = 1
+    """Epochs between two measurements on them; the last epoch is always measured."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel by which images are normalised; by default as in pre-training."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, likewise."""
+    weights: str = ""
+    """File of a trained model of the same settings: it is measured on val, nothing is trained."""
+    checkpoint_every: int = 1
+    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
+    need a run folder."""
+    save: bool = True
+    """Whether the trained model is written into the run folder."""
+    pictures: int = 4
+    """Images of val that are drawn with truth and prediction into the run folder."""
+
+    def __post_init__(self) -> None:
+        for setting in ("epochs", "batch_size", "lr", "width", "measure_every"):
+            self._positive(setting, getattr(self, setting))
+        for setting in ("warmup_epochs", "weight_decay", "pictures", "checkpoint_every"):
+            if not getattr(self, setting) >= 0:
+                self.refuse(setting, "must not be below 0")
+        if not 0 < self.layer_decay <= 1:
+            self.refuse("layer_decay", "must be above 0 and at most 1")
+        if not 0 <= self.drop_path < 1:
+            self.refuse("drop_path", "must be at least 0 and below 1")
+        if not 0 < self.held_out < 1:
+            self.refuse("held_out", "must lie between 0 and 1")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            self.refuse("image_size", "must be a height and a width above 0")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            self.refuse("scale", "must be 0 < from <= to")
+        known = all(scale in SCALES for scale in self.scales)
+        if not self.scales or not known or list(self.scales) != sorted(self.scales, reverse=True):
+            self.refuse("scales", f"must be some of {SCALES}, descending")
+        if not all(isinstance(name, str) and name for name in self.classes):
+            self.refuse("classes", "must be names")
+        if len(set(self.classes)) < len(self.classes):
+            self.refuse("classes", "names a class twice")
+        for setting in ("mean", "std"):
+            if not all(isinstance(value, (int, float)) for value in getattr(self, setting)):
+                self.refuse(setting, "must be numbers")
+        if len(self.mean) != len(self.std):
+            self.refuse("mean", "must have as many values as std")
+        if self.weights and not Path(self.weights).is_file():
+            self.refuse("weights", "is no file")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what the encoder reads."""
+        return self.image_size[0], self.image_size[1]
+
+    def refuse(self, setting: str, reason: str) -> None:
+        """Raises the error for a setting that cannot be used."""
+        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
+
+
+def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
+    """The encoder for images of the task's size; the given one is not touched.
+
+    Raises:
+        UserError: for raw pixels, a size that the patches do not divide, a backbone that is no
+            plain ViT, or an encoder that does not say how it was built.
+    """
+    if encoder.vit is None or encoder.model is None:
+        raise UserError(f"evaluation {settings.name}: how {encoder.name} was built is not known")
+    kind = family_of(encoder.vit)
+    if not isinstance(kind, (PlainViT, RotaryViT)):
+        reason = f"needs a ViT with one grid of patches, and {encoder.name} is a {kind.kind}"
+        raise UserError(f"evaluation {settings.name} {reason}")
+    patch = patch_size_of(encoder.vit)
+    if settings.size[0] % patch[0] or settings.size[1] % patch[1]:
+        settings.refuse("image_size", f"is not divisible by the patch, {patch[0]} x {patch[1]}")
+    drop = 0.0 if settings.freeze else settings.drop_path
+    model = replace(
+        encoder.model, backbone_args={**encoder.model.backbone_args, "drop_path_rate": drop}
+    )
+    vit = build_backbone(model, settings.size, encoder.data.channels, settings.seed)
+    load_backbone(vit, resize_positions(encoder.vit, vit), encoder.name)
+    return vit.requires_grad_(not settings.freeze)
+
+
+def statistics_of(
+    encoder: Encoder, settings: DenseSettings
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which the encoder was used to see images.
+
+    Raises:
+        UserError: if its images are gone and nothing else tells; names the settings that would.
+    """
+    channels = encoder.data.channels
+    if settings.mean:
+        if len(settings.mean) != channels:
+            settings.refuse("mean", f"must have {channels} values, one for each channel")
+        return settings.mean, settings.std
+    if encoder.data.mean is not None and encoder.data.std is not None:
+        return encoder.data.mean, encoder.data.std
+    try:
+        source = open_source(encoder.data, "train")
+    except UserError as error:
+        raise UserError(
+            f"evaluations.{settings.name}.mean: must be given, with std: what {encoder.name} was "
+            f"pre-trained on cannot be read ({error})"
+        ) from error
+    return tuple(source.mean), tuple(source.std)
+
+
+def data_of(encoder: Encoder, settings: DenseSettings, images: int) -> DataConfig:
+    """How the task's images are read: the encoder's channels and workers, the task's size."""
+    return replace(
+        encoder.data,
+        image_size=settings.size,
+        batch_size=min(settings.batch_size, images),
+        flip=settings.flip,
+    )
+
+
+def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """Padding that normalises to about 0."""
+    return tuple(min(255, round(255 * value)) for value in mean)
+
+
+class DenseModel(nn.Module):
+    """An encoder and a head for one task."""
+
+    task: ClassVar[str]
+    encoder: Any
+    frozen: bool
+    classes: list[str]
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The training loss of a batch on the model's device."""
+
+    def train(self, mode: bool = True) -> DenseModel:
+        """A frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def save(self, path: Path, numbers: dict[str, float]) -> None:
+        """Writes safetensors; the file says which task and classes it is for."""
+        metadata = {
+            TASK: self.task,
+            "classes": json.dumps(self.classes),
+            "numbers": json.dumps(numbers),
+        }
+        save_encoder(path, self.state_dict(), metadata)
+
+    def load(self, path: Path) -> None:
+        """Takes the weights of a file that :meth:`save` wrote.
+
+        Raises:
+            UserError: if it is for another task, other classes or another encoder or head.
+        """
+        setting = f"evaluations.{self.task}.weights"
+        try:
+            state, metadata = read_safetensors(path)
+        except (OSError, SafetensorError) as error:
+            raise setting_error(setting, str(path), f"cannot be read: {error}") from error
+        task = "finetune" if "classifier" in metadata else metadata.get(TASK)
+        if task != self.task:
+            reason = f"has the head of {task}" if task else "is an encoder without a head"
+            raise setting_error(setting, str(path), f"{reason}; {self.task} needs its own")
+        classes = json.loads(metadata["classes"])
+        if classes != self.classes:
+            reason = f"has {len(classes)} classes ({', '.join(classes)}), the data "
+            reason += f"{len(self.classes)} ({', '.join(self.classes)})"
+            raise setting_error(setting, str(path), reason)
+        own = self.state_dict()
+        wrong = [f"lacks {key}" for key in own if key not in state]
+        wrong += [f"has the unknown {key}" for key in state if key not in own]
+        wrong += [
+            f"has {key} of {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 1} more faults" if len(wrong) > 1 else ""
+            raise setting_error(setting, str(path), f"does not fit the settings: {wrong[0]}{more}")
+        self.load_state_dict(state)
+
+
+def parameter_groups(model: DenseModel, settings: DenseSettings) -> list[dict[str, Any]]:
+    """AdamW's groups with ``lr_scale`` and ``weight_decay``: the encoder's by layer, the head's.
+
+    With L blocks, ``lr_scale`` is ``layer_decay`` to the power L + 1 for embeddings and L - i for
+    block i counted from 0, and 0 for the head; the final norm goes with the last block.
+    """
+    inside = {id(p) for p in model.encoder.parameters()}
+    names = [n for n, p in model.named_parameters() if id(p) in inside]
+    head = _Named({n: p for n, p in model.named_parameters() if n not in names})
+    groups: list[dict[str, Any]] = []
+    if not model.frozen:
+        for group in param_groups_layer_decay(
+            model.encoder,
+            weight_decay=settings.weight_decay,
+            no_weight_decay_list=model.encoder.no_weight_decay(),
+            layer_decay=settings.layer_decay,
+        ):
+            # timm's last group is the last block, for it sees no head.
+            groups.append({**group, "lr_scale": group["lr_scale"] * settings.layer_decay})
+    for group in param_groups_weight_decay(head, settings.weight_decay):
+        groups.append({**group, "lr_scale": 1.0})
+    return groups
+
+
+class _Named(nn.Module):
+    """Some parameters of a module, under their names, for timm's grouping."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which a model computes at a precision.
+
+    Raises:
+        UserError: for an unknown one.
+    """
+    if precision not in AUTOCAST:
+        raise choice_error("precision", precision, AUTOCAST)
+    dtype = AUTOCAST[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+# What may differ when a training goes on: it does not change what is computed.
+_FREE = ("path", "download", "weights", "save", "pictures", "checkpoint_every")
+
+
+def state_of(
+    folder: Path | None,
+    settings: DenseSettings,
+    encoder: Encoder,
+    source: ImageSource,
+    precision: str,
+) -> State | None:
+    """From where an interrupted training goes on; None where none is kept.
+
+    Args:
+        folder: the run folder.
+        settings: the recipe.
+        encoder: what it starts from.
+        source: all training images.
+        precision: of the training.
+    """
+    if folder is None or settings.checkpoint_every == 0 or settings.weights:
+        return None
+    recipe = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
+    path = folder / "evaluations" / f"{settings.name}.pt"
+    return State(path, json.dumps(parts, sort_keys=True))
+
+
+def fit(
+    model: DenseModel,
+    batches: StepBatches,
+    per_epoch: int,
+    measure: Callable[[], float],
+    settings: DenseSettings,
+    device: torch.device,
+    precision: str,
+    label: str,
+    state: State | None = None,
+) -> dict[str, float]:
+    """Trains the model and leaves it with the weights of the epoch that measured best.
+
+    Args:
+        model: on ``device``.
+        batches: step -> batch.
+        per_epoch: steps of an epoch.
+        measure: what is chosen by, on held-out images; more is better.
+        settings: the recipe.
+        device: where it trains.
+        precision: fp32, bf16 or fp16 (autocast).
+        label: what the progress is called.
+        state: from which it goes on where it was interrupted; the caller removes its file.
+
+    Returns:
+        train_loss, chosen_epoch and ``chosen``, what was measured then.
+
+    Raises:
+        UserError: for an unknown precision or a loss that is not finite.
+        Interrupted: after SIGINT or SIGTERM where there is a state, which then has been written.
+    """
+    total = settings.epochs * per_epoch
+    warmup = min(settings.warmup_epochs * per_epoch, total / 2)
+    schedule = Schedule(settings.lr, 0.0, warmup, total)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=schedule(0), fused=True)
+    use_linear(model, "auto", device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    best, chosen = copy.deepcopy(model.state_dict()), {"chosen": -math.inf}
+    losses: list[Tensor] = []
+    start = 0
+    saved = None if state is None else state.read()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        best = {key: value.to(device) for key, value in saved["best"].items()}
+        chosen, start = saved["chosen"], saved["step"]
+        losses = list(saved["losses"].to(device))
+    loader = BatchLoader(batches, range(start, total), workers=batches.config.workers)
+
+    def save(step: int) -> None:
+        assert state is not None
+        state.write(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best": best,
+                "chosen": chosen,
+                "losses": torch.stack(losses).cpu() if losses else torch.zeros(0),
+            }
+        )
+
+    began = time.monotonic()
+    devices = [device] if device.type == "cuda" else []
+    # Without a state there is nothing to save: a signal then does what it always does.
+    noting = nullcontext(Signals()) if state is None else Signals()
+    shown = RunProgress(label, total, start)
+    with torch.random.fork_rng(devices=devices), shown as progress, noting as signals:
+        model.train()
+        for batch in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(batch.step) * group["lr_scale"]
+            torch.manual_seed(seed_of(settings.seed, "step", batch.step))  # drop path, samplers
+            with autocast(device, precision):
+                loss = model.loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach().float())
+            step = batch.step + 1
+            done, inside = divmod(step, per_epoch)
+            if not inside:
+                mean = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(mean):
+                    settings.refuse("lr", f"gives a loss of {mean} in epoch {done}; lower it")
+                rate = (step - start) * batches.config.batch_size / (time.monotonic() - began)
+                progress.update(step, mean, rate)
+                if done % settings.measure_every == 0 or done == settings.epochs:
+                    value = measure()
+                    model.train()
+                    if value > chosen["chosen"]:
+                        best = copy.deepcopy(model.state_dict())
+                        chosen = {"train_loss": mean, "chosen_epoch": float(done), "chosen": value}
+            every = settings.checkpoint_every * per_epoch
+            if state is not None and (signals.caught or (every and step % every == 0)):
+                save(step)
+            if signals.caught:
+                where = str(state.path) if state is not None else ""
+                raise Interrupted(
+                    signals.caught, f"saved step {step} in {where!r}; do the same again"
+                )
+    model.load_state_dict(best)
+    model.eval()
+    return chosen

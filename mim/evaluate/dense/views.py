@@ -1,0 +1,159 @@
+"""One view of an image and of what is drawn on it: scaled, cut or padded, mirrored, all by key.
+
+A view is numbers only, so that the image, its mask and its boxes are moved alike. What is drawn
+for a training view depends on the image's key alone.
+
+Shapes: B images, H x W pixels of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mim.core.keys import uniforms
+
+
+@dataclass(frozen=True)
+class View:
+    """Scaled to ``scaled``, then ``size`` pixels from ``corner`` on, then perhaps mirrored.
+
+    What lies outside the scaled image is padding.
+    """
+
+    scaled: tuple[int, int]
+    """(height, width) of the whole image after scaling."""
+    corner: tuple[int, int]
+    """(top, left) in the scaled image of what is cut out."""
+    size: tuple[int, int]
+    """(height, width) of the result."""
+    mirrored: bool = False
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(height, width) of the part of the result that is no padding; it starts at the top left
+        of what is cut out."""
+        (height, width), (top, left) = self.scaled, self.corner
+        return min(height - top, self.size[0]), min(width - left, self.size[1])
+
+    def pixels(
+        self,
+        image: Image.Image,
+        fill: int | tuple[int, ...],
+        resample: Image.Resampling = Image.Resampling.BILINEAR,
+    ) -> NDArray[np.generic]:
+        """The view of an image or, with nearest resampling, of a mask.
+
+        Args:
+            image: of any mode that numpy can read.
+            fill: of the padding, one value or one a channel.
+            resample: how it is scaled.
+
+        Returns:
+            (H, W), or (H, W, C) where the image has channels.
+        """
+        height, width = self.scaled
+        if (image.height, image.width) != self.scaled:
+            image = image.resize((width, height), resample)
+        (top, left), (rows, columns) = self.corner, self.kept
+        cut = np.asarray(image)[top : top + rows, left : left + columns]
+        result: NDArray[np.generic] = np.empty((*self.size, *cut.shape[2:]), cut.dtype)
+        result[...] = np.asarray(fill, cut.dtype)
+        result[:rows, :columns] = cut
+        return np.ascontiguousarray(result[:, ::-1]) if self.mirrored else result
+
+    def boxes(self, boxes: Tensor, original: tuple[int, int]) -> Tensor:
+        """Boxes (n, 4) as left, top, right, bottom, moved with the image and cut at its rim.
+
+        Args:
+            boxes: in pixels of the original image.
+            original: its (height, width).
+        """
+        down, across = self.scaled[0] / original[0], self.scaled[1] / original[1]
+        (top, left), (rows, columns) = self.corner, self.kept
+        moved = boxes * boxes.new_tensor([across, down, across, down])
+        moved = moved - boxes.new_tensor([left, top, left, top])
+        moved = moved.maximum(boxes.new_zeros(4)).minimum(
+            boxes.new_tensor([columns, rows, columns, rows])
+        )
+        if self.mirrored:
+            width = self.size[1]
+            moved = torch.stack(
+                [width - moved[:, 2], moved[:, 1], width - moved[:, 0], moved[:, 3]], dim=1
+            )
+        return moved
+
+    def original_boxes(self, boxes: Tensor, original: tuple[int, int]) -> Tensor:
+        """The inverse of :meth:`boxes` for a view that is not mirrored, cut at the image's rim."""
+        down, across = self.scaled[0] / original[0], self.scaled[1] / original[1]
+        top, left = self.corner
+        moved = boxes + boxes.new_tensor([left, top, left, top])
+        moved = moved / boxes.new_tensor([across, down, across, down])
+        height, width = original
+        limit = boxes.new_tensor([width, height, width, height])
+        return moved.maximum(boxes.new_zeros(4)).minimum(limit)
+
+
+def _scaled(original: tuple[int, int], factor: float) -> tuple[int, int]:
+    return max(round(original[0] * factor), 1), max(round(original[1] * factor), 1)
+
+
+def cover_factor(original: tuple[int, int], size: tuple[int, int]) -> float:
+    """Factor by which an image just covers ``size``."""
+    return max(size[0] / original[0], size[1] / original[1])
+
+
+def fit_factor(original: tuple[int, int], size: tuple[int, int]) -> float:
+    """Factor by which an image just fits into ``size``."""
+    return min(size[0] / original[0], size[1] / original[1])
+
+
+def training_view(
+    key: Tensor,
+    original: tuple[int, int],
+    size: tuple[int, int],
+    factor: float,
+    scale: tuple[float, float],
+    flip: bool,
+) -> View:
+    """The view of one image in one epoch.
+
+    Args:
+        key: (1,) int64, of :func:`mim.core.keys.image_keys`.
+        original: (height, width) of the image.
+        size: of the result.
+        factor: by which the image is scaled where the drawn scale is 1.
+        scale: from and to of the scale, which is drawn uniformly.
+        flip: whether half of the images are mirrored.
+    """
+    draw = uniforms(key, 4)[0].tolist()
+    drawn = scale[0] + (scale[1] - scale[0]) * draw[0]
+    scaled = _scaled(original, factor * drawn)
+    room = max(scaled[0] - size[0], 0), max(scaled[1] - size[1], 0)
+    corner = int(draw[1] * (room[0] + 1)), int(draw[2] * (room[1] + 1))
+    return View(scaled, corner, size, flip and draw[3] < 0.5)
+
+
+def whole_view(original: tuple[int, int], factor: float) -> View:
+    """All of an image, scaled."""
+    scaled = _scaled(original, factor)
+    return View(scaled, (0, 0), scaled)
+
+
+def fitted_view(original: tuple[int, int], size: tuple[int, int]) -> View:
+    """All of an image, scaled until it fits, padded at the right or below."""
+    scaled = _scaled(original, fit_factor(original, size))
+    return View((min(scaled[0], size[0]), min(scaled[1], size[1])), (0, 0), size)
+
+
+def stack_pixels(pixels: Sequence[NDArray[np.generic]]) -> Tensor:
+    """(H, W) or (H, W, C) uint8 arrays -> (B, C, H, W)."""
+    stacked = torch.from_numpy(np.stack(pixels))
+    stacked = stacked if stacked.ndim == 4 else stacked[..., None]
+    return stacked.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,128 @@
+"""Attentive probe: one cross-attention with a learned query, then a linear layer.
+
+The head of AIM (El-Nouby et al. 2024, https://arxiv.org/abs/2401.08541), which CAPI (Darcet et al.
+2025, https://arxiv.org/abs/2502.08769) measures by too: what a patch knows counts although no
+single vector holds it all, so that encoders trained without a global token are not undersold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim.core.errors import choice_error, setting_error
+from mim.evaluate.base import EVALUATIONS
+from mim.evaluate.encoders import Encoder
+from mim.evaluate.probes.frozen import FrozenProbe, FrozenSettings
+from mim.model.backbones import family_of
+from mim.model.standardize import Standardize
+
+_POOLS = ("mean", "both")
+
+
+@dataclass(frozen=True)
+class AttentiveSettings(FrozenSettings):
+    """Settings of the attentive probe."""
+
+    pool: str = "mean"
+    """Which tokens the query reads: mean (the patches') or both (the prefix tokens too)."""
+    epochs: int = 50
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images a step, over all processes."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    base_lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """Peak learning rates for a batch of 256, scaled with the batch size: a head is trained with
+    each, and the best is chosen."""
+    crop_scale: tuple[float, ...] = (0.3, 1.0)
+    """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
+    heads: int = 0
+    """Attention heads; 0 is as many as the encoder's last block has."""
+
+    name: ClassVar[str] = "attentive"
+
+    def __post_init__(self) -> None:
+        if self.pool not in _POOLS:
+            raise choice_error("evaluations.attentive.pool", self.pool, _POOLS)
+        super().__post_init__()
+        if self.heads < 0:
+            self._refuse("heads", "must not be below 0")
+
+
+class AttentivePool(nn.Module):
+    """A learned query reads standardised tokens, and a linear layer what it found.
+
+    Args:
+        width: of a token.
+        heads: of the attention; divides the width.
+        classes: K.
+    """
+
+    def __init__(self, width: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.norm = Standardize(width)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, K)."""
+        x = self.norm(tokens)
+
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)  # (B, heads, L, d)
+
+        query = split(self.query.expand(len(x), 1, -1))  # (B, heads, 1, d)
+        found = F.scaled_dot_product_attention(query, split(self.key(x)), split(self.value(x)))
+        logits: Tensor = self.head(found.transpose(1, 2).flatten(1))
+        return logits
+
+
+@EVALUATIONS.register("attentive")
+class Attentive(FrozenProbe):
+    """One cross-attention with a learned query on the tokens of a frozen encoder."""
+
+    Settings = AttentiveSettings
+    settings: AttentiveSettings
+
+    def _heads(self, encoder: Encoder) -> int:
+        assert encoder.vit is not None
+        last: Any = family_of(encoder.vit).blocks[-1]
+        return self.settings.heads or int(last.attn.num_heads)
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """See :meth:`FrozenProbe.check_encoder`.
+
+        Raises:
+            UserError: also if the heads do not divide the encoder's width.
+        """
+        super().check_encoder(encoder)
+        assert encoder.vit is not None
+        width = family_of(encoder.vit).width
+        if width % self._heads(encoder):
+            reason = f"does not divide the encoder's width, {width}"
+            raise setting_error("evaluations.attentive.heads", self.settings.heads, reason)
+
+    def tokens(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """(B, L, D)."""
+        assert encoder.vit is not None
+        family = family_of(encoder.vit)
+        first = family.num_prefix if self.settings.pool == "mean" else 0
+        tokens: Tensor = family.pool_norm(family.features(images)[:, first:].float())
+        return tokens
+
+    def head(self, encoder: Encoder, classes: int) -> nn.Module:
+        """See :meth:`FrozenProbe.head`."""
+        assert encoder.vit is not None
+        return AttentivePool(family_of(encoder.vit).width, self._heads(encoder), classes)
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(groups, lr=1.0, weight_decay=self.settings.weight_decay)

@@ -1,0 +1,187 @@
+"""Linear probe by many gradient descents at once, on features that are computed once.
+
+The protocol of DINOv2 (Oquab et al. 2023, https://arxiv.org/abs/2304.07193) and CAPI: a linear
+layer for each learning rate and weight decay, all trained on the same batches, the best chosen on
+held-out images. DINOv2 chooses on val; here it is a split of train, and what was chosen is trained
+again on all of train. ``linear`` solves the same problem to its optimum; this one is for numbers
+beside those that papers print.
+
+Shapes: G combinations, b images of a step, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mim.core.errors import UserError, setting_error
+from mim.core.keys import permutation
+from mim.evaluate.base import (
+    EVALUATIONS,
+    Evaluation,
+    Features,
+    ProbeSettings,
+    check_few_shot,
+    few_shot_draw,
+    few_shot_folds,
+    holdout,
+    labels_of,
+    spread,
+)
+from mim.training.optim import Schedule
+
+
+@dataclass(frozen=True)
+class LinearGridSettings(ProbeSettings):
+    """Settings of the linear probe by gradient descent."""
+
+    few_shot: tuple[int, ...] = ()
+    """Numbers of training images a class; each is measured beside all of the training images."""
+    lr: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    """Learning rates to choose from, for a batch of 256; scaled with the batch size."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    """Weight decays to choose from; ties go to the first combination, learning rates outermost."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images a step; all at once where there are fewer."""
+    momentum: float = 0.9
+    """Of the gradient descent."""
+
+    name: ClassVar[str] = "linear_grid"
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(n, int) for n in self.few_shot):
+            place = f"evaluations.{self.name}.few_shot"
+            raise setting_error(place, self.few_shot, "must be whole numbers")
+        super().__post_init__()
+        for setting in ("lr", "weight_decay"):
+            self._not_empty(setting)
+        self._positive("lr", *self.lr)
+        for setting in ("epochs", "batch_size"):
+            self._positive(setting, getattr(self, setting))
+        if not all(decay >= 0 for decay in self.weight_decay):
+            place = f"evaluations.{self.name}.weight_decay"
+            raise setting_error(place, self.weight_decay, "must not be below 0")
+        if not 0 <= self.momentum < 1:
+            reason = "must be at least 0 and below 1"
+            raise setting_error(f"evaluations.{self.name}.momentum", self.momentum, reason)
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """One linear layer for each combination, of features as they were given."""
+
+    weight: Tensor  # (G, D, K)
+    bias: Tensor  # (G, 1, K)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(n, D) -> (G, n) classes."""
+        return torch.stack(
+            [(features @ w + b).argmax(1) for w, b in zip(self.weight, self.bias, strict=True)]
+        )
+
+
+def descend(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    combinations: list[tuple[float, float]],
+    settings: LinearGridSettings,
+) -> LinearLayers:
+    """Stochastic gradient descent with momentum and a half cosine, for all combinations at once.
+
+    The layers start at 0, and the order of the images follows from the seed.
+
+    Args:
+        features: (n, D).
+        labels: (n,) int64.
+        classes: K.
+        combinations: (learning rate, weight decay), G of them. Biases have no decay.
+        settings: length, batch size, momentum and seed are read.
+    """
+    s = settings
+    x = features.float()
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    inverse = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std, 0.0)  # as fit_softmax
+    x = (x - mean) * inverse
+    size = min(s.batch_size, len(x))
+    per_epoch = len(x) // size
+    schedule = Schedule(size / 256, 0.0, 0.0, s.epochs * per_epoch)
+    lr = x.new_tensor([c[0] for c in combinations])[:, None, None]  # (G, 1, 1)
+    decay = x.new_tensor([c[1] for c in combinations])[:, None, None]
+    weight = x.new_zeros(len(combinations), x.shape[1], classes)
+    bias = x.new_zeros(len(combinations), 1, classes)
+    speeds = torch.zeros_like(weight), torch.zeros_like(bias)
+    for epoch in range(s.epochs):
+        order = permutation(s.seed, epoch, len(x)).to(x.device)
+        for number in range(per_epoch):
+            part = order[number * size : (number + 1) * size]
+            seen = x[part]  # (b, D)
+            error = (seen @ weight + bias).softmax(2)  # (G, b, K)
+            index = labels[part][None, :, None].expand(len(combinations), -1, 1)
+            error = error.scatter_add(2, index, torch.full_like(index, -1, dtype=x.dtype)) / size
+            rate = lr * schedule(epoch * per_epoch + number)
+            gradients = seen.T @ error + decay * weight, error.sum(1, keepdim=True)
+            for value, speed, gradient in zip((weight, bias), speeds, gradients, strict=True):
+                speed.mul_(s.momentum).add_(gradient)
+                value.sub_(rate * speed)
+    weight = weight * inverse[:, None]
+    return LinearLayers(weight, bias - (mean @ weight)[:, None])
+
+
+@EVALUATIONS.register("linear_grid")
+class LinearGrid(Evaluation):
+    """Many linear layers trained at once, the best chosen on a split of train."""
+
+    Settings = LinearGridSettings
+    settings: LinearGridSettings
+
+    def _probe(
+        self, x: Tensor, y: Tensor, held: Tensor, val_x: Tensor, val_y: Tensor, classes: int
+    ) -> tuple[float, float, float]:
+        """Chooses on ``held`` (F, n), trains on all of x, and asks val once.
+
+        Returns:
+            accuracy on val, the learning rate and the weight decay.
+        """
+        s = self.settings
+        grid = [(lr, decay) for lr in s.lr for decay in s.weight_decay]
+        right = torch.zeros(len(grid), dtype=torch.int64, device=x.device)
+        for out in held:
+            layers = descend(x[~out], y[~out], classes, grid, s)
+            right += (layers.predict(x[out]) == y[out]).sum(1)
+        chosen = grid[int(right.argmax())]
+        final = descend(x, y, classes, [chosen], s)
+        accuracy = float((final.predict(val_x)[0] == val_y).double().mean())
+        return accuracy, *chosen
+
+    def run(self, train: Features, val: Features) -> dict[str, float]:
+        """See :meth:`Evaluation.run`.
+
+        Raises:
+            UserError: if the training images are of one class only.
+        """
+        s = self.settings
+        x, y, ids = train.values, labels_of(train), train.sample_ids
+        val_x, val_y = val.values, labels_of(val)
+        check_few_shot(y, s)
+        if len(y.unique()) < 2:
+            raise UserError("evaluation linear_grid needs at least 2 classes; train has 1")
+        classes = int(y.max()) + 1
+        held = holdout(ids, y, s.seed)[None]
+        accuracy, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
+        numbers = {"accuracy": accuracy, "chosen_lr": lr, "chosen_weight_decay": decay}
+        for n in s.few_shot:
+            found = []
+            for draw in range(s.draws):
+                part = few_shot_draw(ids, y, n, s.seed, draw)
+                folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
+                found.append(self._probe(x[part], y[part], folds, val_x, val_y, classes)[0])
+            mean, std = spread(found)
+            numbers[f"accuracy_{n}_per_class"] = mean
+            numbers[f"accuracy_{n}_per_class_std"] = std
+        return numbers

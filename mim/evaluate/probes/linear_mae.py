@@ -1,0 +1,74 @@
+"""MAE's linear probe: batch norm without weights, LARS, augmentation, 90 epochs.
+
+The protocol of He et al. 2022 (https://arxiv.org/abs/2111.06377, table 10), from timm's LARS. MAE
+reads the class token by default (``pool: cls``), takes batches of 16,384 images and reports the
+best epoch on the test images; here the epoch is chosen on a split of train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from mim.evaluate.base import EVALUATIONS
+from mim.evaluate.encoders import Encoder
+from mim.evaluate.features import pool_tokens
+from mim.evaluate.probes.frozen import FrozenProbe, FrozenSettings
+from mim.model.backbones import family_of
+from mim.model.standardize import Standardize
+
+
+@dataclass(frozen=True)
+class LinearMaeSettings(FrozenSettings):
+    """Settings of MAE's linear probe."""
+
+    epochs: int = 90
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images a step, over all processes; MAE's is 16384."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up, at most half of all."""
+    momentum: float = 0.9
+    """Of LARS."""
+
+    name: ClassVar[str] = "linear_mae"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            self._refuse("momentum", "must be at least 0 and below 1")
+
+
+@EVALUATIONS.register("linear_mae")
+class LinearMae(FrozenProbe):
+    """A linear layer behind a batch norm, trained on augmented images by MAE's protocol."""
+
+    Settings = LinearMaeSettings
+    settings: LinearMaeSettings
+
+    def tokens(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """(B, D) pooled, or (B, 2 D) for ``pool: both``."""
+        assert encoder.vit is not None
+        tokens = family_of(encoder.vit).features(images)
+        return pool_tokens(encoder.vit, tokens.float(), self.settings.pool)
+
+    def head(self, encoder: Encoder, classes: int) -> nn.Module:
+        """See :meth:`FrozenProbe.head`."""
+        assert encoder.vit is not None
+        width = family_of(encoder.vit).width * (2 if self.settings.pool == "both" else 1)
+        linear = nn.Linear(width, classes)
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(Standardize(width), linear)
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """LARS."""
+        s = self.settings
+        chosen: torch.optim.Optimizer = Lars(
+            groups, lr=1.0, momentum=s.momentum, weight_decay=s.weight_decay
+        )
+        return chosen

@@ -1,0 +1,268 @@
+"""Making a timm model for the regimes, and loading its weights."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm import create_model, is_model, is_model_pretrained, list_models
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models import load_state_dict as read_state_dict
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from mim.core.config import ModelConfig
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.keys import seed_of
+from mim.model.backbones.family import FAMILIES, family_of
+
+# What the project sets itself; the value says where.
+_RESERVED = {
+    "img_size": "data.image_size",
+    "in_chans": "data.channels",
+    "num_classes": "the evaluation",
+    "pretrained": "mim evaluate",
+    "checkpoint_path": "mim evaluate",
+    "patch_drop_rate": "mask.ratio",
+    "dynamic_img_size": "data.image_size",
+}
+# Entries of a checkpoint that are no part of the encoder.
+_HEADS = ("head.", "attn_pool.")
+_MAE = ("decoder_", "mask_token")
+
+
+def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
+    """Fixed 2-D sine and cosine position embedding, zeros for prefix tokens (MAE, MoCo v3).
+
+    Args:
+        grid: (rows, columns) of patches.
+        dim: width of a token, divisible by 4.
+        prefix: tokens in front that have no place in the image.
+
+    Returns:
+        (1, prefix + N, dim).
+    """
+    patches = build_sincos2d_pos_embed(list(grid), dim=dim)  # (N, D)
+    return torch.cat([patches.new_zeros(prefix, dim), patches])[None]
+
+
+def build_backbone(
+    model: ModelConfig,
+    size: tuple[int, int],
+    channels: int,
+    seed: int = 0,
+    *,
+    setting: str = "model",
+    pretrained: bool = False,
+) -> nn.Module:
+    """The timm model that ``model`` names, without a head.
+
+    Args:
+        model: the settings under ``model``.
+        size: (height, width) of the images in pixels.
+        channels: of the images.
+        seed: its weights follow from it, whatever was drawn before.
+        setting: the block of settings that names the model, for messages.
+        pretrained: whether timm downloads the weights it has under that name.
+
+    Raises:
+        UserError: for an unknown name, arguments that timm refuses, a patch size that does not
+            divide the image, a model whose patches overlap, or weights that cannot be had.
+    """
+    setting_name, setting_args = f"{setting}.backbone", f"{setting}.backbone_args"
+    args = dict(model.backbone_args)
+    for name, place in _RESERVED.items():
+        if name in args:
+            raise setting_error(setting_args, args, f"must not set {name}: that is {place}")
+    patch = args.get("patch_size")
+    if patch is not None:
+        sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
+        _check_patch(sides, size, setting_args)
+        args["patch_size"] = sides
+    known = is_model(model.backbone) if pretrained else model.backbone in list_models()
+    if not known:
+        stem = model.backbone.split("_")[0]
+        near = list_models(f"{stem}_*patch*") or list_models(f"{stem}_*") or list_models("vit_*")
+        if len(near) > 40:
+            near = [name for name in near if "_patch16_224" in name]
+        raise choice_error(setting_name, model.backbone, near)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "backbone"))
+        try:
+            vit: Any = create_model(
+                model.backbone,
+                # A check of a config builds on the meta device, and downloads nothing.
+                pretrained=pretrained and torch.get_default_device().type != "meta",
+                img_size=size,
+                in_chans=channels,
+                num_classes=0,
+                **args,
+            )
+        except OSError as error:
+            reason = f"weights of {model.backbone} cannot be had: {error}"
+            raise setting_error(f"{setting}.pretrained", True, reason) from error
+        except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+            if "unexpected keyword argument 'img_size'" in str(error):
+                names = ", ".join(kind.__name__ for kind in FAMILIES)
+                reason = f"takes images of any size; the regimes need one of timm's {names}"
+                raise setting_error(setting_name, model.backbone, reason) from error
+            given = {"backbone": model.backbone, **args}
+            raise setting_error(setting_args, given, f"is refused by timm: {error}") from error
+    if pretrained and not is_model_pretrained(model.backbone):
+        reason = f"is refused by timm: it has no weights of {model.backbone}"
+        raise setting_error(f"{setting}.pretrained", True, reason)
+    kinds: Any = tuple(FAMILIES)
+    if not isinstance(vit, kinds):
+        names = ", ".join(kind.__name__ for kind in FAMILIES)
+        reason = f"is a {type(vit).__name__}; the regimes need one of timm's {names}"
+        raise setting_error(setting_name, model.backbone, reason)
+    if isinstance(vit, NaFlexVit):
+        vit.__dict__["image_size"] = size  # it keeps none itself, since it takes any
+    family = family_of(vit)
+    refusal = family.refusal()
+    if refusal is not None:
+        raise setting_error(setting_name, model.backbone, refusal)
+    height, width = family.patch_size
+    if family.is_uniform:
+        _check_patch((height, width), size, setting_args)
+    elif size[0] % height or size[1] % width:
+        reason = f"is no multiple of {height} x {width} pixels, for which a token of "
+        reason += f"{model.backbone} stands in the end: change it, or the patches or stages"
+        raise setting_error("data.image_size", f"{size[0]} x {size[1]}", reason)
+    if getattr(vit, "attn_pool", None) is not None:
+        vit.reset_classifier(0, "token" if family.has_class_token else "avg")
+    if model.position_embedding == "sincos2d":
+        if not family.takes_fixed_positions or vit.pos_embed is None or family.width % 4:
+            reason = "needs a ViT with a position embedding and a width divisible by 4, "
+            reason += f"not {model.backbone} of width {family.width}"
+            raise setting_error("model.position_embedding", "sincos2d", reason)
+        prefix = 0 if vit.no_embed_class else family.num_prefix
+        fixed = sincos_position_embedding(family.grid, family.width, prefix)
+        vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
+    set_norm_eps(vit, model.norm_eps)
+    return vit
+
+
+def set_norm_eps(module: nn.Module, eps: float | None) -> None:
+    """Give every layer norm in a module this epsilon; None leaves them as they are."""
+    for part in module.modules():
+        if eps is not None and isinstance(part, nn.LayerNorm):
+            part.eps = eps
+
+
+def _check_patch(patch: tuple[int, ...], size: tuple[int, int], setting: str) -> None:
+    if len(patch) != 2 or any(not isinstance(side, int) or side < 1 for side in patch):
+        reason = "must be 1 or 2 whole numbers above 0"
+        raise setting_error(f"{setting}.patch_size", patch, reason)
+    if size[0] % patch[0] or size[1] % patch[1]:
+        reason = f"does not divide data.image_size {size[0]} x {size[1]}"
+        raise setting_error(f"{setting}.patch_size", patch, reason)
+
+
+def grid_of(vit: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    return family_of(vit).grid
+
+
+def patch_size_of(vit: nn.Module) -> tuple[int, int]:
+    """(height, width) of a patch in pixels."""
+    return family_of(vit).patch_size
+
+
+def supports_split(vit: nn.Module) -> bool:
+    """Whether every block's queries and keys can be projected apart, and its attention shown."""
+    return family_of(vit).splits
+
+
+def load_weights(vit: nn.Module, checkpoint: Path, backbone: str) -> tuple[str, ...]:
+    """Load a file of weights into a timm model.
+
+    It may be safetensors or a torch file with weights only, of timm or of MAE; timm converts it
+    and resamples position embeddings to the image size. A classification head, a pooling layer
+    and MAE's decoder are left out; all else must match.
+
+    Args:
+        vit: the model.
+        checkpoint: the file.
+        backbone: the model's name, for messages.
+
+    Returns:
+        Names of the entries that were left out.
+
+    Raises:
+        UserError: if the file is missing or unreadable, or its entries are not the encoder's.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    try:
+        state = read_state_dict(str(checkpoint), weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        AttributeError,  # a tensor or a list in the place of names and tensors
+        TypeError,
+    ) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        message = f"checkpoint {checkpoint} cannot be read as weights: {reason}"
+        raise UserError(message) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {checkpoint} holds other things than named tensors")
+    # A mask token alone is DINOv2's mark, by which timm knows how to convert the rest.
+    is_mae = any(name.startswith("decoder_") for name in state)
+    dropped = _HEADS + _MAE if is_mae else _HEADS
+    own = vit.state_dict()
+    left_out = tuple(sorted(k for k in state if k.startswith(dropped) and k not in own))
+    state = {name: value for name, value in state.items() if name not in left_out}
+    try:
+        converted = sys.modules[type(vit).__module__].checkpoint_filter_fn(state, vit)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
+    load_backbone(vit, converted, f"checkpoint {checkpoint}")
+    return left_out
+
+
+def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
+    """The weights of one ViT for another that differs in the size of the images alone.
+
+    Position embeddings are resampled (bicubic) where the grid of patches differs.
+
+    Returns:
+        A state dict that ``target`` loads.
+    """
+    state: dict[str, Tensor] = dict(source.state_dict())
+    if source.pos_embed is not None and grid_of(source) != grid_of(target):
+        prefix = 0 if source.no_embed_class else source.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(
+            source.pos_embed.detach(), list(grid_of(target)), list(grid_of(source)), prefix
+        )
+    return state
+
+
+def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Strict load of timm keys; a classification head in ``state`` is left out.
+
+    Raises:
+        UserError: naming the first keys that are missing, unexpected or of another shape.
+    """
+    own = vit.state_dict()
+    state = {k: v for k, v in state.items() if k in own or not k.startswith("head.")}
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has other", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(f"{source} does not fit the model: {what} {', '.join(keys[:3])}{more}")
+    if not next(vit.parameters()).is_meta:  # there is nothing to copy into where all fits
+        vit.load_state_dict(state)

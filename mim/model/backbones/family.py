@@ -1,0 +1,427 @@
+"""Kinds of timm backbones: how each embeds patches, places them and runs them under a mask.
+
+A family looks at a timm model it does not own and has no weights, so that the state dict stays
+timm's. A new kind is one subclass of :class:`Family` and its registration with the timm class.
+
+Shapes: B images, C channels, H x W pixels, N patches of the grid that a mask hides, T tokens of
+which each belongs to a patch, P prefix tokens, L = P + T, D width of a latent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mim.core.config import RegimeConfig
+from mim.core.patches import Patches, values_at
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What the blocks work on.
+
+    Attributes:
+        tokens: (B, L, D), prefix tokens first; of windowed backbones as their blocks take it.
+        rotation: of each patch's token, the sines and cosines its queries and keys are turned by;
+            None without rotary position embeddings. (T, R), the same for all images, or
+            (B, 1, T, R); with a rotation of each block and head one dimension more in front.
+    """
+
+    tokens: Tensor
+    rotation: Tensor | None = None
+
+
+class Family(ABC):
+    """A view of a timm model as an encoder of masked images.
+
+    Args:
+        vit: the model; kept, not copied.
+    """
+
+    is_uniform: bool = True
+    """Whether every block returns a token for each patch, as wide as the last block does."""
+    takes_padding: bool = True
+    """Whether images of a batch may show different numbers of patches under ``drop``."""
+    takes_sizes: bool = False
+    """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
+    packs: bool = False
+    """Whether several images may stand in one sequence."""
+    takes_fixed_positions: bool = False
+    """Whether its position embedding can be replaced by fixed sines and cosines."""
+
+    def __init__(self, vit: Any) -> None:
+        self.vit = vit
+
+    @property
+    def kind(self) -> str:
+        """The name of timm's class."""
+        return type(self.vit).__name__
+
+    @property
+    @abstractmethod
+    def grid(self) -> Grid:
+        """(rows, columns) of patches: of what a mask hides and a latent stands for."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> Grid:
+        """(height, width) in pixels of such a patch."""
+
+    @property
+    def num_prefix(self) -> int:
+        """P, class and register tokens in front of the patches."""
+        return 0
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        return False
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, of the latents."""
+
+    @property
+    def token_width(self) -> int:
+        """Width of an embedded patch, by default that of a latent."""
+        return self.width
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, first to last."""
+
+    @property
+    def pool_norm(self) -> nn.Module:
+        """The norm that follows pooling; an ``nn.Identity`` where there is none."""
+        return nn.Identity()
+
+    @property
+    def splits(self) -> bool:
+        """Whether queries, keys and values of each block can be projected apart."""
+        return False
+
+    def length(self, patches: float) -> float:
+        """Tokens the first block works on, with so many patches in the encoder."""
+        return self.num_prefix + patches
+
+    def refusal(self) -> str | None:
+        """Why a model of this kind cannot be used after all; None where it can."""
+        return None
+
+    def check(self, config: RegimeConfig) -> None:  # noqa: B027 (most refuse nothing)
+        """Refuse what this kind of backbone cannot do.
+
+        Raises:
+            UserError: naming the setting and the reason.
+        """
+
+    @abstractmethod
+    def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
+        """Embedded patches, without positions, in the form :meth:`hide` and :meth:`place` take.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            is_masked: (B, N) patches whose pixels must reach no other; matters only where embedded
+                patches overlap.
+        """
+
+    def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
+        """``fill``, a (D,) token or a number, in the place of hidden patches.
+
+        Args:
+            patches: of :meth:`embed`, (B, N, D) or (B, rows, columns, D).
+            is_masked: (B, N) bool.
+            fill: what stands there instead.
+        """
+        flags = is_masked.view(*patches.shape[:-1], 1)
+        return torch.where(flags, torch.as_tensor(fill, dtype=patches.dtype), patches)
+
+    def hide_pixels(self, images: Tensor, is_masked: Tensor) -> Tensor:
+        """(B, C, H, W) images with 0 in the place of hidden patches, (B, N) bool."""
+        (rows, columns), (height, width) = self.grid, self.patch_size
+        flags = is_masked.view(-1, 1, rows, columns)
+        flags = flags.repeat_interleave(height, 2).repeat_interleave(width, 3)
+        return images.masked_fill(flags, 0.0)
+
+    @abstractmethod
+    def place(self, patches: Tensor) -> Embedded:
+        """Embedded patches with their positions, by timm's own rule, and prefix tokens in front."""
+
+    def embed_patches(self, images: Patches) -> Tensor:
+        """:meth:`embed` for images of several sizes: (B, N, D)."""
+        raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
+
+    def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
+        """:meth:`place` for images of several sizes, each by the rule of its own grid.
+
+        Args:
+            patches: (B, N, D), of :meth:`embed_patches`.
+            images: for the place of each patch.
+        """
+        raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
+
+    def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
+        """Prefix tokens and the patches ``ids`` alone, each with what goes along with it.
+
+        Args:
+            embedded: of :meth:`place`, all N patches.
+            ids: (B, T) patch of each token.
+            valid: (B, T) bool, False for padding, which becomes zeros; None where there is none.
+        """
+        raise NotImplementedError(f"{self.kind} keeps every token")  # refused by check
+
+    def embed_at(self, images: Tensor, ids: Tensor) -> Embedded | None:
+        """What :meth:`take` leaves of :meth:`place`, without the patches that it leaves out.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            ids: (B, T) patch of each token.
+
+        Returns:
+            None where all patches must be embedded to know some.
+        """
+        return None
+
+    @abstractmethod
+    def run(
+        self,
+        embedded: Embedded,
+        *,
+        bias: Tensor | None = None,
+        num_keys: int | None = None,
+        checkpointing: bool = False,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The transformer blocks and the final norm.
+
+        Args:
+            embedded: what they work on.
+            bias: added to the attention scores of every layer, broadcasts to (B, heads, L, L); None
+                where all may read all.
+            num_keys: only the first so many tokens are read (keys and values); None reads all.
+            checkpointing: compute each block again in the backward pass instead of storing it.
+                timm's own switch is not used because it is off whenever a mask is given.
+            layers: receives the output of every block, (B, L, D), before the final norm.
+
+        Returns:
+            (B, L, D).
+        """
+
+    def attention(
+        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
+    ) -> Tensor:
+        """The attention weights of a block; only where it :attr:`splits`.
+
+        Args:
+            index: of the block.
+            x: (B, L, D), its input.
+            embedded: what the first block worked on, for what goes along with the tokens.
+            bias: added to the scores.
+
+        Returns:
+            (B, heads, L, L); rows are queries and sum to 1.
+        """
+        raise NotImplementedError(f"{self.kind} does not show its attention")
+
+    def before_blocks(self, tokens: Tensor) -> Tensor:
+        """What stands between the positions and the first block."""
+        return tokens
+
+    def features(self, images: Tensor) -> Tensor:
+        """timm's own ``forward_features`` of full images: (B, C, H, W) -> (B, P + N, D)."""
+        return self.vit.forward_features(images)
+
+    def classifier_args(self, mean: bool) -> dict[str, Any]:
+        """timm's arguments for a classifier that pools patches (``mean``) or the class token."""
+        return {"global_pool": "avg" if mean else "token"}
+
+
+FAMILIES: dict[type[nn.Module], type[Family]] = {}
+
+
+def register_family(*kinds: type[nn.Module]) -> Callable[[type[Family]], type[Family]]:
+    """Decorator: the family of these timm classes and of what inherits from them."""
+
+    def add(family: type[Family]) -> type[Family]:
+        FAMILIES.update(dict.fromkeys(kinds, family))
+        return family
+
+    return add
+
+
+def family_of(vit: nn.Module) -> Family:
+    """The family's view of a model.
+
+    Raises:
+        TypeError: if it belongs to none; :func:`mim.model.backbones.build_backbone` tells users.
+    """
+    for kind, family in FAMILIES.items():
+        if isinstance(vit, kind):
+            return family(vit)
+    names = ", ".join(kind.__name__ for kind in FAMILIES)
+    raise TypeError(f"a {type(vit).__name__} is none of {names}")
+
+
+class Transformer(Family):
+    """Blocks of one width in a row, each of which reads all tokens: ViTs of any kind."""
+
+    takes_fixed_positions = True
+
+    @property
+    def grid(self) -> Grid:
+        """See :class:`Family`."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def patch_size(self) -> Grid:
+        """See :class:`Family`."""
+        height, width = self.vit.patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
+    def num_prefix(self) -> int:
+        """See :class:`Family`."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def has_class_token(self) -> bool:
+        """See :class:`Family`."""
+        return self.vit.cls_token is not None
+
+    @property
+    def width(self) -> int:
+        """See :class:`Family`."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`Family`."""
+        return list(self.vit.blocks)
+
+    @property
+    def pool_norm(self) -> nn.Module:
+        """See :class:`Family`."""
+        return self.vit.fc_norm
+
+    def refusal(self) -> str | None:
+        """See :class:`Family`."""
+        if isinstance(self.vit.patch_embed, PatchEmbed):
+            return None
+        return f"embeds patches by {type(self.vit.patch_embed).__name__}, which may mix patches"
+
+    def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
+        """See :class:`Family`; its patches do not overlap."""
+        return self.vit.patch_embed(images)
+
+    def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
+        """See :class:`Family`."""
+        tokens, prefix = embedded.tokens, self.num_prefix
+        taken = values_at(tokens[:, prefix:], ids)  # (B, T, D)
+        if valid is not None:
+            taken = taken.masked_fill(~valid[..., None], 0.0)
+        return Embedded(torch.cat([tokens[:, :prefix], taken], dim=1))
+
+    def before_blocks(self, tokens: Tensor) -> Tensor:
+        """See :class:`Family`."""
+        return self.vit.norm_pre(tokens)
+
+    @abstractmethod
+    def step(
+        self,
+        index: int,
+        x: Tensor,
+        embedded: Embedded,
+        bias: Tensor | None,
+        num_keys: int | None,
+    ) -> Tensor:
+        """One block: (B, L, D) -> (B, L, D); arguments as those of :meth:`run`."""
+
+    def run(
+        self,
+        embedded: Embedded,
+        *,
+        bias: Tensor | None = None,
+        num_keys: int | None = None,
+        checkpointing: bool = False,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """See :class:`Family`."""
+        x = self.before_blocks(embedded.tokens)
+        for index in range(len(self.vit.blocks)):
+            if checkpointing and torch.is_grad_enabled():
+                arguments = (index, x, embedded, bias, num_keys)
+                x = checkpoint(self.step, *arguments, use_reentrant=False)
+            else:
+                x = self.step(index, x, embedded, bias, num_keys)
+            if layers is not None:
+                layers.append(x)
+        return self.vit.norm(x)
+
+
+def as_unit(block: nn.Module, work: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``work(*args)``, which reads parts of a block without calling it.
+
+    Where weights are shared out block by block (``train.shard``), a block's are gathered only
+    while it is called; this counts as a call of it.
+    """
+    call = getattr(block, UNIT, None)
+    return work(*args) if call is None else call(work, *args)
+
+
+UNIT = "call_as_unit"
+"""A block's method under which ``train.shard`` gathers its weights."""
+
+
+def block_outputs(vit: nn.Module, embedded: Embedded, bias: Tensor | None = None) -> list[Tensor]:
+    """The output of every block, each (B, L, D)."""
+    layers: list[Tensor] = []
+    family_of(vit).run(embedded, bias=bias, layers=layers)
+    return layers
+
+
+def attention_maps(vit: nn.Module, embedded: Embedded, bias: Tensor | None = None) -> list[Tensor]:
+    """What each token reads in each block.
+
+    Args:
+        vit: the encoder, whose family splits.
+        embedded: (B, L, D) tokens.
+        bias: added to the scores of every layer; None where all may read all.
+
+    Returns:
+        For each block (B, heads, L, L); rows are queries and sum to 1.
+    """
+    family = family_of(vit)
+    inputs = [family.before_blocks(embedded.tokens), *block_outputs(vit, embedded, bias)[:-1]]
+    return [family.attention(index, x, embedded, bias) for index, x in enumerate(inputs)]
+
+
+def patch_attention(vit: nn.Module, embedded: Embedded) -> Tensor:
+    """How much the last block attends to each patch, the mean over its heads.
+
+    Args:
+        vit: the encoder, whose family splits.
+        embedded: (B, P + N, D) tokens.
+
+    Returns:
+        (B, N): of the class token's query where there is one, else the mean over all queries.
+    """
+    family = family_of(vit)
+    assert isinstance(family, Transformer)  # no other splits
+    x, last = family.before_blocks(embedded.tokens), len(family.blocks) - 1
+    for index in range(last):
+        x = family.step(index, x, embedded, None, None)
+    weights = family.attention(last, x, embedded).mean(dim=1)  # (B, L, L)
+    rows = weights[:, 0] if family.has_class_token else weights.mean(dim=1)
+    return rows[:, family.num_prefix :]

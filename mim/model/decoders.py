@@ -1,0 +1,362 @@
+"""What predicts the hidden patches from the latents.
+
+A decoder works in two parts: ``forward`` gives a hidden vector at the patches asked for, and
+``project`` turns them into predictions, so that the last projection runs only where it is wanted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, freq_bands
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mim.core.config import DecoderConfig
+from mim.core.errors import setting_error
+from mim.core.keys import seed_of
+from mim.core.patches import values_at
+from mim.core.registry import Registry
+from mim.model.attention import key_bias
+from mim.model.backbones import block_at, sincos_position_embedding
+from mim.model.packing import Packing
+from mim.model.regimes import Latents, Regime, place_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderContext:
+    """What a decoder is built for.
+
+    Attributes:
+        width: D, of the latents.
+        output: values predicted for a patch.
+        grid: (rows, columns) of patches.
+        regime: the regime it decodes for.
+        num_prefix: P, tokens in front of the patches.
+    """
+
+    width: int
+    output: int
+    grid: tuple[int, int]
+    regime: Regime
+    num_prefix: int
+
+
+class Decoder(nn.Module, ABC):
+    """Base class.
+
+    Args:
+        config: the settings under ``model.decoder``.
+        context: what it is built for.
+    """
+
+    needs_all_tokens: bool
+    """Whether it reads a latent at every patch and so cannot follow a regime that drops some."""
+    needs_layers: bool = False
+    """Whether it reads the output of every encoder block, not of the last alone."""
+    share: float = 1.0
+    """Share of the hidden patches that it predicts in training."""
+    packs: bool = False
+    """Whether several images of different sizes share a sequence."""
+
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Hidden vectors.
+
+        Args:
+            latents: of the encoder.
+            ids: (B, M) patches that are wanted; None wants all N in order.
+
+        Returns:
+            (B, M, E).
+        """
+
+    @abstractmethod
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., E) -> (..., output)."""
+
+
+DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name")
+
+
+def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """(B, N, E) -> (B, M, E) at the patches ``ids``, or all of them."""
+    return hidden if ids is None else values_at(hidden, ids)
+
+
+def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:
+    """Fixed positions (1, P + N, E), or (B, P + N, E) where images have several sizes.
+
+    Args:
+        table: (1, P + N, E), of the model's own grid; prefix tokens have zeros.
+        latents: for the row and column of each patch.
+        num_prefix: P.
+    """
+    if latents.coords is None:
+        return table
+    bands = freq_bands(table.shape[-1] // 4, temperature=10000.0, step=1, device=table.device)
+    angles = latents.coords[..., None] * bands  # (B, N, 2, E / 4)
+    patches = torch.cat([angles.sin(), angles.cos()], dim=-2).flatten(-2)  # (B, N, E)
+    return F.pad(patches.to(table.dtype), (0, 0, num_prefix, 0))
+
+
+def _latents_at(latents: Latents, ids: Tensor | None) -> Tensor:
+    """(B, M, D): the latents of the patches ``ids``; zeros where a patch has none."""
+    patches = latents.patches  # (B, T, D)
+    if latents.patch_ids is not None:
+        fill = patches.new_zeros(len(patches), latents.num_patches, patches.shape[-1])
+        patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+    return _at(patches, ids)
+
+
+def _xavier(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@DECODERS.register("transformer")
+class TransformerDecoder(Decoder):
+    """MAE's decoder: mask tokens where no latent is, fixed positions, transformer blocks.
+
+    With a regime that keeps every token it reads those and has no mask token of its own.
+    He et al. 2021, arXiv:2111.06377.
+    """
+
+    needs_all_tokens = False
+
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
+        settings = config.transformer
+        self.embed = nn.Linear(context.width, settings.width)
+        positions = sincos_position_embedding(context.grid, settings.width, context.num_prefix)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, P + N, E)
+        self.blocks = nn.ModuleList(
+            Block(settings.width, settings.heads, settings.mlp_ratio, qkv_bias=True)
+            for _ in range(settings.depth)
+        )
+        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.head = nn.Linear(settings.width, context.output)
+        _xavier(self)
+        # Last, so that the weights above are the same whether or not there is a mask token.
+        self.mask_token: nn.Parameter | None = None
+        if not context.regime.keeps_all_tokens:
+            self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Decode; see :class:`Decoder`."""
+        x = self.embed(latents.tokens)  # (B, P + T, E)
+        if latents.patch_ids is not None:
+            assert self.mask_token is not None
+            prefix, patches = x[:, : latents.num_prefix], x[:, latents.num_prefix :]
+            fill = self.mask_token.expand(len(x), latents.num_patches, -1).to(x.dtype)
+            patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+            x = torch.cat([prefix, patches], dim=1)  # (B, P + N, E)
+        x = x + _positions(self.pos_embed, latents, latents.num_prefix)
+        return self.norm(self._run(x, latents, ids))
+
+    def _run(self, x: Tensor, latents: Latents, ids: Tensor | None) -> Tensor:
+        """The blocks, (B, P + N, E) -> (B, M, E); nobody reads padding."""
+        bias, packing, prefix = None, None, latents.num_prefix
+        if latents.patch_valid is not None:
+            valid = torch.cat(
+                [latents.patch_valid.new_ones(len(x), prefix), latents.patch_valid], 1
+            )
+            bias = key_bias(valid, x.dtype)
+            if self.packs:
+                packing = Packing.of(valid)
+                x, bias = packing.pack(x), packing.bias(None, x.dtype)
+        *earlier, last = self.blocks
+        for block in earlier:
+            x = block(x, attn_mask=bias)
+        if ids is not None and packing is None:
+            assert isinstance(last, Block)
+            return block_at(last, x, ids + prefix, bias)  # nobody reads the other places
+        x = last(x, attn_mask=bias)
+        if packing is not None:
+            x = packing.unpack(x)
+        return _at(x[:, prefix:], ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+@DECODERS.register("linear")
+class LinearDecoder(Decoder):
+    """One linear map of each latent (SimMIM, arXiv:2111.09886)."""
+
+    needs_all_tokens = True
+
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
+        self.head = nn.Linear(context.width, context.output)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """The latents of the patches; see :class:`Decoder`."""
+        return _latents_at(latents, ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+@DECODERS.register("mlp")
+class MlpDecoder(Decoder):
+    """A multilayer perceptron on each latent; between SimMIM's linear map and a transformer."""
+
+    needs_all_tokens = True
+
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
+        settings = config.mlp
+        layers: list[nn.Module] = []
+        for index in range(settings.depth):
+            layers += [
+                nn.Linear(settings.width if index else context.width, settings.width),
+                nn.GELU(),
+            ]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(settings.width, context.output)
+        _xavier(self)
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Each latent by itself; see :class:`Decoder`."""
+        return self.layers(_latents_at(latents, ids))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+class CrossBlock(nn.Module):
+    """Queries read a memory, then an MLP; queries do not read each other.
+
+    Args:
+        width: E.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over E.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
+        """Queries (B, M, E) and a memory (B, L, E) -> (B, M, E); bias adds to the scores."""
+        q = self.q(self.norm1(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, M, d)
+        kv = self.kv(memory).unflatten(2, (2, self.heads, -1))  # (B, L, 2, h, d)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
+        bias = None if bias is None else bias.to(q.dtype)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.proj(read.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+@DECODERS.register("cross_attention")
+class CrossAttentionDecoder(Decoder):
+    """Mask tokens read the latents and not each other (CrossMAE, Fu et al. 2024, 2401.14391).
+
+    Since no prediction depends on another, any subset can be computed alone: in training a
+    ``share`` of the hidden patches is, drawn by key, which leaves the loss unbiased. With
+    ``layers: weighted`` each block reads its own learned sum of the encoder's blocks.
+    """
+
+    needs_all_tokens = False
+
+    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+        super().__init__(config, context)
+        settings = config.cross_attention
+        self.share = settings.share
+        self.needs_layers = settings.layers == "weighted"
+        self.embed = nn.Linear(context.width, settings.width)
+        positions = sincos_position_embedding(context.grid, settings.width)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, N, E)
+        self.blocks = nn.ModuleList(
+            CrossBlock(settings.width, settings.heads, settings.mlp_ratio)
+            for _ in range(settings.depth)
+        )
+        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+        self.head = nn.Linear(settings.width, context.output)
+        _xavier(self)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
+        if self.needs_layers:
+            # The last block alone, to begin with.
+            weights = torch.zeros(settings.depth, context.regime.num_layers)
+            weights[:, -1] = 1.0
+            self.layer_weights = nn.Parameter(weights)  # (blocks, encoder blocks)
+            self.layer_norms = nn.ModuleList(
+                nn.LayerNorm(context.width, eps=1e-6) for _ in range(settings.depth)
+            )
+
+    def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
+        """Decode the patches asked for, and no others; see :class:`Decoder`."""
+        tokens = latents.tokens  # (B, P + T, D)
+        places = _positions(self.pos_embed, latents).expand(len(tokens), -1, -1)  # (B, N, E)
+        x = self.mask_token + _at(places, ids)  # (B, M, E)
+        bias = None
+        if latents.valid is not None:
+            prefix = latents.valid.new_ones(len(tokens), latents.num_prefix)
+            bias = key_bias(torch.cat([prefix, latents.valid], dim=1), tokens.dtype)
+        layers = (*latents.layers[:-1], tokens)  # the last with the encoder's final norm
+        memory = None if self.needs_layers else self.embed(tokens)  # (B, P + T, E)
+        for index, block in enumerate(self.blocks):
+            if self.needs_layers:
+                weights = self.layer_weights[index].to(tokens.dtype)
+                mixed = sum(w * layer for w, layer in zip(weights, layers, strict=True))
+                memory = self.embed(self.layer_norms[index](mixed))
+            x = block(x, memory, bias)
+        return self.norm(x)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predict; see :class:`Decoder`."""
+        return self.head(hidden)
+
+
+def build_decoder(
+    config: DecoderConfig,
+    *,
+    width: int,
+    output: int,
+    grid: tuple[int, int],
+    regime: Regime,
+    num_prefix: int,
+    seed: int = 0,
+) -> Decoder:
+    """The decoder that ``config`` names; its weights follow from ``seed`` alone.
+
+    Raises:
+        UserError: if the name is unknown, or the decoder needs tokens that the regime drops.
+    """
+    kind = DECODERS.get(config.name)
+    if kind.needs_all_tokens and not regime.keeps_all_tokens:
+        able = ", ".join(name for name in DECODERS if not DECODERS.get(name).needs_all_tokens)
+        reason = (
+            f"needs a token at every patch, and model.regime.name={regime.config.name!r} drops "
+            f"the masked ones; with that regime choose {able}"
+        )
+        raise setting_error("model.decoder.name", config.name, reason)
+    if regime.predict_share < 1 and not kind.needs_all_tokens:
+        able = ", ".join(name for name in DECODERS if DECODERS.get(name).needs_all_tokens)
+        reason = f"must be 1 with model.decoder.name={config.name!r}, whose predictions read each "
+        reason += f"other's latents; below 1 choose {able}"
+        raise setting_error("model.regime.zero.predict_share", regime.predict_share, reason)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "decoder"))
+        return kind(config, DecoderContext(width, output, grid, regime, num_prefix))

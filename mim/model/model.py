@@ -1,0 +1,338 @@
+"""Images and a mask to a loss and a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from mim.core.config import Config
+from mim.core.errors import setting_error
+from mim.core.patches import Images, Patches
+from mim.masks import MaskGenerator, PatchMask, build_mask_generator
+from mim.model.backbones import (
+    Family,
+    build_backbone,
+    family_of,
+    grid_of,
+    patch_size_of,
+    set_norm_eps,
+)
+from mim.model.decoders import Decoder, build_decoder
+from mim.model.regimes import Latents, Regime, build_regime
+from mim.model.targets import TARGETS, Target, TargetContext, build_target, per_image_loss
+from mim.model.teacher import Teacher
+
+
+@dataclass(eq=False)
+class Output:
+    """What the model returns.
+
+    Attributes:
+        loss: scalar, what training minimises: the weighted mean of ``loss_per_image``, and the
+            loss of the mask generator where one is trained.
+        reconstruction: scalar, the weighted mean of ``loss_per_image`` alone.
+        loss_per_image: (B,).
+        latents: of the encoder.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    loss_per_image: Tensor
+    latents: Latents
+    _readable: Latents = field(repr=False)
+    _decoder: Decoder = field(repr=False)
+    _target: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def prediction(self) -> Tensor:
+        """(B, N, dim) at every patch; computed when asked for, since the loss needs but a part."""
+        hidden = self._decoder(self._readable)
+        return self._decoder.project(hidden.to(_dtype_of(self._decoder)))
+
+    @property
+    def target(self) -> Tensor:
+        """(B, N, dim) at every patch; computed when asked for, as the prediction is."""
+        return self._target()
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+class MaskedImageModel(nn.Module):
+    """A backbone pre-trained by predicting what a mask hides.
+
+    Args:
+        backbone: a timm model of one of the families of :mod:`mim.model.backbones`.
+        regime: how hidden patches meet it.
+        decoder: what predicts them.
+        target: what must be predicted.
+        mask_generator: what chooses the masks, for :meth:`draw_mask`.
+        mask_network: the network of a generator that is trained.
+        teacher: an EMA copy of the backbone, where the generator or the target reads one.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        regime: Regime,
+        decoder: Decoder,
+        target: Target,
+        mask_generator: MaskGenerator,
+        mask_network: nn.Module | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.regime = regime
+        self.decoder = decoder
+        self.target = target
+        self.mask_generator = mask_generator
+        self.mask_network = mask_network
+        self.teacher = teacher
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return grid_of(self.backbone)
+
+    @property
+    def _share(self) -> float:
+        """Share of the hidden patches predicted in training; the parts do not both take one."""
+        return min(self.decoder.share, self.regime.predict_share)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return patch_size_of(self.backbone)
+
+    @torch.no_grad()
+    def draw_mask(
+        self,
+        images: Images,
+        keys: Tensor,
+        *,
+        epoch: int = -1,
+        sample_ids: Tensor | None = None,
+    ) -> PatchMask:
+        """The masks of the model's generator, on the device of the images.
+
+        Args:
+            images: (B, C, H, W), normalised, or patches of several sizes.
+            keys: (B,) int64 from :func:`mim.core.keys.image_keys`.
+            epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
+            sample_ids: (B,) stable ids of the images.
+        """
+        generator = self.mask_generator
+        if isinstance(images, Patches):
+            mask = generator.draw_sizes(images, keys, epoch=epoch, sample_ids=sample_ids)
+            return mask.to(images.device, non_blocking=True)
+        looks = generator.needs_images or generator.needs_attention or generator.is_trained
+        with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
+            mask = generator(
+                self.grid,
+                keys,
+                epoch=epoch,
+                sample_ids=sample_ids,
+                images=images if looks else None,
+                attention=None if self.teacher is None else self.teacher.attention,
+                network=self.mask_network,
+            )
+        return mask.to(images.device, non_blocking=True)
+
+    def update_teacher(self, taken: Tensor | float = 1.0) -> None:
+        """After an optimizer step: the teacher, where there is one, follows the backbone.
+
+        Args:
+            taken: 0 where the step was not taken; the teacher then stays too.
+        """
+        if self.teacher is not None:
+            self.teacher.update(self.backbone, taken)
+
+    def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
+        """Encode under a mask.
+
+        Args:
+            images: (B, C, H, W), normalised, or patches of several sizes.
+            mask: what is hidden; None hides nothing.
+        """
+        if isinstance(images, Patches):
+            mask = PatchMask.empty_of(images.valid) if mask is None else mask
+            latents = self.regime(self.backbone, images, mask)
+            return replace(latents, coords=images.coords, patch_valid=mask.valid)
+        if mask is None:
+            count = self.grid[0] * self.grid[1]
+            mask = PatchMask.empty(len(images), count, images.device)
+        return self.regime(self.backbone, images, mask)
+
+    def encode(self, images: Images, mask: PatchMask | None = None) -> Tensor:
+        """Features: the tokens of :meth:`latents`, prefix first, (B, P + T, D).
+
+        Without a mask they equal timm's own ``backbone.forward_features(images)``, a map laid out
+        row by row. With one, ``drop`` returns the visible patches only; the other regimes return
+        all, in order.
+        """
+        return self.latents(images, mask).tokens
+
+    def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Output:
+        """One forward pass.
+
+        Args:
+            images: (B, C, H, W), normalised, or patches of several sizes.
+            mask: (B, N), what is hidden.
+            weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold. None
+                counts all alike.
+        """
+        if weight is not None:
+            # Not only its loss: a NaN anywhere in the forward pass makes 0 * NaN in the backward.
+            images = _blank(images, weight == 0)
+        latents = self.latents(images, mask)
+        readable = latents
+        norm = family_of(self.backbone).pool_norm
+        if not isinstance(norm, nn.Identity):
+            # Models that norm after pooling have no norm on tokens; here each token is a pool.
+            readable = replace(latents, tokens=norm(latents.tokens))
+        if self.target.config.loss_on == "all":
+            ids, valid = None, mask.valid
+            wanted = self.target(images, self.teacher)  # (B, N, dim)
+        else:
+            share = self._share if self.training else 1.0
+            ids, valid = mask.masked_share(share)
+            wanted = self.target.at(images, ids, self.teacher)  # (B, M, dim)
+        predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
+        distance = self.target.distance(predicted, wanted)  # (B, M)
+        losses = per_image_loss(distance, valid)
+        reconstruction = loss = _weighted_mean(losses, weight)
+        if self.mask_network is not None and self.training:
+            if ids is None:
+                ids, valid = mask.masked_ids, mask.masked_valid
+                distance = distance.gather(1, ids)
+            logits = self.mask_network(images)  # (B, N)
+            chosen = self.mask_generator.objective(logits, ids, distance, valid)  # (B,)
+            loss = reconstruction + _weighted_mean(chosen, weight)
+        target = partial(self.target, images, self.teacher)
+        return Output(loss, reconstruction, losses, latents, readable, self.decoder, target)
+
+
+def _blank(images: Images, left_out: Tensor) -> Images:
+    """0 in all of the images that are left out, (B,) bool."""
+    if isinstance(images, Patches):
+        return images.left_out(left_out)
+    return images.masked_fill(left_out.view(-1, 1, 1, 1), 0.0)
+
+
+def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean over images; a weight of 0 leaves one out, whatever its value."""
+    if weight is None:
+        return values.mean()
+    counted = torch.where(weight > 0, values * weight, 0.0)
+    return counted.sum() / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def build_model(config: Config) -> MaskedImageModel:
+    """The model that ``config`` describes; every part's weights follow from the seed alone.
+
+    Raises:
+        UserError: if a name is unknown or the parts do not fit together.
+    """
+    data, model = config.data, config.model
+    vit = build_backbone(model, data.size, data.channels, config.seed)
+    family = family_of(vit)
+    grid, patch = family.grid, family.patch_size
+    # Where images have several sizes, masks are checked on the grid of each.
+    generator = build_mask_generator(config.mask, None if data.keeps_aspect else grid, patch)
+    regime = build_regime(model.regime, vit, config.seed)
+    if not regime.keeps_all_tokens and not family.takes_padding:
+        _refuse_ratios(config)
+    regime.checkpointing = config.train.gradient_checkpointing
+    regime.packs = data.batching == "packed"
+    context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
+    target = build_target(model.target, context)
+    decoder = build_decoder(
+        model.decoder,
+        width=family.width,
+        output=target.dim,
+        grid=grid,
+        regime=regime,
+        num_prefix=family.num_prefix,
+        seed=config.seed,
+    )
+    decoder.packs = regime.packs
+    if data.keeps_aspect:
+        _check_sizes(config, family, generator, target)
+    set_norm_eps(decoder, model.norm_eps)
+    if target.config.loss_on == "all":
+        reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
+        if decoder.share < 1:
+            raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
+        if regime.predict_share < 1:
+            setting = "model.regime.zero.predict_share"
+            raise setting_error(setting, regime.predict_share, reason)
+    if decoder.needs_layers and not family.is_uniform:
+        reason = f"needs blocks of one width, and {model.backbone} has several; choose last"
+        raise setting_error(f"model.decoder.{model.decoder.name}.layers", "weighted", reason)
+    regime.collects_layers = decoder.needs_layers
+    if generator.is_trained and config.train.weights != "fp32":
+        reason = "does not work with a trained mask generator; choose fp32"
+        raise setting_error("train.weights", config.train.weights, reason)
+    network = generator.network(data.channels, config.seed) if generator.is_trained else None
+    teacher = None
+    if generator.needs_attention or target.needs_teacher:
+        if generator.needs_attention and not family.splits:
+            reason = f"needs plain timm blocks, and {model.backbone} has others"
+            raise setting_error("mask.name", config.mask.name, reason)
+        if target.needs_teacher and not family.is_uniform:
+            reason = f"needs blocks of one width, and {model.backbone} has several"
+            raise setting_error("model.target.name", model.target.name, reason)
+        teacher = Teacher(vit, model.teacher_decay)
+    return MaskedImageModel(vit, regime, decoder, target, generator, network, teacher)
+
+
+def _refuse_ratios(config: Config) -> None:
+    """Refuse ratios drawn for each image, where all must show equally many patches."""
+    to = config.mask.schedule.to
+    for setting, ratio in (("mask.ratio", config.mask.ratio), ("mask.schedule.to", to)):
+        if isinstance(ratio, tuple) and ratio[0] != ratio[1]:
+            reason = (
+                f"draws one for each image, and with model.regime.name={config.model.regime.name!r}"
+            )
+            reason += f" {config.model.backbone} takes no padding: give one ratio"
+            raise setting_error(setting, ratio, reason)
+
+
+def _check_sizes(config: Config, family: Family, generator: MaskGenerator, target: Target) -> None:
+    """Refuse parts that take images of one size only, or that cannot share a sequence.
+
+    Raises:
+        UserError: naming the part.
+    """
+    name = config.model.backbone
+    if not family.takes_sizes:
+        able = "takes images of one size, and data.aspect is keep; choose a naflexvit or a "
+        raise setting_error("model.backbone", name, f"{able}ViT with a position embedding")
+    if config.data.batching == "packed" and not family.packs:
+        reason = f"packs plain timm blocks, and {name} has others; choose padded"
+        raise setting_error("data.batching", "packed", reason)
+    generator.check_sizes()
+    if not target.takes_sizes:
+        able = ", ".join(target for target in TARGETS if TARGETS.get(target).takes_sizes)
+        reason = f"is made of images of one size, and data.aspect is keep; choose {able}"
+        raise setting_error("model.target.name", config.model.target.name, reason)
+
+
+def check_config(config: Config) -> None:
+    """Refuse a config whose parts do not fit, without allocating the weights.
+
+    Raises:
+        UserError: as :func:`build_model`, and where training needs a package that is not there.
+    """
+    if config.train.precision == "fp8" and find_spec("torchao") is None:
+        reason = "needs torchao: pip install 'mim[float8]'; or choose bf16"
+        raise setting_error("train.precision", config.train.precision, reason)
+    with torch.device("meta"):
+        build_model(config)

@@ -1,0 +1,423 @@
+"""How hidden patches meet the encoder: drop, zero or token.
+
+Shapes: B images, C channels, H x W pixels, N patches, K visible patches, P prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mim.core.config import RegimeConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.keys import seed_of
+from mim.core.patches import Images, Patches
+from mim.core.registry import Registry
+from mim.masks import PatchMask
+from mim.model.attention import causal, key_bias, to_additive
+from mim.model.backbones import Embedded, Family, family_of
+from mim.model.packing import Packing
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """What the encoder returns.
+
+    Attributes:
+        tokens: (B, P + T, D), prefix tokens first.
+        patch_ids: (B, T) int64, which patch each of the other tokens belongs to; None means all N
+            patches in order.
+        valid: (B, T) bool, False where a shorter row is padded; None means no padding.
+        num_prefix: P.
+        num_patches: N.
+        layers: the output of every block, each as ``tokens``; empty unless the regime collects.
+        coords: (B, N, 2) int64, row and column of each patch, where images have several sizes.
+        patch_valid: (B, N) bool, False where an image has fewer than N patches; None where all have
+            N.
+    """
+
+    tokens: Tensor
+    num_prefix: int
+    num_patches: int
+    patch_ids: Tensor | None = None
+    valid: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
+    coords: Tensor | None = None
+    patch_valid: Tensor | None = None
+
+    @property
+    def prefix(self) -> Tensor:
+        """(B, P, D)."""
+        return self.tokens[:, : self.num_prefix]
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, T, D)."""
+        return self.tokens[:, self.num_prefix :]
+
+
+def place_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
+    """Put tokens at their patches and ``fill`` everywhere else.
+
+    Args:
+        tokens: (B, T, D).
+        ids: (B, T) patch of each token.
+        valid: (B, T) bool, False for padding, which goes nowhere; None where there is none.
+        fill: (B, N, D), what stands where no token belongs.
+
+    Returns:
+        (B, N, D).
+    """
+    count = fill.shape[1]
+    if valid is not None:  # padding goes to a place behind the last patch, cut off below
+        ids = torch.where(valid, ids, count)
+        fill = torch.cat([fill, fill[:, :1]], dim=1)
+    index = ids[..., None].expand(-1, -1, tokens.shape[-1])
+    return fill.scatter(1, index, tokens.to(fill.dtype))[:, :count]
+
+
+class Regime(nn.Module, ABC):
+    """Encodes images under a mask with a backbone it does not own.
+
+    Args:
+        config: the settings under ``model.regime``.
+        vit: the backbone, for its width and shapes; not kept.
+        seed: own weights follow from it.
+    """
+
+    keeps_all_tokens: bool
+    """Whether there is a token at every patch, so that any decoder can be used."""
+    predict_share: float = 1.0
+    """Share of the hidden patches that have a latent in training (``PatchMask.masked_share``)."""
+
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.collects_layers = False
+        self.packs = False
+        family = family_of(vit)
+        family.check(config)
+        self.num_layers = len(family.blocks)
+        patches = family.grid[0] * family.grid[1]
+        if config.causal_prefix > patches:
+            reason = f"is more than the {patches} patches of the grid"
+            raise setting_error("model.regime.causal_prefix", config.causal_prefix, reason)
+
+    def order_bias(
+        self, bias: Tensor | None, tokens: Tensor, num_prefix: int, ids: Tensor | None = None
+    ) -> Tensor | None:
+        """The order of the tokens, where there is one, added to an attention mask.
+
+        Args:
+            bias: (B, 1, 1, L), or None.
+            tokens: (B, L, D), prefix tokens first.
+            num_prefix: P; prefix tokens come before all patches.
+            ids: (B, L - P) patch of each token; None means all patches in order.
+
+        Returns:
+            (B or 1, 1, L, L), or ``bias`` as it is where tokens read in both directions.
+        """
+        if self.config.order == "bidirectional":
+            return bias
+        both_ways = num_prefix + self.config.causal_prefix
+        if ids is None:
+            allowed = causal(tokens.shape[1], both_ways).to(tokens.device)
+        else:
+            prefix = torch.arange(num_prefix, device=ids.device).expand(len(ids), -1)
+            places = torch.cat([prefix, ids + num_prefix], dim=1)  # (B, L)
+            before = places[:, None, :] <= places[:, :, None]
+            inside = places < both_ways
+            allowed = (before | (inside[:, None, :] & inside[:, :, None]))[:, None]
+        order = to_additive(allowed, tokens.dtype)
+        return order if bias is None else order + bias
+
+    def encode(
+        self,
+        family: Family,
+        embedded: Embedded,
+        *,
+        bias: Tensor | None = None,
+        num_keys: int | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:meth:`Family.run`, with every block's output where they are collected.
+
+        Where :attr:`packs` is set, it runs on the tokens that are ``valid`` (B, L) alone.
+        """
+        layers: list[Tensor] | None = [] if self.collects_layers else None
+        packing = None
+        if self.packs and valid is not None:
+            packing = Packing.of(valid, num_keys)
+            bias, num_keys = packing.bias(bias, embedded.tokens.dtype), packing.num_keys
+            embedded = Embedded(packing.pack(embedded.tokens))
+        tokens = family.run(
+            embedded,
+            bias=bias,
+            num_keys=num_keys,
+            checkpointing=self.checkpointing,
+            layers=layers,
+        )
+        if packing is not None:
+            return packing.unpack(tokens), tuple(packing.unpack(layer) for layer in layers or ())
+        return tokens, tuple(layers or ())
+
+    @abstractmethod
+    def inputs(
+        self, vit: nn.Module, images: Images, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
+        """What the blocks work on.
+
+        Args:
+            vit: the backbone.
+            images: (B, C, H, W), normalised, or patches of several sizes.
+            mask: (B, N), what is hidden.
+
+        Returns:
+            Tokens (B, P + T, D), embedded and with what goes along with each, and what is added to
+            the scores of every layer, or None.
+        """
+
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
+        """Encode (B, C, H, W) normalised images of which only the visible patches count."""
+        family = family_of(vit)
+        embedded, bias = self.inputs(vit, images, mask)
+        kept = self.kept(mask)
+        valid = None if kept is None else _with_prefix(kept, family.num_prefix)
+        tokens, layers = self.encode(family, embedded, bias=bias, valid=valid)
+        return Latents(tokens, family.num_prefix, mask.num_patches, valid=kept, layers=layers)
+
+    def kept(self, mask: PatchMask) -> Tensor | None:
+        """(B, T) bool, False where a token of the encoder is padding; None where none is."""
+        return mask.valid
+
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
+        """Tokens a block of the encoder works on.
+
+        Args:
+            vit: the backbone.
+            visible: patches of an image that are visible.
+            patches: of an image in all; by default those of the backbone's grid.
+        """
+        family = family_of(vit)
+        rows, columns = family.grid
+        return family.length(rows * columns if patches is None else patches)
+
+
+REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
+
+
+def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
+    if family.num_prefix == 0 and not mask.is_equal:
+        if not bool(mask.is_visible.any(dim=1).all()):
+            raise UserError(
+                "mask: an image has every patch masked and the backbone has no prefix token, "
+                "so nothing is left to attend to; lower mask.ratio or add a class token"
+            )
+    elif family.num_prefix == 0 and mask.num_visible == 0:
+        raise UserError(
+            "mask: every patch is masked and the backbone has no prefix token, so nothing is "
+            "left to attend to; lower mask.ratio or add a class token"
+        )
+
+
+def _embed(family: Family, images: Images, is_masked: Tensor | None = None) -> Tensor:
+    """:meth:`mim.model.backbones.Family.embed`, of images of one size or several."""
+    if isinstance(images, Patches):
+        return family.embed_patches(images)
+    return family.embed(images, is_masked)
+
+
+def _place(family: Family, patches: Tensor, images: Images) -> Embedded:
+    """:meth:`mim.model.backbones.Family.place`, of images of one size or several."""
+    if isinstance(images, Patches):
+        return family.place_patches(patches, images)
+    return family.place(patches)
+
+
+def _hide_pixels(family: Family, images: Images, is_masked: Tensor) -> Images:
+    if isinstance(images, Patches):
+        return images.with_values(images.values.masked_fill(is_masked[..., None], 0.0))
+    return family.hide_pixels(images, is_masked)
+
+
+def _with_prefix(valid: Tensor, prefix: int) -> Tensor:
+    """(B, T) -> (B, P + T): prefix tokens are always read."""
+    return torch.cat([valid.new_ones(len(valid), prefix), valid], dim=1)
+
+
+@REGIMES.register("drop")
+class Drop(Regime):
+    """Only visible patches are encoded (MAE's encoder, He et al. 2021, arXiv:2111.06377)."""
+
+    keeps_all_tokens = False
+
+    def inputs(
+        self, vit: nn.Module, images: Images, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
+        """Prefix and visible patches; see :class:`Regime`."""
+        family = family_of(vit)
+        _refuse_empty_rows(family, mask)
+        prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
+        embedded = None
+        if valid is None and isinstance(images, Tensor):
+            embedded = family.embed_at(images, ids)
+        if embedded is None:
+            embedded = _place(family, _embed(family, images, mask.is_masked), images)
+            # Padding holds zeros, so that not even an unread place depends on a masked patch.
+            embedded = family.take(embedded, ids, valid)
+        tokens, bias = embedded.tokens, None  # (B, P + K, D)
+        if valid is not None:
+            bias = key_bias(_with_prefix(valid, prefix), tokens.dtype)
+            # As a query padding comes last, so that it has something to read.
+            ids = ids.masked_fill(~valid, mask.num_patches)
+        return embedded, self.order_bias(bias, tokens, prefix, ids)
+
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
+        """Encode the visible patches; see :class:`Regime`."""
+        return replace(super().forward(vit, images, mask), patch_ids=mask.visible_ids)
+
+    def kept(self, mask: PatchMask) -> Tensor | None:
+        """Which visible patches are no padding."""
+        return mask.visible_valid
+
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
+        """Prefix and visible patches."""
+        return family_of(vit).length(visible)
+
+
+@REGIMES.register("zero")
+class Zero(Regime):
+    """Masked patches are set to zero and nobody attends to them (DeiT-style, full length).
+
+    At prefix and visible positions its latents are those of ``drop``; in addition each masked
+    position has a latent, computed by a query that reads prefix and visible tokens only.
+    ``attention: split`` projects no keys of masked patches; ``dense`` adds -inf to their scores.
+    Masked queries never see each other, so with ``predict_share`` training computes a keyed subset
+    of them alone, exactly.
+    """
+
+    keeps_all_tokens = True
+
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
+        super().__init__(config, vit, seed)
+        self.predict_share = config.zero.predict_share
+        if config.order == "causal" and config.zero.attend_mask:
+            if config.zero.attention == "split":
+                reason = "takes no order of the tokens, and model.regime.order=causal; choose dense"
+                raise setting_error("model.regime.zero.attention", "split", reason)
+            if family_of(vit).num_prefix == 0:
+                reason = (
+                    "needs a class or register token with zero: a hidden patch with none visible "
+                    "before it would have nothing to read"
+                )
+                raise setting_error("model.regime.order", "causal", reason)
+        is_split = config.zero.attend_mask and config.zero.attention == "split"
+        if is_split and not family_of(vit).splits:
+            kind = type(family_of(vit).blocks[0]).__name__
+            reason = f"needs plain timm blocks and this backbone has {kind}; choose dense"
+            raise setting_error("model.regime.zero.attention", "split", reason)
+
+    def inputs(
+        self, vit: nn.Module, images: Images, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
+        """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
+        family = family_of(vit)
+        _refuse_empty_rows(family, mask)
+        if self.config.zero.at == "pixels":
+            patches = _embed(family, _hide_pixels(family, images, mask.is_masked))
+        else:
+            patches = _embed(family, images, mask.is_masked)
+            patches = family.hide(patches, mask.is_masked, 0.0)
+        embedded = _place(family, patches, images)  # (B, P + N, D)
+        dtype, bias = embedded.tokens.dtype, None
+        readable = mask.is_visible if self.config.zero.attend_mask else mask.valid
+        if readable is not None:
+            bias = key_bias(_with_prefix(readable, family.num_prefix), dtype)
+        return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
+
+    def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
+        """Encode all patches; see :class:`Regime`."""
+        settings = self.config.zero
+        if not settings.attend_mask or settings.attention == "dense":
+            return super().forward(vit, images, mask)
+        family = family_of(vit)
+        embedded, _ = self.inputs(vit, images, mask)
+        return self._split(family, embedded, mask)
+
+    def _split(self, family: Family, embedded: Embedded, mask: PatchMask) -> Latents:
+        """Order prefix, visible, masked, so that the keys are a slice; then order back."""
+        prefix, dtype = family.num_prefix, embedded.tokens.dtype
+        share = self.predict_share if self.training else 1.0
+        masked_ids, masked_valid = mask.masked_share(share)  # (B, M')
+        ids = torch.cat([mask.visible_ids, masked_ids], dim=1)  # (B, K + M')
+        ordered = family.take(embedded, ids)
+        bias = valid = whole = None
+        if mask.visible_valid is not None:
+            bias = key_bias(_with_prefix(mask.visible_valid, prefix), dtype)
+        if not mask.is_equal:
+            given = ((mask.visible_ids, mask.visible_valid), (masked_ids, masked_valid))
+            flags = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in given]
+            valid = torch.cat(flags, dim=1)  # (B, K + M')
+            whole = _with_prefix(valid, prefix)
+
+        def back(ordered: Tensor) -> Tensor:
+            out = ordered[:, prefix:]
+            fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
+            return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
+
+        num_keys = prefix + mask.num_visible
+        tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)
+        if share < 1:
+            return Latents(tokens, prefix, mask.num_patches, ids, valid, layers)
+        layers = tuple(back(layer) for layer in layers)
+        return Latents(back(tokens), prefix, mask.num_patches, valid=mask.valid, layers=layers)
+
+    def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
+        """Prefix, visible patches, and the masked ones that are computed in training."""
+        whole = super().encoder_tokens(vit, visible, patches)
+        if self.predict_share == 1:
+            return whole
+        seen = family_of(vit).length(visible)
+        return seen + self.predict_share * (whole - seen)
+
+
+@REGIMES.register("token")
+class Token(Regime):
+    """Masked patches become a learned token that everybody attends to (SimMIM, arXiv:2111.09886).
+
+    Attributes:
+        mask_token: (1, 1, D).
+    """
+
+    keeps_all_tokens = True
+
+    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
+        super().__init__(config, vit, seed)
+        generator = torch.Generator().manual_seed(seed_of(seed, "regime.mask_token"))
+        values = torch.randn(1, 1, family_of(vit).token_width, generator=generator) * 0.02
+        self.mask_token = nn.Parameter(values)
+
+    def inputs(
+        self, vit: nn.Module, images: Images, mask: PatchMask
+    ) -> tuple[Embedded, Tensor | None]:
+        """All patches, the mask token at masked ones; see :class:`Regime`."""
+        family = family_of(vit)
+        patches = _embed(family, images, mask.is_masked)
+        hidden = family.hide(patches, mask.is_masked, self.mask_token[0, 0])
+        embedded, bias = _place(family, hidden, images), None
+        if mask.valid is not None:
+            bias = key_bias(_with_prefix(mask.valid, family.num_prefix), embedded.tokens.dtype)
+        return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
+
+
+def build_regime(config: RegimeConfig, vit: nn.Module, seed: int = 0) -> Regime:
+    """The regime that ``config`` names.
+
+    Raises:
+        UserError: if the name is unknown or the backbone does not fit.
+    """
+    return REGIMES.get(config.name)(config, vit, seed)

@@ -1,0 +1,30 @@
+"""What must be predicted, and the loss that counts masked patches."""
+
+from mim.model.targets.base import (
+    TARGETS,
+    Target,
+    TargetContext,
+    Teacher,
+    build_target,
+    per_image_loss,
+)
+from mim.model.targets.features import EmaFeatures, FrozenFeatures
+from mim.model.targets.frequency import Frequency
+from mim.model.targets.hog import Hog
+from mim.model.targets.pixels import LowPass, NormalizedPixels, Pixels
+
+__all__ = [
+    "TARGETS",
+    "EmaFeatures",
+    "Frequency",
+    "FrozenFeatures",
+    "Hog",
+    "LowPass",
+    "NormalizedPixels",
+    "Pixels",
+    "Target",
+    "TargetContext",
+    "Teacher",
+    "build_target",
+    "per_image_loss",
+]

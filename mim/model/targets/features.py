@@ -1,0 +1,134 @@
+"""Features of another encoder as target: a frozen timm model, or the encoder's moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mim.core.config import ModelConfig, TargetConfig
+from mim.core.errors import UserError, setting_error
+from mim.core.keys import seed_of
+from mim.model.backbones import build_backbone, family_of, grid_of, load_weights
+from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+
+
+def _normalized(tokens: Tensor) -> Tensor:
+    """Layer norm without weights, in float32 at least."""
+    tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
+    return F.layer_norm(tokens, tokens.shape[-1:])
+
+
+def _weights_file(checkpoint: str) -> Path:
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return path
+    file = path / "encoder.safetensors"
+    if not file.is_file():
+        reason = "holds no encoder.safetensors: it is no run folder, or its run has not ended"
+        raise setting_error("model.target.features.checkpoint", checkpoint, reason)
+    return file
+
+
+@TARGETS.register("features")
+class FrozenFeatures(Target):
+    """Patch tokens of a frozen timm model, layer-normalised without weights.
+
+    As MaskFeat's features of trained models (arXiv:2112.09133) and their many successors; the
+    layer norm without weights and the smooth L1 loss are those of data2vec (arXiv:2202.03555).
+    The output of a block is taken before the model's final norm, whose first half this is for
+    the last block. The teacher sees the full image as the student's data settings normalise it.
+
+    Its weights are no part of this module's parameters or state dict: an optimizer cannot see
+    them and a checkpoint does not hold them. Without weights to load they are random and the same
+    in every run: a baseline that tells what the teacher's training is worth.
+    """
+
+    own_loss = "smooth_l1"
+
+    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+        super().__init__(config, context)
+        settings, place = config.features, "model.target.features"
+        vit = build_backbone(
+            ModelConfig(settings.backbone, settings.backbone_args),
+            context.image_size,
+            context.channels,
+            seed_of(0, "teacher"),  # another one than a student's of the same shape
+            setting=place,
+            pretrained=settings.pretrained,
+        )
+        if grid_of(vit) != context.grid:
+            theirs, ours = (" x ".join(map(str, grid)) for grid in (grid_of(vit), context.grid))
+            reason = f"has a grid of {theirs} patches where model.backbone has {ours}: "
+            reason += "the patch sizes must agree"
+            raise setting_error(f"{place}.backbone", settings.backbone, reason)
+        family = family_of(vit)
+        if not family.is_uniform:
+            reason = f"is a {family.kind}, whose blocks differ in width; choose a ViT"
+            raise setting_error(f"{place}.backbone", settings.backbone, reason)
+        depth = len(family.blocks)
+        if not -depth <= settings.layer < depth:
+            reason = f"must lie between {-depth} and {depth - 1}, for {depth} blocks"
+            raise setting_error(f"{place}.layer", settings.layer, reason)
+        if settings.checkpoint is not None:
+            try:
+                load_weights(vit, _weights_file(settings.checkpoint), settings.backbone)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
+        self._layer = settings.layer % depth
+        # In a tuple, torch does not see that it is a module.
+        self._teacher: tuple[Any] = (vit.eval().requires_grad_(False),)
+        self.dim = family.width
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatures:
+        """Follows this module to its device and type; see :meth:`torch.nn.Module.to`."""
+        self._teacher[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, D of the frozen model); see :class:`~mim.model.targets.Target`."""
+        blocks = self._teacher[0].forward_intermediates(
+            images,
+            indices=[self._layer],
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return _normalized(cast(list[Tensor], blocks)[0])  # (B, N, D)
+
+
+@TARGETS.register("ema_features")
+class EmaFeatures(Target):
+    """The mean of the teacher's last blocks, each layer-normalised (data2vec, arXiv:2202.03555).
+
+    Patch tokens of the full image after each of the last ``model.target.ema_features.top``
+    blocks. Each token is layer-normalised without weights before the mean, so that no block rules
+    by its norm, and the mean is normalised too where ``normalize_mean`` is set. data2vec's code
+    for images does both; for speech it normalises over time instead.
+    """
+
+    needs_teacher = True
+    own_loss = "smooth_l1"
+
+    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+        super().__init__(config, context)
+        top, depth = config.ema_features.top, context.depth
+        if top is not None and top > depth:
+            reason = f"is more than the {depth} blocks of model.backbone"
+            raise setting_error("model.target.ema_features.top", top, reason)
+        self.top = max(1, depth // 2) if top is None else top
+        self.dim = context.width
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, D); see :class:`~mim.model.targets.Target`."""
+        if teacher is None:
+            raise ValueError("the target ema_features must be given a teacher")
+        layers = teacher.layers(images)[-self.top :]  # each (B, N, D)
+        mean = torch.stack([_normalized(tokens) for tokens in layers]).mean(dim=0)
+        return _normalized(mean) if self.config.ema_features.normalize_mean else mean

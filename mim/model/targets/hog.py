@@ -1,0 +1,85 @@
+"""Histograms of oriented gradients as target."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mim.core.config import TargetConfig
+from mim.core.errors import setting_error
+from mim.core.patches import patchify
+from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+
+_EPSILON = 1e-5
+
+
+def oriented_gradients(images: Tensor, bins: int, cell: int) -> Tensor:
+    """Histograms of gradient directions in cells of pixels (Dalal and Triggs 2005).
+
+    A pixel's gradient is the difference of its two neighbours along each axis, 0 across the
+    border. It votes with its length for the one bin that holds its direction, which is counted
+    modulo 180 degrees from the direction of rows and turns from right to down. A cell's histogram
+    is the mean of its pixels' votes. The same numbers as ``skimage.feature.hog`` of each channel.
+
+    Args:
+        images: (B, C, H, W) with H and W divisible by the cell.
+        bins: of 180 / bins degrees each.
+        cell: side of a cell in pixels.
+
+    Returns:
+        (B, C, H / cell, W / cell, bins).
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")  # a border's two neighbours are the same
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]  # (B, C, H, W)
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    angle = torch.atan2(down, across).remainder(math.pi)
+    # A remainder may round up to pi itself, which is the direction 0.
+    index = (angle * (bins / math.pi)).long() % bins
+    length = torch.hypot(across, down)
+    rows, columns = images.shape[2] // cell, images.shape[3] // cell
+
+    def histogram(bin_: int) -> Tensor:
+        votes = torch.where(index == bin_, length, 0.0)  # (B, C, H, W)
+        return votes.unflatten(3, (columns, cell)).unflatten(2, (rows, cell)).mean(dim=(3, 5))
+
+    # One bin at a time: all at once would hold the images ``bins`` times over.
+    return torch.stack([histogram(bin_) for bin_ in range(bins)], dim=-1)
+
+
+@TARGETS.register("hog")
+class Hog(Target):
+    """Histograms of oriented gradients of each channel (MaskFeat, arXiv:2112.09133).
+
+    The vector of a patch is (cell row, cell column, channel, bin). Where
+    ``model.target.hog.normalize`` is set, each histogram is divided by its length, so that
+    contrast does not count; a cell without a gradient stays 0. MaskFeat's code differs in that it
+    smooths the difference across (Sobel) and weighs votes by a Gaussian window over 16 pixels;
+    here they are those of Dalal and Triggs without the window, as in scikit-image.
+    """
+
+    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+        super().__init__(config, context)
+        cell, (height, width) = config.hog.cell, context.patch_size
+        if height % cell or width % cell:
+            reason = f"does not divide the patch of {height} x {width} pixels"
+            raise setting_error("model.target.hog.cell", cell, reason)
+        if min(context.image_size) < 2:
+            reason = "needs images of at least 2 x 2 pixels"
+            raise setting_error("model.target.name", config.name, reason)
+        self.dim = (height // cell) * (width // cell) * context.channels * config.hog.bins
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """Histograms of each patch's cells; see :class:`~mim.model.targets.Target`."""
+        cell, (height, width) = self.config.hog.cell, self.context.patch_size
+        if images.dtype.itemsize < 4:
+            images = images.float()
+        histograms = oriented_gradients(images, self.config.hog.bins, cell)  # (B, C, h, w, bins)
+        if self.config.hog.normalize:
+            square = histograms.square().sum(dim=-1, keepdim=True)
+            histograms = histograms / (square + _EPSILON**2).sqrt()
+        maps = histograms.movedim(-1, 2).flatten(1, 2)  # (B, C * bins, h, w)
+        return patchify(maps, (height // cell, width // cell))

@@ -1,0 +1,129 @@
+"""The image itself as target: pixels, pixels of normalised patches, low-pass pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mim.core.config import TargetConfig
+from mim.core.patches import Images, Patches, patches_at, patchify, values_at
+from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.frequency import cosine_basis, filter_images
+
+_EPSILON = 1e-6
+
+
+def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, P) -> mean and deviation of each patch, each (B, N, 1), over all channels."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    # Several times faster on a CPU than torch.var, which goes through each patch number by number.
+    squares = (patches - mean).square().sum(dim=-1, keepdim=True)
+    return mean, (squares / (patches.shape[-1] - 1) + _EPSILON).sqrt()
+
+
+def _normalized(patches: Tensor) -> Tensor:
+    """(..., P), each patch at mean 0 and variance 1."""
+    mean, deviation = _statistics(patches)
+    return (patches - mean) / deviation
+
+
+@TARGETS.register("pixels")
+class Pixels(Target):
+    """The pixels themselves."""
+
+    shows_pixels = True
+    takes_sizes = True
+
+    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+        super().__init__(config, context)
+        self.dim = context.patch_size[0] * context.patch_size[1] * context.channels
+
+    def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
+        """(B, N, P), or (B, M, P) at the patches ``ids``."""
+        if isinstance(images, Patches):
+            return images.values if ids is None else values_at(images.values, ids)
+        if ids is None:
+            return patchify(images, self.context.patch_size)
+        return patches_at(images, self.context.patch_size, ids)
+
+    def _of(self, patches: Tensor) -> Tensor:
+        """What is predicted of patches (B, M, P), each by itself."""
+        return patches
+
+    @torch.no_grad()
+    def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
+        """Every patch; see :class:`~mim.model.targets.Target`."""
+        return self._of(self._patches(images))
+
+    @torch.no_grad()
+    def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
+        """The patches ``ids``; see :class:`~mim.model.targets.Target`."""
+        if type(self).forward is not Pixels.forward:  # a target of one's own that changes the whole
+            return super().at(images, ids, teacher)
+        return self._of(self._patches(images, ids))
+
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
+        """The prediction as it is; see :class:`~mim.model.targets.Target`."""
+        return prediction
+
+
+@TARGETS.register("normalized_pixels")
+class NormalizedPixels(Pixels):
+    """Each patch brought to mean 0 and variance 1 (MAE, arXiv:2111.06377).
+
+    The variance is the unbiased one, with 1e-6 added before the root, as in MAE's code.
+    """
+
+    def _of(self, patches: Tensor) -> Tensor:
+        return _normalized(patches)
+
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
+        """Un-normalised with the true patch's mean and deviation, which a viewer must know."""
+        mean, deviation = _statistics(self._patches(images))
+        return prediction * deviation + mean
+
+
+@TARGETS.register("low_pass")
+class LowPass(Pixels):
+    """Pixels of the image without its high spatial frequencies (PixMIM, arXiv:2303.02416).
+
+    The filter acts on the whole image's cosine transform, which is the Fourier transform of the
+    image continued by its mirror image: what leaves at one border does not enter at the opposite
+    one, as in a plain Fourier transform. ``ideal`` keeps the frequencies up to
+    ``model.target.low_pass.cutoff`` as they are and nothing above; ``gaussian`` weakens without
+    ringing, to half the power at the cutoff. A frequency is the length of the vector (vertical,
+    horizontal), each as a share of the Nyquist frequency, half a cycle a pixel.
+    """
+
+    takes_sizes = False
+    _gain: Tensor
+    _vertical: Tensor
+    _horizontal: Tensor
+
+    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+        super().__init__(config, context)
+        height, width = context.image_size
+        rows = torch.arange(height, dtype=torch.float64)[:, None] / height
+        columns = torch.arange(width, dtype=torch.float64)[None] / width
+        share = torch.hypot(rows, columns) / config.low_pass.cutoff  # (H, W), 1 at the cutoff
+        ideal = config.low_pass.filter == "ideal"
+        gain = (share <= 1 + 1e-12).double() if ideal else torch.exp2(-(share**2) / 2)
+        self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_vertical", cosine_basis(height), persistent=False)
+        self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
+
+    def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
+        """Those of the filtered images; see :class:`Pixels`."""
+        assert isinstance(images, Tensor)  # see takes_sizes
+        low = filter_images(images, self._vertical, self._horizontal, self._gain)
+        return super()._patches(low, ids)
+
+    def _of(self, patches: Tensor) -> Tensor:
+        return _normalized(patches) if self.config.low_pass.normalize else patches
+
+    def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
+        """The prediction, un-normalised with the filtered patch's statistics where normalised."""
+        if not self.config.low_pass.normalize:
+            return prediction
+        mean, deviation = _statistics(self._patches(images))
+        return prediction * deviation + mean

@@ -1,0 +1,72 @@
+"""An encoder that follows the trained one as an exponential moving average (EMA)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from mim.model.backbones import block_outputs, family_of, patch_attention
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None:
+    """Move all of an average's parameters and buffers by ``weight`` towards the model's.
+
+    Args:
+        average: of the same kind as the model.
+        model: what it follows.
+        weight: 0 stays, 1 copies; a tensor () on their device is not read here.
+    """
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    for mine, new in pairs:
+        if mine.is_floating_point():
+            mine.lerp_(new.to(mine.dtype), weight)
+        else:
+            mine.copy_(new)
+
+
+class Teacher(nn.Module):
+    """A frozen copy of the encoder whose weights follow it slowly.
+
+    It sees full images. Generators read its attention (AttMask, arXiv:2203.12719), targets its
+    features (data2vec, arXiv:2202.03555). It is part of the model's state, so a resume is exact.
+
+    Args:
+        vit: the encoder; the copy starts equal to it.
+        decay: share of the old weights that each update keeps.
+    """
+
+    def __init__(self, vit: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(vit).requires_grad_(False).eval()
+        self.decay = decay
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode: no dropout, no drop path."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
+        """Move a step towards ``vit``, or, where ``taken`` is 0, none."""
+        for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
+            mine.lerp_(new.to(mine.dtype), (1 - self.decay) * taken)
+        for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
+            buffer.copy_(now)
+
+    @torch.no_grad()
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
+        family = family_of(self.encoder)
+        embedded = family.place(family.embed(images))
+        outputs = block_outputs(self.encoder, embedded)
+        return [tokens[:, family.num_prefix :] for tokens in outputs]
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N), how much the last block attends to each patch."""
+        family = family_of(self.encoder)
+        return patch_attention(self.encoder, family.place(family.embed(images)))

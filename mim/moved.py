@@ -1,0 +1,70 @@
+"""Modules that have moved: code written for their old names, such as plug-ins, still imports.
+
+Nothing in the package uses this. An entry stays for as long as run folders may name it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "mim.api": "mim.model.encode",
+    "mim.backbone": "mim.model.backbones",
+    "mim.checkpoint": "mim.training.checkpoint",
+    "mim.config": "mim.core.config",
+    "mim.decoders": "mim.model.decoders",
+    "mim.errors": "mim.core.errors",
+    "mim.estimator": "mim.sklearn",
+    "mim.keys": "mim.core.keys",
+    "mim.masks.attention": "mim.model.attention",
+    "mim.patches": "mim.core.patches",
+    "mim.pretrain": "mim.training.pretrain",
+    "mim.regimes": "mim.model.regimes",
+    "mim.registry": "mim.core.registry",
+    "mim.settings": "mim.core.settings",
+    "mim.targets": "mim.model.targets",
+    "mim.teacher": "mim.model.teacher",
+    "mim.visualize": "mim.evaluate.visualize",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Gives the module of today for a name of yesterday."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        head = next((old for old in MOVED if name == old or name.startswith(f"{old}.")), None)
+        return None if head is None else ModuleSpec(name, self, origin=MOVED[head])
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        head = next(old for old in MOVED if spec.name == old or spec.name.startswith(f"{old}."))
+        return _Kept(import_module(MOVED[head] + spec.name.removeprefix(head)))
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert isinstance(module, _Kept)
+        sys.modules[module.old] = module.now
+
+
+class _Kept(ModuleType):
+    """Stands in until the import system has noted which module it found."""
+
+    def __init__(self, now: ModuleType) -> None:
+        super().__init__(now.__name__)
+        self.now = now
+
+    @property
+    def old(self) -> str:
+        assert self.__spec__ is not None
+        return self.__spec__.name
+
+
+def install() -> None:
+    """Let old names be imported from now on."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

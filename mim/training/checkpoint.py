@@ -1,0 +1,394 @@
+"""Run folders: checkpoints, the encoder's weights; files are written as in ``mim.core.files``.
+
+A checkpoint holds tensors and plain values only and is read with ``weights_only=True``, so that
+loading one never runs code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mim.core.config import Config
+from mim.core.errors import TrainingError, UserError
+from mim.core.files import (  # noqa: F401  (part of this module's interface)
+    prepare_folder,
+    write_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+from mim.core.settings import flatten, import_plugin, read_args, to_dict
+
+FORMAT = 1
+TASK = "mim_task"
+"""Under what name a file of weights says for which evaluation its head is."""
+_NAME = re.compile(r"step_(\d+)\.pt")
+_MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
+# What may differ when a run goes on: it does not change what is computed, but for rounding and,
+# as another number of processes does, dropout (accumulate).
+_FREE = re.compile(
+    r"output|resume|plugins|log\..*"
+    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
+    r"|data\.(cache|cache_path|index_cache)"
+    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every)"
+    r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
+    r"|train\.(timeout|shard|async_save|compile|linear)"
+)
+
+
+def read_config(run: str | Path) -> Config:
+    """The config of a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
+    config = read_args(Config, ["--config", str(path)])
+    for plugin in config.plugins:
+        import_plugin(plugin)
+    # What only training needs (a file of masks, a teacher's weights) may be gone by now.
+    return config
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (Path(run) / "checkpoints").glob("step_*.pt")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def digest_file(path: Path) -> Path:
+    """Where the SHA-256 of a checkpoint stands, in the form that ``sha256sum -c`` reads."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _is_milestone(path: Path) -> bool:
+    recorded = digest_file(path)
+    return recorded.is_file() and recorded.read_bytes().startswith(_MILESTONE.encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def save_checkpoint(
+    run: Path, state: dict[str, Any], step: int, keep: int, milestone: bool = False
+) -> Path:
+    """Write ``checkpoints/step_N.pt`` atomically, then remove all but the newest ``keep``.
+
+    Its digest is written first, so that a checkpoint of this version never stands without one.
+
+    Args:
+        run: the run folder.
+        state: what it holds besides its format and step.
+        step: steps done.
+        keep: how many of the newest stay.
+        milestone: whether this one stays for ever and does not count among the newest.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: where it cannot be written; what was there before is still there.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    content = {"format": FORMAT, "step": step, **state}
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer hides that the disk is full
+            free, needed = shutil.disk_usage(folder).free, _bytes(content)
+            if free < needed:
+                reason = f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free, {needed:,} needed)"
+                raise OSError(errno.ENOSPC, reason) from error
+            raise OSError(f"torch cannot write it: {error}") from error
+        note = f"{_MILESTONE}\n" if milestone else ""
+        line = f"{note}{_sha256(temporary)}  {path.name}\n"
+        write_text_atomic(digest_file(path), line)
+
+    write_atomic(path, write)
+    passing = [old for old in checkpoints(run) if not _is_milestone(old)]
+    for old in passing[:-keep]:
+        old.unlink()
+        digest_file(old).unlink(missing_ok=True)
+    return path
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors of a state take."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(_bytes, parts)) if isinstance(value, (dict, list, tuple)) else 0
+
+
+def snapshot(value: Any) -> Any:
+    """A state whose tensors are copies in host memory, which training does not go on writing to."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(snapshot(part) for part in value)
+    return value
+
+
+class Saver:
+    """Saves the checkpoints of a run, beside the training where asked; leaving it waits.
+
+    Args:
+        run: the run folder.
+        keep: how many of the newest stay.
+        background: whether :meth:`save` copies the state and returns while a thread writes it.
+    """
+
+    def __init__(self, run: Path, keep: int, background: bool = False) -> None:
+        self.run, self.keep, self.background = run, keep, background
+        self._thread: threading.Thread | None = None
+        self._error: TrainingError | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if kind is None:
+            self.check()
+
+    def save(self, state: dict[str, Any], step: int, milestone: bool = False) -> None:
+        """See :func:`save_checkpoint`; waits for the one before.
+
+        Raises:
+            TrainingError: if it, or the one before, cannot be written.
+        """
+        self.wait()
+        if not self.background:
+            self._write(state, step, milestone)
+            self.check()
+            return
+        arguments = (snapshot(state), step, milestone)
+        # Not a daemon: Python waits for it at its end.
+        self._thread = threading.Thread(target=self._write, args=arguments, name="mim-saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk.
+
+        Raises:
+            TrainingError: if it is not.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises TrainingError where a checkpoint could not be written."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
+        try:
+            save_checkpoint(self.run, state, step, self.keep, milestone)
+        except OSError as error:
+            self._error = unwritable(f"checkpoint of step {step}", self.run, error)
+        except Exception as error:  # of the thread: the run stops with it, at its next step
+            if not self.background:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            self._error = TrainingError(f"checkpoint of step {step} cannot be saved: {reason}")
+
+
+def unwritable(what: str, run: Path, error: OSError) -> TrainingError:
+    """The error for a file of a run that cannot be written."""
+    reason = error.strerror or str(error)
+    return TrainingError(
+        f"{what} cannot be saved in {str(run)!r}: {reason}; the last good one is kept. Make room, "
+        "then go on with --resume auto"
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: if the file is torn, altered, holds code, or is of another format.
+    """
+    recorded = digest_file(path)
+    if recorded.is_file():  # none beside a checkpoint that an older version wrote
+        *_, line = recorded.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if _sha256(path) != line.partition(" ")[0]:
+            damage = f"is damaged: its SHA-256 is not the one in {recorded.name}"
+            raise UserError(f"checkpoint {str(path)!r} {damage}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {str(path)!r} is not of format {FORMAT} of mim")
+    return state
+
+
+def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that is sound.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        Its content, None where there is no checkpoint at all, and for each newer one that was
+        passed over what is wrong with it.
+
+    Raises:
+        UserError: if there are checkpoints and none is sound.
+    """
+    passed_over: list[str] = []
+    found = checkpoints(run)
+    for path in reversed(found):
+        try:
+            return read_checkpoint(path), passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    if found:
+        raise UserError(f"{str(run)!r} holds no sound checkpoint: {'; '.join(passed_over)}")
+    return None, passed_over
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """Dotted settings that decide what is computed."""
+    flat = flatten(to_dict(config))
+    return {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+
+
+def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
+    """Refuse to go on with another config than the one a run began with.
+
+    Args:
+        saved: the :func:`fingerprint` in the checkpoint.
+        config: the present one.
+        run: the run folder, for the message.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    now = fingerprint(config)
+    # A setting that did not exist yet had what is the default now.
+    defaults = fingerprint(Config())
+    # One that a later version found to change nothing may differ.
+    told = {key: value for key, value in saved.items() if not _FREE.fullmatch(key)}
+    saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        shown = "; ".join(differing[:3]) + more
+        raise UserError(f"resume: {str(run)!r} holds another run: {shown}. Choose another output")
+
+
+def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write timm keys as safetensors, for ``timm.create_model(..., checkpoint_path=...)``."""
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = save(state, metadata={"format": "pt", **metadata})
+    write_atomic(path, lambda temporary: _write_bytes(temporary, content))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def backbone_state(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a model's state dict, under timm's keys."""
+    prefix = "backbone."
+    return {k[len(prefix) :]: v for k, v in model_state.items() if k.startswith(prefix)}
+
+
+def model_state(path: str | Path) -> dict[str, Tensor]:
+    """The whole model's weights from a run folder or a checkpoint file (the EMA's where kept).
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state, _ = newest_checkpoint(path)
+        if state is None:
+            raise UserError(f"{str(path)!r} holds no checkpoint")
+    elif path.is_file():
+        state = read_checkpoint(path)
+    else:
+        raise UserError(f"{str(path)!r} is neither a run folder nor a checkpoint")
+    return state["ema"] if state.get("ema") else state["model"]
+
+
+def encoder_weights(run: str | Path) -> dict[str, Tensor]:
+    """The encoder of a run: ``encoder.safetensors``, or the newest checkpoint before the end.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    path = Path(run) / "encoder.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own kinds
+            raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    return backbone_state(model_state(run))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and what is told of them.
+
+    Raises:
+        OSError: if it cannot be opened.
+        SafetensorError: if it is cut short, or of another format.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        names = file.keys()  # the file itself is no mapping
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def read_result(run: str | Path) -> dict[str, Any]:
+    """``result.json`` of a run folder; empty where there is none.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    path = Path(run) / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

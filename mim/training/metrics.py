@@ -1,0 +1,82 @@
+"""``metrics.jsonl``: the curves of a run, a line each interval."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from mim.core.beside import Beside
+from mim.core.errors import TrainingError
+from mim.core.files import write_text_atomic
+
+
+class Metrics:
+    """``metrics.jsonl``: a line each interval, never one twice.
+
+    A thread writes the lines, so that a slow disk does not slow the training; leaving waits for it.
+
+    Args:
+        path: of the file.
+        step: lines of later steps, left by a run that was killed, are removed.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self._lines: deque[str] = deque()
+        self._writer = Beside("mim-metrics")
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            write_text_atomic(path, "".join(kept))
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self._writer.wait()
+        self._writer.end()
+        if kind is None:
+            self.check()
+
+    def write(self, **values: Any) -> None:
+        """Append a line, after those before.
+
+        Raises:
+            TrainingError: where one before cannot be written.
+        """
+        self.check()
+        self._lines.append(json.dumps(values) + "\n")
+        self._writer.ask(self._append)
+
+    def flush(self) -> None:
+        """Until all lines are in the file: a checkpoint must not know of steps that it lacks.
+
+        Raises:
+            TrainingError: where they cannot be written.
+        """
+        self._writer.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raises TrainingError where a line could not be written."""
+        error = self._writer.error
+        if isinstance(error, OSError):
+            raise TrainingError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}; the last good "
+                "checkpoint is kept. Make room, then go on with --resume auto"
+            ) from error
+        if error is not None:
+            raise error
+
+    def _append(self) -> None:
+        """All lines that wait, at once: where the disk is slow, they are many."""
+        text = "".join(self._lines.popleft() for _ in range(len(self._lines)))
+        if text:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)

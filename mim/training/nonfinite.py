@@ -1,0 +1,318 @@
+"""Steps whose loss or gradient is not finite, and losses that leap.
+
+A step that is not finite never reaches the weights: the fused AdamW is told on the device that
+there is an infinity, as a gradient scaler tells it, so that nothing waits for the device. What
+happens then (stop, or go on) is decided where the losses are read anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from mim.core.config import Config
+from mim.core.errors import TrainingError
+from mim.core.files import write_atomic, write_json_atomic
+from mim.core.keys import image_keys
+from mim.core.progress import note
+from mim.training import checkpoint
+from mim.training.runtime.sharding import whole
+
+RECORD = "nonfinite.json"
+"""In the run folder: the newest step that was not finite."""
+WEIGHTS = "nonfinite.pt"
+"""In the run folder: the weights before that step, where they were still there when it was seen."""
+WINDOW = 100
+"""A spike is measured against so many losses before it."""
+LEAST = 30
+"""With fewer losses nothing is called a spike."""
+_LOWERED = 0.5  # fp16: the gradient overflowed, and a lower scale may mend it
+
+
+def strict(loss: Tensor) -> Tensor:
+    """1, or NaN where the loss is not finite: a factor that makes its gradient say so too.
+
+    An infinite loss can have a finite gradient. By the gradients, which the processes average
+    anyway, all of them see what one has met.
+    """
+    return 1 + 0 * loss.detach()
+
+
+def not_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """() float, 1 where a gradient has a value that is not finite, else 0.
+
+    It is the operation by which torch's gradient scaler looks: one pass, and FSDP's shards agree.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    found = torch.zeros((), device=grads[0].device)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
+    return found
+
+
+class Guard:
+    """Takes optimizer steps; one whose gradient is not finite changes nothing.
+
+    From the ``limit``-th such step in a row on nothing changes any more, so that the weights with
+    which it happened are still there when the host hears of it.
+
+    Args:
+        limit: see ``train.max_nonfinite``; 1 where the first one stops.
+        in_a_row: how many there were just before.
+        device: of the weights.
+    """
+
+    def __init__(self, limit: int, in_a_row: int, device: torch.device) -> None:
+        self.limit = limit
+        self._in_a_row = torch.tensor(float(in_a_row), device=device)
+
+    def step(self, optimizer: AcceleratedOptimizer) -> Tensor:
+        """Takes a step where the gradient is finite.
+
+        Returns:
+            () float, 0: taken; 1: not finite; between: the gradient overflowed in fp16, and the
+            scale was lowered. Then, and only then, a step that is not taken is none of the
+            ``limit``.
+        """
+        flag = not_finite(p for group in optimizer.param_groups for p in group["params"])
+        if optimizer.scaler is not None:  # it does the same, by the same gradients
+            can_fall = optimizer.scaler.scale(torch.ones_like(flag)) > 1
+            optimizer.step()
+            return torch.where(can_fall, flag * _LOWERED, flag)
+        flag = torch.maximum(flag, (self._in_a_row >= self.limit).float())
+        self._in_a_row = (self._in_a_row + 1) * flag
+        inner = optimizer.optimizer
+        inner.found_inf = flag
+        try:
+            optimizer.step()
+        finally:
+            del inner.found_inf
+        return flag
+
+
+class Spikes:
+    """Which losses leap: ``deviations`` robust standard deviations above the running median.
+
+    The median and the deviation (1.4826 times the median distance from it) are those of the last
+    ``WINDOW`` finite losses, of ``LEAST`` at the least.
+
+    Args:
+        deviations: see ``train.spike_deviations``; 0 finds none.
+        before: losses so far, of a run that goes on.
+    """
+
+    def __init__(self, deviations: float, before: Sequence[float] = ()) -> None:
+        self.deviations = deviations
+        self.window: deque[float] = deque(before, WINDOW)
+
+    def look(self, loss: float) -> str | None:
+        """How far a loss leaps, in words, or None; it then counts among the last ones."""
+        found = None
+        if self.deviations and len(self.window) >= LEAST:
+            middle = statistics.median(self.window)
+            spread = 1.4826 * statistics.median(abs(x - middle) for x in self.window)
+            if loss > middle + self.deviations * spread and spread > 0:
+                far = (loss - middle) / spread
+                found = (
+                    f"loss {loss:.4g} is {far:.0f} robust deviations above {middle:.4g}, the "
+                    f"median of the last {len(self.window)} steps"
+                )
+        self.window.append(loss)
+        return found
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One step of this process, until its loss is read.
+
+    Attributes:
+        step: counted from 0.
+        epoch: see :class:`mim.data.Batch`.
+        lr: the learning rate.
+        sample_ids: (B,) of this process's share of the batch.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    sample_ids: Tensor
+
+
+class Watch:
+    """Reads the losses of steps that were taken, or not taken, and says what is wrong.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        model: whose weights are kept for a look later.
+        saved: of :meth:`state`, where the run goes on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: nn.Module,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        saved = saved or {}
+        self.config, self.accelerator, self.model = config, accelerator, model
+        train = config.train
+        self.limit = 1 if train.on_nonfinite == "stop" else train.max_nonfinite
+        self.in_a_row: int = saved.get("in_a_row", 0)
+        self.total: int = saved.get("total", 0)
+        self._skipped: int = saved.get("skipped", 0)
+        self._spikes: int = saved.get("spikes", 0)
+        self._leaping: bool = saved.get("leaping", False)
+        self.spikes = Spikes(train.spike_deviations, saved.get("losses", ()))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "in_a_row": self.in_a_row,
+            "total": self.total,
+            "skipped": self._skipped,
+            "spikes": self._spikes,
+            "leaping": self._leaping,
+            "losses": list(self.spikes.window),
+        }
+
+    def counts(self) -> dict[str, float]:
+        """For a line of metrics: ``skipped`` and ``spikes`` since the last, where there are any."""
+        found = {"skipped": self._skipped, "spikes": self._spikes}
+        self._skipped = self._spikes = 0
+        return {name: count for name, count in found.items() if count}
+
+    def look(self, steps: Sequence[Taken], read: Sequence[Sequence[float]]) -> None:
+        """Judges steps in their order; all processes call it with the same losses.
+
+        Args:
+            steps: those that were not judged yet.
+            read: for each its loss over all processes, and what :meth:`Guard.step` returned.
+
+        Raises:
+            TrainingError: at the last step of a row that is too long.
+        """
+        started = None  # where the row that is still going on began, if among these
+        newest = None
+        for place, (taken, (loss, flag)) in enumerate(zip(steps, read, strict=True)):
+            self._skipped += flag > 0
+            self.total += flag > 0
+            if flag < 1 and math.isfinite(loss):
+                if flag == 0:
+                    self.in_a_row = 0
+                    self._note_spike(taken.step, loss)
+                continue
+            self.in_a_row += 1
+            if self.in_a_row == 1:
+                started = place
+            newest = place
+            if self.in_a_row >= self.limit:
+                self._record(taken, loss, started is not None, True)
+                self._stop(taken, loss)
+            if self.accelerator.is_main_process:
+                note(
+                    f"step {taken.step + 1}: {_what(loss)}; the step is skipped "
+                    f"({self.in_a_row} in a row, {self.limit} stop the run; {RECORD} names the "
+                    "images)"
+                )
+        if newest is not None:
+            going_on = self.in_a_row > 0 and all(flag > 0 for _, flag in read[newest:])
+            self._record(steps[newest], read[newest][0], started is not None, going_on)
+
+    def _note_spike(self, step: int, loss: float) -> None:
+        leap = self.spikes.look(loss)
+        self._spikes += leap is not None
+        if leap is not None and not self._leaping and self.accelerator.is_main_process:
+            note(f"step {step + 1}: {leap}")
+        self._leaping = leap is not None
+
+    def _record(self, taken: Taken, loss: float, began: bool, untouched: bool) -> None:
+        """Write down a step for a look later; all processes take part.
+
+        Args:
+            taken: the step.
+            loss: of all processes.
+            began: whether the row of such steps began since the last look: else the weights of
+                before it are on the disk already.
+            untouched: whether the weights are still those of before it.
+        """
+        ids = [int(i) for i in gather_object(taken.sample_ids.tolist())]
+        starts = untouched and began
+        weights = whole(self.model.state_dict()) if starts else {}
+        if not self.accelerator.is_main_process:
+            return
+        run, seed = Path(self.config.output), self.config.seed
+        keys = {
+            f"{purpose}_keys": image_keys(seed, taken.epoch, ids, purpose=purpose).tolist()
+            for purpose in ("mask", "augment")
+        }
+        kept = untouched and (run / WEIGHTS).is_file()
+        try:
+            if starts:
+                kept = False
+                content = {
+                    "format": checkpoint.FORMAT,
+                    "step": taken.step,
+                    "model": weights,
+                }
+                write_atomic(run / WEIGHTS, lambda path: torch.save(content, path))
+                kept = True
+        except (OSError, RuntimeError) as error:  # torch's writer hides that the disk is full
+            note(f"{WEIGHTS} cannot be written: {str(error).splitlines()[0]}")
+        details = {
+            "step": taken.step + 1,
+            "epoch": taken.epoch,
+            "lr": taken.lr,
+            "loss": str(loss),
+            "in_a_row": self.in_a_row,
+            "processes": self.accelerator.num_processes,
+            "weights": WEIGHTS if kept else None,
+            "sample_ids": ids,
+            **keys,
+        }
+        try:
+            write_json_atomic(run / RECORD, details)
+        except OSError as error:
+            note(f"{RECORD} cannot be written: {error.strerror or error}")
+
+    def _stop(self, taken: Taken, loss: float) -> None:
+        ids = taken.sample_ids.tolist()
+        shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
+        run, row = Path(self.config.output), ""
+        if self.limit > 1:
+            row = f" ({self.limit} such steps in a row: train.max_nonfinite)"
+        raise TrainingError(
+            f"{_what(loss)} at step {taken.step + 1}{row}, learning rate {taken.lr:.3g}, sample "
+            f"ids {shown} (all in {run / RECORD}); the last good checkpoint is kept. Lower "
+            f"optim.base_lr or set optim.clip_grad; `mim debug batch {run}` looks into the step"
+        )
+
+    def check_weights(self, last: Taken) -> None:
+        """Never save weights that are not finite: a finite gradient may overflow in the optimizer.
+
+        Raises:
+            TrainingError: naming the first of them.
+        """
+        for name, weight in self.model.named_parameters():
+            if not whole(weight.detach()).isfinite().all():
+                self._record(last, math.nan, False, False)
+                raise TrainingError(
+                    f"{name} is not finite after step {last.step + 1}, learning rate "
+                    f"{last.lr:.3g}; the last good checkpoint is kept. Lower optim.base_lr or set "
+                    "optim.clip_grad"
+                )
+
+
+def _what(loss: float) -> str:
+    return "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"

@@ -1,0 +1,130 @@
+"""A linear probe that learns during pre-training and leaves it as it is.
+
+Each step it reads the batch's full images, unmasked, through the encoder as it is then: without a
+gradient, in eval mode, so that it neither changes the run's weights nor draws a number. Its layer
+starts at 0. Labels reach nothing but the probe, and weights of images do not reach it.
+
+Shapes: B images of this process's share of the batch, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mim.core.config import Config
+from mim.core.errors import setting_error
+from mim.core.patches import Images
+from mim.data import ImageSource, eval_loader, normalize
+from mim.model import MaskedImageModel, encode
+from mim.model.backbones import family_of
+from mim.model.standardize import Standardize
+
+
+class OnlineProbe:
+    """A linear layer on standardised features, with an optimizer of its own.
+
+    Args:
+        model: what is pre-trained.
+        train: labelled images.
+        config: of the run.
+        accelerator: of the run.
+
+    Raises:
+        UserError: if the images have no labels.
+    """
+
+    def __init__(
+        self,
+        model: MaskedImageModel,
+        train: ImageSource,
+        config: Config,
+        accelerator: Accelerator,
+    ) -> None:
+        if train.labels is None:
+            reason = f"needs labels, and data.source {train.name!r} has none"
+            raise setting_error("online_probe.enabled", True, reason)
+        self.model, self.config, self.accelerator = model, config, accelerator
+        width = family_of(model.backbone).width
+        classes = max(len(train.classes), int(train.labels.max()) + 1)
+        with torch.random.fork_rng(devices=[]):  # a linear layer draws when it is made
+            linear = nn.Linear(width, classes)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.head = nn.Sequential(Standardize(width), linear).to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            linear.parameters(), lr=config.online_probe.lr, weight_decay=0.0
+        )
+        # Since the last line of metrics: sum of losses, right answers, images.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+
+    def _features(self, images: Images) -> Tensor:
+        """(B, C, H, W) normalised -> (B, D), of the encoder as it evaluates."""
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            features = encode(self.model, images)
+        self.model.train(training)
+        return features.float()
+
+    def step(self, images: Images, labels: Tensor) -> None:
+        """Learns from (B, C, H, W) normalised images and (B,) labels."""
+        labels = labels.to(images.device)
+        features = self._features(images)
+        logits = self.head(features)  # (B, K)
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in self.head.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.optimizer.step()
+        right = (logits.detach().argmax(1) == labels).sum()
+        count = len(labels)
+        self.sums += torch.stack(
+            [loss.detach().double() * count, right.double(), self.sums.new_tensor(count)]
+        )
+
+    def take(self) -> dict[str, float]:
+        """Mean loss and accuracy on training images since the last call, before learning them."""
+        loss, right, count = self.accelerator.reduce(self.sums.clone(), "sum").tolist()
+        self.sums.zero_()
+        if count == 0:
+            return {}
+        return {"online_loss": loss / count, "online_accuracy": right / count}
+
+    @torch.no_grad()
+    def accuracy(self, source: ImageSource) -> float:
+        """On held-out images."""
+        device = self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        found = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, images
+        self.head.eval()
+        patch = self.model.patch_size
+        data = self.config.data
+        for batch in eval_loader(source, data, rank=rank, world=world, patch_size=patch):
+            images = normalize(batch.images.to(device), source.mean, source.std)
+            assert batch.labels is not None
+            guess = self.head(self._features(images)).argmax(1)
+            right = (guess == batch.labels.to(device)).sum().double()
+            found += torch.stack([right, found.new_tensor(len(batch))])
+        self.head.train()
+        right, count = self.accelerator.reduce(found, "sum").tolist()
+        return float(right / count)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.accelerator.reduce(self.sums.clone(), "sum").cpu(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state`, with any number of processes."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums = state["sums"].to(self.accelerator.device) / self.accelerator.num_processes

@@ -1,0 +1,76 @@
+"""What a step costs: floating-point operations, memory, and the machine it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim.core.keys import image_keys
+from mim.core.patches import Images
+from mim.model import MaskedImageModel
+
+
+def count_flops(
+    model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = -1
+) -> tuple[int, int]:
+    """(forward, backward) floating-point operations an image in training, by torch's counter.
+
+    The forward count holds all that a step computes: the mask, where its generator looks at the
+    image, and the teacher, where there is one. Attention is counted in its plain form, since the
+    counter does not know every fused kernel.
+    """
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    checkpointing, model.regime.checkpointing = model.regime.checkpointing, False
+    training = model.training
+    model.train()
+    with sdpa_kernel(SDPBackend.MATH):
+        with forward:
+            keys = image_keys(0, epoch, sample_ids, purpose="mask")
+            mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
+            loss = model(images, mask).loss
+        with backward:
+            loss.backward()
+    model.regime.checkpointing = checkpointing
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+    total = len(images)
+    return forward.get_total_flops() // total, backward.get_total_flops() // total
+
+
+def resident_bytes() -> int:
+    """The process's largest resident memory so far."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor()
+    return platform.processor()
+
+
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Hardware and versions, as results record them."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": processes,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }

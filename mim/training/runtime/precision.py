@@ -1,0 +1,109 @@
+"""What training computes and keeps in fewer bits than float32.
+
+Autocast (bf16, fp16) computes products in 16 bits and keeps weights in float32. Two options go
+further: float8 products of the blocks' linear layers, by torchao, and weights in bfloat16, whose
+updates :class:`mim.training.optim.CompensatedAdamW` keeps from being rounded away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from mim.core.config import Config, TrainConfig
+from mim.core.errors import setting_error
+from mim.model import MaskedImageModel, build_model
+from mim.model.backbones import family_of, use_kernels
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+_FLOAT8_SIDES = 16  # a float8 product's sides are multiples of it
+_FLOAT8_GPU = (8, 9)  # Ada and Hopper are the first that have one
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes in; None where there is none."""
+    return _DTYPES.get(precision)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass in a ``train.precision``."""
+    dtype = autocast_dtype(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def model_on(config: Config, device: torch.device) -> MaskedImageModel:
+    """The model that a config describes, with the kernels that ``train`` asks for there.
+
+    Its weights are in float32; :func:`narrow_weights` is what changes that.
+
+    Raises:
+        UserError: as :func:`mim.build_model`, and where the device has no such kernels.
+    """
+    model = build_model(config).to(device)
+    use_kernels(model, config.train, device)
+    if config.train.precision == "fp8":
+        _use_float8(model, device)
+    return model
+
+
+def blocks_of(model: MaskedImageModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks of the encoder, and those of the decoder if it has any."""
+    return family_of(model.backbone).blocks, list(getattr(model.decoder, "blocks", []))
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether a device computes the numbers of a precision without gaining time by it."""
+    return precision == "fp8" and device.type != "cuda"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, of Python and of torch's logs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _use_float8(model: MaskedImageModel, device: torch.device) -> None:
+    """Let the blocks' linear layers multiply in float8 (Micikevicius et al., arXiv:2209.05433).
+
+    Weights, activations (e4m3) and gradients (e5m2) are each scaled by their largest value at every
+    step. Embedding, prediction head and attention are left as they are, and so are queries, keys
+    and values of a block that computes them for a part of its tokens.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_GPU:
+        name = torch.cuda.get_device_name(device)
+        reason = f"needs a GPU of compute capability 8.9 or more, which {name} is not; choose bf16"
+        raise setting_error("train.precision", "fp8", reason)
+    with _quiet():  # of torchao's own use of torch
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    config = Float8LinearConfig(emulate=is_emulated("fp8", device), pad_inner_dim=True)
+
+    def fits(module: nn.Module, name: str) -> bool:
+        sides = (getattr(module, "in_features", 1), getattr(module, "out_features", 1))
+        return all(side % _FLOAT8_SIDES == 0 for side in sides)
+
+    for block in itertools.chain(*blocks_of(model)):
+        convert_to_float8_training(block, module_filter_fn=fits, config=config)
+
+
+def narrow_weights(model: MaskedImageModel, train: TrainConfig) -> None:
+    """Turn a model's weights into what ``train.weights`` says they are kept in.
+
+    An EMA teacher stays in float32, where its small steps are not lost.
+    """
+    if train.weights == "bf16":
+        for part in (model.backbone, model.regime, model.decoder):
+            part.to(torch.bfloat16)

@@ -1,0 +1,94 @@
+"""One copy of weights, gradients and moments among all processes (PyTorch's FSDP2).
+
+Each block's weights are gathered for its part of a step, those of the next one meanwhile, and its
+gradients are shared out when it has them; what is left of the model is gathered for the whole step.
+What is saved is whole, so that a run goes on with any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mim.core.errors import setting_error
+from mim.masks import PatchMask
+from mim.model.backbones import UNIT
+from mim.model.model import Images, MaskedImageModel
+from mim.training.runtime.precision import blocks_of
+
+
+class Losses(NamedTuple):
+    """What a step needs of a model's output; FSDP follows tensors through tuples alone."""
+
+    loss: Tensor
+    reconstruction: Tensor
+
+
+class Sharded(nn.Module):
+    """A model whose parameters lie on all processes; shards those of ``model`` in place."""
+
+    def __init__(self, model: MaskedImageModel, accelerator: Accelerator) -> None:
+        super().__init__()
+        if model.teacher is not None or model.mask_network is not None:
+            part = "EMA teacher" if model.teacher is not None else "trained mask generator"
+            raise setting_error("train.shard", True, f"does not work with an {part}")
+        self.model = model
+        self._autocast = accelerator.autocast
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for block in itertools.chain(*blocks_of(model)):
+            setattr(block, UNIT, _call)
+            fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, UNIT)
+        fully_shard(self, mesh=mesh)
+
+    def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Losses:
+        """As :meth:`MaskedImageModel.forward`."""
+        with self._autocast():
+            output = self.model(images, mask, weight)
+        return Losses(output.loss.float(), output.reconstruction.float())
+
+
+def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
+    return work(*args)
+
+
+def whole(value: Any) -> Any:
+    """A state with every sharded tensor gathered; all processes call it, in the same order."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(part) for part in value)
+    return value
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model, sharded or not, a whole state."""
+    own = model.state_dict()
+    model.load_state_dict({k: _shared_out(v, own[k]) if k in own else v for k, v in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer, of sharded parameters or not, a whole state."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[name] = _shared_out(value, parameter)
+
+
+def _shared_out(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has, where ``like`` is sharded."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
