@@ -73,7 +73,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def final(run: Path) -> dict[str, Any]:
     state = checkpoint.read_checkpoint(checkpoint.checkpoints(run)[-1])
-    del state["elapsed"], state["train_seconds"]
+    del state["state"]["elapsed"], state["state"]["train_seconds"]
     return state
 
 
@@ -298,7 +298,7 @@ def test_the_ratio_moves_with_the_epoch_in_training_and_not_on_held_out_images(
 
     monkeypatch.setattr(MaskedImageModel, "draw_mask", note)
     # The pictures at the end are of ratios that the run did not see, on purpose.
-    monkeypatch.setattr("mim.training.pretrain.reconstruct_ratios", lambda *_: {})
+    monkeypatch.setattr("mim.training.hooks.reconstruct_ratios", lambda *_: {})
     changes = {
         "mask.ratio": 0.25,
         "mask.schedule.to": 0.75,
