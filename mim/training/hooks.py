@@ -283,6 +283,9 @@ class BestEpoch(Hook):
         losses = trainer.state.means
         names = ["loss", *(f"loss_{head}" for head in range(1, len(scores)))]
         each = [losses.get(name, math.nan) for name in names]
+        if not any(map(math.isfinite, each)):
+            assert trainer.state.latest is not None
+            raise trainer.task.diverged(trainer.state.latest, f"loss is {each[0]}", 1)
         scores[~torch.tensor(each).isfinite()] = -1.0
         head = int(scores.argmax())
         score = float(scores[head])

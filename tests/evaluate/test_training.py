@@ -140,13 +140,14 @@ def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Pat
         with pytest.raises(Interrupted):
             Finetune(settings).run(encoder, train, val, folder=tmp_path)
     folder = tmp_path / "evaluations"
-    assert sorted(path.name for path in folder.iterdir()) == ["finetune_0.05.pt", "finetune_0.1.pt"]
+    states = sorted(path.name for path in folder.glob("*.pt"))
+    assert states == ["finetune_0.05.pt", "finetune_0.1.pt"]
     with pytest.MonkeyPatch.context() as patch:
         steps = at_call(0, stop, patch)
         numbers = Finetune(settings).run(encoder, train, val, folder=tmp_path)
     assert steps == [], "both were trained to the end, val had not been asked"
     assert numbers == Finetune(settings).run(encoder, train, val)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*.pt"))
     alone = Finetune(replace(settings, fraction=0.05, low_shot=())).run(encoder, train, val)
     assert numbers["accuracy_of_5_percent"] == alone["accuracy"] != numbers["accuracy"]
 
@@ -168,7 +169,7 @@ def test_a_probe_goes_on_too(encoder: Encoder, tmp_path: Path) -> None:
         with pytest.raises(Interrupted, match="saved step 3"):
             Attentive(settings).run(encoder, train, val, folder=tmp_path)
     assert Attentive(settings).run(encoder, train, val, folder=tmp_path) == whole
-    assert not list((tmp_path / "evaluations").iterdir())
+    assert not list((tmp_path / "evaluations").glob("*.pt"))
 
 
 def test_drop_path_follows_the_images(encoder: Encoder) -> None:
