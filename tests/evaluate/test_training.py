@@ -132,6 +132,34 @@ def test_a_state_of_other_settings_or_weights_is_not_used(encoder: Encoder, tmp_
         assert torch.equal(weights(begun.model), weights(fit(changed, train, settings).model))
 
 
+def test_parts_of_a_batch_are_the_batch(encoder: Encoder) -> None:
+    """Mixing, erasing and drop path are those of the whole batch; the gradient is clipped once."""
+    train = open_source(DATA, "train")
+    recipe = replace(RECIPE, epochs=1, clip_grad=0.05)
+    whole = fit(encoder, train, recipe)
+    cut = fit(encoder, train, replace(recipe, accumulate=3))
+    assert cut.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], abs=1e-6)
+    assert torch.allclose(weights(cut.model), weights(whole.model), atol=1e-5)
+    free = fit(encoder, train, replace(recipe, clip_grad=0.0))
+    assert not torch.allclose(weights(free.model), weights(whole.model), atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped(encoder: Encoder) -> None:
+    train, recipe = open_source(DATA, "train"), replace(RECIPE, epochs=1)
+    real = mim.evaluate.finetune.mix
+
+    def mix(images: Any, labels: Any, classes: Any, settings: Any, step: int) -> Any:
+        mixed, targets = real(images, labels, classes, settings, step)
+        return (mixed * float("nan") if step == 1 else mixed), targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mim.evaluate.finetune, "mix", mix)
+        with pytest.raises(UserError, match=r"finetune.base_lr: .* loss is nan in epoch 1"):
+            fit(encoder, train, recipe)
+        skipped = fit(encoder, train, replace(recipe, max_nonfinite=2))
+    assert weights(skipped.model).isfinite().all()
+
+
 def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Path) -> None:
     train, val = open_source(DATA, "train"), open_source(DATA, "val")
     settings = replace(RECIPE, epochs=1, low_shot=(0.05,))

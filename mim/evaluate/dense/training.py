@@ -436,7 +436,9 @@ class DenseTask(SupervisedTask):
         groups = parameter_groups(self.model, s)
         optimizer = torch.optim.AdamW(groups, lr=schedule(0), fused=True)
         scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
-        best = BestEpoch(lambda _: torch.tensor([measure()]), s.measure_every, "held_out")
+        best = BestEpoch(
+            lambda _: torch.tensor([measure()], dtype=torch.float64), s.measure_every, "held_out"
+        )
         train_epochs(self, optimizer, schedule, best, label, store, scaler)
         return best
 
