@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.cli.parsing import VerbParser
-from mim.core.cpu.threads import choose_waiting
+from mim.core.cpu.process import choose_waiting
 from mim.core.errors import UserError
 from mim.core.signals import between_imports
 

@@ -29,8 +29,8 @@ from mim.compare.cost.memory import bytes_added, bytes_of
 from mim.compare.cost.products import products_of
 from mim.compare.runner import server_context
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.cpu.linear import has_onednn, onednn_linear
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.keys import image_keys
 from mim.core.settings import checked
@@ -380,8 +380,7 @@ def _noise(config: Config, device: torch.device) -> Tensor:
 
 def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)  # imports the plugins, which this process has not seen
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     images = _noise(config, device)
     model = model_on(config, device)
     few = torch.arange(2)
