@@ -47,6 +47,11 @@ def spread_indices(count: int, images: int) -> list[int]:
     return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
 
 
+def as_rgb(pixels: Pixels) -> Pixels:
+    """(..., C) of any channels as (..., 3): the first three, or the first alone in gray."""
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
+
+
 def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
     shown = denormalize(images.float().cpu(), source.mean, source.std).clamp(0, 1)
     return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -212,7 +217,7 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     """A row an image, and its versions side by side.
 
     Args:
-        columns: (n, H, W, 3) or (n, H, W, 1) each.
+        columns: (n, H, W, C) each.
         side: least height of an image in the sheet, in pixels; small ones are enlarged.
         gap: white pixels between images.
     """
@@ -223,10 +228,8 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     drawn = Image.new("RGB", size, "white")
     for place, column in enumerate(columns):
         for row, pixels in enumerate(column):
-            shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
-            tile = Image.fromarray(np.ascontiguousarray(shown)).resize(
-                (width, height), Image.Resampling.NEAREST
-            )
+            tile = Image.fromarray(np.ascontiguousarray(as_rgb(pixels)))
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
             drawn.paste(tile, (place * (width + gap), row * (height + gap)))
     return drawn
 
