@@ -93,6 +93,16 @@ def masked_pixels(
     return _pixels(model, images, patches, source), _pixels(model, images, hidden, source)
 
 
+def _read(
+    model: MaskedImageModel, config: Config, source: ImageSource, indices: list[int]
+) -> tuple[Any, Tensor]:
+    """Images as the model takes them, on its device, and their ids."""
+    patch, count = model.patch_size, len(indices)
+    (batch,) = eval_loader(source, config.data, batch_size=count, indices=indices, patch_size=patch)
+    images = batch.images.to(next(model.parameters()).device)
+    return normalize(images, source.mean, source.std), batch.sample_ids
+
+
 @torch.no_grad()
 def reconstruct(
     model: MaskedImageModel,
@@ -115,18 +125,10 @@ def reconstruct(
         patches pasted), uint8 (n, H, W, C), white around images smaller than the largest;
         ``is_masked`` bool (n, rows, columns).
     """
-    device = next(model.parameters()).device
-    (batch,) = eval_loader(
-        source,
-        config.data,
-        batch_size=len(indices),
-        indices=indices,
-        patch_size=model.patch_size,
-    )
-    images: Any = normalize(batch.images.to(device), source.mean, source.std)
+    images, sample_ids = _read(model, config, source, indices)
     training = model.training
     model.eval()
-    mask = fixed_masks(model, images, batch.sample_ids) if mask is None else mask.to(device)
+    mask = fixed_masks(model, images, sample_ids) if mask is None else mask.to(images.device)
     output = model(images, mask)
     predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
@@ -161,23 +163,15 @@ def reconstruct_ratios(
         ``ratio`` float (R,), ``prediction`` uint8 (R, n, H, W, C), ``is_masked`` bool
         (R, n, rows, columns).
     """
-    (batch,) = eval_loader(
-        source,
-        config.data,
-        batch_size=len(indices),
-        indices=indices,
-        patch_size=model.patch_size,
-    )
-    images = normalize(batch.images, source.mean, source.std)
-    images = images.to(next(model.parameters()).device)
+    images, sample_ids = _read(model, config, source, indices)
     own = model.mask_generator
-    seen = {fixed_masks(model, images, batch.sample_ids).is_masked.cpu().numpy().tobytes()}
+    seen = {fixed_masks(model, images, sample_ids).is_masked.cpu().numpy().tobytes()}
     found: list[tuple[float, dict[str, NDArray[np.generic]]]] = []
     for ratio in ratios:
         settings = replace(config.mask, ratio=ratio, schedule=MaskScheduleConfig())
         try:
             model.mask_generator = build_mask_generator(settings, model.grid, model.patch_size)
-            mask = fixed_masks(model, images, batch.sample_ids)
+            mask = fixed_masks(model, images, sample_ids)
         except UserError:  # this grid has no such mask
             continue
         finally:
