@@ -150,7 +150,6 @@ class FinetuneSettings(TrainedSettings):
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
-        """See :meth:`EvaluationSettings.presets`."""
         recipe = given.get("recipe", "auto")
         if recipe == "auto":
             vit = None if encoder is None else encoder.vit
@@ -487,13 +486,11 @@ class FinetuneTask(ClassificationTask):
         return Labelled(mixed, targets, draws)
 
     def loss(self, learner: nn.Module, part: Labelled) -> Loss:
-        """See :meth:`Task.loss`."""
         if self.drop_paths is not None:
             self.drop_paths.values = part.draws
         return super().loss(learner, part)
 
     def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
-        """See :meth:`ClassificationTask.logits`."""
         with autocast(self.precision, images.device):
             logits: Tensor = learner(images)
         return logits[None].float()

@@ -323,7 +323,6 @@ class Robustness(EncoderEvaluation):
             read_baseline(s.baseline, names, s.severities)
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`EncoderEvaluation.check_encoder`."""
         super().check_encoder(encoder)
         if not self.settings.imagenet_c:
             for name in self._names():

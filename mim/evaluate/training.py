@@ -12,39 +12,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import InitProcessGroupKwargs
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
-from mim.core.cpu.linear import use_linear
+from mim.core.cpu.kernels import tune
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, setting_error
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader
 from mim.data.loader import Augment
 from mim.evaluate.base import AnySettings, EvaluationSettings, holdout, low_shot
 from mim.evaluate.encoders import Encoder
-from mim.model.teacher import follow
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
 from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
-from mim.training.nonfinite import Guard, StepRecord, Watch
+from mim.training.nonfinite import StepRecord
 from mim.training.optim import Schedule
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.trackers import Trackers
-from mim.training.trainer import Hook, Loss, Plan, Trainer, parts
+from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 _TOP = 5
 _TRACKER_SECONDS = 120.0
@@ -192,8 +190,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[waits])
 
@@ -242,70 +239,40 @@ def augmented(data: DataConfig, settings: TrainedSettings, batch_size: int) -> D
     return replace(data, batch_size=batch_size, augment="mae", crop_scale=scale)
 
 
-class SupervisedTask(ABC):
-    """What the tasks of evaluations share; see :class:`mim.training.trainer.Task`.
+class SupervisedTask(Task):
+    """What the tasks of evaluations share.
 
     Args:
         model: what is trained and kept, on the device.
+        accelerator: of :func:`start_accelerator`.
         settings: how long, in what steps.
         batch_size: images a step, over all processes.
         per_epoch: steps of an epoch.
         epochs: passes over the images.
-        accelerator: of :func:`start_accelerator`.
-        rate: the setting to lower where it diverges.
-        ema: decay of an average of the weights that is measured in their stead; 0 is none.
+        decay: see :class:`Task`.
     """
+
+    rate = "base_lr"
+    """The setting to lower where it diverges."""
+    guarded = True
+    """Whether a step that is not finite ends the training, or is skipped."""
 
     def __init__(
         self,
         model: nn.Module,
+        accelerator: Accelerator,
         settings: StepSettings,
         batch_size: int,
         per_epoch: int,
         epochs: int,
-        accelerator: Accelerator,
-        rate: str = "base_lr",
-        ema: float = 0.0,
+        decay: float = 0.0,
     ) -> None:
-        self.model, self.settings, self.accelerator, self.rate = model, settings, accelerator, rate
-        self.per_epoch, self.epochs, self.batch_size = per_epoch, epochs, batch_size
-        use_linear(model, "auto", accelerator.device)
-        self._decay = ema
-        self.average: nn.Module | None = ModelEmaV3(model, decay=ema).module if ema else None
-        self.guarded = True
-
-    @abstractmethod
-    def batches(self, start: int) -> Iterable[Batch]:
-        """See :meth:`Task.batches`."""
-
-    @abstractmethod
-    def prepare(self, batch: Batch) -> Any:
-        """See :meth:`Task.prepare`."""
-
-    @abstractmethod
-    def parts(self, inputs: Any, count: int) -> Iterable[tuple[Any, Tensor | float]]:
-        """See :meth:`Task.parts`."""
-
-    @abstractmethod
-    def loss(self, learner: nn.Module, part: Any) -> Loss:
-        """See :meth:`Task.loss`."""
-
-    def learner(self) -> nn.Module:
-        """The module that a step calls, as it is wrapped for the processes."""
-        wrapped: nn.Module = self.accelerator.prepare_model(self.model)
-        return wrapped
-
-    def after_step(self, batch: Batch, taken: Tensor) -> None:
-        """Lets the average follow."""
-        if self.average is not None:
-            follow(self.average, self.model, (1 - self._decay) * taken)
-
-    def model_to_evaluate(self) -> nn.Module:
-        """See :meth:`Task.model_to_evaluate`."""
-        return self.model if self.average is None else self.average
+        super().__init__(model, accelerator, decay)
+        self.settings, self.batch_size = settings, batch_size
+        self.per_epoch, self.steps = per_epoch, epochs * per_epoch
 
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
-        """See :meth:`Task.diverged`."""
+        """Names the learning rate."""
         value, epoch = getattr(self.settings, self.rate), record.epoch + 1
         setting = f"evaluations.{self.settings.name}.{self.rate}"
         return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; lower it")
@@ -336,37 +303,25 @@ def train_epochs(
         UserError: for losses that are not finite.
         Interrupted: after a signal where there is a store, which then has been written.
     """
-    s, accelerator, device = task.settings, task.accelerator, task.accelerator.device
-    limit = s.max_nonfinite if task.guarded else 0
+    s, device = task.settings, task.accelerator.device
     plan = Plan(
-        s.seed,
-        task.epochs * task.per_epoch,
-        task.per_epoch,
-        task.batch_size,
-        s.accumulate,
-        s.clip_grad or None,
+        seed=s.seed,
+        steps=task.steps,
+        steps_per_epoch=task.per_epoch,
+        batch_size=task.batch_size,
+        accumulate=s.accumulate,
+        clip_grad=s.clip_grad or None,
+        max_nonfinite=s.max_nonfinite if task.guarded else 0,
     )
     hooks: list[Hook] = [Log(task.per_epoch, label), best]
     if store is not None:
         hooks.append(Checkpoints(Saver(store, s.async_save), s.checkpoint_every))
-    trainer = Trainer(
-        task,
-        plan,
-        accelerator,
-        task.learner(),
-        optimizer,
-        schedule,
-        Guard(limit, 0, device),
-        Watch(task.model, accelerator, limit, task.diverged),
-        hooks,
-        Curves(),
-        store,
-        scaler,
-    )
+    learner = task.learner()
+    trainer = Trainer(task, plan, optimizer, schedule, learner, hooks, Curves(), store, scaler)
     saved = None if store is None else store.read()
     if saved is not None:
         trainer.load_state_dict(saved)
-    if store is not None and accelerator.is_main_process:
+    if store is not None and task.accelerator.is_main_process:
         trainer.curves = _curves(store.path, s, trainer.state.step)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer.fit()
@@ -433,46 +388,41 @@ class ClassificationTask(SupervisedTask):
     ) -> None:
         self.train, self.data, self.augment, self.heads = train, data, augment, heads
         self.fitted, self.held = (Subset(train, part) for part in split(train, settings))
-        size = data.batch_size
-        per_epoch = len(self.fitted) // size
-        super().__init__(
-            model, settings, size, per_epoch, settings.epochs, accelerator, "base_lr", ema
-        )
+        tune(model, accelerator.device)
+        size, per_epoch = data.batch_size, len(self.fitted) // data.batch_size
+        super().__init__(model, accelerator, settings, size, per_epoch, settings.epochs, ema)
 
+    @abstractmethod
     def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
         """(B, C, H, W) normalised -> (H, B, K) float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(self, batch: Batch, images: Tensor) -> Labelled:
         """What is learnt from normalised images on the device."""
-        raise NotImplementedError
 
     def schedule(self, base_lr: float) -> Schedule:
         """Linear warm-up and half a cosine, from a learning rate for a batch of 256."""
-        s, total = self.settings, self.epochs * self.per_epoch
-        warmup = min(s.warmup_epochs * self.per_epoch, total / 2)
-        return Schedule(base_lr * self.batch_size / 256, s.min_lr, warmup, total)
+        s = self.settings
+        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
+        return Schedule(base_lr * self.batch_size / 256, s.min_lr, warmup, self.steps)
 
     def batches(self, start: int) -> Iterable[Batch]:
-        """See :meth:`Task.batches`."""
         return train_loader(
             self.fitted,
             self.data,
             self.settings.seed,
             start_step=start,
-            total_steps=self.epochs * self.per_epoch,
+            total_steps=self.steps,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             augment=self.augment,
         )
 
     def prepare(self, batch: Batch) -> Labelled:
-        """See :meth:`Task.prepare`."""
         images = batch.images.to(self.accelerator.device, non_blocking=True)
         return self.targets(batch, normalize(images, self.train.mean, self.train.std))
 
     def parts(self, inputs: Labelled, count: int) -> Iterator[tuple[Labelled, float]]:
-        """See :meth:`Task.parts`."""
         for cut in parts(inputs.images, count):
             draws = None if inputs.draws is None else inputs.draws[cut]
             part = Labelled(inputs.images[cut], inputs.targets[cut], draws)

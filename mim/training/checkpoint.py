@@ -31,7 +31,6 @@ from mim.core.files import (  # noqa: F401  (part of this module's interface)
     write_text_atomic,
 )
 from mim.core.settings import flatten, import_plugin, read_args, to_dict
-from mim.core.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -176,19 +175,10 @@ class RunStore:
 
     def __init__(self, run: Path, keep: int, identity: dict[str, Any] | None = None) -> None:
         self.run, self.keep, self.identity = run, keep, identity or {}
+        self.path, self.place, self.again = run, f"of {str(run)!r}", "go on with --resume auto"
 
     def write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
-        """See :func:`save_checkpoint`."""
         save_checkpoint(self.run, {**self.identity, **state}, step, self.keep, milestone)
-
-    def unwritable(self, step: int, error: OSError) -> TrainingError:
-        """See :func:`unwritable`."""
-        return unwritable(f"checkpoint of step {step}", self.run, error)
-
-    def interrupted(self, number: int, step: int) -> Interrupted:
-        """The end after a signal."""
-        where = f"saved step {step} of {str(self.run)!r}"
-        return Interrupted(number, f"{where}; go on with --resume auto")
 
 
 class FileStore:
@@ -201,6 +191,7 @@ class FileStore:
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
+        self.place, self.again = f"in {str(path)!r}", "do the same again"
 
     def read(self) -> dict[str, Any] | None:
         """What was written last; None where there is nothing, or nothing to go on from."""
@@ -221,18 +212,6 @@ class FileStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         of_run = {"format": CHECKPOINT_FORMAT, "step": step, "fingerprint": self.identity}
         write_atomic(self.path, lambda temporary: torch.save({**of_run, **state}, temporary))
-
-    def unwritable(self, step: int, error: OSError) -> TrainingError:
-        """The error for a file that cannot be written."""
-        reason = error.strerror or str(error)
-        return TrainingError(
-            f"step {step} cannot be saved in {str(self.path)!r}: {reason}. Make room, then do the "
-            "same again"
-        )
-
-    def interrupted(self, number: int, step: int) -> Interrupted:
-        """The end after a signal."""
-        return Interrupted(number, f"saved step {step} in {str(self.path)!r}; do the same again")
 
     def remove(self) -> None:
         """Once what it was for has been measured."""
@@ -298,7 +277,8 @@ class Saver:
         try:
             self.store.write(state, step, milestone)
         except OSError as error:
-            self._error = self.store.unwritable(step, error)
+            what, store = f"checkpoint of step {step}", self.store
+            self._error = unwritable(what, store.path, error, store.again)
         except Exception as error:  # of the thread: the run stops with it, at its next step
             if not self.background:
                 raise
@@ -306,12 +286,14 @@ class Saver:
             self._error = TrainingError(f"checkpoint of step {step} cannot be saved: {reason}")
 
 
-def unwritable(what: str, run: Path, error: OSError) -> TrainingError:
+def unwritable(
+    what: str, place: Path, error: OSError, again: str = "go on with --resume auto"
+) -> TrainingError:
     """The error for a file of a run that cannot be written."""
     reason = error.strerror or str(error)
     return TrainingError(
-        f"{what} cannot be saved in {str(run)!r}: {reason}; the last good one is kept. Make room, "
-        "then go on with --resume auto"
+        f"{what} cannot be saved in {str(place)!r}: {reason}; the last good one is kept. Make "
+        f"room, then {again}"
     )
 
 

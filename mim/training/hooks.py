@@ -50,18 +50,15 @@ class Log(Hook):
         self.every, self.label = every, label
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
-        """See :meth:`Hook.running`."""
         state, main = trainer.state, trainer.accelerator.is_main_process
         self._images, self._seconds = state.images, state.train_seconds
         self._progress = RunProgress(self.label, trainer.plan.steps, state.step, main)
         return self._progress
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         return trainer.state.step % self.every == 0 or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         state = trainer.state
         images, seconds = state.images - self._images, state.train_seconds - self._seconds
         self._images, self._seconds = state.images, state.train_seconds
@@ -122,20 +119,16 @@ class HeldOut(Hook):
         self.loss = math.nan
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         return trainer.passed(self.config.train.validate_every) or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         self.loss = held_out_loss(trainer, self.config, self.source)
         trainer.log(val_loss=self.loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Hook.state_dict`."""
         return {"loss": self.loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`Hook.load_state_dict`."""
         self.loss = state["loss"]
 
 
@@ -155,29 +148,23 @@ class Online(Hook):
         self.accuracy = math.nan
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        """See :meth:`Hook.after_step`."""
         assert batch.labels is not None
         self.probe.step(inputs.images, batch.labels)
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         return trainer.passed(self.every) or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         self.accuracy = self.probe.accuracy(self.source)
         trainer.log(online_val_accuracy=self.accuracy)
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """See :meth:`Hook.metrics`."""
         return self.probe.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Hook.state_dict`."""
         return {**self.probe.state_dict(), "accuracy": self.accuracy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`Hook.load_state_dict`."""
         self.probe.load_state_dict(state)
         self.accuracy = state["accuracy"]
 
@@ -195,11 +182,9 @@ class Pictures(Hook):
         self.indices = spread_indices(len(source), PICTURED_IMAGES)
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         return trainer.passed(self.config.train.picture_every) or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         model = trainer.task.model_to_evaluate()
         if not trainer.accelerator.is_main_process:
             return
@@ -228,7 +213,6 @@ class Checkpoints(Hook):
         self.saver, self.every, self.milestone_every = saver, every, milestone_every
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
-        """See :meth:`Hook.running`."""
         return self.saver
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
@@ -236,12 +220,10 @@ class Checkpoints(Hook):
         self.saver.check()
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         passed = trainer.passed(self.every) or trainer.passed(self.milestone_every)
         return passed or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         assert trainer.state.latest is not None
         trainer.watch.check_weights(trainer.state.latest)
         state = trainer.state_dict()
@@ -272,11 +254,9 @@ class BestEpoch(Hook):
         self.history: list[dict[str, float]] = []
 
     def due(self, trainer: Trainer) -> bool:
-        """See :meth:`Hook.due`."""
         return trainer.passed(self.every) or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        """See :meth:`Hook.run`."""
         model = trainer.task.model_to_evaluate()
         scores = self.measure(model)
         trainer.learner.train()
@@ -305,11 +285,9 @@ class BestEpoch(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`Hook.state_dict`."""
         kept = ("weights", "epoch", "head", "score", "loss", "history")
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`Hook.load_state_dict`."""
         for name, value in state.items():
             setattr(self, name, value)

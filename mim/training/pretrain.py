@@ -17,11 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
 from mim.core.keys import image_keys
@@ -44,11 +43,10 @@ from mim.data import (
 from mim.data.weights import Weigh
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel
-from mim.model.teacher import follow
 from mim.training import checkpoint
 from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Online, Pictures
 from mim.training.metrics import Curves, Metrics
-from mim.training.nonfinite import RECORD, Guard, StepRecord, Watch
+from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
 from mim.training.pictures import fixed_masks
@@ -58,7 +56,7 @@ from mim.training.runtime.precision import autocast, is_emulated, model_on, narr
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.sharding import Sharded, whole
 from mim.training.runtime.trackers import start_trackers, tracker_names
-from mim.training.trainer import Hook, Loss, Plan, Trainer, TrainState, parts
+from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, TrainState, parts
 
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
@@ -103,7 +101,7 @@ class Inputs:
     total_weight: float | None
 
 
-class PretrainTask:
+class PretrainTask(Task):
     """Masked images predicted; see :class:`mim.training.trainer.Task`.
 
     Args:
@@ -111,25 +109,18 @@ class PretrainTask:
         images: of the run.
         config: of the run.
         accelerator: of the run.
-        ema: the average of the weights, or None.
     """
 
+    model: MaskedImageModel
+
     def __init__(
-        self,
-        model: MaskedImageModel,
-        images: RunImages,
-        config: Config,
-        accelerator: Accelerator,
-        ema: ModelEmaV3 | None,
+        self, model: MaskedImageModel, images: RunImages, config: Config, accelerator: Accelerator
     ) -> None:
-        self.model, self.images, self.config, self.accelerator = model, images, config, accelerator
-        self._ema = ema
-        self.average: nn.Module | None = None if ema is None else ema.module
-        self.sharded = config.train.shard and accelerator.num_processes > 1
-        self.learner: nn.Module = Sharded(model, accelerator) if self.sharded else model
+        super().__init__(model, accelerator, config.train.ema_decay or 0.0)
+        self.images, self.config = images, config
+        self.is_sharded = config.train.shard and accelerator.num_processes > 1
 
     def batches(self, start: int) -> Iterable[Batch]:
-        """See :meth:`Task.batches`."""
         return train_loader(
             self.images.train,
             self.config.data,
@@ -157,7 +148,6 @@ class PretrainTask:
         return Inputs(images, mask, weight, batch.total_weight)
 
     def parts(self, inputs: Inputs, count: int) -> Iterator[tuple[Inputs, Tensor | float]]:
-        """See :meth:`Task.parts`."""
         size, world = len(inputs.images), self.accelerator.num_processes
         for cut in parts(inputs.images, count):
             mask = inputs.mask if count == 1 else inputs.mask[cut]
@@ -166,32 +156,34 @@ class PretrainTask:
             yield part, share_of(size, cut, weight, inputs.total_weight, world)
 
     def loss(self, learner: nn.Module, part: Inputs) -> Loss:
-        """See :meth:`Task.loss`."""
         with autocast(self.config.train.precision, self.accelerator.device):
             output = learner(part.images, part.mask, part.weight)
         return Loss(output.loss, {"loss": output.reconstruction.detach()})
 
+    def learner(self) -> nn.Module:
+        """Wraps the model for the processes, or shards it in place."""
+        return Sharded(self.model, self.accelerator) if self.is_sharded else super().learner()
+
     def after_step(self, batch: Batch, taken: Tensor) -> None:
-        """See :meth:`Task.after_step`."""
+        """Lets teacher and average follow."""
         self.model.update_teacher(taken)
-        if self._ema is not None:
-            average = self._ema.module
-            follow(average, self.model, (1 - self._ema.decay) * taken)
-            if self.model.teacher is not None:  # an average already: targets come from itself
-                average.teacher.load_state_dict(self.model.teacher.state_dict())
+        super().after_step(batch, taken)
+        if self.average is not None and self.model.teacher is not None:
+            # An average already: targets come from itself.
+            average: Any = self.average
+            average.teacher.load_state_dict(self.model.teacher.state_dict())
 
     def model_to_evaluate(self) -> nn.Module:
-        """See :meth:`Task.model_to_evaluate`."""
-        if self.average is not None:
-            return self.average
-        if not self.sharded and self.config.train.weights == "fp32":
-            return self.model
+        """Returns the average, the model, or a copy in float32 of what is sharded or narrow."""
+        if self.average is not None or (
+            not self.is_sharded and self.config.train.weights == "fp32"
+        ):
+            return super().model_to_evaluate()
         copy = model_on(self.config, self.accelerator.device)
         copy.load_state_dict(whole(self.model.state_dict()))
         return copy
 
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
-        """See :meth:`Task.diverged`."""
         ids, run = record.sample_ids.tolist(), Path(self.config.output)
         shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
         many = f" ({row} such steps in a row: train.max_nonfinite)" if row > 1 else ""
@@ -352,14 +344,13 @@ def _build_task(
 ) -> tuple[PretrainTask, OnlineProbe | None, dict[str, float]]:
     """Build the model and what follows it; also measure what an image costs."""
     device = accelerator.device
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     model = model_on(config, device)
     if accelerator.is_main_process and is_emulated(config.train.precision, device):
         note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")
     for source in (images.train, images.val):
         _check_masks(model, config, source)
-    ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
+    task = PretrainTask(model, images, config, accelerator)  # its average stays in float32
     online = None
     if config.online_probe.enabled:
         online = OnlineProbe(model, images.train, config, accelerator)
@@ -367,7 +358,7 @@ def _build_task(
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
         model.compile()
-    return PretrainTask(model, images, config, accelerator, ema), online, flops
+    return task, online, flops
 
 
 def _build_trainer(
@@ -376,7 +367,6 @@ def _build_trainer(
     """Build the trainer, in the state of a checkpoint if there is one."""
     config, images, accelerator = task.config, task.images, task.accelerator
     train, run, main = config.train, Path(config.output), accelerator.is_main_process
-    learner = task.learner if task.sharded else accelerator.prepare_model(task.learner)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
     identity = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
@@ -384,33 +374,25 @@ def _build_trainer(
     }
     store = checkpoint.RunStore(run, train.keep_checkpoints, identity)
     saver = checkpoint.Saver(store, train.async_save)
-    limit = 1 if train.on_nonfinite == "stop" else train.max_nonfinite
+    learner = task.learner()  # before the optimizer: sharding makes other parameters
     trainer = Trainer(
         task,
         Plan(
-            config.seed,
-            images.steps,
-            images.per_epoch,
-            config.data.batch_size,
-            train.accumulate,
-            config.optim.clip_grad,
-            train.log_every,
-            config.log.grad_norm,
+            seed=config.seed,
+            steps=images.steps,
+            steps_per_epoch=images.per_epoch,
+            batch_size=config.data.batch_size,
+            accumulate=train.accumulate,
+            clip_grad=config.optim.clip_grad,
+            read_every=train.log_every,
+            grad_norm=config.log.grad_norm,
+            max_nonfinite=1 if train.on_nonfinite == "stop" else train.max_nonfinite,
+            spike_deviations=train.spike_deviations,
+            folder=run,
         ),
-        accelerator,
-        learner,
         build_optimizer(config.optim, task.model, schedule(start)),
         schedule,
-        Guard(limit, 0, accelerator.device),
-        Watch(
-            task.model,
-            accelerator,
-            limit,
-            task.diverged,
-            train.spike_deviations,
-            run,
-            config.seed,
-        ),
+        learner,
         [*hooks, Checkpoints(saver, train.checkpoint_every, train.milestone_every)],
         Curves(None, start_trackers(accelerator, config, start)),
         store,

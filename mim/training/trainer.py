@@ -9,14 +9,17 @@ dropout. Hence a checkpoint is weights, moments and counters, and no state of a 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 from mim.core.keys import seed_of
 from mim.core.signals import Interrupted, Signals
 from mim.data import Batch, worker_deaths
+from mim.model.teacher import follow
+from mim.training.checkpoint import FileStore, RunStore
 from mim.training.metrics import Curves
 from mim.training.nonfinite import Guard, StepRecord, Watch, strict
 from mim.training.optim import Schedule
@@ -44,39 +49,57 @@ class Loss(NamedTuple):
     reported: dict[str, Tensor]
 
 
-class Task(Protocol):
-    """What is trained, on what."""
+class Task(ABC):
+    """What is trained, on what.
 
-    average: nn.Module | None
-    """A copy whose weights follow the model's, or None."""
+    Args:
+        model: what is trained and saved.
+        accelerator: its processes share the batches.
+        decay: of an average of the weights that is evaluated in their stead; 0 is none.
+    """
 
-    @property
-    def model(self) -> nn.Module:
-        """What is trained and saved."""
+    def __init__(self, model: nn.Module, accelerator: Accelerator, decay: float = 0.0) -> None:
+        self.model, self.accelerator, self.decay = model, accelerator, decay
+        self.average: nn.Module | None = None
+        if decay:
+            self.average = copy.deepcopy(model).requires_grad_(False).eval()
 
+    @abstractmethod
     def batches(self, start: int) -> Iterable[Batch]:
         """This process's shares of the batches from step ``start`` to the end."""
 
+    @abstractmethod
     def prepare(self, batch: Batch) -> Any:
         """Brings a batch to the device: masked, or mixed, or with its boxes."""
 
+    @abstractmethod
     def parts(self, inputs: Any, count: int) -> Iterable[tuple[Any, Tensor | float]]:
         """Cuts inputs into ``count`` parts.
 
         Each comes with the factor that turns its mean loss into its share of the batch's.
         """
 
+    @abstractmethod
     def loss(self, learner: nn.Module, part: Any) -> Loss:
-        """Computes the loss of a part through ``learner``, as it is wrapped for the processes."""
+        """Computes the loss of a part through ``learner``."""
+
+    @abstractmethod
+    def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
+        """Builds the error that ends the run after ``row`` steps that were not finite."""
+
+    def learner(self) -> nn.Module:
+        """Wraps the model for the processes."""
+        wrapped: nn.Module = self.accelerator.prepare_model(self.model)
+        return wrapped
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Lets teacher and average follow; ``taken`` is 0 where the step changed nothing."""
+        if self.average is not None:
+            follow(self.average, self.model, (1 - self.decay) * taken)
 
     def model_to_evaluate(self) -> nn.Module:
         """Returns the weights that count, whole; all processes ask for it together."""
-
-    def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
-        """Builds the error that ends the run after ``row`` steps that were not finite."""
+        return self.model if self.average is None else self.average
 
 
 class Hook:
@@ -118,23 +141,6 @@ class Hook:
         """Takes the state of a checkpoint."""
 
 
-class Store(Protocol):
-    """Where checkpoints stand."""
-
-    def write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
-        """Writes one.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-
-    def unwritable(self, step: int, error: OSError) -> Exception:
-        """Builds the error for one that cannot be written."""
-
-    def interrupted(self, number: int, step: int) -> Interrupted:
-        """Builds what ends the training after a signal and a saved step."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How long a training takes, and how its steps are taken.
@@ -149,6 +155,10 @@ class Plan:
         read_every: steps between two looks at the losses; on a CPU, which does not wait for
             them, each step is looked at.
         grad_norm: whether the norm of the gradient is reported.
+        max_nonfinite: steps in a row, whose loss or gradient is not finite, that end the
+            training; 0 guards nothing.
+        spike_deviations: see :class:`mim.training.nonfinite.Spikes`.
+        folder: where such a step is written down, or None.
     """
 
     seed: int
@@ -159,6 +169,9 @@ class Plan:
     clip_grad: float | None = None
     read_every: int = 20
     grad_norm: bool = False
+    max_nonfinite: int = 1
+    spike_deviations: float = 0.0
+    folder: Path | None = None
 
 
 @dataclass
@@ -224,12 +237,9 @@ class Trainer:
     Args:
         task: what is trained.
         plan: how long, in what steps.
-        accelerator: its processes share the batches.
-        learner: the task's, wrapped for the processes.
         optimizer: its groups may have an ``lr_scale``.
         schedule: learning rate of each step.
-        guard: takes the optimizer's steps.
-        watch: judges the losses.
+        learner: of the task.
         hooks: what happens now and then.
         curves: where numbers go.
         store: where checkpoints go; without one a signal does what it always does.
@@ -240,21 +250,27 @@ class Trainer:
         self,
         task: Task,
         plan: Plan,
-        accelerator: Accelerator,
-        learner: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
-        guard: Guard,
-        watch: Watch,
+        learner: nn.Module,
         hooks: Sequence[Hook],
         curves: Curves,
-        store: Store | None = None,
+        store: RunStore | FileStore | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.task, self.plan, self.accelerator, self.learner = task, plan, accelerator, learner
+        self.task, self.plan, self.accelerator = task, plan, task.accelerator
         self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
-        self.guard, self.watch, self.hooks = guard, watch, list(hooks)
-        self.curves, self.store = curves, store
+        self.learner, self.hooks, self.curves, self.store = learner, list(hooks), curves, store
+        self.guard = Guard(plan.max_nonfinite, 0, self.accelerator.device)
+        self.watch = Watch(
+            task.model,
+            self.accelerator,
+            plan.max_nonfinite,
+            task.diverged,
+            plan.spike_deviations,
+            plan.folder,
+            plan.seed,
+        )
         self.state = TrainState()
         self.stopped: int | None = None
 
@@ -348,7 +364,8 @@ class Trainer:
     def interrupted(self) -> Interrupted:
         """Builds what ends the training after the signal that stopped it."""
         assert self.store is not None and self.stopped is not None
-        return self.store.interrupted(self.stopped, self.state.step)
+        where = f"saved step {self.state.step} {self.store.place}"
+        return Interrupted(self.stopped, f"{where}; {self.store.again}")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all from which the training goes on; all processes ask for it together."""

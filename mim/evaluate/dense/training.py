@@ -24,6 +24,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
+from mim.core.cpu.kernels import tune
 from mim.core.errors import UserError, setting_error
 from mim.data import Batch, BatchLoader, ImageSource, open_source
 from mim.evaluate.dense.detection_data import DetectionBatches
@@ -329,7 +330,6 @@ class _Learner(nn.Module):
         self.dense = model
 
     def forward(self, batch: Batch) -> Tensor:
-        """See :meth:`DenseModel.loss`."""
         return self.dense.loss(batch)
 
 
@@ -363,6 +363,7 @@ class DenseTask(SupervisedTask):
 
     model: DenseModel
     settings: DenseSettings
+    rate = "lr"
 
     def __init__(
         self,
@@ -379,16 +380,14 @@ class DenseTask(SupervisedTask):
             if size < settings.batch_size:
                 reason += f"; the training images allow {size}"
             settings.refuse("batch_size", reason)
-        super().__init__(
-            model, settings, size, batches.per_epoch, settings.epochs, accelerator, "lr"
-        )
+        super().__init__(model, accelerator, settings, size, batches.per_epoch, settings.epochs)
+        tune(model, accelerator.device, precision)
         self.data, self.precision = batches, precision
         share, rank = size // world, accelerator.process_index
         batches.share = slice(rank * share, (rank + 1) * share)
 
     def batches(self, start: int) -> Iterable[Batch]:
-        """See :meth:`Task.batches`."""
-        steps = range(start, max(start, self.epochs * self.per_epoch))
+        steps = range(start, max(start, self.steps))
         return BatchLoader(self.data, steps, workers=self.data.config.workers)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -408,13 +407,11 @@ class DenseTask(SupervisedTask):
         yield from zip(cuts, counts * world / total, strict=True)
 
     def loss(self, learner: nn.Module, part: Batch) -> Loss:
-        """See :meth:`Task.loss`."""
         with autocast(self.precision, self.accelerator.device):
             loss = learner(part)
         return Loss(loss, {"loss": loss.detach().float()})
 
     def learner(self) -> nn.Module:
-        """See :meth:`SupervisedTask.learner`."""
         wrapped: nn.Module = self.accelerator.prepare_model(_Learner(self.model))
         return wrapped
 
@@ -430,9 +427,9 @@ class DenseTask(SupervisedTask):
             UserError: for a loss that is not finite.
             Interrupted: after a signal where there is a store, which then has been written.
         """
-        s, total, device = self.settings, self.epochs * self.per_epoch, self.accelerator.device
-        warmup = min(s.warmup_epochs * self.per_epoch, total / 2)
-        schedule = Schedule(s.lr, 0.0, warmup, total)
+        s, device = self.settings, self.accelerator.device
+        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
+        schedule = Schedule(s.lr, 0.0, warmup, self.steps)
         groups = parameter_groups(self.model, s)
         optimizer = torch.optim.AdamW(groups, lr=schedule(0), fused=True)
         scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None

@@ -83,7 +83,6 @@ class FrozenProbe(EncoderEvaluation):
         """The optimizer of groups with ``lr_scale``, one for each head."""
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`EncoderEvaluation.check_encoder`."""
         super().check_encoder(encoder)
         check_pool(encoder.vit, self.settings.pool)
 
@@ -106,7 +105,6 @@ class FrozenProbe(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`."""
         s = self.settings
         check_precision(precision)
         accelerator = start_accelerator(device)
@@ -177,13 +175,11 @@ class ProbeTask(ClassificationTask):
         self.guarded = False
 
     def targets(self, batch: Batch, images: Tensor) -> Labelled:
-        """See :meth:`ClassificationTask.targets`."""
         assert batch.labels is not None
         hot = nn.functional.one_hot(batch.labels.to(images.device), self.classes)
         return Labelled(images, hot.float())
 
     def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
-        """See :meth:`ClassificationTask.logits`."""
         with torch.no_grad(), autocast(self.precision, images.device):
             tokens = self.probe.tokens(self.encoder, images)
         logits: Tensor = learner(tokens.float())
