@@ -25,7 +25,11 @@ from mim.core.config import Config
 from mim.core.settings import checked, read_args
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs that stand before ours, and those that are known and not ours.
 _LAUNCHERS = ("accelerate", "srun", "torchrun")
