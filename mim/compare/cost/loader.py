@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from mim.core.config import Config, DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import setting_error
 from mim.core.keys import image_keys, permutation
 from mim.data import (
@@ -60,8 +60,7 @@ def bench_data(
         if value < 1:
             raise setting_error(name, value, "must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as a training process does
+    tune_process(device)  # as a training process does
     source = open_source(data, "train")
     count = max(images // data.batch_size, 1)
     folder = _plain_folder(data) if plain is None else Path(plain)

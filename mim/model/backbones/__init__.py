@@ -4,7 +4,6 @@
 model and loads its weights.
 """
 
-from mim.core.cpu.kernels import ATTENTION, use_attention, use_kernels
 from mim.model.backbones.build import (
     build_backbone,
     grid_of,
@@ -34,7 +33,6 @@ from mim.model.backbones.rotary import RotaryViT
 from mim.model.backbones.swin import Swin
 
 __all__ = [
-    "ATTENTION",
     "FAMILIES",
     "UNIT",
     "Embedded",
@@ -59,6 +57,4 @@ __all__ = [
     "set_norm_eps",
     "sincos_position_embedding",
     "supports_split",
-    "use_attention",
-    "use_kernels",
 ]
