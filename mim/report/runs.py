@@ -17,7 +17,6 @@ from mim.core.files import parse_yaml
 from mim.core.settings import flatten
 from mim.report.status import Progress, last_metrics, read_progress, read_yaml
 
-STATES = ("finished", "running", "stopped", "waiting", "failed")
 _CONDITION = re.compile(r"([A-Za-z_][\w.]*)(<=|>=|!=|=|<|>)(.*)")
 # Facts of a result beside its evaluations, as one reads them.
 _MEASURES = (

@@ -33,7 +33,7 @@ from mim.data import (
     train_transform,
 )
 from mim.data.images.decode import decode
-from mim.training.runtime.cost import environment
+from mim.training.runtime.cost import environment, wait_for
 
 
 def bench_data(
@@ -82,10 +82,10 @@ def bench_data(
         run()  # starts workers, fills the system's cache of files
     for _ in range(rounds):
         for name, run in (*pipelines.items(), *stages.items()):
-            _wait(device)
+            wait_for(device)
             began = time.perf_counter()
             done = run()
-            _wait(device)
+            wait_for(device)
             rates[name].append(done / (time.perf_counter() - began))
 
     def figures(name: str) -> dict[str, Any]:
@@ -109,11 +109,6 @@ def bench_data(
         "ratios": ratios,
         "ratio_to_plain": statistics.median(ratios) if ratios else None,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _drain(batches: Iterable[Tensor]) -> int:

@@ -27,10 +27,10 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
-from mim.data.images.transforms import prepare, upright
+from mim.data.images.transforms import prepare
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split
-from mim.evaluate.dense.segmentation_data import check_annotation, check_file, read_image
+from mim.evaluate.dense.segmentation_data import check_annotation, check_file, opened, read_image
 from mim.evaluate.dense.views import View, fit_factor, fitted_view, stack_pixels, training_view
 
 _SETTING = "evaluations.detect"
@@ -269,8 +269,8 @@ class VocBoxes(DetectionSource):
             crowd.append(node.findtext("difficult", "0").strip() == "1")
         size = int(number(tree, "size/height")), int(number(tree, "size/width"))
         if min(size) <= 0 and image.is_file():  # some tools leave it at 0 x 0
-            seen = upright(read_image(image))
-            size = seen.height, seen.width
+            with opened(image) as picture:
+                size = picture.height, picture.width
         return Objects(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.int64),

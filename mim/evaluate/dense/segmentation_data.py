@@ -139,13 +139,14 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: if it cannot be read; names the file.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         image.load()
     return image
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which the header has been read; see :func:`read_image`."""
     try:
         with Image.open(path) as image:
             yield image
@@ -156,7 +157,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def check_file(path: Path, size: tuple[int, int], annotation: str) -> None:
     """:func:`check_annotation` of a file, of which no more than the header is read."""
-    with _opened(path) as image:
+    with opened(path) as image:
         check_annotation(image, str(path), size, annotation)
 
 
