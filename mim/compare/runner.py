@@ -421,7 +421,7 @@ class Launch:
 
     Attributes:
         jobs: how many at once. Of several on one machine, speed and memory tell little.
-        launcher: local, or submitit (SLURM; needs ``mim[slurm]``).
+        launcher: local, or submitit (SLURM; needs the extra slurm).
         slurm: what submitit is told: timeout_min, slurm_partition, gpus_per_node, ...
     """
 
