@@ -115,12 +115,13 @@ def run_grow(options: argparse.Namespace) -> int:
     key, values = _setting_and_values(options.over)
     from mim.compare.cost import bench_growth, format_growth, growth_figure
     from mim.evaluate.visualize import save_figure
+    from mim.report.charts import REGIME_COLOURS
 
     configs = {value: read_config(options, f"--{key}={value}") for value in values}
     regimes = REGIMES if options.regimes is None else options.regimes
     figures = bench_growth(key, configs, regimes, options.rounds, options.steps)
     if options.figure:
-        save_figure(growth_figure(figures), Path(options.figure))
+        save_figure(growth_figure(figures, REGIME_COLOURS), Path(options.figure))
     _give(options, figures, format_growth(figures))
     return 0
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.compare.cost.memory import bytes_added, bytes_of
-from mim.compare.cost.peers import PEERS, build_peer, sizes_of
 from mim.compare.cost.products import products_of
-from mim.compare.runner import server_context
+from mim.compare.launchers import server_context
 from mim.core.config import Config
 from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.cpu.linear import has_onednn, onednn_linear
@@ -105,8 +107,8 @@ def bench_step(
         regimes: names of regimes.
         rounds: every round times each subject once, in turn.
         steps: steps of one subject in a round.
-        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`; with
-            ``-compiled`` behind the name, under torch.compile.
+        peers: masked autoencoders of other codebases at the same sizes, by their names in
+            ``benchmarks/peers.py``; with ``-compiled`` behind the name, under torch.compile.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
         variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
         products: whether the products of each step are timed alone, too.
@@ -131,8 +133,9 @@ def bench_step(
         if name not in REGIMES:
             raise choice_error("--regimes", name, REGIMES)
     for name in peers:
-        if name.removesuffix(_COMPILED) not in PEERS:
-            raise choice_error("--peer", name, PEERS)
+        known = _peers().PEERS
+        if name.removesuffix(_COMPILED) not in known:
+            raise choice_error("--peer", name, known)
     threads = torch.get_num_threads()
     subjects = []
     for name in regimes:
@@ -189,6 +192,25 @@ def with_regime(config: Config, name: str) -> Config:
     """The config under another regime."""
     regime = dataclasses.replace(config.model.regime, name=name)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, regime=regime))
+
+
+@functools.cache
+def _peers() -> ModuleType:
+    """``benchmarks/peers.py``, which stands beside the package in a clone.
+
+    Raises:
+        UserError: where the package was installed without it.
+    """
+    file = Path(__file__).resolve().parents[3] / "benchmarks" / "peers.py"
+    spec = importlib.util.spec_from_file_location("mim_peers", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        reason = "other codebases are timed from a clone of the project (pip install -e CLONE)"
+        raise UserError(f"--peer: {reason}; there is no file {str(file)!r}") from error
+    return module
 
 
 def _faster(times: dict[str, list[float]], sizes: dict[str, int], name: str, other: str) -> float:
@@ -408,7 +430,8 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
     images = _noise(config, device)
     torch.manual_seed(config.seed)
     name = subject.name.removesuffix(_COMPILED)
-    model = build_peer(name, config, subject.mae_path).to(device).train()
+    peer = _peers().build_peer(name, config, subject.mae_path)
+    model: nn.Module = peer.model.to(device).train()
     optimizer = torch.optim.AdamW(
         (weight for weight in model.parameters() if weight.requires_grad),
         lr=LR,
@@ -416,10 +439,8 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         weight_decay=config.optim.weight_decay,
     )
     forward, backward = _flops_of(model, images[:2])
-    sizes = sizes_of(config)
-    patches = (sizes.image // sizes.patch) ** 2
     figures = {
-        "encoder_tokens": 1 + patches - int(sizes.ratio * patches),
+        "encoder_tokens": peer.encoder_tokens,
         "flops_forward": forward,
         "flops_backward": backward,
     }

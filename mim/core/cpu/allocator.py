@@ -18,7 +18,7 @@ def keep_freed_memory(most: int = _ALL) -> bool:
 
     By default glibc asks the system for each large tensor and gives it back at once, and the
     system clears its pages one by one: tens of thousands of page faults a training step, up to a
-    quarter of its time (docs/benchmarks.md). A process then stays as large as it ever was.
+    quarter of its time (benchmarks/README.md). A process then stays as large as it ever was.
 
     Args:
         most: bytes that are kept; with fewer than all, blocks of 32 MiB and more are still given

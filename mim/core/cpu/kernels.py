@@ -17,7 +17,7 @@ def use_attention(model: nn.Module, kind: str, device: torch.device, precision: 
     Args:
         model: its modules are changed in place.
         kind: fused, plain, or auto. On a CPU in bfloat16 torch's fused kernel takes longer than
-            plain products (docs/benchmarks.md), so there auto is plain, and elsewhere fused.
+            plain products (benchmarks/README.md), so there auto is plain, and elsewhere fused.
         device: where the model runs.
         precision: fp32, bf16, fp16 or fp8, whose attention is that of bf16.
     """

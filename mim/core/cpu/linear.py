@@ -2,7 +2,7 @@
 
 torch hands a product of float32 matrices to MKL, and one of bfloat16 to oneDNN. On processors of
 other makes than Intel's, MKL leaves AVX-512 alone and takes twice as long as oneDNN, which does the
-same sums in another order (docs/benchmarks.md).
+same sums in another order (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def choose_waiting() -> None:
     Waking a thread takes longer than much of what it is woken for, and a training step does so a
     thousand times; but a thread that looks out keeps its core from others. So threads sleep at once
     where the cores are busy, and look out for some microseconds where they are free
-    (docs/benchmarks.md). ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT`` are obeyed where they are set.
+    (benchmarks/README.md). ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT`` are obeyed where set.
 
     It holds for this process and those it starts, if torch is not loaded yet.
     """

@@ -1,8 +1,8 @@
-"""Step time and memory on many GPUs, predicted from counts of the model: `mim bench scale`.
+"""Step time and memory on many GPUs, predicted from counts of the model.
 
 The step of one GPU is its operations over the rate that its matrix products reach; the optimizer is
 bound by memory; what processes exchange is bytes over the links between them, less what the
-backward pass hides. `docs/scaling.md` says what is assumed.
+backward pass hides. `benchmarks/scaling.md` says what is assumed.
 """
 
 from __future__ import annotations
