@@ -25,7 +25,8 @@ def compare(
 ) -> Path:
     """Run a comparison and write its report.
 
-    See :func:`mim.compare.runner.run_comparison` for what is kept of an earlier call.
+    What fails is told on stderr and in the report. What is kept of an earlier call, and what is
+    refused, says :func:`mim.compare.runner.run_comparison`.
 
     Args:
         config: the comparison.
@@ -42,6 +43,13 @@ def compare(
         UserError: for a mistake in the config, before any training.
         KeyboardInterrupt: after a signal, with everything saved.
     """
+    return compare_runs(config, command, show, launch)[0]
+
+
+def compare_runs(
+    config: CompareConfig, command: str = "", show: str = "auto", launch: Launch | None = None
+) -> tuple[Path, list[str]]:
+    """:func:`compare`, and the folders of the runs that failed."""
     if show not in SHOWS:
         raise choice_error("show", show, SHOWS)
     if show == "auto":
@@ -54,8 +62,8 @@ def compare(
         _track(config, output)
 
     shown = watch if show == "live" else None
-    run_comparison(config, command, show, launch, watch=shown, on_end=report)
-    return output / "report.html"
+    failed = run_comparison(config, command, show, launch, watch=shown, on_end=report)
+    return output / "report.html", failed
 
 
 def _track(config: CompareConfig, output: Path) -> None:

@@ -37,12 +37,12 @@ def config_kind() -> type:
 
 def run(options: argparse.Namespace) -> int:
     """Run the comparison; show its table and where the report is."""
-    from mim.api import Launch, compare, read_compare_config
+    from mim.api import Launch, compare_runs, read_compare_config
 
     launch = Launch(options.jobs, options.launcher, read_pairs(options.slurm, "--slurm"))
     config = read_compare_config(options.settings, prog="mim compare", description=DETAILS)
     command = "mim compare " + shlex.join(options.settings)
-    report = compare(config, command=command, show=options.show, launch=launch)
+    report, failed = compare_runs(config, command, options.show, launch)
     from mim.core.terminal import show_table
     from mim.report import read_comparison, summary_line
     from mim.report.overview import as_json, closing_table
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"report: {report}")
 
     show(options, as_json(comparison, report), text)
-    return 1 if any(run.status == "failed" for run in comparison.runs) else 0
+    return 1 if failed else 0
 
 
 VERB = Verb(

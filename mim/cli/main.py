@@ -115,8 +115,10 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, UserError):
         _tell(error)
         return 2
-    if isinstance(error, OSError) and (gone := _output_gone(error)):
-        return gone
+    if isinstance(error, BrokenPipeError) and _unread():
+        # Python flushes at its end, once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = f"{str(error.filename)!r}: " if error.filename else "cannot write: "
         _tell(f"{where}{error.strerror}")
@@ -138,24 +140,11 @@ def _exit_code(error: Exception) -> int | None:
     return None
 
 
-def _output_gone(error: OSError) -> int | None:
-    """The exit code where it is stdout that cannot be written."""
-    if isinstance(error, BrokenPipeError):  # another pipe may have broken
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        if not any(event & select.POLLERR for _, event in poll.poll(0)):
-            return None
-        code = 128 + signal.SIGPIPE  # who read it, such as head, has gone
-    else:
-        try:
-            sys.stdout.flush()
-            return None
-        except (OSError, ValueError):
-            _tell(f"stdout: {error.strerror}")
-            code = 2
-    # Python flushes at its end, once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+def _unread() -> bool:
+    """Whether who read the output, such as ``head``, has gone; another pipe may have broken."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _several() -> bool:

@@ -244,7 +244,7 @@ class SubmittedJobs(Generic[T]):
 
     def _code(self, job: submitit.Job[int], item: T) -> tuple[T, int]:
         error = job.exception()  # of the cluster: the run notes its own
-        return item, 1 if error is not None else job.result()
+        return item, -1 if error is not None else job.result()
 
     def stop(self) -> list[tuple[T, int | None]]:
         """Let all jobs save and leave, for a bounded time.

@@ -369,14 +369,14 @@ def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -
         return 130
     except InUse as error:  # by a job of an earlier call: what it writes is its own
         print(error, file=sys.stderr)
-        return 1
+        return _NOTED
     except Exception as error:
         known = isinstance(error, (UserError, TrainingError, OSError))
         if not known:
             traceback.print_exc()
         plain = isinstance(error, (UserError, TrainingError))
         _write_failure(item, str(error) if plain else f"{type(error).__name__}: {error}")
-        return 1
+        return _NOTED
     return 0
 
 
@@ -438,6 +438,7 @@ def _run_all(
                         raise KeyboardInterrupt
                     if code:
                         failed.append(item.folder)
+                    if code not in (0, _NOTED):
                         _note_death(item, code)
         except KeyboardInterrupt:
             # Ctrl-C has reached the children too, a kill of this process has not.
@@ -450,6 +451,7 @@ def _run_all(
 
 
 _INTERRUPTED = (130, 138, 143)
+_NOTED = 1
 
 
 def _left_as(item: Planned, code: int | None) -> str:
