@@ -32,7 +32,7 @@ from mim.cli import (
     visualize,
 )
 from mim.cli.options import Verb, VerbGroup
-from mim.core.cpu.threads import choose_waiting
+from mim.core.cpu.process import choose_waiting
 from mim.core.errors import UserError
 from mim.core.signals import between_imports
 

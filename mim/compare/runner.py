@@ -25,7 +25,7 @@ from mim.compare.launchers import Jobs, Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan
 from mim.core import progress
 from mim.core.config import Config, DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError
 from mim.core.lock import InUse, in_use, sole_use
 from mim.core.settings import checked, read_args, to_dict, to_yaml
@@ -274,8 +274,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     facts: dict[str, Any] = {"kind": item.kind, "name": item.folder, "axes": item.axes}
     if item.kind == "run":
         pretrain(item.config)

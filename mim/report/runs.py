@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ from mim.report.status import (
     read_yaml,
     why_unreadable,
 )
-from mim.training.results import read_result
 
 _CONDITION = re.compile(r"([A-Za-z_][\w.]*)(<=|>=|!=|=|<|>)(.*)")
 # Facts of a result beside its evaluations, as one reads them.
@@ -65,13 +65,18 @@ def read_run(folder: Path) -> FoundRun:
     """
     if not _is_run(folder):
         raise UserError(f"{str(folder)!r} is no run folder: no config.yaml and no result.json")
-    result = read_result(folder)
+    try:
+        return _read(folder)
+    except ODD as error:
+        raise UserError(why_unreadable(folder, error)) from error
+
+
+def _read(folder: Path) -> FoundRun:
+    result = _read_result(folder / "result.json")
     path = folder / "config.yaml"
     config = flatten(read_yaml(path) if path.is_file() else result.get("config") or {})
     measures = {key: result[key] for key in _MEASURES if result.get(key) is not None}
     for name, numbers in (result.get("evaluations") or {}).items():
-        if not isinstance(numbers, dict):
-            raise UserError(f"{folder / 'result.json'}: evaluations.{name} holds no numbers")
         measures |= {f"{name}.{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
     if is_unfinished(result):
         progress = read_progress(folder)
@@ -96,6 +101,13 @@ def read_run(folder: Path) -> FoundRun:
         measures,
         facts,
     )
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _is_run(folder: Path) -> bool:
@@ -126,9 +138,8 @@ def find_runs(root: Path, where: Sequence[str] = ()) -> list[FoundRun]:
             folders.clear()
             try:
                 found.append(read_run(Path(place)))
-            except ODD as error:
-                reason = why_unreadable(Path(place), error)
-                found.append(FoundRun(Path(place), UNREADABLE, error=reason))
+            except UserError as error:
+                found.append(FoundRun(Path(place), UNREADABLE, error=str(error)))
     known = {key for run in found for key in run.values}
     for key, _, _ in conditions:
         if found and key not in known:

@@ -25,7 +25,7 @@ UNREADABLE = "unreadable"
 """The state of a run whose files are torn, or not what a run writes."""
 ODD: tuple[type[Exception], ...] = (
     *(UserError, OSError, TypeError, ValueError),
-    *(AttributeError, KeyError, OverflowError),
+    *(AttributeError, KeyError, OverflowError, RecursionError),
 )
 """What reading such files raises."""
 
@@ -33,7 +33,7 @@ ODD: tuple[type[Exception], ...] = (
 def why_unreadable(folder: Path, error: Exception) -> str:
     """The reason, for people."""
     told = isinstance(error, UserError)
-    return str(error) if told else f"{folder}: is not what a run writes ({error})"
+    return str(error) if told else f"{folder}: its files are not what a run writes ({error})"
 
 
 def is_unfinished(result: Mapping[str, Any]) -> bool:

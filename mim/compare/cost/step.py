@@ -22,15 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mim.compare.cost.memory import bytes_added, bytes_of
 from mim.compare.cost.products import products_of
 from mim.compare.launchers import server_context
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.cpu.linear import has_onednn, onednn_linear
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.keys import image_keys
 from mim.core.settings import checked
@@ -39,7 +37,7 @@ from mim.model.regimes import REGIMES
 from mim.training.checkpoint import write_text_atomic
 from mim.training.optim import build_optimizer
 from mim.training.pretrain import parts
-from mim.training.runtime.cost import count_flops, environment
+from mim.training.runtime.cost import count_flops, environment, flops_of, wait_for
 from mim.training.runtime.precision import autocast, autocast_dtype, model_on, narrow_weights
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
@@ -344,11 +342,11 @@ def _serve(line: Connection, subject: _Subject) -> None:
             line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
             continue
         first, steps = asked
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         for number in range(first, first + steps):
             loss = work.step(number)
-        _wait(device)
+        wait_for(device)
         seconds = (time.perf_counter() - began) / steps
         line.send(("done", {"seconds": seconds, "loss": float(loss)}))
 
@@ -368,7 +366,7 @@ def _serve_products(line: Connection, subject: _Subject) -> None:
         torch.cuda.empty_cache()
     line.send(("ready", {}))
     for _ in _asked(line):
-        line.send(("done", {"seconds": measure(partial(_wait, device))}))
+        line.send(("done", {"seconds": measure(partial(wait_for, device))}))
 
 
 def _noise(config: Config, device: torch.device) -> Tensor:
@@ -380,8 +378,7 @@ def _noise(config: Config, device: torch.device) -> Tensor:
 
 def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)  # imports the plugins, which this process has not seen
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     images = _noise(config, device)
     model = model_on(config, device)
     few = torch.arange(2)
@@ -438,11 +435,11 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
-    forward, backward = _flops_of(model, images[:2])
+    forward, backward = flops_of(model, lambda: model(images[:2]))
     figures = {
         "encoder_tokens": peer.encoder_tokens,
-        "flops_forward": forward,
-        "flops_backward": backward,
+        "flops_forward": forward // 2,
+        "flops_backward": backward // 2,
     }
     if name != subject.name:
         model.compile()
@@ -458,23 +455,6 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         optimizer.zero_grad(set_to_none=True)
 
     return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
-
-
-def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH):
-        with forward:
-            loss = model(images)
-        with backward:
-            loss.backward()
-    model.zero_grad(set_to_none=True)
-    count = len(images)
-    return forward.get_total_flops() // count, backward.get_total_flops() // count
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _matrix_rate(config: Config) -> float:
@@ -495,10 +475,10 @@ def _seconds(way: Callable[[], Tensor], device: torch.device) -> list[float]:
         way()
     seconds = []
     for _ in range(10):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         way()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -126,22 +126,6 @@ class PatchProjection(nn.Conv2d):
     """``nn.Conv2d`` as ever, whose weights :func:`linear_of` multiplies by oneDNN."""
 
 
-def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str = "fp32") -> None:
-    """Let linear layers run by torch's own choice of library, or in float32 on a CPU by oneDNN.
-
-    Args:
-        model: its modules are changed in place.
-        kind: torch, onednn, or auto: oneDNN where it is the faster, see :func:`mkl_lacks_avx512`.
-        device: where the model runs.
-        precision: see ``train.precision``.
-    """
-    chosen = device.type == "cpu" and precision == "fp32" and takes_onednn(kind)
-    for module in model.modules():
-        for plain, ours in ((nn.Linear, Linear), (nn.Conv2d, PatchProjection)):
-            if type(module) in (plain, ours):
-                module.__class__ = ours if chosen else plain
-
-
 def linear_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What computes products with a module's weights where the module itself is not called."""
     return onednn_linear if isinstance(module, (Linear, PatchProjection)) else F.linear
