@@ -50,6 +50,7 @@ from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
 from mim.training.pictures import fixed_masks
+from mim.training.results import update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
 from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
@@ -309,7 +310,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     if accelerator.is_main_process:
         details = {"backbone": config.model.backbone, "source": images.train.name}
         checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
-        checkpoint.write_json_atomic(run / "result.json", result)
+        update_result(run, lambda _: result)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result

@@ -61,7 +61,7 @@ def coco_tools() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise UserError('evaluation detect needs pycocotools: pip install "mim[detect]"') from error
+        raise UserError("detect needs pycocotools: pip install -e '.[detect]'") from error
     return mask
 
 

@@ -248,7 +248,7 @@ def test_without_pycocotools_one_line_says_so(
     import sys
 
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(UserError, match=r'pip install "mim\[detect\]"'):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[detect\]'"):
         evaluate(encoder, {"detect": {**SHORT, "path": str(squares)}})
 
 
