@@ -19,8 +19,7 @@ DETAILS = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options beside those of the comparison's config."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", default="auto", help="live, plain or quiet")
     add_json(parser, "write every run's state and numbers")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -28,15 +27,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser, "--slurm", "what a job of submitit needs")
 
 
-def config_kind() -> type:
-    """The config of a comparison."""
+def _config_kind() -> type:
     from mim.compare.plan import CompareConfig
 
     return CompareConfig
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the comparison; show its table and where the report is."""
+def _run(options: argparse.Namespace) -> int:
     from mim.api import Launch, compare_runs, read_compare_config
 
     launch = Launch(options.jobs, options.launcher, read_pairs(options.slurm, "--slurm"))
@@ -62,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
 VERB = Verb(
     "compare",
     "Pre-train and evaluate a grid of runs, everything else held equal; write the report.",
-    add_options,
-    run,
-    config=config_kind,
+    _options,
+    _run,
+    config=_config_kind,
     helps=False,
 )
