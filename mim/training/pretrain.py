@@ -44,7 +44,7 @@ from mim.data.weights import Weigh
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel
 from mim.training import checkpoint
-from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Online, Pictures
+from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Pictures
 from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
@@ -291,8 +291,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     task, online, flops = _build_task(config, images, accelerator)
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
-    if online is not None:
-        hooks.append(Online(online, config.train.validate_every, images.val))
+    hooks += [online] if online is not None else []
     hooks += [Pictures(config, images.val), *(hook(config) for hook in plugged)]
     trainer = _build_trainer(task, hooks, saved, start)
     memory_before = resident_bytes()
@@ -305,9 +304,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         raise
     result = _result(config, images, trainer, state, memory_before)
     result |= {"val_loss": held_out.loss, **flops}
-    for hook in hooks:
-        if isinstance(hook, Online):
-            result["evaluations"] = {ONLINE: {"accuracy": hook.accuracy}}
+    if online is not None:
+        result["evaluations"] = {ONLINE: {"accuracy": online.val_accuracy}}
     weights = checkpoint.backbone_state(task.model_to_evaluate().state_dict())
     if accelerator.is_main_process:
         details = {"backbone": config.model.backbone, "source": images.train.name}
@@ -354,7 +352,7 @@ def _build_task(
     task = PretrainTask(model, images, config, accelerator)  # its average stays in float32
     online = None
     if config.online_probe.enabled:
-        online = OnlineProbe(model, images.train, config, accelerator)
+        online = OnlineProbe(model, images.train, config, accelerator, images.val)
     flops = _measure_flops(model, config, images.val, device)
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
