@@ -42,6 +42,7 @@ from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, ope
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
     TrainedSettings,
     Training,
@@ -619,11 +620,12 @@ class Finetune(EncoderEvaluation):
         given: dict[str, Any] = {"device": device, "precision": precision}
         states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
-        numbers = dict(classifier.numbers)
+        numbers = classifier.numbers
+        assert isinstance(numbers, Measured)
         for share in s.low_shot:
             part = Finetune(replace(s, fraction=share, low_shot=()))
             found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
-            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+            numbers.include(found, f"_of_{100 * share:g}_percent")
         main = start_accelerator(device).is_main_process
         if folder is not None and s.save and main:
             classifier.save(folder / FILE)
@@ -655,8 +657,8 @@ class Finetune(EncoderEvaluation):
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
         classifier, training = _fit(*chosen)
         found = accuracies(training, classifier.model, val, start_accelerator(device))
-        best = measured(found, 0, classifier.model.num_classes)
-        classifier.numbers = {**best, **classifier.numbers}
+        classes = classifier.model.num_classes
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
         return classifier
 
 

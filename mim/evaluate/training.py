@@ -17,12 +17,12 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,7 @@ from mim.data.loader import Augment
 from mim.evaluate.base import EvaluationSettings, holdout, low_shot
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import AUTOCAST
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FORMAT, read_checkpoint, snapshot, write_atomic
 from mim.training.optim import Schedule
 from mim.training.runtime.processes import gathering, together
@@ -296,15 +297,27 @@ def identity_of(encoder: Encoder, precision: str) -> str:
     return json.dumps([digest.hexdigest(), read, precision], sort_keys=True)
 
 
+class Answered(NamedTuple):
+    """Which test images each head answered right, those of all processes."""
+
+    right: Tensor  # (2, I, H) bool: by the best guess, and among the best five
+    sample_ids: Tensor  # (I,)
+    labels: Tensor  # (I,)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(H,) float64: the share of right answers."""
+        return self.right[0].double().mean(0)
+
+
 @torch.no_grad()
 def accuracies(
     training: Training, model: nn.Module, source: ImageSource, accelerator: Accelerator
-) -> Tensor:
-    """(2, H) float64: the share of right answers, and of those among the best five."""
+) -> Answered:
+    """Asks every head about every image of a source; unreadable images are left out."""
     model.eval()
     device = accelerator.device
-    right = torch.zeros((), dtype=torch.float64, device=device)
-    count = right.clone()  # unreadable images are left out
+    right, ids, labels = [], [], []
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in eval_loader(source, training.data, rank=rank, world=world):
         images = normalize(batch.images.to(device), source.mean, source.std)
@@ -312,19 +325,22 @@ def accuracies(
         assert batch.labels is not None
         wanted = batch.labels.to(device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
-        found = torch.stack([best[..., 0], best.any(2)])  # (2, H, B)
-        right = right + found.double().sum(2)
-        count += len(batch)
-    total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
-    return (total / counted).cpu()
+        right.append(torch.stack([best[..., 0], best.any(2)]).permute(2, 0, 1))  # (B, 2, H)
+        ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
+        labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))
+    found = gather_rows(torch.cat(right)).transpose(0, 1)
+    return Answered(found, gather_rows(torch.cat(ids)), gather_rows(torch.cat(labels)))
 
 
-def measured(found: Tensor, head: int, classes: int) -> dict[str, float]:
-    """Named numbers of a head, from what :func:`accuracies` returned."""
-    numbers = {"accuracy": float(found[0, head])}
+def measured(
+    found: Answered, head: int, classes: int, more: Mapping[str, float] | None = None
+) -> Measured:
+    """Named numbers of a head and its answers, from what :func:`accuracies` returned."""
+    answers = {"accuracy": found.right[0, :, head]}
     if classes > _TOP:
-        numbers[f"accuracy_top{_TOP}"] = float(found[1, head])
-    return numbers
+        answers[f"accuracy_top{_TOP}"] = found.right[1, :, head]
+    numbers = {name: float(answer.double().mean()) for name, answer in answers.items()}
+    return Measured({**numbers, **(more or {})}, found.sample_ids, answers, found.labels)
 
 
 class State:
@@ -475,7 +491,7 @@ def _run(
                 if not mean.isfinite().any():
                     at = f"gives a loss of {float(mean[0])} in epoch {batch.epoch + 1}"
                     s._refuse(training.rate, f"{at}; lower it")
-                found = accuracies(training, subject, held, accelerator)[0]  # (H,)
+                found = accuracies(training, subject, held, accelerator).accuracy  # (H,)
                 found[~mean.isfinite()] = -1.0
                 head = int(found.argmax())
                 line = {"train_loss": float(mean[head]), "held_out_accuracy": float(found[head])}

@@ -164,10 +164,10 @@ class FrozenProbe(EncoderEvaluation):
         found = accuracies(training, model, val, accelerator)
         if state is not None and accelerator.is_main_process:
             state.unlink(missing_ok=True)
-        numbers = measured(found, trained.head, classes) | trained.numbers
+        more = dict(trained.numbers)
         if len(s.base_lr) > 1:
-            numbers["chosen_base_lr"] = s.base_lr[trained.head]
-        return numbers
+            more["chosen_base_lr"] = s.base_lr[trained.head]
+        return measured(found, trained.head, classes, more)
 
     def _again(self, first: nn.Module, encoder: Encoder, classes: int) -> nn.Module:
         """Another head with the same initial weights: heads differ in the learning rate alone."""
