@@ -33,6 +33,8 @@ MOST_SEEDS = 200
 _UNEQUAL = 0.01
 """Below this p-value the groups' spreads are taken to differ, and pairs stand by themselves."""
 _SIMULATIONS = 2000
+_MOST_TABLED = 60
+"""Groups up to which Tukey's and Dunnett's distributions are integrated."""
 
 _TABLED = (*map(float, range(1, 31)), 40.0, 60.0, 120.0, 1e6)
 """Degrees of freedom between which critical values are interpolated."""
@@ -54,9 +56,15 @@ class Family:
     groups: int = 2
     count: int = 1
 
+    @property
+    def _is_tabled(self) -> bool:
+        """Whether it takes Tukey's or Dunnett's distribution; for many groups Bonferroni's bound
+        is as near, and needs no integral."""
+        return self.kind != "separate" and 2 < self.groups <= _MOST_TABLED
+
     def critical(self, df: float, level: float = LEVEL) -> float:
         """How many standard errors from 0 a difference must lie to be shown."""
-        if self.kind == "separate" or self.groups <= 2:
+        if not self._is_tabled:
             return float(stats.t.isf(level / (2 * self.count), df))
         if df == int(df):
             return _critical(self.kind, self.groups, df, level)
@@ -69,7 +77,7 @@ class Family:
     def p(self, t: float, df: float) -> float:
         """The adjusted p-value of a difference of ``t`` standard errors."""
         t = abs(t)
-        if self.kind == "separate" or self.groups <= 2:
+        if not self._is_tabled:
             return min(1.0, 2 * self.count * float(stats.t.sf(t, df)))
         if self.kind == "pairs":
             return float(stats.studentized_range.sf(t * math.sqrt(2), self.groups, df))
@@ -307,7 +315,7 @@ def difference(
     wide = None
     if images is not None:
         far, far_df = _total([*parts, images])
-        reach = family.critical(far_df, level) * far
+        reach = max(family.critical(far_df, level) * far, half)  # it never claims more
         wide = (mean - reach, mean + reach)
     return Difference(mean, n, error, df, mean - half, mean + half, wide)
 
@@ -366,11 +374,13 @@ class Design:
         family: which differences share the error rate.
         seeds: S.
         sd: residual standard deviation of a run.
+        level: of the test; that of the last look where there are several.
     """
 
     family: Family
     seeds: int
     sd: float
+    level: float = LEVEL
 
     @property
     def df(self) -> int:
@@ -389,7 +399,7 @@ class Design:
             return None
         if self.sd == 0:
             return 0.0
-        critical = self.family.critical(self.df)
+        critical = self.family.critical(self.df, self.level)
 
         def lacks(shift: float) -> float:
             return power_of_difference(shift, 1.0, self.df, critical) - power
@@ -418,7 +428,8 @@ class Design:
         if self.sd == 0:
             return True
         size = abs(truth)
-        if power_of_difference(size, self.error, self.df, self.family.critical(self.df)) >= POWER:
+        critical = self.family.critical(self.df, self.level)
+        if power_of_difference(size, self.error, self.df, critical) >= POWER:
             return True
         count = max(self.family.count, 1)
         return power_of_equality(size, margin, self.error, self.df, count) >= POWER

@@ -469,7 +469,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
             else resident_bytes() - memory_before
         ),
         "wall_seconds": elapsed + time.monotonic() - began,
-        "environment": environment(device, world),
+        "environment": environment(device, world, config.plugins),
         "data": {
             "source": train.name,
             "train_images": len(train),
