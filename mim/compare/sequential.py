@@ -120,6 +120,34 @@ def follow(values: Values, rule: SeedRule, margin: float, reference: str | None 
     return Progress(differences, decided, looks, tuple(g for g in groups if g in running))
 
 
+def next_round(
+    values: Values,
+    started: Mapping[str, int],
+    rule: SeedRule,
+    margin: float,
+    reference: str | None = None,
+) -> list[tuple[str, int]]:
+    """The runs to compute next, as (group, seed); none once the comparison has ended.
+
+    Args:
+        values: see :func:`follow`; a group without any value, whose runs all failed, is left out.
+        started: group -> how many of its seeds were begun, failed ones among them.
+        rule: of the seeds.
+        margin: see :func:`follow`.
+        reference: see there.
+    """
+    first = [(g, s) for g, n in started.items() for s in range(n, rule.least)]
+    if first:
+        return first
+    seed = max(started.values())
+    if seed >= rule.most:
+        return []
+    known = {group: own for group, own in values.items() if own}
+    if reference not in known:
+        reference = None
+    return [(group, seed) for group in follow(known, rule, margin, reference).running]
+
+
 def family_pairs(groups: list[str], reference: str | None = None) -> list[Pair]:
     """All pairs of groups, or each group with the reference."""
     if reference is None:

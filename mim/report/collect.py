@@ -24,7 +24,7 @@ REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 GIVEN = "given"
 """Kind of the encoders that came from elsewhere; tables call each by its name."""
 
-RULES = ("primary", "margin", "against", "seeds")
+RULES = ("evaluations", "primary", "margin", "against", "seeds")
 """Keys of ``comparison.json`` that say how a comparison is decided."""
 
 LOSSES = ("train_loss", "val_loss")
@@ -129,7 +129,7 @@ class Comparison:
     references: tuple[Group, ...]
     """Groups of reference rows; at least one of each kind, perhaps without runs."""
     rules: dict[str, Any] = field(default_factory=dict)
-    """How it is decided: ``primary``, ``margin``, ``against``, ``seeds``."""
+    """How it is decided: :data:`RULES` and their values, as far as they were given."""
 
     @property
     def evaluation_keys(self) -> list[str]:

@@ -137,14 +137,17 @@ def analyse(comparison: Comparison) -> list[Analysis]:
 
 
 def _primary(comparison: Comparison, measures: Sequence[Measure]) -> Measure | None:
+    if not measures:
+        return None
     wanted = comparison.rules.get("primary")
-    if not wanted or not measures:
-        return measures[0] if measures else None
-    known = [measure.key for measure in measures]
+    # What training measured by the way, the online probe, stands before what was asked for.
+    asked = next(iter(comparison.rules.get("evaluations", {})), None)
     for measure in measures:
-        if wanted in (measure.key, measure.key.partition(".")[0]):
+        if (wanted or asked) in (measure.key, measure.key.partition(".")[0]):
             return measure
-    raise choice_error("primary", wanted, known)
+    if wanted:
+        raise choice_error("primary", wanted, [measure.key for measure in measures])
+    return measures[0]
 
 
 def _p(verdict: Verdict) -> float:

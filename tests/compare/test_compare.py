@@ -122,7 +122,11 @@ def test_three_regimes_and_two_seeds(tmp_path: Path, mim: Mim, write: Callable[.
     outcome = mim("compare", "--config", config)
     assert outcome.code == 0 and outcome.err.count(": evaluate") == 9
     changed = {name for name, stamp in stamps(folder).items() if before[name] != stamp}
-    assert {name.rpartition("/")[2] for name in changed} <= {"result.json", "config.yaml"}
+    assert {name.rpartition("/")[2] for name in changed} <= {
+        "result.json",
+        "config.yaml",
+        "predictions.npz",
+    }
     assert all(list(result["evaluations"]) == ["knn"] for result in results(folder).values())
 
     # Another value is another comparison; nothing is lost.

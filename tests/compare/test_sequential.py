@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from mim.compare.sequential import SeedRule, follow, largest_statistics, nominal_level
+from mim.compare.sequential import (
+    SeedRule,
+    follow,
+    largest_statistics,
+    next_round,
+    nominal_level,
+)
 from mim.compare.statistics import Family
 from mim.core.errors import UserError
 
@@ -106,6 +112,27 @@ def test_before_the_first_look_and_after_the_last() -> None:
     noisy = {seed: float(seed % 2) for seed in range(4)}
     ended = follow({"a": same, "b": noisy}, rule, 0.001)
     assert ended.running == () and not ended.decided and ended.looks == 2
+
+
+def test_rounds_begin_with_the_least_and_go_on_with_the_undecided() -> None:
+    rule = SeedRule(3, 5)
+    assert next_round({"a": {}, "b": {}}, {"a": 0, "b": 1}, rule, 0.1) == [
+        ("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2),
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    far = dict(enumerate((1000 + rng.normal(size=5)).tolist()))
+    near = [dict(enumerate(rng.normal(size=5).tolist())) for _ in range(2)]
+
+    def seen(n: int) -> dict[str, dict[int, float]]:
+        return {g: {s: v for s, v in own.items() if s < n} for g, own in
+                (("a", near[0]), ("b", near[1]), ("c", far), ("failed", {}))}  # fmt: skip
+
+    started = dict.fromkeys(("a", "b", "c", "failed"), 3)
+    assert next_round(seen(3), started, rule, 0.001) == [("a", 3), ("b", 3)]
+    # A seed that failed in every group is not tried again, and the rule's end is the end.
+    later = {"a": 4, "b": 4, "c": 3, "failed": 3}
+    assert next_round(seen(3), later, rule, 0.001) == [("a", 4), ("b", 4)]
+    assert next_round(seen(5), {**later, "a": 5, "b": 5}, rule, 0.001) == []
 
 
 @pytest.mark.parametrize("given", [{"least": 2}, {"least": 5, "most": 4}, {"until": "bored"}])
