@@ -66,7 +66,7 @@ class Analysis:
         measure: how it is printed.
         primary: whether it decides; the others are secondary.
         verdicts: of the pairs that differ in one axis, or with the group of ``against``.
-        best: of the group with the best mean against each other one.
+        best: of the group with the best mean, or that of ``against``, with each other one.
         margin: two groups nearer than this are as good as each other, in stored units.
         family: what the intervals hold for at once.
         pooled: whether one spread stands for all groups; None where there is none.
@@ -193,7 +193,7 @@ def _analyse(comparison: Comparison, measure: Measure, primary: bool) -> Analysi
     verdicts = judge.verdicts([pair for pair in wanted if all(g in groups for g in pair)])
     leading = [(best, other) for other in others]
     if judge.reference is not None:
-        leading = [pair for pair in leading if judge.reference in pair]
+        leading = [(second, first) for first, second in wanted]
     ranked = judge.verdicts([pair for pair in leading if comparable(measure, *pair)])
     return replace(
         empty,
@@ -380,7 +380,8 @@ def leader(comparison: Comparison, analysis: Analysis) -> str | None:
         return None
     label = analysis.best[0].first.label
     others = sum(bool(group.values(analysis.measure.key)) for group in comparison.groups) - 1
-    shown = [v.kind == "difference" for v in analysis.best]
+    ahead = [v.found.mean * analysis.sign > 0 for v in analysis.best]
+    shown = [v.kind == "difference" for v in analysis.best] + ahead
     for kind in REFERENCES:
         for group, found in against_references(comparison, analysis, kind):
             if group.label == label and found is not None:

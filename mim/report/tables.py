@@ -98,19 +98,20 @@ def comparison_table(comparison: Comparison, analyses: Sequence[Analysis] | None
     """A row per group: mean ± standard deviation over seeds; the reference rows last."""
     analyses = analyse(comparison) if analyses is None else analyses
     qualities = [each.measure for each in analyses if each.measure.key not in LOSSES]
-    return _means(comparison, qualities, analyses, "results")
+    return means_table(comparison, qualities, analyses, "results")
 
 
 def cost_table(comparison: Comparison, analyses: Sequence[Analysis] | None = None) -> Table:
     """The same of the losses, of compute, speed and memory."""
     analyses = analyse(comparison) if analyses is None else analyses
     measures = [*loss_measures(comparison), *cost_measures(comparison)]
-    return _means(comparison, measures, analyses, "cost")
+    return means_table(comparison, measures, analyses, "cost")
 
 
-def _means(
+def means_table(
     comparison: Comparison, measures: Sequence[Measure], analyses: Sequence[Analysis], key: str
 ) -> Table:
+    """A row per group and reference: the mean of each measure; bold where it leads."""
     leaders = {each.measure.key: leader(comparison, each) for each in analyses}
     bold = any(leaders.get(measure.key) for measure in measures)
     rows = []
@@ -125,7 +126,7 @@ def _means(
             best = leaders.get(measure.key) == group.label
             mean = summary.mean if summary else None
             cells.append(Cell(measure.summary(summary), note, best, mean))
-        if key == "results" or any(cell.text != MISSING for cell in cells[2:]):
+        if key != "cost" or any(cell.text != MISSING for cell in cells[2:]):
             rows.append(Row(tuple(cells), group.kind))
     heads = [Column(measure.head, measure.section) for measure in measures]
     strong = "; bold: shown to be ahead of every other row" if bold else ""

@@ -776,6 +776,7 @@ def test_the_config_may_name_the_measure_and_the_group_that_decide(fake_comparis
     first = analyse(read_comparison(folder))[0]
     assert first.measure.key == "knn.accuracy" and first.family.kind == "reference"
     assert [verdict.key for verdict in first.verdicts] == [("drop", "token"), ("zero", "token")]
+    assert finding_of(folder).sentence.startswith("By k-NN accuracy, token (")
     path.write_text(json.dumps(content | {"primary": "nothing"}))
     with pytest.raises(UserError, match="primary: 'nothing'"):
         analyse(read_comparison(folder))
