@@ -80,7 +80,7 @@ def check_verb(verb: str, args: list[str]) -> None:
     else:
         call = VERBS[verb]
         if verb == "bench":
-            (what, *args), follow = args, ("step", "grow", "data", "scale")
+            (what, *args), follow = args, ("step", "grow", "data")
             call, verb = _BENCH[what], "config" if what in follow else what
         VerbParser.taking = True
         try:
@@ -201,7 +201,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_that_the_docs_name_exist() -> None:
-    pattern = re.compile(r"`((?:configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
+    pattern = re.compile(r"`((?:benchmarks|configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
     for page in PAGES:
         for target in pattern.findall(page.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page.name}: {target}"

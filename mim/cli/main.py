@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.cli.parsing import VerbParser
-from mim.core.cpu.threads import choose_waiting
+from mim.core.cpu.process import choose_waiting
 from mim.core.errors import UserError
 from mim.core.signals import between_imports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mim.compare.cost import Machine
     from mim.core.config import Config
 
 if (
@@ -396,7 +395,10 @@ def _mask_figure(
 
 
 def _bench(args: list[str]) -> int:
-    """Time training steps, how they grow and scale, the loader, many runs and images."""
+    """Time training steps, how they grow with a setting, and the loader."""
+    if args[:1] and args[0] in ("scale", "report", "index"):
+        now = f"python -m benchmarks {args[0]}"
+        raise UserError(f"bench {args[0]} is now {now!r}, called in a clone of the project")
     lines = [f"{name:<10} {(verb.__doc__ or '').strip()}" for name, verb in _BENCH.items()]
     parser = _parser("bench", "\n".join(["Time a config; each verb has its own --help.", *lines]))
     parser.add_argument("what", choices=sorted(_BENCH), help="what to time")
@@ -477,6 +479,7 @@ def _bench_grow(args: list[str]) -> int:
     key, values = _setting_and_values(options.over)
     from mim.compare.cost import append_table, bench_growth, format_growth, growth_figure
     from mim.evaluate.visualize import save_figure
+    from mim.report.charts import REGIME_COLOURS
     from mim.training.checkpoint import write_json_atomic
 
     configs = {value: _read_config(options.config, [*rest, f"--{key}={value}"]) for value in values}
@@ -488,7 +491,7 @@ def _bench_grow(args: list[str]) -> int:
         command = shlex.join(["mim", "bench", "grow", *args])
         append_table(Path(options.append), command, format_growth(figures))
     if options.figure:
-        save_figure(growth_figure(figures), Path(options.figure))
+        save_figure(growth_figure(figures, REGIME_COLOURS), Path(options.figure))
     _say(format_growth(figures))
     return 0
 
@@ -559,109 +562,10 @@ def _bench_data(args: list[str]) -> int:
     return 0
 
 
-def _bench_scale(args: list[str]) -> int:
-    """Predict step time and memory on many GPUs from what is counted of the model."""
-    about = (
-        "Predict for numbers of GPUs the time and memory of a step with DDP and with FSDP2, from\n"
-        "the model's operations, weights and activations, which are counted, and the machine's\n"
-        "rates, which are given. With --check, predict the step of processes on\n"
-        "this machine's CPU, and measure it too. Settings stand above the config."
-    )
-    parser = _parser("bench scale", about)
-    parser.add_argument("--config", required=True, help="a pre-training config")
-    parser.add_argument("--gpus", default="1,8,64", help="how many, separated by commas")
-    each = "images on each GPU at once; by default data.batch_size"
-    parser.add_argument("--images", type=int, help=each)
-    told = "a rate or size of the machine: matrix_rate, utilisation, memory, memory_rate, node, "
-    told += "node_rate, network_rate, link_share, latency"
-    parser.add_argument("--machine", nargs="+", default=[], metavar="KEY=VALUE", help=told)
-    check = "measure this many processes here instead; data.batch_size is what each takes"
-    parser.add_argument("--check", type=int, metavar="PROCESSES", help=check)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of --check")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
-    parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
-    options, rest = parser.parse_known_args(args)
-    for option in ("json", "append"):
-        if getattr(options, option):
-            _prepare_file(Path(getattr(options, option)), f"--{option}")
-    gpus = _list(options.gpus, int, "--gpus") or []
-    config = _read_config(options.config, rest)
-    from mim.compare.cost import append_table, bench_scale, check_scale, format_check, format_scale
-    from mim.training.checkpoint import write_json_atomic
-
-    if options.check is None:
-        figures = bench_scale(config, _machine(options.machine), gpus, options.images)
-        table = format_scale(figures)
-    else:
-        figures = check_scale(config, options.check, options.rounds)
-        table = format_check(figures)
-    if options.json:
-        write_json_atomic(Path(options.json), figures)
-    if options.append:
-        append_table(Path(options.append), shlex.join(["mim", "bench", "scale", *args]), table)
-    _say(table)
-    return 0
-
-
-def _machine(pairs: list[str]) -> Machine:
-    from dataclasses import fields
-
-    from mim.compare.cost import Machine
-    from mim.core.errors import choice_error
-
-    kinds = {item.name: int if item.name == "node" else float for item in fields(Machine)}
-    values: dict[str, Any] = {}
-    for key, value in _settings(pairs, "--machine").items():
-        if key not in kinds:
-            raise choice_error("--machine", key, kinds)
-        try:
-            values[key] = kinds[key](str(value))
-        except ValueError as error:
-            raise UserError(f"--machine: {key}={value!r} is no number") from error
-    return Machine(**values)
-
-
-def _bench_report(args: list[str]) -> int:
-    """Time the report of a comparison of many runs, which are made up."""
-    return _bench_many(args, "report", "runs", "100,1000,10000")
-
-
-def _bench_index(args: list[str]) -> int:
-    """Time listing, subsets, order and masks of many images, which are empty files."""
-    return _bench_many(args, "index", "images", "50000,200000,1000000")
-
-
-def _bench_many(args: list[str], verb: str, what: str, default: str) -> int:
-    doc = _BENCH[verb].__doc__ or ""
-    parser = _parser(f"bench {verb}", f"{doc.strip()} Nothing is left behind.")
-    parser.add_argument(f"--{what}", default=default, help="how many, separated by commas")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
-    parser.add_argument("--append", metavar="FILE", help="add the table to this Markdown file")
-    options = parser.parse_args(args)
-    for option in ("json", "append"):
-        if getattr(options, option):
-            _prepare_file(Path(getattr(options, option)), f"--{option}")
-    from mim.compare.cost import append_table, bench_index, bench_report, format_many
-    from mim.training.checkpoint import write_json_atomic
-
-    counts = _list(getattr(options, what), int, f"--{what}") or []
-    figures = bench_report(counts) if verb == "report" else bench_index(counts)
-    if options.json:
-        write_json_atomic(Path(options.json), figures)
-    if options.append:
-        command = shlex.join(["mim", "bench", verb, *args])
-        append_table(Path(options.append), command, format_many(figures))
-    _say(format_many(figures))
-    return 0
-
-
 _BENCH: dict[str, Verb] = {
     "step": _bench_step,
     "grow": _bench_grow,
-    "scale": _bench_scale,
     "data": _bench_data,
-    "report": _bench_report,
-    "index": _bench_index,
 }
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from mim.core import progress
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.lock import InUse, in_use, sole_use
 from mim.core.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
@@ -253,8 +253,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     if item.kind == "run":
         result = pretrain(item.config)
         encoder = run_encoder(run) if evaluations else None

@@ -39,7 +39,8 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
     """Keep other processes out of a folder for as long as this one works there.
 
     The lock is the system's (POSIX record locks, which network file systems know too): it ends
-    with the process, however it dies, so that none is ever stale, and workers do not inherit it.
+    with the process, however it dies, so that none is ever stale, and workers do not inherit it,
+    as they do filelock's, which before its version 4 also empties the file of whoever holds it.
     Its file says who works there, and goes with them.
 
     Args:

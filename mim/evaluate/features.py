@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mim.core.cpu.linear import use_linear
+from mim.core.cpu.kernels import tune
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.patches import Images, Patches
 from mim.data import eval_loader, normalize
@@ -113,7 +113,7 @@ def extract_features(
     device = torch.device(device)
     dtype = AUTOCAST[precision]
     if encoder.vit is not None:
-        use_linear(encoder.vit.to(device), "auto", device)
+        tune(encoder.vit.to(device), device, precision)
     values, labels, ids = [], [], []
     patch_size = None
     if encoder.data.keeps_aspect and encoder.vit is not None:

@@ -32,8 +32,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
-from mim.core.cpu.linear import use_linear
+from mim.core.cpu.kernels import tune
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.keys import seed_of
 from mim.core.progress import RunProgress
@@ -169,8 +169,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[waits])
 
@@ -418,7 +417,7 @@ def _run(
     fit_on, held = (Subset(train, part) for part in split(train, s))
     per_epoch = len(fit_on) // training.data.batch_size
     total = s.epochs * per_epoch
-    use_linear(model, "auto", device)
+    tune(model, device)
     ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
     subject = model if ema is None else ema.module
     wrapped: nn.Module = accelerator.prepare_model(model)

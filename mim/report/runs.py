@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,7 @@ from mim.core.errors import UserError, choice_error
 from mim.core.files import parse_yaml
 from mim.core.settings import flatten
 from mim.report.status import Progress, last_metrics, read_progress, read_yaml
-from mim.training import checkpoint
 
-STATES = ("finished", "running", "stopped", "waiting", "failed")
 _CONDITION = re.compile(r"([A-Za-z_][\w.]*)(<=|>=|!=|=|<|>)(.*)")
 # Facts of a result beside its evaluations, as one reads them.
 _MEASURES = (
@@ -57,7 +56,7 @@ def read_run(folder: Path) -> FoundRun:
     """
     if not _is_run(folder):
         raise UserError(f"{str(folder)!r} is no run folder: no config.yaml and no result.json")
-    result = checkpoint.read_result(folder)
+    result = _read_result(folder / "result.json")
     path = folder / "config.yaml"
     config = flatten(read_yaml(path) if path.is_file() else result.get("config") or {})
     if not result:
@@ -86,6 +85,13 @@ def read_run(folder: Path) -> FoundRun:
         measures,
         facts,
     )
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _is_run(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
 from mim.core.keys import image_keys, seed_of
@@ -212,8 +212,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         for reason in passed_over:
             note(f"{reason}; going on from step {start}")
 
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     model = model_on(config, device)
     if main and is_emulated(config.train.precision, device):
         note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")

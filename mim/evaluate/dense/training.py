@@ -26,7 +26,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
-from mim.core.cpu.linear import use_linear
+from mim.core.cpu.kernels import tune
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.keys import seed_of
 from mim.core.progress import RunProgress
@@ -380,7 +380,7 @@ def fit(
     warmup = min(settings.warmup_epochs * per_epoch, total / 2)
     schedule = Schedule(settings.lr, 0.0, warmup, total)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=schedule(0), fused=True)
-    use_linear(model, "auto", device)
+    tune(model, device, precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     best, chosen = copy.deepcopy(model.state_dict()), {"chosen": -math.inf}
     losses: list[Tensor] = []

@@ -199,7 +199,9 @@ def _scene(root: Path) -> Path:
         for part in ("train", "val"):
             (root / "scene" / kind / part).mkdir(parents=True)
             for name in ("a", "b"):
-                Image.new("L", (48, 32)).save(root / "scene" / kind / part / f"{name}.png")
+                pixels = Image.new("L", (48, 32))
+                pixels.putpixel((0, 0), 1)
+                pixels.save(root / "scene" / kind / part / f"{name}.png")
     return root / "scene"
 
 

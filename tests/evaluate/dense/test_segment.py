@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -337,9 +338,6 @@ def test_a_file_is_measured_again_and_others_are_refused(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "has 2 classes (dark, light), the data 3" in message(
-        path, classes=["dark", "light", "x"]
-    )
     assert "does not fit the settings: lacks head." in message(path, head="linear")
     assert "does not fit the settings: has head." in message(path, width=24)
     assert encoder.vit is not None
@@ -350,6 +348,10 @@ def test_a_file_is_measured_again_and_others_are_refused(
     assert "has the head of finetune; segment needs its own" in message(other)
     torn.write_bytes(path.read_bytes()[:99])
     assert "cannot be read" in message(torn)
+    own = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    Image.new("L", (48, 32), 2).save(own / "masks/train/0.png")
+    more = {"path": str(own), "classes": ["dark", "light", "x"]}
+    assert "has 2 classes (dark, light), the data 3" in message(path, **more)
 
 
 @pytest.mark.parametrize(
