@@ -33,6 +33,7 @@ from mim.report.measures import (
     summarize,
 )
 from mim.report.statistics import Analysis, Verdict, against_references, analyse, leader
+from mim.report.status import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def runs_table(comparison: Comparison) -> Table:
             Cell(f"{share:.0%}", value=share),
             Cell(f"{loss:.4g}" if loss is not None else MISSING, value=loss),
             Cell(clock(left) if left is not None else MISSING, value=left),
-            Cell(run.error if run.status == "failed" else ""),
+            Cell(run.error if run.status in ("failed", UNREADABLE) else ""),
         )
         rows.append(Row(cells, run.kind))
     heads = ("done", "loss", "time left")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from mim.core.files import (  # noqa: F401  (part of this module's interface)
     write_text_atomic,
 )
 from mim.core.settings import flatten, import_plugin, read_args, to_dict
+from mim.training.results import read_result  # noqa: F401  (part of this module's interface)
 
 FORMAT = 1
 TASK = "mim_task"
@@ -377,18 +377,3 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(str(path), framework="pt") as file:
         names = file.keys()  # the file itself is no mapping
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-
-
-def read_result(run: str | Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none.
-
-    Raises:
-        UserError: if it is not JSON.
-    """
-    path = Path(run) / "result.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

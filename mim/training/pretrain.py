@@ -57,6 +57,7 @@ from mim.training.pictures import (
     save_reconstructions,
     spread_indices,
 )
+from mim.training.results import update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
 from mim.training.runtime.precision import is_emulated, model_on, narrow_weights
@@ -487,7 +488,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         details = {"backbone": config.model.backbone, "source": train.name}
         weights = checkpoint.backbone_state(state)
         checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
-        checkpoint.write_json_atomic(run / "result.json", result)
+        update_result(run, lambda _: result)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result
