@@ -10,6 +10,7 @@ Symbols: G groups, S seeds, I test images, D few-shot draws.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,16 @@ from scipy import optimize, stats
 Floats = NDArray[np.float64]
 Values = Mapping[str, Mapping[int, float]]
 """Group -> seed -> value."""
+
+_SHARES = re.compile(
+    r"accuracy|(pixel|class|clean)_accuracy|miou$|mce$|mean_error$|(mask_)?(map|mar)(_|$)"
+)
+
+
+def is_share(name: str) -> bool:
+    """Whether a measure lies between 0 and 1 and is printed, as papers do, in per cent."""
+    return _SHARES.match(name) is not None
+
 
 LEVEL = 0.05
 """Share of families of true zeros in which any difference may be shown by chance."""

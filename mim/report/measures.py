@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from mim.compare.statistics import is_share
 from mim.report.collect import LOSSES, Comparison
 
 MISSING = "\u2013"
@@ -17,10 +18,6 @@ MISSING = "\u2013"
 _CHOSEN = ("chosen_", "converged", "mean_k_", "mean_strength_", "mean_temperature_")
 # What has no place among the results: the same quality of each class, layer or corruption.
 _EACH = ("iou_", "map_class_", "mask_map_class_", "mended_", "layer_", "error_", "ce_")
-# Measures between 0 and 1 that papers print in per cent.
-_SHARES = re.compile(
-    r"accuracy|(pixel|class|clean)_accuracy|miou$|mce$|mean_error$|(mask_)?(map|mar)(_|$)"
-)
 _WORDS = {"miou": "mIoU", "map": "mAP", "mce": "mCE"}
 # Sections whose measures need no section to be understood.
 PLAIN = ("", "Loss", "Per image", "On this machine")
@@ -143,15 +140,15 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
         evaluation, _, name = key.partition(".")
         label = re.sub(r"_(\d+)_per_class$", r", \1 per class", name).replace("_", " ")
         label = re.sub(r"\bm(iou|ap|ce)\b", lambda word: _WORDS[word[0]], label)
-        is_share = _SHARES.match(name) is not None
+        share = is_share(name)
         measures.append(
             Measure(
                 key,
                 _EVALUATIONS.get(evaluation, evaluation),
                 label,
-                scale=100.0 if is_share else 1.0,
-                unit="%" if is_share else "",
-                decimals=1 if is_share else _decimals(comparison, [key]),
+                scale=100.0 if share else 1.0,
+                unit="%" if share else "",
+                decimals=1 if share else _decimals(comparison, [key]),
                 higher=not re.search("loss|error|mce", name),
             )
         )
