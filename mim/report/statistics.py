@@ -256,13 +256,14 @@ class _Judge:
         ]
 
     def _difference(self, first: Group, second: Group) -> Difference | None:
+        draws, images, count = item_sources(first, second, self.measure.key)
+        self.images = max(self.images, count)
         if self.progress is not None:
             for one, other, sign in ((first, second, 1), (second, first, -1)):
                 found = self.progress.differences.get((one.label, other.label))
                 if found is not None:
+                    found = found if images is None else _widened(found, images)
                     return found if sign == 1 else _reversed(found)
-        draws, images, count = item_sources(first, second, self.measure.key)
-        self.images = max(self.images, count)
         values = first.values(self.measure.key), second.values(self.measure.key)
         return difference(*values, self.family, self.spread, draws=draws, images=images)
 
@@ -287,7 +288,17 @@ class _Judge:
 def _reversed(found: Difference) -> Difference:
     low, high = found.low, found.high
     assert low is not None and high is not None
-    return replace(found, mean=-found.mean, low=-high, high=-low)
+    wide = None if found.wide is None else (-found.wide[1], -found.wide[0])
+    return replace(found, mean=-found.mean, low=-high, high=-low, wide=wide)
+
+
+def _widened(found: Difference, images: Source) -> Difference:
+    """With the interval for new images, at the same level as its own."""
+    if not found.error or found.high is None:
+        return found
+    times = math.sqrt(1 + images.variance / found.error**2)
+    reach = (found.high - found.mean) * times
+    return replace(found, wide=(found.mean - reach, found.mean + reach))
 
 
 def _is_within(found: Difference, margin: float) -> bool:
