@@ -110,7 +110,7 @@ def _imported(module: str, peer: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = f"needs the package {package} (pip install mim[bench]): {error}"
+        reason = f"needs the package {package} (pip install -e '.[bench]'): {error}"
         raise setting_error("--peer", peer, reason) from error
 
 

@@ -215,7 +215,7 @@ class SubmittedJobs(Generic[T]):
         try:
             import submitit
         except ImportError as error:
-            reason = "needs submitit: pip install 'mim[slurm]'"
+            reason = "needs submitit: pip install -e '.[slurm]'"
             raise UserError(f"--launcher: 'submitit' {reason}") from error
         given = dict(parameters)
         cluster = given.pop("cluster", "slurm")

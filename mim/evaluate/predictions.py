@@ -58,7 +58,8 @@ class Measured(dict[str, float]):
         self.update({f"{name}{suffix}": value for name, value in other.items()})
         if isinstance(other, Measured):
             own = {key: a for key, a in other.arrays.items() if key not in ("sample_ids", "labels")}
-            self.arrays |= {f"{key}{suffix}": array for key, array in own.items()}
+            added = {f"{key}{suffix}": array for key, array in own.items()}
+            self.arrays = self.arrays | added  # a copy of these numbers may share the old one
 
 
 def gather_rows(rows: Tensor) -> Tensor:
