@@ -23,6 +23,7 @@ import torch
 from mim import moved
 from mim.compare.launchers import Jobs, Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan
+from mim.compare.rounds import keep_disagreement, rounds
 from mim.core import progress
 from mim.core.config import Config, DataConfig
 from mim.core.cpu.process import tune_process
@@ -135,11 +136,17 @@ def run_comparison(
                 for name, reason in state.again.items():
                     progress.note(f"{folder}: {name} is measured again: {reason}")
         with _signals_interrupt():
-            failed = _run_all(planned, states, config, show, launch or Launch(), watch)
+            failed: list[str] = []
+            begun: set[str] = set()
+            for part in rounds(planned, config):
+                begun |= {item.folder for item in part}
+                _announce(output, [i.folder for i in planned if i.folder in begun])
+                failed += _run_all(part, states, config, show, launch or Launch(), watch)
+            keep_disagreement([item for item in planned if item.folder in begun], config)
         on_end()
     if failed:
         names = ", ".join(failed)
-        print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
+        print(f"{len(failed)} of {len(begun)} failed: {names}", file=sys.stderr)
     return failed
 
 
@@ -162,6 +169,10 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
         "command": command,
         "base": to_dict(config.base),
         "evaluations": config.evaluations,
+        "primary": config.primary,
+        "margin": config.margin,
+        "against": config.against,
+        "seeds": config.seeds,
         "runs": [item.folder for item in planned],
         "planned": [
             {
@@ -177,6 +188,13 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
     return states
+
+
+def _announce(output: Path, folders: list[str]) -> None:
+    """Names the runs that have been begun or are about to be, for whoever reads the folder."""
+    path = output / "comparison.json"
+    overview = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint.write_json_atomic(path, {**overview, "runs": folders})
 
 
 def _inputs_before(output: Path) -> dict[str, dict[str, str]]:

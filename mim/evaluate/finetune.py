@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +45,7 @@ from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool, check_precision
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
     ClassificationTask,
     Labelled,
@@ -594,11 +596,12 @@ class Finetune(EncoderEvaluation):
         given: dict[str, Any] = {"device": device, "precision": precision}
         states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
-        numbers = dict(classifier.numbers)
+        numbers = copy(classifier.numbers)
+        assert isinstance(numbers, Measured)
         for share in s.low_shot:
             part = Finetune(replace(s, fraction=share, low_shot=()))
             found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
-            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+            numbers.include(found, f"_of_{100 * share:g}_percent")
         main = start_accelerator(device).is_main_process
         if folder is not None and s.save and main:
             classifier.save(folder / FILE)
@@ -630,8 +633,8 @@ class Finetune(EncoderEvaluation):
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
         classifier, task = _fit(*chosen)
         found = accuracies(task, classifier.model, val)
-        best = measured(found, 0, classifier.model.num_classes)
-        classifier.numbers = {**best, **classifier.numbers}
+        classes = classifier.model.num_classes
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
         return classifier
 
 

@@ -431,7 +431,7 @@ def _result(
         "images_per_second": state.images / max(state.train_seconds, 1e-9),
         "peak_memory_bytes": peak,
         "wall_seconds": state.elapsed,
-        "environment": environment(device, trainer.accelerator.num_processes),
+        "environment": environment(device, trainer.accelerator.num_processes, config.plugins),
         "data": {
             "source": images.train.name,
             "train_images": len(images.train),
