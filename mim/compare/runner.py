@@ -28,6 +28,7 @@ from mim.core import progress
 from mim.core.config import Config
 from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fingerprints import same_images
 from mim.core.lock import InUse, in_use, sole_use
 from mim.core.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
 from mim.core.signals import between_imports, hear, start_server
@@ -399,8 +400,9 @@ def _state(item: Planned, evaluations: str) -> str:
         return "train"
     old = _loose_config(run)
     checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
-    if old.data.fingerprint not in (None, item.config.data.fingerprint):
-        reason = "holds a run over other images: names or labels have changed"
+    saved, seen = old.data.fingerprint, item.config.data.fingerprint
+    if saved is not None and (seen is None or not same_images(saved, seen)):
+        reason = "holds a run over other images: names, labels or contents have changed"
         raise UserError(f"output: {str(run)!r} {reason}. Choose another output")
     result = checkpoint.read_result(run)
     if result.get("status") != "finished":
@@ -741,7 +743,7 @@ def _check_data(planned: list[Planned], config: CompareConfig) -> list[Planned]:
                 build_evaluation(name, settings).check(train, val)
             seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
         wanted = item.config.data.fingerprint
-        if wanted not in (None, seen[key]):
+        if wanted is not None and not same_images(wanted, seen[key]):
             reason = f"asks for other images than there are, which have {seen[key]}"
             raise setting_error("data.fingerprint", wanted, reason)
         data = replace(item.config.data, fingerprint=seen[key])

@@ -23,7 +23,14 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
-from mim.data.images.decode import DECODE_ERRORS, EXTENSIONS
+from mim.data.images.decode import (
+    DECODE_ERRORS,
+    EXTENSIONS,
+    UnreadableImage,
+    open_image,
+    open_regular,
+    read_picture,
+)
 from mim.data.images.transforms import prepare
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split
@@ -120,11 +127,11 @@ def read_image(path: Path) -> Image.Image:
         UserError: if it cannot be read; names the file.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-    except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+        image = read_picture(path, str(path), DataConfig().max_pixels, "pil")
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{path} is an array, which has no masks or boxes")
     return image
 
 
@@ -182,8 +189,11 @@ class SegmentationFolders(SegmentationSource):
         super().verify()
         for index in range(len(self)) if len(self) <= _MASKS_CHECKED else ():
             try:
-                with Image.open(self.images[index]) as image, Image.open(self.masks[index]) as mask:
-                    sizes = image.size, mask.size
+                with (
+                    open_regular(self.images[index]) as one,
+                    open_regular(self.masks[index]) as two,
+                ):
+                    sizes = open_image(one).size, open_image(two).size
             except DECODE_ERRORS as error:
                 raise UserError(f"{self.images[index]} cannot be read as an image") from error
             _check_sizes(self, index, *sizes)
