@@ -112,7 +112,7 @@ def _of_objects(values: NDArray[Any]) -> NDArray[Any] | None:
     if missing.any():
         raise UserError(f"lacks labels for {missing.sum()} of {len(values)} images")
     kinds = {type(value) for value in values}
-    if kinds <= {str, np.str_}:
+    if kinds <= {str, np.str_, bool, np.bool_}:
         return values.astype(np.str_)
     if kinds <= {bytes}:
         return np.array([value.decode("utf-8", "replace") for value in values], dtype=np.str_)

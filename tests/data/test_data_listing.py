@@ -230,9 +230,10 @@ class Look(torch.utils.data.Dataset):
         return psutil.Process().memory_full_info().uss - before
 
 if __name__ == "__main__":
-    folder._folders = lambda path: [f"n{number:08d}" for number in range(CLASSES)]
+    below = [f"n{number:08d}" for number in range(CLASSES)]
+    folder._folders = lambda path: ["train"] if path == Path("/none") else below
     listing._files = fake
-    Path.is_dir = lambda self: self.name not in ("val", "valid", "test")
+    Path.is_dir = lambda self: True
     subset = SubsetConfig(classes=990, fraction=0.99)
     config = DataConfig(source="imagefolder", path="/none", subset=subset, index_cache=False)
     permutation(0, 0, 1000)  # what torch loads when it is first used counts for nothing here

@@ -19,7 +19,7 @@ from mim.data.places.splits import find_splits, split_of, split_of_file
 Place: TypeAlias = Path | RemoteFile
 """A file on disk, or one that is read by URL."""
 
-_MOST_FILES = 1_000_000
+_MOST_FILES = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -27,7 +27,7 @@ def expand(pattern: str) -> list[str]:
     """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
 
     Raises:
-        ValueError: for a range whose ends are not whole numbers, or more than a million names.
+        ValueError: for a range whose ends are not whole numbers, or more than 100,000 names.
     """
     found = list(itertools.islice(_expand(pattern), _MOST_FILES + 1))
     if len(found) > _MOST_FILES:

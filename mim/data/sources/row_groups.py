@@ -97,8 +97,11 @@ def _column(place: Place, footer: Any, group: int, column: str) -> Any:
         for batch in file.iter_batches(
             _ROWS, row_groups=[group] if size <= most else [], columns=[column], use_threads=False
         ):
-            batches.append(batch.column(0))
-            size = unpacked = unpacked + batch.nbytes
+            values = batch.column(0)
+            if pa.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            batches.append(values)
+            size = unpacked = unpacked + values.nbytes
             if size > most:
                 break
     if size > most:
@@ -146,8 +149,6 @@ def _labels(part: tuple[Place, Any, int, str]) -> NDArray[Any]:
     with _damage(place):
         values = _column(*part)
         kind = values.type
-        if pa.types.is_dictionary(kind):
-            values, kind = values.cast(kind.value_type), kind.value_type
     where = f"in a row group of {shown(place)!r}"
     if values.null_count == len(values):
         return np.full(len(values), -1)

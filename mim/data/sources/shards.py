@@ -409,7 +409,7 @@ class Shards(ImageSource):
     def _class_names(self) -> list[str] | None:
         """The lines of ``classes.txt`` beside the shards, if it is there."""
         text = _beside(self._shards[0], "classes.txt")
-        names = None if text is None else text.split("\n")
+        names = None if text is None else text.replace("\r\n", "\n").split("\n")
         return names[:-1] if names and names[-1] == "" else names
 
     def _ids(
