@@ -110,6 +110,26 @@ def test_a_cache_of_other_pixels_is_not_used(
             grays(smaller)
 
 
+def test_a_cache_sees_a_change_that_no_sample_shows(tmp_path: Path) -> None:
+    root = images(tmp_path / "set", 0, count=200)
+    save = Image.new("L", (8, 8), 0).save
+    for number in range(200):
+        save(root / f"train/{number % 2}/{number}.bmp", "BMP")
+    config = given("imagefolder", root, cache="mmap", cache_path=str(tmp_path / "cache"))
+    assert set(grays(config)) == {0}
+    plain = replace(config, cache="none")
+    source = open_source(plain, "train")
+    before = source.fingerprint()
+    for index in range(4):  # of which a sample of 128 of 180 leaves out one at least
+        (root / source.describe(index)).write_bytes(png(7))
+        if open_source(plain, "train").fingerprint() == before:
+            break
+        (root / source.describe(index)).write_bytes(png(0))
+    else:
+        raise AssertionError("every image is looked at")
+    assert int(np.asarray(open_source(config, "train").image(index)).flat[0]) == 7
+
+
 @pytest.mark.parametrize("source", ["imagefolder", "shards", "huggingface", "packed"])
 def test_fingerprints_follow_the_pixels_and_not_times_or_places(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
