@@ -33,7 +33,6 @@ class AttentionMask(RankedMask):
     needs_attention = True
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         assert request.attention is not None  # the base class asks for it
         settings = self.config.attention
         score = request.attention.double().clamp(min=1e-30).log()  # (B, N)
@@ -90,7 +89,6 @@ class LearnedMask(RankedMask):
             return PatchScorer(channels, self.patch_size, self.config.learned.width)
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         assert request.logits is not None  # the base class asks for it
         score = F.logsigmoid(request.logits.double())  # (B, N)
         if self.config.learned.sampling == "gumbel":

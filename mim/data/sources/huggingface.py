@@ -39,7 +39,7 @@ def huggingface(config: DataConfig, split: Split) -> ImageSource:
     try:
         import datasets  # noqa: F401
     except ImportError as error:
-        raise needs_package("huggingface", "mim[hf]") from error
+        raise needs_package("huggingface", "datasets") from error
     if not config.streaming:
         return HuggingFace(config, split)
     if is_local(config.path, ".parquet"):

@@ -7,7 +7,6 @@ the same bytes whatever the cache. An image that cannot be decoded stays one tha
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -206,8 +206,7 @@ def _memory_mapped(source: ImageSource, config: DataConfig, recipe: Recipe) -> M
     root = Path(config.cache_path or Path.home() / ".cache/mim/decoded")
     folder = root / content_key(source, recipe, config)
     prepare_folder(folder, "data.cache_path")
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process decodes, the others of a run wait for it
+    with FileLock(folder / "lock"):  # one process decodes, the others of a run wait for it
         remove_leftovers(folder)
         if not (folder / "all.npy").is_file():
             try:
