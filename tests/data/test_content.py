@@ -147,6 +147,23 @@ def test_fingerprints_follow_the_pixels_and_not_times_or_places(
     assert len(set(ids)) == 1  # names and labels are the same
 
 
+def test_fingerprints_of_segmentation_follow_images_and_masks(tmp_path: Path) -> None:
+    from mim.evaluate.dense.segmentation_data import SegmentationSpec, open_segmentation
+
+    for kind in ("images", "masks"):
+        for split in ("train", "val"):
+            folder = tmp_path / kind / split
+            folder.mkdir(parents=True)
+            for number in range(3):
+                (folder / f"{number}.bmp").write_bytes(png(number % 2))
+    spec = SegmentationSpec(path=str(tmp_path), classes=("a", "b"))
+    seen = {open_segmentation(spec, "train").fingerprint()}
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train/2.bmp").write_bytes(png(1))
+        seen.add(open_segmentation(spec, "train").fingerprint())
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("saved", "seen", "same"),
     [

@@ -73,6 +73,10 @@ class SegmentationSource(ImageSource):
     def read_mask(self, index: int) -> NDArray[np.integer[Any]]:
         """(height, width), the labels as they stand in the file."""
 
+    def glance(self, index: int) -> bytes:
+        """Of the image and its mask: a state is not used over other masks either."""
+        return super().glance(index) + self.read_mask(index).tobytes()
+
     def describe_mask(self, index: int) -> str:
         """What a message calls the mask at a position."""
         return f"the mask of {self.describe(index)}"
