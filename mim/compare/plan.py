@@ -13,6 +13,7 @@ from typing import Any
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fingerprints import same_images
 from mim.core.settings import flatten, load_config, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
 from mim.evaluate import build_evaluation
@@ -268,7 +269,7 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
             seen[key] = both, images_digest(item.config.data, train, val)
         fingerprint, images = seen[key]
         wanted = item.config.data.fingerprint
-        if wanted not in (None, fingerprint):
+        if wanted is not None and not same_images(wanted, fingerprint):
             reason = f"asks for other images than there are, which have {fingerprint}"
             raise setting_error("data.fingerprint", wanted, reason)
         data = replace(item.config.data, fingerprint=fingerprint)

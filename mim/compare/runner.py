@@ -28,6 +28,7 @@ from mim.core import progress
 from mim.core.config import Config, DataConfig
 from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError
+from mim.core.fingerprints import same_images
 from mim.core.lock import InUse, in_use, sole_use
 from mim.core.settings import checked, read_args, to_dict, to_yaml
 from mim.core.signals import Interrupted
@@ -232,8 +233,9 @@ def _state(
     old = read_args(Config, ["--config", str(run / "config.yaml")])
     checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
     other = "Choose another output"
-    if old.data.fingerprint not in (None, item.config.data.fingerprint):
-        reason = "holds a run over other images: names or labels have changed"
+    saved, seen = old.data.fingerprint, item.config.data.fingerprint
+    if saved is not None and (seen is None or not same_images(saved, seen)):
+        reason = "holds a run over other images: names, labels or contents have changed"
         raise UserError(f"output: {str(run)!r} {reason}. {other}")
     for key, digest in inputs.items() if item.kind == "run" else ():
         if before.get(key, digest) != digest:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
@@ -39,7 +39,15 @@ from torch import Tensor, nn
 from mim.core.config import DataConfig, ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.keys import image_keys, random_bits, seed_of
-from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
+from mim.data import (
+    Batch,
+    ImageSource,
+    Picture,
+    eval_transform,
+    normalize,
+    open_source,
+    read_picture,
+)
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
 from mim.evaluate.drop_path import draws_of, key_drop_paths
@@ -430,20 +438,16 @@ class Classifier:
         Raises:
             UserError: if a file cannot be read.
         """
-        pictures = [_open(i) if isinstance(i, (str, Path)) else i for i in images]
+        pictures = [
+            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            if isinstance(image, (str, Path))
+            else image
+            for image in images
+        ]
         pixels = eval_transform(pictures, self.data)
         device = next(self.model.parameters()).device
         logits = self.model(normalize(pixels.to(device), self.mean, self.std))
         return [self.classes[index] for index in logits.argmax(1).tolist()]
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return image
 
 
 class FinetuneTask(ClassificationTask):

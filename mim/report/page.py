@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import resources
+from itertools import combinations, starmap
 from pathlib import Path
 
 import yaml
@@ -19,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.core.errors import UserError
+from mim.core.fingerprints import same_images
 from mim.report import disagreement, figures, interactive, layers, robustness, tables
 from mim.report.charts import (
     Chart,
@@ -363,7 +365,8 @@ def warnings(comparison: Comparison, analyses: Sequence[Analysis] = ()) -> list[
         )
     varies_data = any(key.startswith("data") for key in comparison.axes)
     prints = {str(run.data["fingerprint"]) for run in runs if "fingerprint" in run.data}
-    if len(prints) > 1 and not varies_data:
+    differ = not all(starmap(same_images, combinations(sorted(prints), 2)))
+    if differ and not varies_data:
         found.append("The runs did not see the same data: their fingerprints differ.")
     machines = {str(sorted(run.environment.items())) for run in runs if run.environment}
     if len(machines) > 1:

@@ -23,6 +23,7 @@ from mim.core.config import Config
 from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
+from mim.core.fingerprints import same_images
 from mim.core.keys import image_keys
 from mim.core.lock import sole_use
 from mim.core.patches import Images
@@ -219,10 +220,12 @@ def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
         UserError: if it, or the checkpoint, asks for other images.
     """
     wanted = config.data.fingerprint
-    if saved is not None and saved.get("data") not in (None, seen):
-        reason = "is over other images than those that are there now: names or labels have changed"
+    earlier = None if saved is None else saved.get("data")
+    if earlier is not None and not same_images(earlier, seen):
+        reason = "is over other images than those that are there now: their names, labels or "
+        reason += "contents have changed"
         raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if wanted not in (None, seen):
+    if wanted is not None and not same_images(wanted, seen):
         reason = f"asks for other images than there are, which have {seen}; null takes these"
         raise setting_error("data.fingerprint", wanted, reason)
     return replace(config, data=replace(config.data, fingerprint=seen))
