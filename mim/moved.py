@@ -1,4 +1,4 @@
-"""Modules that have moved: code written for their old names, such as plug-ins, still imports.
+"""Modules and names that have moved: code written for the old ones, such as plug-ins, still works.
 
 Nothing in the package uses this. An entry stays for as long as run folders may name it.
 """
@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "mim.api": "mim.model.encode",
@@ -31,6 +32,26 @@ MOVED = {
     "mim.teacher": "mim.model.teacher",
     "mim.visualize": "mim.evaluate.visualize",
 }
+
+NAMES = {
+    "mim.core.settings": {
+        "checked": "mim.training.settings",
+        "load_config": "mim.training.settings",
+    },
+}
+"""Names that have moved to another module."""
+
+
+def attribute(module: str, name: str) -> Any:
+    """What a module had under this name, from where it stands now.
+
+    Raises:
+        AttributeError: if it had none.
+    """
+    home, _, renamed = NAMES.get(module, {}).get(name, "").partition(":")
+    if not home:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(import_module(home), renamed or name)
 
 
 class _Moved(MetaPathFinder, Loader):

@@ -49,7 +49,7 @@ def _say(text: object) -> None:
 def _pretrain(args: list[str]) -> int:
     """Pre-train one model under one regime."""
     from mim.core.config import Config
-    from mim.core.settings import checked, read_args
+    from mim.training.settings import checked, read_args
 
     about = "Pre-train one model. Everything goes into the run folder (--output)."
     config = checked(read_args(Config, args, prog="mim pretrain", description=about))
@@ -144,7 +144,6 @@ def _evaluate(args: list[str]) -> int:
 
     if options.json:
         checkpoint.prepare_folder(Path(options.json).parent, "--json")
-    from mim.core.settings import load_config
     from mim.evaluate import (
         EVALUATIONS,
         TIMEOUT,
@@ -153,6 +152,7 @@ def _evaluate(args: list[str]) -> int:
         open_encoder,
         several,
     )
+    from mim.training.settings import load_config
 
     for name in names:
         EVALUATIONS.get(name)
@@ -307,7 +307,6 @@ def _visualize(args: list[str]) -> int:
     generators = _list(options.generators, str, "--generators")
     ratios = _list(options.ratios, float, "--ratios")
     indices = _list(options.indices, int, "--indices")
-    from mim.core.settings import load_config
     from mim.evaluate.visualize import (
         algebra_figure,
         attention_figure,
@@ -315,6 +314,7 @@ def _visualize(args: list[str]) -> int:
         save_figure,
     )
     from mim.training import checkpoint
+    from mim.training.settings import load_config
 
     place = Path(options.run)
     config = load_config(place) if place.is_file() else checkpoint.read_config(place)
@@ -545,8 +545,8 @@ def _bench_data(args: list[str]) -> int:
     options, rest = parser.parse_known_args(args)
     from mim.compare.cost.loader import bench_data, format_data_table
     from mim.core.config import Config
-    from mim.core.settings import checked, read_args
     from mim.training.checkpoint import prepare_folder, write_json_atomic
+    from mim.training.settings import checked, read_args
 
     if options.json:
         prepare_folder(Path(options.json).parent, "--json")
@@ -672,7 +672,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 def _read_config(file: str | None, rest: list[str], *, whole: bool = True) -> Config:
     """``whole``: whether its model must fit the images too."""
     from mim.core.config import Config
-    from mim.core.settings import checked, import_plugin, read_args
+    from mim.core.plugins import import_plugin
+    from mim.training.settings import checked, read_args
 
     config = read_args(Config, (["--config", file] if file else []) + rest)
     if whole:
@@ -765,9 +766,9 @@ def _data_pack(args: list[str]) -> int:
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
     options = parser.parse_args(args)
     from mim.core.config import DataConfig
-    from mim.core.settings import load_config
     from mim.data.storage.pack import pack
     from mim.data.storage.packed import Recipe, default_workers, read_manifest
+    from mim.training.settings import load_config
 
     recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
     config = DataConfig(source="imagefolder", path=options.source)
@@ -926,8 +927,8 @@ def _doctor(args: list[str]) -> int:
     if options.json not in (None, "-"):
         _prepare_file(Path(options.json), "--json")
     from mim.cli.doctor import as_rows, examine
-    from mim.core.settings import load_config
     from mim.core.terminal import show_table
+    from mim.training.settings import load_config
 
     checks = examine(load_config(options.config), Path(options.output), options.quick)
     _give_json(options.json, as_rows(checks))

@@ -29,9 +29,10 @@ from mim.core.config import Config
 from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.lock import InUse, in_use, sole_use
-from mim.core.settings import checked, flatten, load_config, read_args, to_dict, to_yaml
+from mim.core.settings import flatten, read_args, to_dict, to_yaml
 from mim.core.signals import between_imports, hear, start_server
 from mim.training import checkpoint
+from mim.training.settings import checked, load_config
 
 if TYPE_CHECKING:
     from mim.evaluate import Encoder
@@ -57,7 +58,7 @@ class CompareConfig:
     """The comparison folder; holds a folder for each run."""
     name: str = "comparison"
     """Title of the report."""
-    axes: dict[str, list[Any]] = field(
+    axes: dict[str, Any] = field(
         default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
     )
     """Dotted config keys and the values each takes; every combination is a run."""
@@ -73,9 +74,11 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for key, values in self.axes.items():
-            self._check_key("axes", key)
             if not isinstance(values, list) or not values:
-                raise setting_error(f"axes.{key}", values, "must be a list of values")
+                hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
+                reason = "must be a list of values" + (hint if isinstance(values, dict) else "")
+                raise setting_error(f"axes.{key}", values, reason)
+            self._check_key("axes", key)
             if len({json.dumps(value) for value in values}) < len(values):
                 raise setting_error(f"axes.{key}", values, "names a value twice")
         for name, settings in self.variants.items():
@@ -146,7 +149,7 @@ def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
         for parent in parents:
             node = node[parent]
         node[last] = value
-    return load_config(None, {k: v for k, v in flatten(tree).items() if v is not None})
+    return load_config(None, tree)
 
 
 def plan(config: CompareConfig) -> list[Planned]:

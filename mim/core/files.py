@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import tokenize
 from collections.abc import Callable
@@ -24,6 +25,33 @@ NPY_ERRORS: tuple[type[Exception], ...] = (
 _MOST_VALUES, _DEEPEST = 100_000, 50
 
 
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+    r"|\.inf|\.Inf|\.INF)$|\.(nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a date is the text that stands there."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, found) for tag, found in rules if not tag.endswith((":timestamp", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that :func:`parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as plain values: no objects, and no more of them than a file of settings has.
 
@@ -33,7 +61,7 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
     """
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it nests too deeply") from error
     except ValueError as error:  # a date that is none, a surrogate

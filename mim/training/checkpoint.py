@@ -29,7 +29,8 @@ from mim.core.files import (  # noqa: F401  (part of this module's interface)
     write_json_atomic,
     write_text_atomic,
 )
-from mim.core.settings import flatten, import_plugin, read_args, to_dict
+from mim.core.settings import flatten, to_dict
+from mim.training.settings import read_args
 
 FORMAT = 1
 TASK = "mim_task"
@@ -58,8 +59,6 @@ def read_config(run: str | Path) -> Config:
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
     config = read_args(Config, ["--config", str(path)])
-    for plugin in config.plugins:
-        import_plugin(plugin)
     # What only training needs (a file of masks, a teacher's weights) may be gone by now.
     return config
 

@@ -7,6 +7,7 @@ model and loads its weights.
 from mim.core.cpu.kernels import ATTENTION, use_attention, use_kernels
 from mim.model.backbones.build import (
     build_backbone,
+    check_arguments,
     grid_of,
     load_backbone,
     load_weights,
@@ -48,6 +49,7 @@ __all__ = [
     "block_at",
     "block_outputs",
     "build_backbone",
+    "check_arguments",
     "family_of",
     "grid_of",
     "load_backbone",
