@@ -34,6 +34,25 @@ MOVED = {
 }
 
 NAMES = {
+    "mim.core.config": {
+        "AlignedMaskConfig": "mim.masks.patterns:AlignedSettings",
+        "AttentionMaskConfig": "mim.masks.guided:AttentionSettings",
+        "BlockMaskConfig": "mim.masks.patterns:BlockSettings",
+        "CrossDecoderConfig": "mim.model.decoders:CrossAttentionSettings",
+        "EmaFeaturesConfig": "mim.model.targets.features:EmaFeaturesSettings",
+        "FeaturesConfig": "mim.model.targets.features:FeaturesSettings",
+        "FileMaskConfig": "mim.masks.file:FileSettings",
+        "FrequencyConfig": "mim.model.targets.frequency:FrequencySettings",
+        "HogConfig": "mim.model.targets.hog:HogSettings",
+        "HuggingFaceConfig": "mim.data.sources.tables:HuggingFaceSettings",
+        "InverseBlockMaskConfig": "mim.masks.patterns:InverseBlockSettings",
+        "LearnedMaskConfig": "mim.masks.guided:LearnedSettings",
+        "LowPassConfig": "mim.model.targets.pixels:LowPassSettings",
+        "MlpDecoderConfig": "mim.model.decoders:MlpSettings",
+        "MultiblockMaskConfig": "mim.masks.patterns:MultiblockSettings",
+        "TransformerDecoderConfig": "mim.model.decoders:TransformerSettings",
+        "ZeroConfig": "mim.model.regimes:ZeroSettings",
+    },
     "mim.core.settings": {
         "checked": "mim.training.settings",
         "load_config": "mim.training.settings",

@@ -197,7 +197,7 @@ class MaskedImageModel(nn.Module):
         if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
             readable = replace(latents, tokens=norm(latents.tokens))
-        if self.target.config.loss_on == "all":
+        if self.target.context.loss_on == "all":
             ids, valid = None, mask.valid
             wanted = self.target(images, self.teacher)  # (B, N, dim)
         else:
@@ -264,9 +264,9 @@ def build_model(config: Config) -> MaskedImageModel:
     )
     decoder.packs = regime.packs
     if data.keeps_aspect:
-        _check_sizes(config, family, generator, target)
+        _check_sizes(config, family, generator, regime, target)
     set_norm_eps(decoder, model.norm_eps)
-    if target.config.loss_on == "all":
+    if target.context.loss_on == "all":
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
         if decoder.share < 1:
             raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
@@ -305,7 +305,9 @@ def _refuse_ratios(config: Config) -> None:
             raise setting_error(setting, ratio, reason)
 
 
-def _check_sizes(config: Config, family: Family, generator: MaskGenerator, target: Target) -> None:
+def _check_sizes(
+    config: Config, family: Family, generator: MaskGenerator, regime: Regime, target: Target
+) -> None:
     """Refuse parts that take images of one size only, or that cannot share a sequence.
 
     Raises:
@@ -319,6 +321,9 @@ def _check_sizes(config: Config, family: Family, generator: MaskGenerator, targe
         reason = f"packs plain timm blocks, and {name} has others; choose padded"
         raise setting_error("data.batching", "packed", reason)
     generator.check_sizes()
+    if not regime.takes_sizes:
+        reason = "takes images of one size, and data.aspect is keep"
+        raise setting_error("model.regime.name", config.model.regime.name, reason)
     if not target.takes_sizes:
         able = ", ".join(target for target in TARGETS if TARGETS.get(target).takes_sizes)
         reason = f"is made of images of one size, and data.aspect is keep; choose {able}"

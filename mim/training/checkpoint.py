@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import TrainingError, UserError
+from mim.core.fields import is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
     prepare_folder,
     write_atomic,
@@ -37,16 +38,6 @@ TASK = "mim_task"
 """Under what name a file of weights says for which evaluation its head is."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
-# What may differ when a run goes on: it does not change what is computed, but for rounding and,
-# as another number of processes does, dropout (accumulate).
-_FREE = re.compile(
-    r"output|resume|plugins|log\..*"
-    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
-    r"|data\.(cache|cache_path|index_cache)"
-    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every)"
-    r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.(timeout|shard|async_save|compile|linear)"
-)
 
 
 def read_config(run: str | Path) -> Config:
@@ -285,7 +276,7 @@ def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]
 def fingerprint(config: Config) -> dict[str, Any]:
     """Dotted settings that decide what is computed."""
     flat = flatten(to_dict(config))
-    return {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+    return {key: value for key, value in flat.items() if not is_free(Config, key)}
 
 
 def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
@@ -303,7 +294,7 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     # A setting that did not exist yet had what is the default now.
     defaults = fingerprint(Config())
     # One that a later version found to change nothing may differ.
-    told = {key: value for key, value in saved.items() if not _FREE.fullmatch(key)}
+    told = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"

@@ -84,7 +84,8 @@ ANY = pytest.mark.parametrize("name", [*SWINS, *HIERAS])
 
 TOKEN = RegimeConfig("token")
 ATTENDED = {
-    at: RegimeConfig("zero", ZeroConfig(at=at, attend_mask=False)) for at in ("pixels", "embedding")
+    at: RegimeConfig("zero", zero=ZeroConfig(at=at, attend_mask=False))
+    for at in ("pixels", "embedding")
 }
 
 

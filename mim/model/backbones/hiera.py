@@ -9,9 +9,8 @@ from timm.models.hiera import Hiera
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim.core.config import RegimeConfig
 from mim.core.errors import UserError, setting_error
-from mim.model.backbones.family import Embedded, Family, Grid, register_family
+from mim.model.backbones.family import Embedded, Family, Grid, RegimeTraits, register_family
 from mim.model.backbones.swin import spread
 
 
@@ -72,15 +71,15 @@ class HieraFamily(Family):
             return f"has mask units of {units} that do not end as one token each"
         return None
 
-    def check(self, config: RegimeConfig) -> None:
+    def check(self, regime: RegimeTraits) -> None:
         """Its global attention takes no mask."""
-        if config.name == "zero" and config.zero.attend_mask:
+        if regime.hides_keys:
             reason = "needs keys that nobody reads, and the attention of a Hiera takes no mask; "
             reason += "choose the regime drop or token, or false"
-            raise setting_error("model.regime.zero.attend_mask", True, reason)
-        if config.order != "bidirectional":
+            raise setting_error(*(regime.hidden_by or ("model.regime.name", regime.name)), reason)
+        if regime.order != "bidirectional":
             reason = "is not possible: the attention of a Hiera takes no mask"
-            raise setting_error("model.regime.order", config.order, reason)
+            raise setting_error("model.regime.order", regime.order, reason)
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
         """See :class:`~mim.model.backbones.Family`."""
