@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mim.evaluate.finetune import finetune
     from mim.interop import export_run, import_model, import_run
     from mim.masks import PatchMask, sample_masks
-    from mim.model import build_model, encode
+    from mim.model import build_model
+    from mim.model.encode import encode
     from mim.sklearn import MIMFeatures
     from mim.training.loading import load
     from mim.training.settings import load_config

@@ -25,7 +25,6 @@ class Registry(Generic[T]):
         self.setting, self.block = setting, block
         self._prefix = setting if block is None else setting.rpartition(".")[0]
         self._entries: dict[str, T] = {}
-        self._settings: dict[str, type] = {}
 
     def register(self, name: str, settings: type | None = None) -> Callable[[T], T]:
         """Decorator that adds an entry under ``name``; a name is taken once.
@@ -46,11 +45,11 @@ class Registry(Generic[T]):
                 is_frozen = dataclasses.is_dataclass(settings) and settings.__hash__ is not None
                 if not is_frozen or not name.isidentifier():
                     raise UserError(f"{where}: its settings must be a frozen dataclass")
-                if not getattr(settings, "where", ""):
+                if "where" not in vars(settings):
                     settings.where = where  # type: ignore[attr-defined]
                 if self.block is not None:
                     add_block(self.block, name, settings)
-                self._settings[name] = settings
+                entry.Settings = settings  # type: ignore[attr-defined]
             if isinstance(entry, type) and "name" not in vars(entry):
                 entry.name = name  # type: ignore[attr-defined]
             self._entries[name] = entry
@@ -68,13 +67,15 @@ class Registry(Generic[T]):
             raise choice_error(self.setting, name, self._entries)
         return self._entries[name]
 
-    def settings(self, name: str) -> type | None:
-        """The class of the settings of ``name``; None where it has none."""
-        return self._settings.get(name)
+    def settings(self, name: str) -> Any:
+        """The class of the settings of ``name``; of a subclass without any, its parent's."""
+        return getattr(self.get(name), "Settings", None)
 
     def chosen(self, block: Any, name: str) -> Any:
         """The settings of ``name`` in a block of this registry's kind; None where it has none."""
-        return getattr(block, name) if name in self._settings else None
+        kind = self.settings(name)
+        found = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
+        return getattr(block, found[0]) if found else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

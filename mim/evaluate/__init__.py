@@ -185,7 +185,7 @@ def _measure(
         if isinstance(evaluation, EncoderEvaluation):
             continue
         # Raw pixels have no tokens to pool.
-        pool = "mean" if encoder.vit is None else evaluation.settings.pool
+        pool = str("mean" if encoder.vit is None else evaluation.settings.pool)
         by_pool.setdefault(pool, []).append((name, evaluation))
     numbers: dict[str, dict[str, float]] = {}
     for pool, probes in by_pool.items():

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
+from mim.core.config import FREE, DataConfig
 from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.cpu.linear import use_linear
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import Between, Count, Natural, NonNegative, Share, SpanToOne, at_least
 from mim.core.keys import seed_of
 from mim.core.progress import RunProgress
 from mim.core.signals import Interrupted, Signals
@@ -54,48 +55,32 @@ _ASK_EVERY = 20
 """Steps after which several processes ask each other whether one of them was told to stop."""
 
 
+BatchSize = Annotated[int, at_least(2)]
+
+
 @dataclass(frozen=True)
 class TrainedSettings(EvaluationSettings):
     """Settings that everything trained by gradient steps shares."""
 
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images a step, over all processes; fewer, and an even number, where there are fewer."""
-    min_lr: float = 0.0
+    min_lr: NonNegative = 0.0
     """Where the half cosine ends."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """The optimizer's."""
-    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    crop_scale: SpanToOne = (0.08, 1.0)
     """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
-    held_out: float = 0.1
+    held_out: Between = 0.1
     """Share of each class of the training images on which the best epoch is chosen."""
-    fraction: float = 1.0
+    fraction: Share = 1.0
     """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
-    checkpoint_every: int = 1
+    checkpoint_every: Natural = field(default=1, metadata=FREE)
     """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
     need a run folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("epochs", self.epochs)
-        if self.batch_size < 2:
-            self._refuse("batch_size", "must be at least 2")
-        for setting in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.held_out < 1:
-            self._refuse("held_out", "must lie between 0 and 1")
-        if not 0 < self.fraction <= 1:
-            self._refuse("fraction", "must be above 0 and at most 1")
-        scale = self.crop_scale
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            self._refuse("crop_scale", "must be 0 < from <= to <= 1")
-
-    def _refuse(self, setting: str, reason: str) -> NoReturn:
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
 
 
 def labels_of_source(source: ImageSource) -> Tensor:
@@ -208,7 +193,7 @@ def global_batch(settings: TrainedSettings, count: int, world: int) -> int:
         reason = f"must divide into even shares for {world} processes"
         if size < settings.batch_size:
             reason += f"; the training images allow {size}"
-        settings._refuse("batch_size", reason)
+        raise settings.error("batch_size", reason)
     return size
 
 
@@ -474,7 +459,7 @@ def _run(
                 losses.clear()
                 if not mean.isfinite().any():
                     at = f"gives a loss of {float(mean[0])} in epoch {batch.epoch + 1}"
-                    s._refuse(training.rate, f"{at}; lower it")
+                    raise s.error(training.rate, f"{at}; lower it")
                 found = accuracies(training, subject, held, accelerator)[0]  # (H,)
                 found[~mean.isfinite()] = -1.0
                 head = int(found.argmax())

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,9 +25,20 @@ from safetensors import SafetensorError
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
+from mim.core.config import FREE, DataConfig
 from mim.core.cpu.linear import use_linear
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import (
+    BelowOne,
+    Between,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Span,
+    is_free,
+)
 from mim.core.keys import seed_of
 from mim.core.progress import RunProgress
 from mim.core.signals import Interrupted, Signals
@@ -37,8 +48,6 @@ from mim.evaluate.dense.pyramid import SCALES
 from mim.evaluate.features import AUTOCAST
 from mim.evaluate.training import State, identity_of
 from mim.model.backbones import (
-    PlainViT,
-    RotaryViT,
     build_backbone,
     family_of,
     load_backbone,
@@ -56,93 +65,72 @@ if TYPE_CHECKING:
 class DenseSettings(AnySettings):
     """Settings that segmentation and detection share."""
 
-    path: str = ""
+    path: str = field(default="", metadata=FREE)
     """Folder of the images; see ``source``."""
     classes: tuple[str, ...] = ()
     """Names of the classes."""
-    image_size: tuple[int, ...] = (512, 512)
+    image_size: tuple[Count, Count] = (512, 512)
     """(height, width) of what the encoder reads; position embeddings are interpolated to it."""
     freeze: bool = False
     """Whether the encoder stays as it is and only the head is trained."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training images."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images a step; all where there are fewer training images."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: NonNegative = 1.0
     """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    layer_decay: float = 0.75
+    layer_decay: Share = 0.75
     """Factor of the learning rate from each layer of the encoder to the one before it."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first. None if frozen."""
-    scale: tuple[float, ...] = (0.5, 2.0)
+    scale: Span = (0.5, 2.0)
     """From and to of the random scale of a training image."""
     flip: bool = True
     """Whether half of the training images are mirrored left to right."""
-    width: int = 256
+    width: Count = 256
     """Channels of the head."""
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     """Sizes of the pyramid's maps over that of the grid of patches, descending."""
-    held_out: float = 0.1
+    held_out: Between = 0.1
     """Share of the training images on which the best epoch is chosen."""
-    measure_every: int = 1
+    measure_every: Count = 1
     """Epochs between two measurements on them; the last epoch is always measured."""
     mean: tuple[float, ...] = ()
     """Mean of each channel by which images are normalised; by default as in pre-training."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, likewise."""
-    weights: str = ""
+    weights: str = field(default="", metadata=FREE)
     """File of a trained model of the same settings: it is measured on val, nothing is trained."""
-    checkpoint_every: int = 1
+    checkpoint_every: Natural = field(default=1, metadata=FREE)
     """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
     need a run folder."""
-    save: bool = True
+    save: bool = field(default=True, metadata=FREE)
     """Whether the trained model is written into the run folder."""
-    pictures: int = 4
+    pictures: Natural = field(default=4, metadata=FREE)
     """Images of val that are drawn with truth and prediction into the run folder."""
 
     def __post_init__(self) -> None:
-        for setting in ("epochs", "batch_size", "lr", "width", "measure_every"):
-            self._positive(setting, getattr(self, setting))
-        for setting in ("warmup_epochs", "weight_decay", "pictures", "checkpoint_every"):
-            if not getattr(self, setting) >= 0:
-                self.refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self.refuse("layer_decay", "must be above 0 and at most 1")
-        if not 0 <= self.drop_path < 1:
-            self.refuse("drop_path", "must be at least 0 and below 1")
-        if not 0 < self.held_out < 1:
-            self.refuse("held_out", "must lie between 0 and 1")
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            self.refuse("image_size", "must be a height and a width above 0")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            self.refuse("scale", "must be 0 < from <= to")
+        super().__post_init__()
         known = all(scale in SCALES for scale in self.scales)
         if not self.scales or not known or list(self.scales) != sorted(self.scales, reverse=True):
-            self.refuse("scales", f"must be some of {SCALES}, descending")
-        if not all(isinstance(name, str) and name for name in self.classes):
-            self.refuse("classes", "must be names")
+            raise self.error("scales", f"must be some of {SCALES}, descending")
+        if not all(self.classes):
+            raise self.error("classes", "must be names")
         if len(set(self.classes)) < len(self.classes):
-            self.refuse("classes", "names a class twice")
-        for setting in ("mean", "std"):
-            if not all(isinstance(value, (int, float)) for value in getattr(self, setting)):
-                self.refuse(setting, "must be numbers")
+            raise self.error("classes", "names a class twice")
         if len(self.mean) != len(self.std):
-            self.refuse("mean", "must have as many values as std")
+            raise self.error("mean", "must have as many values as std")
         if self.weights and not Path(self.weights).is_file():
-            self.refuse("weights", "is no file")
+            raise self.error("weights", "is no file")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of what the encoder reads."""
         return self.image_size[0], self.image_size[1]
-
-    def refuse(self, setting: str, reason: str) -> None:
-        """Raises the error for a setting that cannot be used."""
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
 
 
 def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
@@ -155,12 +143,14 @@ def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
     if encoder.vit is None or encoder.model is None:
         raise UserError(f"evaluation {settings.name}: how {encoder.name} was built is not known")
     kind = family_of(encoder.vit)
-    if not isinstance(kind, (PlainViT, RotaryViT)):
+    if not kind.has_one_grid:
         reason = f"needs a ViT with one grid of patches, and {encoder.name} is a {kind.kind}"
         raise UserError(f"evaluation {settings.name} {reason}")
     patch = patch_size_of(encoder.vit)
     if settings.size[0] % patch[0] or settings.size[1] % patch[1]:
-        settings.refuse("image_size", f"is not divisible by the patch, {patch[0]} x {patch[1]}")
+        raise settings.error(
+            "image_size", f"is not divisible by the patch, {patch[0]} x {patch[1]}"
+        )
     drop = 0.0 if settings.freeze else settings.drop_path
     model = replace(
         encoder.model, backbone_args={**encoder.model.backbone_args, "drop_path_rate": drop}
@@ -181,7 +171,7 @@ def statistics_of(
     channels = encoder.data.channels
     if settings.mean:
         if len(settings.mean) != channels:
-            settings.refuse("mean", f"must have {channels} values, one for each channel")
+            raise settings.error("mean", f"must have {channels} values, one for each channel")
         return settings.mean, settings.std
     if encoder.data.mean is not None and encoder.data.std is not None:
         return encoder.data.mean, encoder.data.std
@@ -318,7 +308,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 # What may differ when a training goes on: it does not change what is computed.
-_FREE = ("path", "download", "weights", "save", "pictures", "checkpoint_every")
 
 
 def state_of(
@@ -339,7 +328,9 @@ def state_of(
     """
     if folder is None or settings.checkpoint_every == 0 or settings.weights:
         return None
-    recipe = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    recipe = {
+        key: value for key, value in asdict(settings).items() if not is_free(type(settings), key)
+    }
     parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
     path = folder / "evaluations" / f"{settings.name}.pt"
     return State(path, json.dumps(parts, sort_keys=True))
@@ -433,7 +424,7 @@ def fit(
                 mean = float(torch.stack(losses).mean())
                 losses.clear()
                 if not math.isfinite(mean):
-                    settings.refuse("lr", f"gives a loss of {mean} in epoch {done}; lower it")
+                    raise settings.error("lr", f"gives a loss of {mean} in epoch {done}; lower it")
                 rate = (step - start) * batches.config.batch_size / (time.monotonic() - began)
                 progress.update(step, mean, rate)
                 if done % settings.measure_every == 0 or done == settings.epochs:

@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from mim.core.fields import Positive
 from mim.core.keys import seed_of
 from mim.data import Batch, ImageSource
-from mim.evaluate.base import EncoderEvaluation
+from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import check_pool
 from mim.evaluate.training import (
@@ -41,14 +43,9 @@ from mim.training.optim import Schedule
 class FrozenSettings(TrainedSettings):
     """Settings that the trained probes share."""
 
-    base_lr: tuple[float, ...] = (0.1,)
+    base_lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (0.1,)
     """Peak learning rates for a batch of 256, scaled with the batch size: a head is trained with
     each, and the best is chosen."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._not_empty("base_lr")
-        self._positive("base_lr", *self.base_lr)
 
 
 class Heads(nn.Module):

@@ -65,6 +65,8 @@ class Family(ABC):
     """Whether every block returns a token for each patch, as wide as the last block does."""
     takes_padding: bool = True
     """Whether images of a batch may show different numbers of patches under ``drop``."""
+    has_one_grid: bool = False
+    """Whether it is a ViT with one grid of patches from the first block to the last."""
     takes_sizes: bool = False
     """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
