@@ -136,6 +136,8 @@ def _evaluate(args: list[str]) -> int:
     lost = "of several processes: seconds after which one that others wait for is lost; 600"
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help=lost)
     parser.add_argument("--json", metavar="FILE", help="also write all numbers to this file")
+    own = "Python files or modules that register evaluations or components of your own"
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
     options = parser.parse_args(args)
     if options.timeout is not None and not 0 < options.timeout < math.inf:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
@@ -144,6 +146,7 @@ def _evaluate(args: list[str]) -> int:
 
     if options.json:
         checkpoint.prepare_folder(Path(options.json).parent, "--json")
+    from mim.core.plugins import import_plugin
     from mim.evaluate import (
         EVALUATIONS,
         TIMEOUT,
@@ -154,6 +157,11 @@ def _evaluate(args: list[str]) -> int:
     )
     from mim.training.settings import load_config
 
+    for plugin in options.plugins:
+        import_plugin(plugin)
+    for spec in [*options.run, *([options.like] if options.like else [])]:
+        if (Path(spec) / "config.yaml").is_file():
+            checkpoint.read_config(spec)  # its plug-ins may bring the evaluation
     for name in names:
         EVALUATIONS.get(name)
     given = _settings_file(options.settings) if options.settings else {}
@@ -1043,6 +1051,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         _say(f"mim {__version__}")
         return 0
+    if "--trust" in args:  # of every verb: plug-ins of run folders from elsewhere may run
+        from mim.core.plugins import trust_all
+
+        args.remove("--trust")
+        trust_all()
     try:
         if args[0] not in VERBS:
             from mim.core.errors import choice_error

@@ -29,7 +29,8 @@ from mim.core.config import Config
 from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.lock import InUse, in_use, sole_use
-from mim.core.settings import flatten, read_args, to_dict, to_yaml
+from mim.core.plugins import beside, keep_plugins
+from mim.core.settings import leaves, read_args, to_dict, to_yaml
 from mim.core.signals import between_imports, hear, start_server
 from mim.training import checkpoint
 from mim.training.settings import checked, load_config
@@ -91,7 +92,7 @@ class CompareConfig:
                     raise setting_error(setting, key, "is an axis already")
 
     def _check_key(self, setting: str, key: str) -> None:
-        known = flatten(to_dict(self.base))
+        known = leaves(Config)
         if key not in known and not key.startswith("model.backbone_args."):
             raise choice_error(setting, key, known)
         if key in ("output", "resume"):
@@ -147,7 +148,7 @@ def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[last] = value
     return load_config(None, tree)
 
@@ -263,7 +264,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         encoder = run_encoder(run) if evaluations else None
     else:
         checkpoint.prepare_folder(run)
-        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(item.config))
+        checkpoint.write_config(run, item.config)
         untrained = item.kind == "untrained"
         if item.given:
             encoder = _on_images_of(run_encoder(Path(item.given)), item.config)
@@ -483,6 +484,11 @@ def _compare(config: CompareConfig, command: str, show: str, launch: Launch) -> 
     from mim.report import write_report
 
     output = Path(config.output)
+    # All runs load these copies: a file that is edited meanwhile reaches none of them.
+    kept = keep_plugins(config.base.plugins, output)
+    shown = replace(config, base=replace(config.base, plugins=kept))
+    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
+    config = replace(config, base=replace(config.base, plugins=copies))
     planned = plan(config)
     built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
     for item in planned:
@@ -506,7 +512,7 @@ def _compare(config: CompareConfig, command: str, show: str, launch: Launch) -> 
         ],
     }
     checkpoint.write_json_atomic(output / "comparison.json", overview)
-    checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
+    checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(shown))
 
     with _signals_interrupt():
         failed = _run_all(planned, states, config.evaluations, output, show, launch)

@@ -27,7 +27,10 @@ from mim.core.fields import (
     Share,
     Span,
     SpanToOne,
+    build,
 )
+from mim.core.plugins import import_plugin
+from mim.core.settings import to_dict
 
 FREE = {"free": True}
 """Metadata of what may change when a run goes on: it changes nothing that is computed, but for
@@ -491,8 +494,9 @@ class Config(Settings):
     """The run folder."""
     resume: Literal["never", "auto"] = field(default="never", metadata=FREE)
     """never refuses a folder that holds a run; auto goes on from its newest checkpoint."""
-    plugins: tuple[str, ...] = field(default=(), metadata=FREE)
-    """Python modules or files imported first: they register your own components."""
+    plugins: tuple[str, ...] = ()
+    """Python modules or files imported first: they register your own components. Files are copied
+    into the run folder, and a run goes on with the same code only."""
     data: DataConfig = field(default_factory=DataConfig)
     """Which images, and how they reach the model."""
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -508,7 +512,18 @@ class Config(Settings):
     log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
     """Trackers."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.plugins:
+            return super().__reduce_ex__(protocol)
+        return _with_plugins, (to_dict(self),)  # another process must import them first
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train.shard and self.online_probe.enabled:
             raise setting_error("train.shard", True, "does not work with online_probe.enabled")
+
+
+def _with_plugins(tree: dict[str, Any]) -> Config:
+    for plugin in tree["plugins"]:
+        import_plugin(plugin)
+    return build(Config, tree)

@@ -23,7 +23,7 @@ from mim import moved
 from mim.core.errors import UserError
 from mim.core.fields import build, fit, hints
 from mim.core.files import dump_yaml, parse_yaml
-from mim.core.plugins import import_plugin
+from mim.core.plugins import beside, check_trust, import_plugin
 
 T = TypeVar("T")
 
@@ -67,32 +67,58 @@ def dotted(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tree(
-    kind: type[T], files: Sequence[str | Path], settings: Mapping[str, Any] | None = None
+    kind: type[T],
+    files: Sequence[str | Path],
+    settings: Mapping[str, Any] | None = None,
+    trust: bool | None = None,
 ) -> T:
     """A config from YAML files and dotted settings above them; later ones override.
 
     The plug-ins that they name are imported first, since they bring settings of their own.
 
+    Args:
+        kind: of the config.
+        files: YAML files.
+        settings: dotted key to value.
+        trust: whether plug-ins of a run folder from elsewhere may run; None asks only where a file
+            lies in a run folder, and else takes what the user names.
+
     Raises:
-        UserError: for an unknown key or a value that is refused.
+        UserError: for an unknown key, a value that is refused, or plug-ins that may not run.
     """
     tree: dict[str, Any] = {}
     for file in files:
         loaded = read_mapping(file)
         _check_kind(loaded, file, kind)
+        _find_plugins(loaded, Path(file), trust)
         _merge(tree, loaded, kind)
     settings = settings or {}
     for key in [key for key in settings if key in ("plugins", "base.plugins")]:
         _assign(tree, key, settings[key], kind)
-    for block in (tree, tree.get("base")):
-        given = block.get("plugins") if isinstance(block, Mapping) else None
-        for plugin in fit("plugins", given or (), tuple[str, ...]):
+    for block in _with_plugins(tree):
+        for plugin in fit("plugins", block["plugins"], tuple[str, ...]):
             import_plugin(plugin)
     for key, value in settings.items():
         if not _is_setting(kind, key):
             raise _unknown(kind, key)
         _assign(tree, key, value, kind)
     return build(kind, tree)
+
+
+def _with_plugins(tree: Mapping[str, Any]) -> list[Any]:
+    """The mappings in a tree of settings that name plug-ins."""
+    blocks = [block for block in (tree, tree.get("base")) if isinstance(block, dict)]
+    return [block for block in blocks if block.get("plugins") is not None]
+
+
+def _find_plugins(loaded: dict[str, Any], file: Path, trust: bool | None) -> None:
+    """Turn the plug-ins that a file names into paths; those of a run folder must be trusted."""
+    for block in _with_plugins(loaded):
+        named = fit("plugins", block["plugins"], tuple[str, ...])
+        block["plugins"] = [beside(plugin, file) for plugin in named]
+        made = ("result.json", "metrics.jsonl", "checkpoints", "comparison.json")
+        if trust is not None or any((file.parent / name).exists() for name in made):
+            check_trust(block["plugins"], file.parent, bool(trust))
 
 
 def _check_kind(loaded: Mapping[str, Any], path: str | Path, kind: type) -> None:
@@ -239,6 +265,8 @@ def explanations(kind: type) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -247,8 +275,18 @@ def _plain(value: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain mappings, lists and scalars."""
-    return _plain(dataclasses.asdict(config))
+    """A config as plain mappings, lists and scalars.
+
+    What a plug-in adds and nobody uses is left out: others that know no such plug-in can read it.
+    """
+    used = (getattr(config, "name", None), getattr(config, "source", None))
+    tree = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_own = not dataclasses.is_dataclass(value) or type(value).__module__.startswith("mim.")
+        if is_own or field.name in used or value != type(value)():
+            tree[field.name] = _plain(value)
+    return tree
 
 
 def to_yaml(config: Any) -> str:

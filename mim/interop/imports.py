@@ -19,7 +19,7 @@ from torch import Tensor
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.files import parse_yaml
-from mim.core.settings import flatten, to_dict, to_yaml
+from mim.core.settings import flatten, to_dict
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry, some
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
 from mim.interop.files import Weights, file_digest, read_weights
@@ -618,7 +618,7 @@ def import_run(
     checkpoint.prepare_folder(output, "--output")
     state = imported.model.state_dict()
     details = {"backbone": config.model.backbone, "source": str(imported.source.name)}
-    checkpoint.write_text_atomic(output / "config.yaml", to_yaml(config))
+    checkpoint.write_config(output, config)
     origin = {
         "file": str(imported.source),
         "sha256": file_digest(imported.source),

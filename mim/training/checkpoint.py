@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mim.core.config import Config
 from mim.core.errors import TrainingError, UserError
 from mim.core.fields import is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
@@ -30,8 +30,9 @@ from mim.core.files import (  # noqa: F401  (part of this module's interface)
     write_json_atomic,
     write_text_atomic,
 )
-from mim.core.settings import flatten, to_dict
-from mim.training.settings import read_args
+from mim.core.plugins import identity, keep_plugins
+from mim.core.settings import flatten, to_dict, to_yaml
+from mim.training.settings import Config, read_tree
 
 FORMAT = 1
 TASK = "mim_task"
@@ -40,16 +41,30 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
 
 
-def read_config(run: str | Path) -> Config:
-    """The config of a run folder.
+def write_config(run: Path, config: Config) -> None:
+    """Write ``config.yaml`` into a run folder, and copies of the plug-ins that it names.
 
     Raises:
-        UserError: if there is none.
+        UserError: if a plug-in differs from the copy that is there already.
+    """
+    kept = keep_plugins(config.plugins, run)
+    write_text_atomic(run / "config.yaml", to_yaml(replace(config, plugins=kept)))
+
+
+def read_config(run: str | Path, trust: bool = False) -> Config:
+    """The config of a run folder; its plug-ins are imported.
+
+    Args:
+        run: the folder.
+        trust: whether they may run though they never have on this machine.
+
+    Raises:
+        UserError: if there is none, or its plug-ins are not to be trusted.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
-    config = read_args(Config, ["--config", str(path)])
+    config = read_tree(Config, [path], trust=trust)
     # What only training needs (a file of masks, a teacher's weights) may be gone by now.
     return config
 
@@ -276,6 +291,7 @@ def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]
 def fingerprint(config: Config) -> dict[str, Any]:
     """Dotted settings that decide what is computed."""
     flat = flatten(to_dict(config))
+    flat["plugins"] = [identity(plugin) for plugin in config.plugins]
     return {key: value for key, value in flat.items() if not is_free(Config, key)}
 
 
@@ -292,10 +308,18 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     """
     now = fingerprint(config)
     # A setting that did not exist yet had what is the default now.
-    defaults = fingerprint(Config())
+    defaults = {**fingerprint(Config()), "plugins": now["plugins"]}
     # One that a later version found to change nothing may differ.
     told = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
+    if saved["plugins"] != now["plugins"]:
+        changed = {*saved["plugins"]} ^ {*now["plugins"]}
+        names = sorted({name.split()[0] for name in changed or now["plugins"]})
+        raise UserError(
+            f"resume: {str(run)!r} was begun with other code: plug-in {', '.join(names)} was "
+            f"added, left out or edited since; its copy is in {run / 'plugins'}. Choose another "
+            "output"
+        )
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*saved, *now})

@@ -29,7 +29,7 @@ from mim.core.files import remove_leftovers
 from mim.core.keys import image_keys, seed_of
 from mim.core.lock import sole_use
 from mim.core.progress import RunProgress, note
-from mim.core.settings import to_dict, to_yaml
+from mim.core.settings import to_dict
 from mim.core.signals import Interrupted, Signals
 from mim.data import (
     ImageSource,
@@ -258,7 +258,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     trackers = start_trackers(accelerator, config, start)
     metrics = Metrics(run / "metrics.jsonl", start) if main else None
     if main and saved is None:
-        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+        checkpoint.write_config(run, config)
         if config.data.subset.chooses:
             write_list(run / "subset_train.txt", train)
             write_list(run / "subset_val.txt", val)

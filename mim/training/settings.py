@@ -11,7 +11,7 @@ from mim.core.config import Config
 from mim.core.settings import dotted, import_plugin, read_args, read_tree
 from mim.model import check_config  # registers masks, regimes, decoders and targets
 
-__all__ = ["Config", "checked", "load_config", "read_args"]
+__all__ = ["Config", "checked", "load_config", "read_args", "read_tree"]
 
 
 def load_config(
