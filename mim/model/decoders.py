@@ -26,6 +26,7 @@ from mim.model.attention import key_bias
 from mim.model.backbones import block_at, sincos_position_embedding
 from mim.model.packing import Packing
 from mim.model.regimes import Latents, Regime, place_tokens
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class DecoderContext:
     num_prefix: int
 
 
-class Decoder(nn.Module, ABC):
+class Decoder(WithTerms, nn.Module, ABC):
     """Base class.
 
     Args:

@@ -22,6 +22,7 @@ from mim.masks import PatchMask
 from mim.model.attention import causal, key_bias, to_additive
 from mim.model.backbones import Embedded, Family, family_of
 from mim.model.packing import Packing
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class RegimeContext:
     seed: int = 0
 
 
-class Regime(nn.Module, ABC):
+class Regime(WithTerms, nn.Module, ABC):
     """Encodes images under a mask with a backbone it does not own.
 
     A new regime defines :meth:`inputs` and says by its flags what it does to the tokens.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mim.core.config import TargetConfig
 from mim.core.patches import Images, values_at
 from mim.core.registry import Registry
+from mim.masks import PatchMask
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Teacher(Protocol):
         ...
 
 
-class Target(nn.Module, ABC):
+class Target(WithTerms, nn.Module, ABC):
     """Turns images into what the decoder must predict.
 
     Args:
@@ -114,10 +116,26 @@ class Target(nn.Module, ABC):
         colours = principal_colours(prediction, target, channels)  # (B, N, C)
         return colours.to(images.dtype).repeat(1, 1, height * width)  # (B, N, P)
 
-    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def distance(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        images: Images | None = None,
+        ids: Tensor | None = None,
+        mask: PatchMask | None = None,
+    ) -> Tensor:
         """(..., dim) twice -> (...), the mean over a patch's values, in float32 at least.
 
         ``cosine`` is 1 minus the cosine similarity of the two vectors; of a zero vector, 1.
+
+        Args:
+            prediction: (B, M, dim).
+            target: (B, M, dim).
+            images: (B, C, H, W), normalised; this and what follows is for targets that weigh
+                patches by what they show or where they lie.
+            ids: (B, M) int64, which patches they are; None for all N in order.
+            mask: (B, N), what is hidden.
         """
         if prediction.dtype.itemsize < 4:  # half precision loses the small differences
             prediction = prediction.float()
