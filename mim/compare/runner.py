@@ -484,17 +484,12 @@ def _compare(config: CompareConfig, command: str, show: str, launch: Launch) -> 
     from mim.report import write_report
 
     output = Path(config.output)
-    # All runs load these copies: a file that is edited meanwhile reaches none of them.
-    kept = keep_plugins(config.base.plugins, output)
-    shown = replace(config, base=replace(config.base, plugins=kept))
-    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
-    config = replace(config, base=replace(config.base, plugins=copies))
     planned = plan(config)
     built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
     for item in planned:
         if item.kind != "pixels":
             check_files(built, Path(item.config.output))
-    planned = _check_data(planned, config)
+    planned, shown = _with_copies(_check_data(planned, config), config)
     todo = _evaluations_key(config.evaluations)
     states = {item.folder: _state(item, todo) for item in planned}
     overview = {
@@ -522,6 +517,22 @@ def _compare(config: CompareConfig, command: str, show: str, launch: Launch) -> 
         names = ", ".join(failed)
         print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
     return report
+
+
+def _with_copies(
+    planned: list[Planned], config: CompareConfig
+) -> tuple[list[Planned], CompareConfig]:
+    """All runs load the comparison's copies of plug-ins: a later edit reaches none of them."""
+    output, own = Path(config.output), config.base.plugins
+    kept = keep_plugins(own, output)
+    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
+    held = [
+        replace(item, config=replace(item.config, plugins=copies))
+        if item.config.plugins == own
+        else item
+        for item in planned
+    ]
+    return held, replace(config, base=replace(config.base, plugins=kept))
 
 
 def _track(config: CompareConfig, output: Path) -> None:

@@ -48,6 +48,10 @@ class ComponentSettings(Settings):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Another process may know fewer plug-ins; what nobody uses does not travel.
+        return build, (type(self), to_dict(self))
+
 
 @dataclass(frozen=True)
 class SubsetConfig(Settings, where="data.subset"):
@@ -513,8 +517,6 @@ class Config(Settings):
     """Trackers."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if not self.plugins:
-            return super().__reduce_ex__(protocol)
         return _with_plugins, (to_dict(self),)  # another process must import them first
 
     def __post_init__(self) -> None:

@@ -52,9 +52,9 @@ def import_plugin(plugin: str) -> None:
     if not path.is_file():
         raise UserError(f"plugins: {plugin!r} is not a file")
     name = f"mim_plugin_{path.stem}_{_digest(plugin)[:16]}"
+    _note(plugin)
     if name in sys.modules:
         return
-    _note(plugin)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -312,13 +312,12 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     # One that a later version found to change nothing may differ.
     told = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
-    if saved["plugins"] != now["plugins"]:
-        changed = {*saved["plugins"]} ^ {*now["plugins"]}
-        names = sorted({name.split()[0] for name in changed or now["plugins"]})
+    code = [{name.split()[0]: name for name in side.pop("plugins")} for side in (saved, now)]
+    edited = [name for name in code[0] if code[1].get(name, code[0][name]) != code[0][name]]
+    if edited:
         raise UserError(
-            f"resume: {str(run)!r} was begun with other code: plug-in {', '.join(names)} was "
-            f"added, left out or edited since; its copy is in {run / 'plugins'}. Choose another "
-            "output"
+            f"resume: {str(run)!r} was begun with other code: plug-in {', '.join(edited)} was "
+            f"edited since; its copy is in {str(run / 'plugins')!r}. Choose another output"
         )
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"

@@ -107,7 +107,7 @@ def test_a_run_keeps_its_code(
     text = MASK.format(name="kept_one", says="another thing", default=3)
     file.write_text(text.replace('register("kept_one"', 'register("kept_two"'))
     outcome = mim("pretrain", *args, "--resume", "auto", "--mask.name", "kept_two")
-    assert outcome.code == 2 and "other code: plug-in keep was added" in outcome.line
+    assert outcome.code == 2 and "other code: plug-in keep was edited" in outcome.line
     outcome = mim("evaluate", "knn", run, "--set", "few_shot=[]", "--plugins", file)
     assert outcome.code == 0, outcome.err
 
