@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "mim.api": "mim.model.encode",
     "mim.backbone": "mim.model.backbones",
     "mim.checkpoint": "mim.training.checkpoint",
     "mim.config": "mim.core.config",
@@ -34,6 +33,13 @@ MOVED = {
 }
 
 NAMES = {
+    "mim.compare": {"compare": "mim.api"},
+    "mim.compare.runner": {
+        "compare": "mim.api",
+        "read_compare_config": "mim.compare.plan",
+        "server_context": "mim.compare.launchers",
+        "SERVER_MODULES": "mim.compare.launchers",
+    },
     "mim.core.config": {
         "AlignedMaskConfig": "mim.masks.patterns:AlignedSettings",
         "AttentionMaskConfig": "mim.masks.guided:AttentionSettings",
@@ -58,7 +64,7 @@ NAMES = {
         "load_config": "mim.training.settings",
     },
 }
-"""Names that have moved to another module."""
+"""Names that have left a module which is still there; it asks :func:`attribute`."""
 
 
 def attribute(module: str, name: str) -> Any:

@@ -18,17 +18,21 @@ import yaml
 from PIL import Image
 
 import mim
-from mim.cli.main import _BENCH, VERBS
-from mim.cli.parsing import ParserTaken, VerbParser
-from mim.compare.runner import read_compare_config
+from mim.api import read_compare_config
+from mim.cli.main import VERBS
+from mim.cli.options import VerbGroup
 from mim.core.config import Config
 from mim.core.settings import checked, read_args
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs that stand before ours, and those that are known and not ours.
-_LAUNCHERS = ("accelerate", "srun", "torchrun")
+_LAUNCHERS = ("accelerate", "python", "srun", "torchrun")
 _OTHERS = ("source", "pip")
 
 
@@ -66,33 +70,18 @@ def commands(text: str) -> Iterator[list[str]]:
 def check_verb(verb: str, args: list[str]) -> None:
     """The command's options exist, and its config is one that can run."""
     assert verb in VERBS, verb
+    found = VERBS[verb]
+    if isinstance(found, VerbGroup):
+        what, *args = args
+        found = found.verbs[what]
+    options = found.parse([arg for arg in args if arg != "--print_config"])
     if verb == "pretrain":
-        kept = [arg for arg in args if arg != "--print_config"]
+        kept = list(options.settings)
+        if kept[1].startswith("runs/"):  # the config of a run that the page has made before
+            kept = kept[2:]
         checked(read_args(Config, kept))
     elif verb == "compare":
-        flags = VerbParser(prog="", add_help=False, allow_abbrev=False)
-        flags.add_argument("--show")
-        for flag in ("--json", "--jobs", "--launcher"):
-            flags.add_argument(flag)
-        flags.add_argument("--slurm", nargs="+")
-        _, rest = flags.parse_known_args(args)
-        checked(read_compare_config(rest).base)
-    else:
-        call = VERBS[verb]
-        if verb == "bench":
-            (what, *args), follow = args, ("step", "grow", "data", "scale")
-            call, verb = _BENCH[what], "config" if what in follow else what
-        VerbParser.taking = True
-        try:
-            call(args)
-        except ParserTaken as taken:
-            parser = taken.parser
-        finally:
-            VerbParser.taking = False
-        if verb in ("import", "data", "config"):  # settings of a config follow
-            parser.parse_known_args(args)
-        else:
-            parser.parse_args(args)
+        checked(read_compare_config(options.settings).base)
 
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=name)
@@ -107,6 +96,8 @@ def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             words = ["bash", next(word for word in words if launch in word)]
         if words[0] in _LAUNCHERS:
             words = words[words.index("-m") + 1 :]
+        if words[:2] == ["mim", "--help"]:
+            continue
         if words[0] == "mim":
             check_verb(words[1], words[2:])
         elif words[0] == "bash":
@@ -146,7 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(folder / "runs" / "photos"),
         "data.source": "imagefolder",
         "data.path": str(folder / "photographs"),
-        "data.image_size": 16,
+        "data.image_size": 32,
         "data.batch_size": 8,
         "model.backbone_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
         "model.decoder.transformer": {"width": 16, "depth": 1, "heads": 2},
@@ -201,7 +192,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_that_the_docs_name_exist() -> None:
-    pattern = re.compile(r"`((?:configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
+    pattern = re.compile(r"`((?:benchmarks|configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
     for page in PAGES:
         for target in pattern.findall(page.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
@@ -224,6 +215,49 @@ def test_settings_that_the_docs_name_exist() -> None:
             assert whole in groups or is_method, f"{page.name}: {whole}"
 
 
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8000
+
+
+def test_every_component_has_a_row() -> None:
+    """No generator, regime, decoder, target, source, verb or evaluation is missing in the docs."""
+    from mim.data import SOURCES
+    from mim.evaluate import EVALUATIONS
+    from mim.masks.generators import MASKS
+    from mim.model.decoders import DECODERS
+    from mim.model.regimes import REGIMES
+    from mim.model.targets import TARGETS
+
+    docs = ROOT / "docs"
+    evaluations = ("probes", "finetune", "dense", "robustness")
+    components = [
+        name
+        for registry in (MASKS, REGIMES, DECODERS, TARGETS)
+        for name in registry
+        if registry.get(name).__module__.startswith("mim.")  # not those of a page's example
+    ]
+    tables = {
+        "reference/components.md": components,
+        "howto/data.md": [*SOURCES],
+        "reference/commands.md": [f"mim {verb}" for verb in VERBS],
+    }
+    for page, names in tables.items():
+        rows = " ".join(re.findall(r"^\|.*\|$", (docs / page).read_text(), re.MULTILINE))
+        assert [name for name in names if f"`{name}" not in rows] == [], page
+    text = "".join((docs / "howto" / f"{page}.md").read_text() for page in evaluations)
+    assert [
+        name
+        for name in EVALUATIONS
+        if f"mim evaluate {name}" not in text and f"| `{name}`" not in text
+    ] == []
+
+
+def test_search_finds_what_newcomers_look_for() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for word in ("unlabelled", "DICOM", "ViT-S", "ImageNet-100", "ut of memory", "openmim"):
+        assert word in text, word
+
+
 @pytest.mark.slow  # .ci/run builds the site itself
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     config = pytest.importorskip("mkdocs.config", reason="mkdocs is not installed")
@@ -233,6 +267,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
 
     loaded = config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
     build(loaded)
-    reference = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    masks = tmp_path / "reference" / "settings" / "mask" / "index.html"
+    reference = masks.read_text(encoding="utf-8")
     assert "Share of the patches that is hidden" in reference
     assert "PatchMask" in (tmp_path / "reference" / "python" / "index.html").read_text()

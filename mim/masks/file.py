@@ -101,7 +101,7 @@ class FileMask(MaskGenerator):
         self._read: tuple[Grid, _Masks] | None = None
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`.
+        """Look the masks up.
 
         Raises:
             UserError: if an image has no mask; names its id.
@@ -119,7 +119,6 @@ class FileMask(MaskGenerator):
         return masks.flags[masks.rows[place]].to(device)  # (B, N)
 
     def missing(self, grid: Grid, sample_ids: Tensor) -> Tensor:
-        """See :class:`MaskGenerator`."""
         ids = self._masks(grid).ids
         if ids is None:
             return super().missing(grid, sample_ids)
@@ -136,7 +135,6 @@ class FileMask(MaskGenerator):
         self._masks(grid)
 
     def check_sizes(self) -> None:
-        """See :class:`MaskGenerator`."""
         reason = "has masks for images of one size, and data.aspect is keep"
         raise setting_error("mask.name", self.name, reason)
 

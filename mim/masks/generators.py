@@ -255,13 +255,11 @@ class RankedMask(MaskGenerator):
         """(B, N) int64, each row a permutation of 0..N-1; low ranks are hidden first."""
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
-        """See :class:`MaskGenerator`."""
         patches = grid[0] * grid[1]
         visible = patches - hidden_count(high, patches), patches - hidden_count(low, patches)
         return visible if visible[0] == visible[1] else None
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         return self.ranks(request) < request.counts()[:, None]
 
 
@@ -289,7 +287,6 @@ class RandomMask(RankedMask):
     """Hides patches uniformly at random, without replacement (MAE, arXiv:2111.06377)."""
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         noise = random_bits(request.keys, request.num_patches)  # (B, N)
         return noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 

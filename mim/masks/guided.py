@@ -49,7 +49,6 @@ class AttentionMask(RankedMask):
     needs_attention = True
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         assert request.attention is not None  # the base class asks for it
         settings = self.settings
         score = request.attention.double().clamp(min=1e-30).log()  # (B, N)
@@ -120,7 +119,6 @@ class LearnedMask(RankedMask):
             return PatchScorer(channels, self.patch_size, self.settings.width)
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         assert request.logits is not None  # the base class asks for it
         score = F.logsigmoid(request.logits.double())  # (B, N)
         if self.settings.sampling == "gumbel":

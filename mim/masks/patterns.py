@@ -87,7 +87,6 @@ class BlockMask(MaskGenerator):
     settings: BlockSettings
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         keys = request.keys
         missing = request.counts()  # (B,)
         failures = torch.zeros_like(missing)
@@ -178,7 +177,6 @@ class GridMask(RankedMask):
     """
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         rows, cols = request.grid
         keys = request.keys
         side = 1 << (max(rows, cols) - 1).bit_length()
@@ -236,7 +234,6 @@ class AlignedMask(MaskGenerator):
         return height, width
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         height, width = self._unit(request.grid)
         rows, cols = request.grid[0] // height, request.grid[1] // width
         units = rows * cols
@@ -245,14 +242,12 @@ class AlignedMask(MaskGenerator):
         return hidden.reshape(len(hidden), -1)  # (B, N)
 
     def check_sizes(self) -> None:
-        """See :class:`MaskGenerator`."""
         if self.settings.size != self.patch_size:
             reason = "does not divide the grid of every image with data.aspect=keep"
             unit = self.settings.unit
             raise setting_error("mask.aligned.unit", unit, f"{reason}; choose one patch")
 
     def check(self, grid: Grid) -> None:
-        """See :class:`MaskGenerator`."""
         height, width = self._unit(grid)
         rows, cols = grid[0] // height, grid[1] // width
         self.check_units((rows, cols), rows * cols, "mask unit")
@@ -263,13 +258,11 @@ class ColumnMask(MaskGenerator):
     """Whole columns of patches, uniformly at random; the count is exact in columns."""
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         rows, cols = request.grid
         hidden = _shuffled(request.keys, cols) < request.counts(cols)[:, None]  # (B, cols)
         return hidden[:, None, :].expand(-1, rows, cols).flatten(1)
 
     def check(self, grid: Grid) -> None:
-        """See :class:`MaskGenerator`."""
         self.check_units(grid, grid[1], "column")
 
 
@@ -278,13 +271,11 @@ class RowMask(MaskGenerator):
     """Whole rows of patches, uniformly at random; the count is exact in rows."""
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         rows, cols = request.grid
         hidden = _shuffled(request.keys, rows) < request.counts(rows)[:, None]  # (B, rows)
         return hidden[:, :, None].expand(-1, rows, cols).flatten(1)
 
     def check(self, grid: Grid) -> None:
-        """See :class:`MaskGenerator`."""
         self.check_units(grid, grid[0], "row")
 
 
@@ -312,7 +303,6 @@ class InverseBlockMask(MaskGenerator):
     settings: InverseBlockSettings
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """See :class:`MaskGenerator`."""
         settings = self.settings
         rows, cols = request.grid
         drawn = uniforms(request.keys, 5, _SHAPES)  # (B, 5)
@@ -363,7 +353,6 @@ class MultiblockMask(RankedMask):
     settings: MultiblockSettings
 
     def ranks(self, request: MaskRequest) -> Tensor:
-        """See :class:`RankedMask`."""
         settings, keys = self.settings, request.keys
         rows, cols = request.grid
         drawn = uniforms(keys, 3 * (1 + settings.targets), _SHAPES)  # (B, 3 + 3 T)

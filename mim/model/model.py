@@ -353,7 +353,7 @@ def check_config(config: Config) -> None:
         UserError: as :func:`build_model`, and where training needs a package that is not there.
     """
     if config.train.precision == "fp8" and find_spec("torchao") is None:
-        reason = "needs torchao: pip install 'mim[float8]'; or choose bf16"
+        reason = "needs torchao: pip install -e '.[float8]'; or choose bf16"
         raise setting_error("train.precision", config.train.precision, reason)
     with torch.device("meta"):
         build_model(config)

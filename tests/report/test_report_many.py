@@ -1,26 +1,18 @@
-"""A comparison of many runs: the same tables, and work that does not grow with its square."""
+"""A comparison of many runs has the same tables as one of few."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pytest
-from PIL import Image
-
-from mim.compare.cost.many import write_runs
 from mim.report import read_comparison, write_report
 from mim.report.collect import Comparison, Group
 from mim.report.page import notes
 from mim.report.tables import MOST_DRAWN, MOST_PAIRED, drawn, pairs
 
 Fake = Callable[..., Path]
-Mim = Callable[..., Any]
 
 
 def by_hand(comparison: Comparison) -> list[tuple[str, Group, Group]]:
@@ -90,59 +82,3 @@ def test_the_reference_of_each_group(fake_comparison: Fake) -> None:
 
 def vars_of(comparison: Comparison) -> dict[str, Any]:
     return {name: getattr(comparison, name) for name in Comparison.__dataclass_fields__}
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """Python calls that work takes: the same on any machine."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-@pytest.mark.slow
-def test_work_grows_as_the_runs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the runs, at most a little more than twice the calls; pictures are of a set number."""
-    from mim.report import figures
-
-    monkeypatch.setattr(figures, "draw", lambda chart, forms: dict.fromkeys(forms, b"<svg/>"))
-    counts = {}
-    for runs in (900, 1800):
-        folder = write_runs(tmp_path / str(runs), runs)
-        counts[runs] = calls_of(partial(write_report, folder))
-    assert counts[1800] < 2.2 * counts[900], counts
-
-
-def test_bench_of_many_runs(tmp_path: Path, mim: Mim) -> None:
-    numbers = tmp_path / "numbers.json"
-    done = mim("bench", "report", "--runs", "9,18", "--json", numbers)
-    assert done.code == 0, done.err
-    figures = json.loads(numbers.read_text())
-    assert [row["runs"] for row in figures["rows"]] == [9, 18]
-    assert all(row["report_html_bytes"] > 10_000 for row in figures["rows"])
-    assert set(figures["exponents"]) == set(figures["rows"][0]) - {"runs"}
-    assert "| report html (MiB) |" in done.out
-    assert "at least 1" in mim("bench", "report", "--runs", "0").line
-    folder = write_runs(tmp_path / "runs", 9)
-    comparison = read_comparison(folder)
-    assert len(comparison.groups) == 3 and all(run.finished for run in comparison.runs)
-    page = write_report(folder).read_text()
-    assert "Runs without a result" not in page and "data:image" in page
-    assert Image.open(folder / "figures" / "training_loss.png").format == "PNG"
-
-
-def test_bench_of_many_images(tmp_path: Path, mim: Mim) -> None:
-    numbers = tmp_path / "numbers.json"
-    done = mim("bench", "index", "--images", "200,400", "--json", numbers)
-    assert done.code == 0, done.err
-    rows = json.loads(numbers.read_text())["rows"]
-    assert [row["images"] for row in rows] == [200, 400]
-    assert all(value > 0 for row in rows for value in row.values())

@@ -11,7 +11,7 @@ What is odd and still an image is taken as it is meant:
 - misnamed (a PNG called .jpg): by its content, never by its name.
 
 JPEG is decoded in full, whatever is cut out of it later: on photographs of ImageNet's size the
-reduced sizes of libjpeg save nothing (docs/benchmarks.md).
+reduced sizes of libjpeg save nothing (benchmarks/README.md).
 
 What cannot be decoded whole is :class:`UnreadableImage`, and its reason says why: an empty file,
 one that holds no image, one cut short or damaged (never half an image), one of more than

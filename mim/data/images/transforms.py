@@ -38,9 +38,10 @@ _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """An image as EXIF says it is seen; the same object where that is as it is stored."""
     try:
-        if image.getexif().get(_ORIENTATION, 1) == 1:
+        if image.getexif().get(_ORIENTATION, 1) not in range(2, 9):
             return image
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
@@ -67,7 +68,7 @@ def prepare(image: Picture, channels: int) -> Picture:
         image = Image.fromarray(image[:, :, 0] if given == 1 else image)
     if channels not in _MODES:
         raise setting_error("data.channels", channels, "must be 1, 3 or 4 for this source's images")
-    image = _upright(image)
+    image = upright(image)
     if image.mode == _MODES[channels]:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):

@@ -39,7 +39,7 @@ def huggingface(settings: HuggingFaceSettings, config: DataConfig, split: Split)
     try:
         import datasets  # noqa: F401
     except ImportError as error:
-        raise needs_package("huggingface", "mim[hf]") from error
+        raise needs_package("huggingface", "datasets") from error
     if not config.streaming:
         return HuggingFace(settings, config, split)
     if is_local(config.path, ".parquet"):

@@ -7,7 +7,6 @@ the same bytes whatever the cache. An image that cannot be decoded stays one tha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -216,8 +216,7 @@ def _memory_mapped(source: ImageSource, config: DataConfig, recipe: Recipe) -> M
     root = Path(config.cache_path or Path.home() / ".cache/mim/decoded")
     folder = root / f"{_content(source)}-{config.channels}"
     prepare_folder(folder, "data.cache_path")
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process decodes, the others of a run wait for it
+    with FileLock(folder / "lock"):  # one process decodes, the others of a run wait for it
         if not (folder / "all.npy").is_file():
             try:
                 entry = pack_split(source, folder, "all", recipe, config.workers)

@@ -264,6 +264,25 @@ def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
     return state
 
 
+def misfit_of(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What keeps weights from being loaded into a model with the weights ``own``; empty if nothing.
+
+    It names the first keys that are missing, unknown or of another shape.
+    """
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            return f"{what} {', '.join(keys[:3])}{more}"
+    return ""
+
+
 def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Strict load of timm keys; a classification head in ``state`` is left out.
 
@@ -272,16 +291,8 @@ def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None
     """
     own = vit.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("head.")}
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has other", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(f"{source} does not fit the model: {what} {', '.join(keys[:3])}{more}")
+    misfit = misfit_of(state, own)
+    if misfit:
+        raise UserError(f"{source} does not fit the model: {misfit}")
     if not next(vit.parameters()).is_meta:  # there is nothing to copy into where all fits
         vit.load_state_dict(state)

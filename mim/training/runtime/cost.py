@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,22 +28,36 @@ def count_flops(
     image, and the teacher, where there is one. Attention is counted in its plain form, since the
     counter does not know every fused kernel.
     """
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+
+    def loss() -> Tensor:
+        keys = image_keys(0, epoch, sample_ids, purpose="mask")
+        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
+        return model(images, mask).loss
+
     checkpointing, model.regime.checkpointing = model.regime.checkpointing, False
     training = model.training
-    model.train()
+    found = flops_of(model.train(), loss)
+    model.regime.checkpointing = checkpointing
+    model.train(training)
+    return found[0] // len(images), found[1] // len(images)
+
+
+def flops_of(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
+    """(forward, backward) operations of a loss and its gradients, which are then dropped."""
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):
         with forward:
-            keys = image_keys(0, epoch, sample_ids, purpose="mask")
-            mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
-            loss = model(images, mask).loss
+            value = loss()
         with backward:
-            loss.backward()
-    model.regime.checkpointing = checkpointing
+            value.backward()
     model.zero_grad(set_to_none=True)
-    model.train(training)
-    total = len(images)
-    return forward.get_total_flops() // total, backward.get_total_flops() // total
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has computed what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def resident_bytes() -> int:

@@ -88,6 +88,18 @@ def sizes_of(config: Config) -> Sizes:
     )
 
 
+class Peer(NamedTuple):
+    """A masked autoencoder of another codebase.
+
+    Attributes:
+        model: images (B, C, H, W), normalised -> the scalar loss.
+        encoder_tokens: class token and visible patches of an image.
+    """
+
+    model: nn.Module
+    encoder_tokens: int
+
+
 PeerBuilder = Callable[[Sizes, Path | None], nn.Module]
 """Sizes and the folder of a checkout -> a module that maps images (B, C, H, W) to their loss."""
 
@@ -98,7 +110,7 @@ def _imported(module: str, peer: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = f"needs the package {package} (pip install mim[bench]): {error}"
+        reason = f"needs the package {package} (pip install -e '.[bench]'): {error}"
         raise setting_error("--peer", peer, reason) from error
 
 
@@ -267,7 +279,7 @@ def _facebook_research(sizes: Sizes, path: Path | None) -> nn.Module:
     return _FacebookResearch(sizes, path)
 
 
-def build_peer(name: str, config: Config, path: Path | None = None) -> nn.Module:
+def build_peer(name: str, config: Config, path: Path | None = None) -> Peer:
     """A peer of the sizes of ``config``.
 
     Args:
@@ -275,12 +287,11 @@ def build_peer(name: str, config: Config, path: Path | None = None) -> nn.Module
         config: what it is timed beside.
         path: the checkout, for ``mae``.
 
-    Returns:
-        A module: images (B, C, H, W), normalised -> the scalar loss.
-
     Raises:
         UserError: for an unknown peer, one whose package is missing, or a config that no masked
             autoencoder can follow.
     """
     builder = PEERS.get(name)
-    return builder(sizes_of(config), path)
+    sizes = sizes_of(config)
+    patches = (sizes.image // sizes.patch) ** 2
+    return Peer(builder(sizes, path), 1 + patches - int(sizes.ratio * patches))

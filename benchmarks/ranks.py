@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.scale import Machine, count_work, predict
 from mim.compare.cost.memory import bytes_added, bytes_of, without_talk
-from mim.compare.cost.scaling import Machine, count_work, predict
 from mim.compare.cost.step import LR
-from mim.compare.runner import server_context
+from mim.compare.launchers import server_context
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, setting_error
 from mim.core.keys import image_keys
 from mim.core.signals import end_at_once
@@ -74,7 +74,7 @@ def check_scale(config: Config, processes: int = 2, rounds: int = 5) -> dict[str
     try:
         told = [line.recv() for line in lines]
     except EOFError as error:
-        raise UserError("mim bench scale: one of the processes ended without a word") from error
+        raise UserError("--check: one of the processes ended without a word") from error
     finally:
         for child in children:
             child.join(timeout=10)
@@ -143,7 +143,7 @@ def _serve(line: Connection, rank: int, world: int, port: int, config: Config, r
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    keep_freed_memory()
+    tune_process()
     accelerator = Accelerator(cpu=True)
     try:
         line.send(_measure(accelerator, config, rounds))

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mim import build_model, load_config
-from mim.compare.cost.ranks import hidden_share
-from mim.compare.cost.scaling import (
+from benchmarks.__main__ import main
+from benchmarks.ranks import hidden_share
+from benchmarks.scale import (
     Machine,
     Work,
     bench_scale,
@@ -24,8 +23,9 @@ from mim.compare.cost.scaling import (
     predict,
     sharded_seconds,
 )
+from mim import build_model, load_config
 
-Mim = Callable[..., Any]
+Captured = pytest.CaptureFixture[str]
 Tiny = Callable[..., Path]
 PLAIN = Machine(
     matrix_rate=1e9, utilisation=1.0, memory=1e9, memory_rate=1e9, node=4, node_rate=100.0,
@@ -136,40 +136,43 @@ def test_shares_of_spans_by_hand() -> None:
     assert hidden_share([], [(0, 1)]) == 0.0 and hidden_share([(0, 1)], []) == 0.0
 
 
-def test_predicted_on_the_command_line(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_predicted_on_the_command_line(tmp_path: Path, tiny: Tiny, capsys: Captured) -> None:
     numbers = tmp_path / "numbers.json"
-    call = ("bench", "scale", "--config", tiny(), "--images", 32, "--json", numbers)
-    done = mim(*call, "--gpus", "1,8,16", "--machine", "network_rate=25e9", "utilisation=0.5")
-    assert done.code == 0, done.err
+    call = ["scale", "--config", str(tiny()), "--images", "32", "--json", str(numbers)]
+    machine = ["network_rate=25e9", "utilisation=0.5"]
+    assert main([*call, "--gpus", "1,8,16", "--machine", *machine]) == 0
     figures = json.loads(numbers.read_text())
     assert figures["machine"]["network_rate"] == 25e9 and figures["machine"]["node"] == 8
     kinds = [(row["gpus"], row["how"]) for row in figures["rows"]]
     assert kinds == [(1, "ddp"), (8, "ddp"), (8, "fsdp"), (16, "ddp"), (16, "fsdp")]
     assert all(0 < row["efficiency"] <= 1 for row in figures["rows"])
-    assert done.out.startswith("Predicted, not measured.") and "| 16 | FSDP2 |" in done.out
+    table = capsys.readouterr().out
+    assert table.startswith("Predicted, not measured.") and "| 16 | FSDP2 |" in table
     for wrong, said in (
-        (("--gpus", 12), "whole nodes"),
-        (("--images", 0), "at least 1"),
+        (("--gpus", "12"), "whole nodes"),
+        (("--images", "0"), "at least 1"),
         (("--machine", "speed=3"), "link_share"),
         (("--machine", "utilisation=45"), "1 at most"),
-        (("--machine", "node=some"), "no number"),
-        (("--check", 1), "at least 2"),
+        (("--machine", "node=some"), "KEY=NUMBER"),
+        (("--check", "1"), "at least 2"),
     ):
-        refused = mim(*call, *wrong)
-        assert refused.code == 2 and said in refused.line, wrong
+        assert main([*call, *wrong]) == 2
+        assert said in capsys.readouterr().err, wrong
 
 
-def test_two_processes_exchange_while_they_compute(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
+def test_two_processes_exchange_while_they_compute(
+    tmp_path: Path, tiny: Tiny, capsys: Captured
+) -> None:
     """1.6 million weights are a bucket of 1 MiB and one of the rest; the first goes early."""
     changes = {"model.backbone_args": {"patch_size": 2, "embed_dim": 128, "depth": 8}}
-    config, numbers = tiny(changes), tmp_path / "numbers.json"
-    call = ("bench", "scale", "--config", config, "--check", 2, "--rounds", 3, "--json", numbers)
-    done = mim(*call, "--model.backbone_args.num_heads", 2)
-    assert done.code == 0, done.err
+    numbers = tmp_path / "numbers.json"
+    call = ["scale", "--config", str(tiny(changes)), "--check", "2", "--rounds", "3"]
+    assert main([*call, "--json", str(numbers), "--model.backbone_args.num_heads", "2"]) == 0
+    table = capsys.readouterr().out
     found = json.loads(numbers.read_text())
     assert found["hidden_share"] > 0, "no all-reduce ran while gradients were computed"
     assert found["memory"]["predicted"] == pytest.approx(found["memory"]["measured"], rel=0.15)
     for how in ("ddp", "fsdp"):
         assert found[how]["predicted"] <= found[how]["predicted_exposed"]
-        assert found[how]["measured"] > 0 and how[:4].upper() in done.out
+        assert found[how]["measured"] > 0 and how[:4].upper() in table
     assert torch.distributed.is_initialized() is False

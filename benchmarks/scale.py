@@ -1,8 +1,8 @@
-"""Step time and memory on many GPUs, predicted from counts of the model: `mim bench scale`.
+"""Step time and memory on many GPUs, predicted from counts of the model.
 
 The step of one GPU is its operations over the rate that its matrix products reach; the optimizer is
 bound by memory; what processes exchange is bytes over the links between them, less what the
-backward pass hides. `docs/scaling.md` says what is assumed.
+backward pass hides. `benchmarks/scaling.md` says what is assumed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.core.config import Config
+from mim.core.cpu.kernels import tune
 from mim.core.errors import setting_error
 from mim.core.keys import image_keys
 from mim.model import MaskedImageModel, build_model
-from mim.model.backbones import use_attention
 from mim.training.runtime.precision import autocast, blocks_of, narrow_weights
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes; DistributedDataParallel's defaults
@@ -111,7 +111,7 @@ def count_work(config: Config, device: torch.device | None = None) -> Work:
     device = torch.device("cpu") if device is None else device
     model = build_model(config).to(device).train()
     kind = "fused" if config.train.attention == "auto" else config.train.attention
-    use_attention(model, kind, device, config.train.precision)
+    tune(model, device, config.train.precision, attention=kind, linear="torch")
     forward, backward, behind_encoder = _flops(model, config, device)
     narrow_weights(model, config.train)
     saved = [_saved_bytes(model, config, count, device) for count in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""What many runs and many images cost: `mim bench report`, `mim bench index`.
+"""What many runs and many images cost: `python -m benchmarks report`, `index`.
 
 Both make their own material in a temporary folder: run folders as ``mim compare`` leaves them, and
 empty files that stand for images, of which only names are read.
