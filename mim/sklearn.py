@@ -36,6 +36,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         pool: mean (over patch tokens), cls, or both side by side.
         batch_size: images in the encoder at once.
         device: cpu or cuda; by default what there is.
+        trust: whether plug-ins of a run folder from elsewhere may run.
 
     Attributes:
         config_: of the run.
@@ -49,8 +50,10 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         pool: str = "mean",
         batch_size: int = 64,
         device: str | None = None,
+        trust: bool = False,
     ) -> None:
         self.run = run
+        self.trust = trust
         self.pool = pool
         self.batch_size = batch_size
         self.device = device
@@ -63,9 +66,9 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         """
         if self.batch_size < 1:
             raise setting_error("batch_size", self.batch_size, "must be at least 1")
-        self.config_: Config = checkpoint.read_config(self.run)
+        self.config_: Config = checkpoint.read_config(self.run, self.trust)
         self.mean_, self.std_ = normalisation(self.config_)
-        model = load(self.run).requires_grad_(False)
+        model = load(self.run, self.trust).requires_grad_(False)
         check_pool(model.backbone, self.pool)
         device = pick_device(self.device, "device")
         self.model_ = model.to(device)

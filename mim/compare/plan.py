@@ -14,11 +14,13 @@ from mim.compare.sequential import SeedRule
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fingerprints import same_images
-from mim.core.settings import flatten, load_config, read_args, to_dict
+from mim.core.plugins import beside, keep_plugins
+from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
 from mim.evaluate import build_evaluation
 from mim.evaluate.protocol import images_digest
 from mim.training import checkpoint
+from mim.training.settings import load_config
 
 VARIANT = "variant"
 
@@ -31,7 +33,7 @@ class CompareConfig:
     """The comparison folder; holds a folder for each run."""
     name: str = "comparison"
     """Title of the report."""
-    axes: dict[str, list[Any]] = field(
+    axes: dict[str, Any] = field(
         default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
     )
     """Dotted config keys and the values each takes; every combination is a run."""
@@ -64,9 +66,11 @@ class CompareConfig:
         if self.margin <= 0:
             raise setting_error("margin", self.margin, "must be above 0")
         for key, values in self.axes.items():
-            self._check_key("axes", key)
             if not isinstance(values, list) or not values:
-                raise setting_error(f"axes.{key}", values, "must be a list of values")
+                hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
+                reason = "must be a list of values" + (hint if isinstance(values, dict) else "")
+                raise setting_error(f"axes.{key}", values, reason)
+            self._check_key("axes", key)
             if len({json.dumps(value) for value in values}) < len(values):
                 raise setting_error(f"axes.{key}", values, "names a value twice")
         for name, settings in self.variants.items():
@@ -79,7 +83,7 @@ class CompareConfig:
                     raise setting_error(setting, key, "is an axis already")
 
     def _check_key(self, setting: str, key: str) -> None:
-        known = flatten(to_dict(self.base))
+        known = leaves(Config)
         if key not in known and not key.startswith("model.backbone_args."):
             raise choice_error(setting, key, known)
         if key in ("output", "resume"):
@@ -156,9 +160,9 @@ def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[last] = value
-    return load_config(None, {k: v for k, v in flatten(tree).items() if v is not None})
+    return load_config(None, tree)
 
 
 def plan(config: CompareConfig) -> list[Planned]:
@@ -275,6 +279,29 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
         data = replace(item.config.data, fingerprint=fingerprint)
         held.append(replace(item, config=replace(item.config, data=data), images=images))
     return held
+
+
+def with_copies(
+    planned: list[Planned], config: CompareConfig
+) -> tuple[list[Planned], CompareConfig]:
+    """Let all runs load the comparison's copies of plug-ins: a later edit reaches none of them.
+
+    Returns:
+        The plan, and the comparison as it is written down, with the copies' places in its folder.
+
+    Raises:
+        UserError: if a plug-in was edited since the comparison was begun.
+    """
+    output, own = Path(config.output), config.base.plugins
+    kept = keep_plugins(own, output)
+    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
+    held = [
+        replace(item, config=replace(item.config, plugins=copies))
+        if item.config.plugins == own
+        else item
+        for item in planned
+    ]
+    return held, replace(config, base=replace(config.base, plugins=kept))
 
 
 def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:

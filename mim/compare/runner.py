@@ -22,7 +22,7 @@ import torch
 
 from mim import moved
 from mim.compare.launchers import Jobs, Launch, LocalJobs, SubmittedJobs
-from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan
+from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
 from mim.compare.rounds import keep_disagreement, rounds
 from mim.core import progress
 from mim.core.config import Config, DataConfig
@@ -30,7 +30,7 @@ from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError
 from mim.core.fingerprints import same_images
 from mim.core.lock import InUse, in_use, sole_use
-from mim.core.settings import checked, read_args, to_dict, to_yaml
+from mim.core.settings import read_args, to_dict, to_yaml
 from mim.core.signals import Interrupted
 from mim.evaluate import (
     EVALUATIONS,
@@ -56,6 +56,7 @@ from mim.evaluate.protocol import (
 from mim.training import checkpoint
 from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
+from mim.training.settings import checked
 
 
 class Watched(Protocol):
@@ -130,7 +131,7 @@ def run_comparison(
         for item in planned:
             if item.kind != "pixels":
                 check_files(built, Path(item.config.output))
-        planned = hold_to_images(planned, config)
+        planned, config = with_copies(hold_to_images(planned, config), config)
         states = _states(planned, config, command)
         if show != "quiet":
             for folder, state in states.items():
@@ -300,7 +301,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         pretrain(item.config)
     else:
         checkpoint.prepare_folder(run)
-        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(item.config))
+        checkpoint.write_config(run, item.config)
         facts |= {"format": checkpoint.FORMAT, "status": "finished"}
         facts |= {"config": to_dict(item.config)}
         facts["seed"] = item.config.seed if item.kind == "untrained" else None
@@ -526,4 +527,4 @@ def _note_death(item: Planned, code: int | None) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    return moved.name(__name__, name)
+    return moved.attribute(__name__, name)

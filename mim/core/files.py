@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 import tokenize
@@ -104,6 +105,33 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+    r"|\.inf|\.Inf|\.INF)$|\.(nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a date is the text that stands there."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, found) for tag, found in rules if not tag.endswith((":timestamp", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that :func:`parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as plain values: no objects, and no more of them than a file of settings has.
 
@@ -113,7 +141,7 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
     """
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it nests too deeply") from error
     except ValueError as error:  # a date that is none, a surrogate

@@ -44,7 +44,8 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
             "data.source to imagefolder or flat"
         )
         raise setting_error("data.path", config.path, reason)
-    source = maker(config, split)
+    settings = SOURCES.chosen(config, kind)
+    source = maker(config, split) if settings is None else maker(settings, config, split)
     if not source.has_val:
         if len(source) < 2:
             reason = f"has {len(source)} images, too few to hold some out"

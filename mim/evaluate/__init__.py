@@ -203,7 +203,7 @@ def _measure(
         if isinstance(evaluation, EncoderEvaluation):
             continue
         # Raw pixels have no tokens to pool.
-        pool = "mean" if encoder.vit is None else evaluation.settings.pool
+        pool = str("mean" if encoder.vit is None else evaluation.settings.pool)
         by_pool.setdefault(pool, []).append((name, evaluation))
     for pool, probes in by_pool.items():
         sets = [

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig, ModelConfig
-from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.errors import UserError, setting_error
+from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
 from mim.core.keys import image_keys, random_bits, seed_of
 from mim.data import (
     Batch,
@@ -97,66 +98,48 @@ def recipe_of(width: int) -> str:
 class FinetuneSettings(TrainedSettings):
     """Settings of fine-tuning; the defaults are MAE's for ViT-B."""
 
-    recipe: str = "auto"
+    pool: Literal["mean", "cls"] = "mean"
+    """What stands for an image: mean (of the patch tokens) or cls (the class token)."""
+    recipe: Literal["auto", "base", "large", "huge"] = "auto"
     """Which of MAE's recipes gives epochs, base_lr, layer_decay and drop_path where these are not
     set: base, large, huge, or auto, by the encoder's width."""
-    base_lr: float = 5e-4
+    base_lr: Positive = 5e-4
     """Peak learning rate of the head for a batch of 256; scaled with the batch size."""
-    min_lr: float = 1e-6
+    min_lr: NonNegative = 1e-6
     """Where the half cosine ends."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's."""
-    layer_decay: float = 0.65
+    layer_decay: Share = 0.65
     """Factor of the learning rate from each layer to the one before it; 1 is the same for all."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
-    mixup: float = 0.8
+    mixup: NonNegative = 0.8
     """Alpha of Mixup; 0 is none. With CutMix too, each batch takes one of the two at random."""
-    cutmix: float = 1.0
+    cutmix: NonNegative = 1.0
     """Alpha of CutMix; 0 is none."""
-    smoothing: float = 0.1
+    smoothing: BelowOne = 0.1
     """Label smoothing."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's name of a RandAugment policy; empty is none."""
-    erasing: float = 0.25
+    erasing: Annotated[float, Bound(lambda p: 0 <= p <= 1, "must lie between 0 and 1")] = 0.25
     """Probability with which a rectangle of an image becomes noise (random erasing)."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of an average of the weights that is measured in their stead; 0 is none."""
-    low_shot: tuple[float, ...] = ()
+    low_shot: tuple[Between, ...] = ()
     """Shares of each class at which it is fine-tuned besides, by the same recipe: [0.01, 0.1]."""
     save: bool = True
     """Whether the classifier is written into the run folder."""
 
-    name: ClassVar[str] = "finetune"
-
     def __post_init__(self) -> None:
-        if self.pool == "both":
-            raise choice_error("evaluations.finetune.pool", self.pool, ("mean", "cls"))
         super().__post_init__()
-        if self.recipe not in ("auto", *RECIPES):
-            raise choice_error("evaluations.finetune.recipe", self.recipe, ("auto", *RECIPES))
-        self._positive("base_lr", self.base_lr)
-        for setting in ("mixup", "cutmix"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self._refuse("layer_decay", "must be above 0 and at most 1")
-        for setting in ("drop_path", "smoothing", "ema"):
-            if not 0 <= getattr(self, setting) < 1:
-                self._refuse(setting, "must be at least 0 and below 1")
-        if not 0 <= self.erasing <= 1:
-            self._refuse("erasing", "must lie between 0 and 1")
-        if not all(isinstance(share, float) and 0 < share < 1 for share in self.low_shot):
-            self._refuse("low_shot", "must be shares above 0 and below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            self._refuse("betas", "must be two numbers, at least 0 and below 1")
         if self.rand_augment:
             try:
                 rand_augment_transform(self.rand_augment, {})
             except (AssertionError, ValueError, KeyError, TypeError):
-                self._refuse("rand_augment", "is no policy of timm's, such as rand-m9-mstd0.5-inc1")
+                reason = "is no policy of timm's, such as rand-m9-mstd0.5-inc1"
+                raise self.error("rand_augment", reason) from None
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
@@ -548,7 +531,7 @@ def _fit(
     size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
     data = augmented(encoder.data, s, size)
     if s.rand_augment and data.channels not in (1, 3):
-        s._refuse("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
+        raise s.error("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
     task = FinetuneTask(classifier, s, train, data, accelerator, precision)
     schedule = task.schedule(s.base_lr)
     groups, betas = parameter_groups(task.model, s), (s.betas[0], s.betas[1])
@@ -564,11 +547,10 @@ def _fit(
     return classifier, task
 
 
-@EVALUATIONS.register("finetune")
+@EVALUATIONS.register("finetune", FinetuneSettings)
 class Finetune(EncoderEvaluation):
     """All of the encoder trained with a head, its best epoch chosen on a split of train."""
 
-    Settings = FinetuneSettings
     settings: FinetuneSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:

@@ -28,7 +28,7 @@ from mim.core.keys import image_keys
 from mim.core.lock import sole_use
 from mim.core.patches import Images
 from mim.core.progress import note
-from mim.core.settings import to_dict, to_yaml
+from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
 from mim.data import (
     Batch,
@@ -405,7 +405,7 @@ def _build_trainer(
     if main:
         trainer.curves.metrics = Metrics(run / "metrics.jsonl", start)
         if saved is None:
-            checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+            checkpoint.write_config(run, config)
             if config.data.subset.chooses:
                 write_list(run / "subset_train.txt", images.train)
                 write_list(run / "subset_val.txt", images.val)

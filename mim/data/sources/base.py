@@ -1,11 +1,14 @@
 """Where images come from: the base of every source, and their registry.
 
 A source gives images by position and names each by a stable id, from which masks and
-augmentations follow. A new source is one class and its registration, in a file of its own::
+augmentations follow. A new source is one class, its settings and its registration, in a file of its
+own::
 
-    @SOURCES.register("mine")
+    @SOURCES.register("mine", MySettings)
     class Mine(ImageSource):
-        def __init__(self, config: DataConfig, split: Split) -> None: ...
+        def __init__(self, settings: MySettings, config: DataConfig, split: Split) -> None: ...
+
+One without settings is given ``config`` and ``split`` alone.
 
 It sets the attributes of :class:`ImageSource`. One without a val split of its own sets
 ``has_val = False`` and gives all its images; ``open_source`` then holds a keyed share out.
@@ -45,15 +48,15 @@ class ImageSource(ABC):
 
     name: str
     """As in ``data.source``."""
-    labels: Tensor | None
+    labels: Tensor | None = None
     """(n,) int64 positions in ``classes``, or None."""
     classes: list[str]
     """Names of the classes; empty without labels."""
     sample_ids: Tensor
     """(n,) int64, unique, the same on every machine."""
-    mean: tuple[float, ...]
+    mean: tuple[float, ...] = IMAGENET[0]
     """Mean of each channel on the scale 0 to 1. ``open_source`` fits it to the config."""
-    std: tuple[float, ...]
+    std: tuple[float, ...] = IMAGENET[1]
     """Standard deviation of each channel, likewise."""
     reads_path: bool = True
     """Whether ``data.path`` says where its images are; if not, a path is refused."""
@@ -244,8 +247,8 @@ class Subset(ImageSource):
         return self.source.check(self.indices if indices is None else self.indices[indices])
 
 
-SourceFactory: TypeAlias = Callable[[DataConfig, Split], ImageSource]
-SOURCES: Registry[SourceFactory] = Registry("data.source")
+SourceFactory: TypeAlias = Callable[..., ImageSource]
+SOURCES: Registry[SourceFactory] = Registry("data.source", DataConfig)
 
 
 def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:

@@ -14,13 +14,13 @@ from mim.data.places.places import Place, divide, is_local, open_urls
 from mim.data.places.splits import find_splits
 from mim.data.sources.base import SOURCES, ImageSource, Split, needs_package
 from mim.data.sources.row_groups import RowGroups, check_tables
-from mim.data.sources.tables import TableSource, image_column, label_column
+from mim.data.sources.tables import HuggingFaceSettings, TableSource, image_column, label_column
 
 _SCHEME = re.compile(r"hf://datasets/(?P<name>[^/@]+(/[^/@]+)?)(@(?P<revision>[^/]+))?/?")
 
 
-@SOURCES.register("huggingface")
-def huggingface(config: DataConfig, split: Split) -> ImageSource:
+@SOURCES.register("huggingface", HuggingFaceSettings)
+def huggingface(settings: HuggingFaceSettings, config: DataConfig, split: Split) -> ImageSource:
     """A data set of parquet files, or one that the package ``datasets`` reads.
 
     ``data.path`` names parquet files (a file, a folder, a pattern or URLs, as for shards) or a data
@@ -41,28 +41,28 @@ def huggingface(config: DataConfig, split: Split) -> ImageSource:
     except ImportError as error:
         raise needs_package("huggingface", "datasets") from error
     if not config.streaming:
-        return HuggingFace(config, split)
+        return HuggingFace(settings, config, split)
     if is_local(config.path, ".parquet"):
         train, val = divide(config, ".parquet")
-        return RowGroups(config, split, train, val)
-    return RowGroups(config, split, *_hub_files(config))
+        return RowGroups(settings, config, split, train, val)
+    return RowGroups(settings, config, split, *_hub_files(settings, config))
 
 
 class HuggingFace(TableSource):
     """Rows that the package ``datasets`` reads from memory-mapped tables."""
 
-    def __init__(self, config: DataConfig, split: Split) -> None:
+    def __init__(self, settings: HuggingFaceSettings, config: DataConfig, split: Split) -> None:
         import datasets
 
-        parts = _load(config)
+        parts = _load(settings, config)
         self.has_val = "val" in parts
         part = "val" if split == "val" and self.has_val else "train"
         dataset = parts[part]
         super().__init__(config, part, len(dataset))
         if config.path is not None and not is_local(config.path, ".parquet"):
             self._folder = Path(datasets.config.HF_CACHE_HOME).resolve()
-        self._image = image_column(config.huggingface, dataset.column_names)
-        label = label_column(config.huggingface, dataset.column_names)
+        self._image = image_column(settings, dataset.column_names)
+        label = label_column(settings, dataset.column_names)
         if label is not None:
             names = getattr(parts["train"].features[label], "names", None)
             values, train = (_values(table, label) for table in (dataset, parts["train"]))
@@ -90,13 +90,13 @@ def _values(dataset: Any, column: str) -> Any:
     return np.asarray(dataset.select_columns([column])[:][column], dtype=object)
 
 
-def _hub_name(config: DataConfig) -> tuple[str, str | None]:
+def _hub_name(settings: HuggingFaceSettings, config: DataConfig) -> tuple[str, str | None]:
     """Name and revision of a data set on the hub."""
     assert config.path is not None
     given = _SCHEME.fullmatch(config.path)
     if given is None:
-        return config.path, config.huggingface.revision
-    return given["name"], config.huggingface.revision or given["revision"]
+        return config.path, settings.revision
+    return given["name"], settings.revision or given["revision"]
 
 
 def _unloadable(config: DataConfig, error: Exception) -> UserError:
@@ -120,12 +120,12 @@ def _splits(config: DataConfig, names: Any) -> tuple[str, str | None]:
     return train, val
 
 
-def _load(config: DataConfig) -> dict[str, Any]:
+def _load(settings: HuggingFaceSettings, config: DataConfig) -> dict[str, Any]:
     """The tables of train, and of val where there is one."""
     import datasets
 
     assert config.path is not None
-    name, revision = _hub_name(config)
+    name, revision = _hub_name(settings, config)
     try:
         if is_local(config.path, ".parquet"):
             train, val = divide(config, ".parquet")
@@ -134,7 +134,7 @@ def _load(config: DataConfig) -> dict[str, Any]:
             if val:
                 files["val"] = [str(path) for path in val]
             return dict(datasets.load_dataset("parquet", data_files=files))
-        loaded = datasets.load_dataset(name, config.huggingface.name, revision=revision)
+        loaded = datasets.load_dataset(name, settings.name, revision=revision)
     except UserError:
         raise
     except Exception as error:  # datasets and the hub raise many kinds
@@ -147,15 +147,17 @@ def _load(config: DataConfig) -> dict[str, Any]:
     return parts
 
 
-def _hub_files(config: DataConfig) -> tuple[list[Place], list[Place], Any]:
+def _hub_files(
+    settings: HuggingFaceSettings, config: DataConfig
+) -> tuple[list[Place], list[Place], Any]:
     """The parquet files of a data set on the hub: train, val and what its card says of columns."""
     import datasets
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import build_hf_headers
 
-    name, revision = _hub_name(config)
+    name, revision = _hub_name(settings, config)
     try:
-        builder = datasets.load_dataset_builder(name, config.huggingface.name, revision=revision)
+        builder = datasets.load_dataset_builder(name, settings.name, revision=revision)
         files = builder.config.data_files or {}
         hub = HfFileSystem()
         urls = {str(part): [hub.url(str(place)) for place in files[part]] for part in files}

@@ -23,14 +23,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mim.core.config import DataConfig, HuggingFaceConfig
+from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.data.images.decode import DECODE_ERRORS
 from mim.data.places.kept import keep, recall, shown, version_of
 from mim.data.places.places import Place
 from mim.data.places.remote import RemoteFile, in_parallel
 from mim.data.sources.base import Split
-from mim.data.sources.tables import TableSource, image_column, label_column
+from mim.data.sources.tables import (
+    HuggingFaceSettings,
+    TableSource,
+    image_column,
+    label_column,
+)
 
 _ROWS = 8  # of a table read at once
 _MOST_BYTES = 1 << 32  # that a row group may unpack to
@@ -168,7 +173,7 @@ def _labels(part: tuple[Place, Any, int, str]) -> NDArray[Any]:
     return found.astype(np.str_) if found.dtype.kind == "O" else found
 
 
-def read_tables(places: Sequence[Place], settings: HuggingFaceConfig) -> list[Table]:
+def read_tables(places: Sequence[Place], settings: HuggingFaceSettings) -> list[Table]:
     """Footers and labels of parquet files: kept from an earlier look, or read now.
 
     Raises:
@@ -213,7 +218,8 @@ class RowGroups(TableSource):
     """The rows of parquet files; see the head of this file.
 
     Args:
-        config: huggingface, max_pixels and decode are read.
+        settings: of the source huggingface.
+        config: max_pixels and decode are read.
         split: "train" or "val".
         train: files of train, in order.
         val: files of val; with none, ``has_val`` is False.
@@ -222,13 +228,14 @@ class RowGroups(TableSource):
 
     def __init__(
         self,
+        settings: HuggingFaceSettings,
         config: DataConfig,
         split: Split,
         train: Sequence[Place],
         val: Sequence[Place],
         features: Any = None,
     ) -> None:
-        tables = read_tables([*train, *val], config.huggingface)
+        tables = read_tables([*train, *val], settings)
         self.has_val = bool(val)
         part = "val" if split == "val" and self.has_val else "train"
         chosen = tables[len(train) :] if part == "val" else tables[: len(train)]
@@ -241,14 +248,14 @@ class RowGroups(TableSource):
         self._group = torch.arange(len(rows)).repeat_interleave(rows)  # of each row
         self.groups = self._group
         mean_rows = max(1, len(self) // max(1, len(rows)))
-        self.groups_mixed = -(-config.huggingface.pool // mean_rows)
-        self._set_columns(config.huggingface, tables, tables[: len(train)], chosen, features)
+        self.groups_mixed = -(-settings.pool // mean_rows)
+        self._set_columns(settings, tables, tables[: len(train)], chosen, features)
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._next: list[int] = []
 
     def _set_columns(
         self,
-        settings: HuggingFaceConfig,
+        settings: HuggingFaceSettings,
         tables: list[Table],
         train: list[Table],
         chosen: list[Table],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mim.core.config import DataConfig, HuggingFaceConfig
+from mim.core.config import DataConfig
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import Count, Settings
 from mim.core.keys import name_to_int
 from mim.data.images.decode import UnreadableImage, decode, decoding, read_file
 from mim.data.images.transforms import Picture
@@ -24,7 +26,24 @@ _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "fine_label", "class", "cls")
 
 
-def image_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class HuggingFaceSettings(Settings):
+    """Settings of the source huggingface."""
+
+    name: str | None = None
+    """Which configuration of a data set on the hub."""
+    revision: str | None = None
+    """Its commit, branch or tag."""
+    image: str | None = None
+    """The column of images; by default image, img, jpg or what is there of that kind."""
+    label: str | None = None
+    """The column of labels; by default label, labels or fine_label, if there is one."""
+    pool: Count = 1024
+    """With data.streaming: about so many rows, of row groups drawn by key, are shuffled together.
+    More mix a set better that is sorted by class; each loader process holds so many files."""
+
+
+def image_column(settings: HuggingFaceSettings, columns: Sequence[str]) -> str:
     """The column of images: the one that the settings name, else the first usual one.
 
     Raises:
@@ -37,7 +56,7 @@ def image_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str:
     return found
 
 
-def label_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str | None:
+def label_column(settings: HuggingFaceSettings, columns: Sequence[str]) -> str | None:
     """The column of labels, likewise, or None where there is none."""
     return _column("label", settings.label, _LABELS, columns)
 

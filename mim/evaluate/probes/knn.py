@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
@@ -37,18 +39,10 @@ _QUERIES = 1024  # images compared with the training set at once
 class KnnSettings(ProbeSettings):
     """Settings of the nearest-neighbour evaluation."""
 
-    k: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    k: Annotated[tuple[Count, ...], NOT_EMPTY] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Numbers of neighbours to choose from; those above the number of images are left out."""
-    temperature: tuple[float, ...] = (0.02, 0.07, 0.2)
+    temperature: Annotated[tuple[Positive, ...], NOT_EMPTY] = (0.02, 0.07, 0.2)
     """Temperatures of the vote to choose from."""
-
-    name: ClassVar[str] = "knn"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("k", "temperature"):
-            self._not_empty(setting)
-            self._positive(setting, *getattr(self, setting))
 
 
 def knn_predict(
@@ -90,11 +84,10 @@ def knn_predict(
     return torch.cat(parts, 2)
 
 
-@EVALUATIONS.register("knn")
+@EVALUATIONS.register("knn", KnnSettings)
 class Knn(Evaluation):
     """DINO's nearest-neighbour classifier, k and temperature chosen on a split of train."""
 
-    Settings = KnnSettings
     settings: KnnSettings
 
     def _grid(self, images: int) -> list[int]:

@@ -8,15 +8,17 @@ convex problem is the measure: there is no learning rate and no schedule to favo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mim.core.errors import UserError
+from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
     FOLDS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
@@ -39,31 +41,20 @@ _ONE_SHOT_STRENGTH = 1e-2
 class LinearSettings(ProbeSettings):
     """Settings of the linear probe."""
 
-    strengths: tuple[float, ...] = _STRENGTHS
+    strengths: Annotated[tuple[Positive, ...], NOT_EMPTY] = _STRENGTHS
     """Strengths of the L2 penalty to choose from, on the mean loss; ties go to the stronger."""
-    few_shot_strengths: tuple[float, ...] = _FEW_SHOT_STRENGTHS
+    few_shot_strengths: Annotated[tuple[Positive, ...], NOT_EMPTY] = _FEW_SHOT_STRENGTHS
     """The same for few-shot sets, which are separable: weaker penalties only cost time."""
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     """Largest component of the gradient at which a fit counts as converged."""
-    max_iterations: int = 1000
+    max_iterations: Count = 1000
     """L-BFGS iterations after which a fit stops; ``converged`` in the result then is below 1."""
 
-    name: ClassVar[str] = "linear"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("strengths", "few_shot_strengths"):
-            self._not_empty(setting)
-            self._positive(setting, *getattr(self, setting))
-        for setting in ("tolerance", "max_iterations"):
-            self._positive(setting, getattr(self, setting))
-
-
-@EVALUATIONS.register("linear")
+@EVALUATIONS.register("linear", LinearSettings)
 class Linear(Evaluation):
     """Logistic regression, its L2 strength chosen on a split of train."""
 
-    Settings = LinearSettings
     settings: LinearSettings
 
     def _fit(

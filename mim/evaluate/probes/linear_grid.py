@@ -12,15 +12,17 @@ Shapes: G combinations, b images of a step, D features, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import UserError
+from mim.core.fields import BelowOne, Count, NonNegative, Positive
 from mim.core.keys import permutation
 from mim.evaluate.base import (
     EVALUATIONS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
@@ -39,37 +41,18 @@ from mim.training.optim import Schedule
 class LinearGridSettings(ProbeSettings):
     """Settings of the linear probe by gradient descent."""
 
-    few_shot: tuple[int, ...] = ()
+    few_shot: tuple[Count, ...] = ()
     """Numbers of training images a class; each is measured beside all of the training images."""
-    lr: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Learning rates to choose from, for a batch of 256; scaled with the batch size."""
-    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    weight_decay: Annotated[tuple[NonNegative, ...], NOT_EMPTY] = (0.0, 1e-4, 1e-3, 1e-2)
     """Weight decays to choose from; ties go to the first combination, learning rates outermost."""
-    epochs: int = 20
+    epochs: Count = 20
     """Passes over the training images."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images a step; all at once where there are fewer."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """Of the gradient descent."""
-
-    name: ClassVar[str] = "linear_grid"
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(n, int) for n in self.few_shot):
-            place = f"evaluations.{self.name}.few_shot"
-            raise setting_error(place, self.few_shot, "must be whole numbers")
-        super().__post_init__()
-        for setting in ("lr", "weight_decay"):
-            self._not_empty(setting)
-        self._positive("lr", *self.lr)
-        for setting in ("epochs", "batch_size"):
-            self._positive(setting, getattr(self, setting))
-        if not all(decay >= 0 for decay in self.weight_decay):
-            place = f"evaluations.{self.name}.weight_decay"
-            raise setting_error(place, self.weight_decay, "must not be below 0")
-        if not 0 <= self.momentum < 1:
-            reason = "must be at least 0 and below 1"
-            raise setting_error(f"evaluations.{self.name}.momentum", self.momentum, reason)
 
 
 @dataclass(frozen=True)
@@ -134,11 +117,10 @@ def descend(
     return LinearLayers(weight, bias - (mean @ weight)[:, None])
 
 
-@EVALUATIONS.register("linear_grid")
+@EVALUATIONS.register("linear_grid", LinearGridSettings)
 class LinearGrid(Evaluation):
     """Many linear layers trained at once, the best chosen on a split of train."""
 
-    Settings = LinearGridSettings
     settings: LinearGridSettings
 
     def _probe(
