@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.scale import Machine, count_work, predict
 from mim.compare.cost.memory import bytes_added, bytes_of, without_talk
 from mim.compare.cost.step import LR
-from mim.compare.runner import server_context
+from mim.compare.launchers import server_context
 from mim.core.config import Config
 from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, setting_error

@@ -1,4 +1,4 @@
-"""Modules that have moved: code written for their old names, such as plug-ins, still imports.
+"""What has moved: code written for old names, such as plug-ins and notebooks, still imports.
 
 Nothing in the package uses this. An entry stays for as long as run folders may name it.
 """
@@ -11,9 +11,9 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
-    "mim.api": "mim.model.encode",
     "mim.backbone": "mim.model.backbones",
     "mim.checkpoint": "mim.training.checkpoint",
     "mim.config": "mim.core.config",
@@ -31,6 +31,30 @@ MOVED = {
     "mim.teacher": "mim.model.teacher",
     "mim.visualize": "mim.evaluate.visualize",
 }
+
+
+NAMES = {
+    "mim.compare": {"compare": "mim.api"},
+    "mim.compare.runner": {
+        "compare": "mim.api",
+        "read_compare_config": "mim.compare.plan",
+        "server_context": "mim.compare.launchers",
+        "SERVER_MODULES": "mim.compare.launchers",
+    },
+}
+"""Names that have left a module which is still there; its ``__getattr__`` asks :func:`name`."""
+
+
+def name(module: str, name: str) -> Any:
+    """What a module was once the home of.
+
+    Raises:
+        AttributeError: if it was not.
+    """
+    home = NAMES[module].get(name)
+    if home is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
 
 
 class _Moved(MetaPathFinder, Loader):

@@ -22,14 +22,18 @@ import yaml
 from PIL import Image
 
 import mim
-from mim.cli.main import _BENCH, VERBS
-from mim.cli.parsing import ParserTaken, VerbParser
-from mim.compare.runner import read_compare_config
+from mim.api import read_compare_config
+from mim.cli.main import VERBS
+from mim.cli.options import VerbGroup
 from mim.core.config import Config
 from mim.core.settings import checked, read_args
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs that stand before ours, and those that are known and not ours.
 _LAUNCHERS = ("accelerate", "python", "srun", "torchrun")
@@ -72,35 +76,18 @@ def commands(text: str) -> Iterator[list[str]]:
 def check_verb(verb: str, args: list[str]) -> None:
     """The command's options exist, and its config is one that can run."""
     assert verb in VERBS, verb
+    found = VERBS[verb]
+    if isinstance(found, VerbGroup):
+        what, *args = args
+        found = found.verbs[what]
+    options = found.parse([arg for arg in args if arg != "--print_config"])
     if verb == "pretrain":
-        kept = [arg for arg in args if arg != "--print_config"]
+        kept = list(options.settings)
         if kept[1].startswith("runs/"):  # the config of a run that the page has made before
             kept = kept[2:]
         checked(read_args(Config, kept))
     elif verb == "compare":
-        flags = VerbParser(prog="", add_help=False, allow_abbrev=False)
-        flags.add_argument("--show")
-        for flag in ("--json", "--jobs", "--launcher"):
-            flags.add_argument(flag)
-        flags.add_argument("--slurm", nargs="+")
-        _, rest = flags.parse_known_args(args)
-        checked(read_compare_config(rest).base)
-    else:
-        call = VERBS[verb]
-        if verb == "bench":
-            (what, *args), follow = args, ("step", "grow", "data")
-            call, verb = _BENCH[what], "config" if what in follow else what
-        VerbParser.taking = True
-        try:
-            call(args)
-        except ParserTaken as taken:
-            parser = taken.parser
-        finally:
-            VerbParser.taking = False
-        if verb in ("import", "data", "config"):  # settings of a config follow
-            parser.parse_known_args(args)
-        else:
-            parser.parse_args(args)
+        checked(read_compare_config(options.settings).base)
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("bash") if b.page != _OWN], ids=name)

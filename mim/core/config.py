@@ -843,6 +843,8 @@ class TrainConfig:
     shard: bool = False
     """Of several processes: whether each keeps only a part of weights, gradients and moments, but
     for the step itself (FSDP2); the numbers are the same, and so are the files."""
+    hooks: tuple[str, ...] = field(default=(), metadata={"free": True})
+    """Names of hooks that plug-ins register, run after those of mim in this order."""
     timeout: float = 600.0
     """Of several processes: seconds that one waits for the others before the run ends and names who
     is missing. Must exceed the longest time that one works alone, such as a checkpoint's."""
@@ -897,6 +899,8 @@ class LogConfig:
     """disabled, offline or online."""
     project: str = "mim"
     """Name of the wandb project."""
+    grad_norm: bool = False
+    """Whether each line of metrics.jsonl holds the norm of the gradient, before it is clipped."""
     timeout: float = 120.0
     """Seconds that TensorBoard or wandb may take for one call, and for all that is left at the end;
     then the run goes on without it. Training does not wait for them before its end."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import tempfile
 import tokenize
 from collections.abc import Callable
@@ -58,17 +60,25 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: where it shall be.
         write: is given the temporary path.
+
+    Raises:
+        OSError: where it cannot be written, with ``path`` as its file name.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # whatever the length of its name
     try:
+        # Not by tempfile, whose files are the owner's alone: the umask has the say here.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # it may have been replaced by another
         temporary.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -102,6 +112,32 @@ def _write_text(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON; see :func:`write_atomic`."""
     write_text_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+_LOOKED_AT = 64
+"""Files of a folder whose content is looked at."""
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file; of a folder, of its files' names and of some files' content."""
+    if path.is_file():
+        return file_digest(path)
+    found = sorted(Path(place, name) for place, _, names in os.walk(path) for name in names)
+    digest = hashlib.sha256()
+    for number, file in enumerate(found):
+        digest.update(os.fsencode(file.relative_to(path)) + b"\0")
+        if number % -(-len(found) // _LOOKED_AT) == 0 and file.is_file():
+            digest.update(file_digest(file).encode())
+    return digest.hexdigest()
 
 
 def prepare_folder(path: Path, setting: str = "output") -> None:

@@ -35,7 +35,7 @@ def in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
+def sole_use(folder: Path, setting: str = "output", name: str = NAME) -> Iterator[None]:
     """Keep other processes out of a folder for as long as this one works there.
 
     The lock is the system's (POSIX record locks, which network file systems know too): it ends
@@ -46,6 +46,7 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
     Args:
         folder: exists.
         setting: what named it, for the error.
+        name: of the lock's file.
 
     Raises:
         InUse: if another process works there; it is named.
@@ -53,7 +54,7 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    path = folder / NAME
+    path = folder / name
     file = _locked(path, setting)
     try:
         file.truncate(0)

@@ -83,7 +83,7 @@ def _unknown_arguments(message: str, parser: ArgumentParser) -> str:
 
 def config_parser(kind: type, **parser_args: Any) -> ArgumentParser:
     """A parser with ``--config FILE`` (repeatable) and an option for each field of a dataclass."""
-    parser = _Parser(default_env=False, **parser_args)
+    parser = _Parser(default_env=False, allow_abbrev=False, **parser_args)
     parser.add_argument("--config", action="config", help="YAML file; later ones override.")
     parser.add_class_arguments(kind, as_group=False)
     return parser

@@ -25,40 +25,43 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig, ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys, random_bits, seed_of, uniforms
+from mim.core.keys import image_keys, random_bits, seed_of
 from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
+from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
+from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
-from mim.evaluate.features import check_pool
+from mim.evaluate.features import check_pool, check_precision
 from mim.evaluate.training import (
+    ClassificationTask,
+    Labelled,
     TrainedSettings,
-    Training,
     accuracies,
-    autocast,
+    augmented,
     check_learnable,
     class_count,
     global_batch,
     identity_of,
     measured,
-    run_training,
     split,
     start_accelerator,
 )
 from mim.model.backbones import build_backbone, family_of, load_backbone
 from mim.training.checkpoint import TASK, read_safetensors, save_encoder
-from mim.training.optim import Schedule
+from mim.training.runtime.precision import autocast
+from mim.training.trainer import Loss
 
 _HEAD_STD = 2e-5  # MAE's: the head begins almost at zero
 # The norm stands before the pooling or behind it; the one a classifier has not is left out.
@@ -147,7 +150,6 @@ class FinetuneSettings(TrainedSettings):
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
-        """See :meth:`EvaluationSettings.presets`."""
         recipe = given.get("recipe", "auto")
         if recipe == "auto":
             vit = None if encoder is None else encoder.vit
@@ -264,57 +266,6 @@ def mix(
         mixed, targets = mixing(images[order], labels[order])
     back = order.argsort()
     return mixed[back], targets[back]
-
-
-class DropPathDraws:
-    """What the drop paths of a model draw for the present batch: (B, drop paths) in [0, 1)."""
-
-    values: Tensor | None = None
-
-
-class KeyedDropPath(DropPath):
-    """timm's DropPath whose draws are given; without any it is timm's own.
-
-    Args:
-        plain: what it takes the place of.
-        draws: of the model.
-        column: its place among the model's drop paths.
-    """
-
-    def __init__(self, plain: DropPath, draws: DropPathDraws, column: int) -> None:
-        super().__init__(plain.drop_prob, plain.scale_by_keep)
-        self.draws, self.column = draws, column
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> the same, some rows 0."""
-        values = self.draws.values
-        if not self.training or self.drop_prob == 0 or values is None:
-            kept_by_timm: Tensor = super().forward(x)
-            return kept_by_timm
-        keep = 1 - self.drop_prob
-        kept = (values[:, self.column] < keep).to(x.dtype)
-        if self.scale_by_keep:
-            kept = kept / keep
-        return x * kept.view(-1, *[1] * (x.ndim - 1))
-
-
-def key_drop_paths(model: nn.Module) -> DropPathDraws:
-    """Puts a :class:`KeyedDropPath` in the place of each drop path; returns what feeds them."""
-    draws, column = DropPathDraws(), 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, DropPath):
-                setattr(module, name, KeyedDropPath(child, draws, column))
-                column += 1
-    return draws
-
-
-def _draw_drop_paths(model: nn.Module, batch: Batch, seed: int, device: torch.device) -> None:
-    """For every drop path of the model, by the images' keys."""
-    paths = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    if paths:
-        keys = image_keys(seed, batch.epoch, batch.sample_ids, purpose="drop-path")
-        paths[0].draws.values = uniforms(keys, len(paths)).to(device)  # (B, drop paths)
 
 
 def parameter_groups(model: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -493,6 +444,58 @@ def _open(path: str | Path) -> Image.Image:
     return image
 
 
+class FinetuneTask(ClassificationTask):
+    """The classifier trained by MAE's recipe.
+
+    Args:
+        classifier: on the device.
+        settings: the recipe.
+        train: see :class:`ClassificationTask`.
+        data: see there.
+        accelerator: see there.
+        precision: fp32, bf16 or fp16 (autocast).
+    """
+
+    settings: FinetuneSettings
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        settings: FinetuneSettings,
+        train: ImageSource,
+        data: DataConfig,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        s = settings
+        augment = RandAugment(s.rand_augment, data.size, train.mean) if s.rand_augment else None
+        super().__init__(classifier.model, s, train, data, accelerator, augment=augment, ema=s.ema)
+        self.classes, self.precision = len(classifier.classes), precision
+        self.drop_paths = draws_of(self.model)
+
+    def targets(self, batch: Batch, images: Tensor) -> Labelled:
+        """Erases and mixes."""
+        s, device = self.settings, images.device
+        draws = None
+        if self.drop_paths is not None:
+            draws = self.drop_paths.draw(batch, s.seed).to(device)
+        keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
+        assert batch.labels is not None
+        images = erase(images, keys, s.erasing)
+        mixed, targets = mix(images, batch.labels.to(device), self.classes, s, batch.step)
+        return Labelled(mixed, targets, draws)
+
+    def loss(self, learner: nn.Module, part: Labelled) -> Loss:
+        if self.drop_paths is not None:
+            self.drop_paths.values = part.draws
+        return super().loss(learner, part)
+
+    def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
+        with autocast(self.precision, images.device):
+            logits: Tensor = learner(images)
+        return logits[None].float()
+
+
 def fit(
     encoder: Encoder,
     train: ImageSource,
@@ -526,61 +529,33 @@ def _fit(
     device: torch.device,
     precision: str,
     state: Path | None = None,
-) -> tuple[Classifier, Training]:
+) -> tuple[Classifier, FinetuneTask]:
     s = settings
-    autocast(device, precision)  # an unknown precision is told before anything is built
+    check_precision(precision)
     accelerator = start_accelerator(device)
     device = accelerator.device
     classes = class_count(train)
     classifier = build_classifier(encoder, classes, s)
     classifier.classes = list(train.classes) or [str(label) for label in range(classes)]
     classifier.mean, classifier.std = tuple(train.mean), tuple(train.std)
-    model = classifier.model.to(device)
-
-    images = len(split(train, s)[0])
-    size = global_batch(s, images, accelerator.num_processes)
-    scale = (s.crop_scale[0], s.crop_scale[1])
-    data = replace(encoder.data, batch_size=size, augment="mae", crop_scale=scale)
-    augment = RandAugment(s.rand_augment, data.size, train.mean) if s.rand_augment else None
-    if augment is not None and data.channels not in (1, 3):
+    classifier.model.to(device)
+    size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
+    data = augmented(encoder.data, s, size)
+    if s.rand_augment and data.channels not in (1, 3):
         s._refuse("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
-    per_epoch = images // size
-    total = s.epochs * per_epoch
-    warmup = min(s.warmup_epochs * per_epoch, total / 2)
-    schedule = Schedule(s.base_lr * size / 256, s.min_lr, warmup, total)
-    groups = parameter_groups(model, s)
-
-    def prepare(batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
-        _draw_drop_paths(model, batch, s.seed, device)
-        keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
-        assert batch.labels is not None
-        images = erase(images, keys, s.erasing)
-        return mix(images, batch.labels.to(device), classes, s, batch.step)
-
-    def forward(model: nn.Module, images: Tensor) -> Tensor:
-        with autocast(device, precision):
-            logits: Tensor = model(images)
-        return logits[None].float()
-
-    training = Training(
-        label=f"finetune {encoder.name}",
-        settings=s,
-        data=data,
-        model=model,
-        forward=forward,
-        prepare=prepare,
-        optimizer=torch.optim.AdamW(
-            groups, lr=schedule(0), betas=(s.betas[0], s.betas[1]), fused=True
-        ),
-        schedule=schedule,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        augment=augment,
-        ema=s.ema,
-        identity=identity_of(encoder, precision),
+    task = FinetuneTask(classifier, s, train, data, accelerator, precision)
+    schedule = task.schedule(s.base_lr)
+    groups, betas = parameter_groups(task.model, s), (s.betas[0], s.betas[1])
+    best = task.choose(
+        torch.optim.AdamW(groups, lr=schedule(0), betas=betas, fused=True),
+        schedule,
+        f"finetune {encoder.name}",
+        state,
+        identity_of(encoder, precision),
+        torch.amp.GradScaler(device.type) if precision == "fp16" else None,
     )
-    trained = run_training(training, train, accelerator, state)
-    classifier.numbers, classifier.history = trained.numbers, trained.history
-    return classifier, training
+    classifier.numbers, classifier.history = best.numbers("accuracy"), best.history
+    return classifier, task
 
 
 @EVALUATIONS.register("finetune")
@@ -653,8 +628,8 @@ class Finetune(EncoderEvaluation):
         # Its augmentation and its classifier are for images of one size.
         encoder = replace(encoder, data=encoder.data.as_square())
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
-        classifier, training = _fit(*chosen)
-        found = accuracies(training, classifier.model, val, start_accelerator(device))
+        classifier, task = _fit(*chosen)
+        found = accuracies(task, classifier.model, val)
         best = measured(found, 0, classifier.model.num_classes)
         classifier.numbers = {**best, **classifier.numbers}
         return classifier

@@ -49,12 +49,13 @@ from mim.evaluate.base import (
     EvaluationSettings,
 )
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import extract_features, image_tokens, pool_tokens
+from mim.evaluate.features import check_precision, extract_features, image_tokens, pool_tokens
 from mim.evaluate.finetune import FILE as FINETUNED
 from mim.evaluate.finetune import FinetuneSettings, load_classifier
 from mim.evaluate.probes.linear import Linear, LinearSettings
-from mim.evaluate.training import autocast, start_accelerator
+from mim.evaluate.training import start_accelerator
 from mim.training.checkpoint import prepare_folder, read_result, write_atomic
+from mim.training.runtime.precision import autocast
 
 ALEXNET = {
     "gaussian_noise": 0.886428,
@@ -322,7 +323,6 @@ class Robustness(EncoderEvaluation):
             read_baseline(s.baseline, names, s.severities)
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`EncoderEvaluation.check_encoder`."""
         super().check_encoder(encoder)
         if not self.settings.imagenet_c:
             for name in self._names():
@@ -481,7 +481,7 @@ class Robustness(EncoderEvaluation):
         assert train.labels is not None
         count = max(len(train.classes), int(train.labels.max()) + 1)
         classes = list(train.classes) or [str(label) for label in range(count)]
-        autocast(device, precision)  # an unknown precision is told at once
+        check_precision(precision)
         vit = encoder.vit
         if s.classifier == "linear":
             features = extract_features(encoder, train, s.pool, s.batch_size, device, precision)
@@ -490,7 +490,7 @@ class Robustness(EncoderEvaluation):
 
             def by_probe(images: Tensor) -> Tensor:
                 assert vit is not None
-                with autocast(device, precision):
+                with autocast(precision, device):
                     tokens = image_tokens(vit, images)
                 pooled = pool_tokens(vit, tokens.float(), s.pool)
                 return probe.logits(pooled.float())[0, 0]
@@ -511,7 +511,7 @@ class Robustness(EncoderEvaluation):
         model = loaded.model.to(device)
 
         def by_model(images: Tensor) -> Tensor:
-            with autocast(device, precision):
+            with autocast(precision, device):
                 logits: Tensor = model(images)
             return logits.float()
 

@@ -159,6 +159,14 @@ class DrawnMasks:
     refusal: str = ""
     statistics: MaskStatistics | None = None
 
+    def as_row(self) -> dict[str, Any]:
+        """The statistics, or the refusal, as JSON can hold them."""
+        row: dict[str, Any] = {"generator": self.generator, "ratio": self.ratio}
+        if self.statistics is None:
+            return {**row, "refused": self.refusal}
+        share = self.statistics["hidden_share"].tolist()
+        return {**row, **self.statistics, "hidden_share": share}
+
 
 def draw_masks(
     config: Config,

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.files import parse_yaml
+from mim.core.files import file_digest, parse_yaml
 from mim.core.settings import flatten, load_config, to_dict, to_yaml
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
-from mim.interop.files import Weights, file_digest, read_weights
+from mim.interop.files import Weights, read_weights
 from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
 from mim.model.backbones import grid_of, misfit_of, patch_size_of, sincos_position_embedding
 from mim.model.teacher import Teacher
 from mim.training import checkpoint
 from mim.training.optim import build_optimizer
+from mim.training.results import update_result
 from mim.training.runtime.cost import environment
 
 PARTS = ("model", "encoder")
@@ -644,7 +645,7 @@ def import_run(
         "environment": environment(torch.device("cpu"), 1),
         "config": to_dict(config),
     }
-    checkpoint.write_json_atomic(output / "result.json", result)
+    update_result(output, lambda _: result)
     return Imported(config, imported.model, imported.account, imported.source)
 
 

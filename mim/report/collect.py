@@ -6,13 +6,20 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mim.core.errors import UserError, setting_error
-from mim.report.status import Progress, read_progress
+from mim.report.status import (
+    ODD,
+    UNREADABLE,
+    Progress,
+    is_unfinished,
+    read_progress,
+    why_unreadable,
+)
 
 FORMAT = 1
 REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
@@ -52,7 +59,8 @@ class Run:
     axes: dict[str, Any]
     seed: int
     status: str
-    """``finished``, ``failed``; without a ``result.json`` ``waiting``, ``running``, ``stopped``."""
+    """``finished``, ``failed``; without a result ``waiting``, ``running``, ``stopped``; and
+    ``unreadable``."""
     error: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
@@ -275,21 +283,33 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> Run:
-    path = folder / "result.json"
-    if not path.is_file():
-        progress, known = read_progress(folder), plan or {}
-        return Run(
-            folder,
-            folder.name,
-            str(known.get("kind", "run")),
-            known.get("axes") or {},
-            int(known.get("seed") or 0),
-            progress.status,
-            progress.reason,
-            progress=progress,
-            placed=plan is not None,
-        )
-    result = _read_json(path)
+    """A run, whatever its files hold: what cannot be read is said in its place."""
+    known = plan or {}
+    kind = str(known.get("kind", "run"))
+    begun = Run(
+        folder,
+        folder.name,
+        kind,
+        known.get("axes") or {},
+        int(known.get("seed") or 0),
+        UNREADABLE,
+        placed=plan is not None,
+    )
+    try:
+        path = folder / "result.json"
+        result = _read_json(path) if path.is_file() else {}
+        if is_unfinished(result):
+            progress = read_progress(folder)
+            measures = read_measures(result, {}) if result else {}
+            status, reason = progress.status, progress.reason
+            return replace(begun, status=status, error=reason, measures=measures, progress=progress)
+        return _with_result(path, result, base)
+    except ODD as error:
+        return replace(begun, error=why_unreadable(folder, error))
+
+
+def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any]) -> Run:
+    folder = path.parent
     kind = str(result.get("kind", "run"))
     if kind not in ("run", GIVEN, *REFERENCES):
         reason = f"is not one of run, {', '.join(REFERENCES)}, {GIVEN}"
@@ -305,13 +325,14 @@ def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | N
         status=str(result.get("status", "finished")),
         error=str(result.get("error") or ""),
         config=config,
-        measures=_measures(result, config or base),
+        measures=read_measures(result, config or base),
         environment=result.get("environment") or {},
         data=result.get("data") or {},
     )
 
 
-def _measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+def read_measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a result; evaluations under ``evaluation.measure``."""
     found: dict[str, Any] = {key: result.get(key) for key in (*LOSSES, *COSTS)}
     for evaluation, numbers in (result.get("evaluations") or {}).items():
         found.update({f"{evaluation}.{key}": value for key, value in numbers.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ from rich.table import Table as Grid
 
 from mim.core.progress import clock
 from mim.core.terminal import grid
-from mim.report.collect import Comparison, read_comparison
-from mim.report.tables import Table, comparison_table, runs_table
+from mim.report.collect import Comparison, Run, read_comparison, read_measures
+from mim.report.tables import Table, comparison_table, evaluation_measures, runs_table
 
 _SECONDS = 2.0
 _SHOWN = ("held-out loss", "wall time")
@@ -96,6 +96,26 @@ def training_left(comparison: Comparison) -> float | None:
     if not means:
         return None
     return left + sum(means.get(label, sum(means.values()) / len(means)) for label in waiting)
+
+
+def evaluations_table(
+    numbers: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of what encoders reached: a row a measure, a column an encoder.
+
+    Args:
+        numbers: encoder -> evaluation -> named numbers.
+    """
+    runs = []
+    for name, evaluations in numbers.items():
+        measures = read_measures({"evaluations": evaluations}, {})
+        runs.append(Run(Path(name), name, "run", {}, 0, "finished", measures=measures))
+    measured = Comparison(Path(), "", "", {}, {}, tuple(runs), (), ())
+    rows = [
+        [measure.title, *(measure.number(run.measures.get(measure.key)) for run in runs)]
+        for measure in evaluation_measures(measured)
+    ]
+    return ["measure", *numbers], rows
 
 
 def closing_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -29,6 +29,7 @@ from mim.report.collect import (
     show_value,
 )
 from mim.report.statistics import Paired, Summary, paired_difference, summarize
+from mim.report.status import UNREADABLE
 
 MISSING = "\u2013"
 # How an evaluation names what it chose or checked, as against what it found.
@@ -514,7 +515,7 @@ def runs_table(comparison: Comparison) -> Table:
             Cell(f"{share:.0%}", value=share),
             Cell(f"{loss:.4g}" if loss is not None else MISSING, value=loss),
             Cell(clock(left) if left is not None else MISSING, value=left),
-            Cell(run.error if run.status == "failed" else ""),
+            Cell(run.error if run.status in ("failed", UNREADABLE) else ""),
         )
         rows.append(Row(cells, run.kind))
     heads = ("done", "loss", "time left")

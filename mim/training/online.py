@@ -23,6 +23,7 @@ from mim.data import ImageSource, eval_loader, normalize
 from mim.model import MaskedImageModel, encode
 from mim.model.backbones import family_of
 from mim.model.standardize import Standardize
+from mim.training.runtime.precision import autocast
 
 
 class OnlineProbe:
@@ -66,7 +67,7 @@ class OnlineProbe:
         """(B, C, H, W) normalised -> (B, D), of the encoder as it evaluates."""
         training = self.model.training
         self.model.eval()
-        with self.accelerator.autocast():
+        with autocast(self.config.train.precision, self.accelerator.device):
             features = encode(self.model, images)
         self.model.train(training)
         return features.float()
@@ -115,7 +116,7 @@ class OnlineProbe:
         right, count = self.accelerator.reduce(found, "sum").tolist()
         return float(right / count)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
             "head": self.head.state_dict(),
@@ -123,8 +124,8 @@ class OnlineProbe:
             "sums": self.accelerator.reduce(self.sums.clone(), "sum").cpu(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state`, with any number of processes."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`, with any number of processes."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums = state["sums"].to(self.accelerator.device) / self.accelerator.num_processes

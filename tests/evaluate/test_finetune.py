@@ -379,7 +379,7 @@ def test_bad_images_are_told(encoder: Encoder) -> None:
         evaluate(encoder, {"finetune": {}}, train=fewer, val=val)
     with pytest.raises(UserError, match="evaluation finetune needs an encoder, and pixels has"):
         evaluate(open_encoder("pixels", CONFIG), {"finetune": {}})
-    with pytest.raises(UserError, match=r"base_lr: .* gives a loss of nan in epoch"):
+    with pytest.raises(UserError, match=r"base_lr: .* loss is nan in epoch"):
         evaluate(encoder, {"finetune": {"base_lr": 1e30, "epochs": 2, "warmup_epochs": 0}})
     train.labels = None
     with pytest.raises(UserError, match="has no labels; evaluation finetune needs them"):

@@ -415,7 +415,7 @@ def test_bad_folders_are_one_clear_line(fake_comparison: Write, tmp_path: Path) 
     with pytest.raises(UserError, match="not a comparison folder"):
         write_report(tmp_path)
     folder = fake_comparison(metrics=False)
-    path = folder / "regime=drop,seed=0" / "result.json"
+    path = folder / "comparison.json"
     content = path.read_text()
     path.write_text(content[:50])
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -424,6 +424,39 @@ def test_bad_folders_are_one_clear_line(fake_comparison: Write, tmp_path: Path) 
     with pytest.raises(UserError, match="format: 2"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+ODD = {
+    "torn": ('{"format": 1, "status": "fini', "cannot be read"),
+    "empty": ("", "cannot be read"),
+    "a list": ("[1]", "JSON object"),
+    "of a later version": ('{"format": 2, "status": "finished"}', "format: 2"),
+    "no mapping": ('{"format": 1, "status": "finished", "evaluations": {"knn": 3}}', "writes"),
+    "of no kind": ('{"format": 1, "status": "finished", "kind": "x"}', "kind: 'x'"),
+    "no seed": ('{"format": 1, "status": "finished", "seed": [1]}', "writes"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_one_run_that_cannot_be_read_is_a_line_of_the_report(
+    odd: str, fake_comparison: Write
+) -> None:
+    folder = fake_comparison(axes={"seed": [0, 1, 2]}, metrics=False)
+    content, said = ODD[odd]
+    (folder / "seed=0" / "result.json").write_text(content)
+    write_report(folder)
+    (line,) = [t for t in (folder / "report.md").read_text().splitlines() if "unreadable" in t]
+    assert "seed=0" in line and said in line
+
+
+def test_evaluations_of_a_run_that_goes_on_do_not_make_it_finished(fake_comparison: Write) -> None:
+    folder = fake_comparison(axes={"seed": [0, 1]}, metrics=False)
+    numbers = {"evaluations": {"knn": {"accuracy": 0.5}}}
+    for content in (numbers, numbers | {"format": 1, "status": "unfinished"}):
+        (folder / "seed=0" / "result.json").write_text(json.dumps({"format": 1} | content))
+        (run,) = [run for run in read_comparison(folder).runs if run.name == "seed=0"]
+        assert run.status == "waiting" and not run.finished
+        assert run.measures == {"knn.accuracy": 0.5}
 
 
 def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(fake_comparison: Write) -> None:

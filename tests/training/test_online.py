@@ -63,7 +63,8 @@ def test_the_run_is_the_same_without(tmp_path: Path, mim: Mim, tiny: Tiny) -> No
     result = checkpoint.read_result(runs[1])["evaluations"]["linear_online"]
     # Again from the files: features of the final encoder under the saved layer.
     model, val = package.load(runs[1]), open_source(checkpoint.read_config(runs[1]).data, "val")
-    saved = checkpoint.read_checkpoint(checkpoint.checkpoints(runs[1])[-1])["online"]["head"]
+    newest = checkpoint.read_checkpoint(checkpoint.checkpoints(runs[1])[-1])
+    saved = newest["hooks"]["online"]["head"]
     (batch,) = eval_loader(val, checkpoint.read_config(runs[1]).data, batch_size=len(val))
     features = package.encode(model, normalize(batch.images, val.mean, val.std))
     x = (features - saved["0.mean"]) / (saved["0.var"] + 1e-6).sqrt()

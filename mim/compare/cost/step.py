@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mim.compare.cost.memory import bytes_added, bytes_of
 from mim.compare.cost.products import products_of
-from mim.compare.runner import server_context
+from mim.compare.launchers import server_context
 from mim.core.config import Config
 from mim.core.cpu.linear import has_onednn, onednn_linear
 from mim.core.cpu.process import tune_process

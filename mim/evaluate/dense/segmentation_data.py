@@ -383,12 +383,13 @@ class SegmentationBatches(StepBatches):
         self.pairs, self.seed, self.resize, self.scale = source, seed, resize, scale
         self.fill = tuple(fill) if len(fill) > 1 else fill[0]
         self.per_epoch = steps_per_epoch(source, data)
+        self.share = slice(None)  # of a batch, for one of several processes
 
     def batch(self, number: int) -> MaskedBatch:
         epoch, position = divmod(number, self.per_epoch)
         order = permutation(self.seed, epoch, len(self.pairs))
         size, count = self.config.size, self.config.batch_size
-        indices = order[position * count : (position + 1) * count]
+        indices = order[position * count : (position + 1) * count][self.share]
         ids = self.pairs.sample_ids[indices]
         keys = image_keys(self.seed, epoch, ids, purpose="augment")
         images, masks = [], []
