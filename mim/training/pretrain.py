@@ -23,11 +23,12 @@ from mim.core.config import Config
 from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
+from mim.core.fingerprints import same_images
 from mim.core.keys import image_keys
 from mim.core.lock import sole_use
 from mim.core.patches import Images
 from mim.core.progress import note
-from mim.core.settings import to_dict, to_yaml
+from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
 from mim.data import (
     Batch,
@@ -219,10 +220,12 @@ def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
         UserError: if it, or the checkpoint, asks for other images.
     """
     wanted = config.data.fingerprint
-    if saved is not None and saved.get("data") not in (None, seen):
-        reason = "is over other images than those that are there now: names or labels have changed"
+    earlier = None if saved is None else saved.get("data")
+    if earlier is not None and not same_images(earlier, seen):
+        reason = "is over other images than those that are there now: their names, labels or "
+        reason += "contents have changed"
         raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if wanted not in (None, seen):
+    if wanted is not None and not same_images(wanted, seen):
         reason = f"asks for other images than there are, which have {seen}; null takes these"
         raise setting_error("data.fingerprint", wanted, reason)
     return replace(config, data=replace(config.data, fingerprint=seen))
@@ -402,7 +405,7 @@ def _build_trainer(
     if main:
         trainer.curves.metrics = Metrics(run / "metrics.jsonl", start)
         if saved is None:
-            checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+            checkpoint.write_config(run, config)
             if config.data.subset.chooses:
                 write_list(run / "subset_train.txt", images.train)
                 write_list(run / "subset_val.txt", images.val)
@@ -431,7 +434,7 @@ def _result(
         "images_per_second": state.images / max(state.train_seconds, 1e-9),
         "peak_memory_bytes": peak,
         "wall_seconds": state.elapsed,
-        "environment": environment(device, trainer.accelerator.num_processes),
+        "environment": environment(device, trainer.accelerator.num_processes, config.plugins),
         "data": {
             "source": images.train.name,
             "train_images": len(images.train),
