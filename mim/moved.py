@@ -20,7 +20,7 @@ MOVED = {
     "mim.decoders": "mim.model.decoders",
     "mim.errors": "mim.core.errors",
     "mim.estimator": "mim.sklearn",
-    "mim.keys": "mim.core.keys",
+    "mim.keys": "mim.core.rng",
     "mim.masks.attention": "mim.model.attention",
     "mim.patches": "mim.core.patches",
     "mim.pretrain": "mim.training.pretrain",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mim.core.config import STREAMED, DataConfig, MixConfig
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, permutation
+from mim.core.rng import image_keys, permutation
 from mim.data.images.transforms import Picture
 from mim.data.opening import open_source
 from mim.data.sources.base import SOURCES, ImageSource, Split

@@ -16,7 +16,7 @@ from torch import Tensor
 from mim.core.config import DataConfig, SubsetConfig
 from mim.core.errors import choice_error, setting_error
 from mim.core.files import decode_text, write_atomic
-from mim.core.keys import image_keys, name_to_int
+from mim.core.rng import image_keys, name_to_int
 from mim.data.labels import one_spelling
 from mim.data.sources.base import ImageSource, Split, Subset
 

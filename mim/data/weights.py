@@ -24,8 +24,8 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.files import NPY_ERRORS, decode_text
-from mim.core.keys import name_to_int
 from mim.core.registry import Registry
+from mim.core.rng import name_to_int
 from mim.data.sources.base import ImageSource
 
 Weigh: TypeAlias = Callable[[ImageSource, Tensor, int], Tensor]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import Bound, Count, Settings, build, hints
-from mim.core.keys import image_keys
 from mim.core.registry import Registry
+from mim.core.rng import image_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -292,7 +292,9 @@ def _rank_in_class(keys: Tensor, labels: Tensor) -> Tensor:
     return rank
 
 
-def holdout(sample_ids: Tensor, labels: Tensor, seed: int, share: float = HOLDOUT) -> Tensor:
+def stratified_holdout(
+    sample_ids: Tensor, labels: Tensor, seed: int, share: float = HOLDOUT
+) -> Tensor:
     """(n,) bool: the share of each class, a fifth, on which hyper-parameters are chosen."""
     keys = image_keys(seed, -1, sample_ids, purpose="probe-split")
     rank = _rank_in_class(keys, labels)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from mim.core.config import DataConfig, ModelConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
-from mim.core.keys import image_keys, random_bits, seed_of
+from mim.core.rng import image_keys, random_bits, seed_of
 from mim.data import (
     Batch,
     ImageSource,
@@ -227,7 +227,7 @@ def erase(images: Tensor, keys: Tensor, probability: float) -> Tensor:
     return images
 
 
-def mix(
+def mix_images(
     images: Tensor, labels: Tensor, classes: int, settings: FinetuneSettings, step: int
 ) -> tuple[Tensor, Tensor]:
     """timm's Mixup or CutMix of a batch, and its smoothed labels.
@@ -471,7 +471,7 @@ class FinetuneTask(ClassificationTask):
         keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
         assert batch.labels is not None
         images = erase(images, keys, s.erasing)
-        mixed, targets = mix(images, batch.labels.to(device), self.classes, s, batch.step)
+        mixed, targets = mix_images(images, batch.labels.to(device), self.classes, s, batch.step)
         return Labelled(mixed, targets, draws)
 
     def loss(self, learner: nn.Module, part: Labelled) -> Loss:

@@ -31,8 +31,8 @@ from mim.core.config import DataConfig
 from mim.core.errors import choice_error, setting_error
 from mim.core.fields import Count, Natural
 from mim.core.files import parse_yaml
-from mim.core.keys import image_keys
 from mim.core.progress import RunProgress
+from mim.core.rng import image_keys
 from mim.data import (
     ClassFolders,
     Corrupted,

@@ -43,7 +43,7 @@ from mim.core.fields import (
 )
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader
 from mim.data.loader import Augment
-from mim.evaluate.base import AnySettings, EvaluationSettings, holdout, low_shot
+from mim.evaluate.base import AnySettings, EvaluationSettings, low_shot, stratified_holdout
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
@@ -120,7 +120,7 @@ def split(train: ImageSource, settings: TrainedSettings) -> tuple[Tensor, Tensor
     used = torch.arange(len(ids))
     if settings.fraction < 1:
         used = low_shot(ids, labels, settings.fraction, settings.seed)
-    held = holdout(ids[used], labels[used], settings.seed, settings.held_out)
+    held = stratified_holdout(ids[used], labels[used], settings.seed, settings.held_out)
     return used[~held], used[held]
 
 

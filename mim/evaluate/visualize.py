@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Split, eval_loader, normalize, open_source
 from mim.masks import MASKS, PatchMask, build_mask_generator
 from mim.masks.statistics import MaskStatistics, mask_statistics

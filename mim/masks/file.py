@@ -19,7 +19,7 @@ from torch import Tensor
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import Settings, Share
 from mim.core.files import IMAGE_EXTENSIONS, NPY_ERRORS, walk
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.masks.generators import MASKS, Grid, MaskContext, MaskGenerator, MaskRequest
 
 _KINDS = (".npy", ".png")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mim.core.config import MaskConfig
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, random_bits, uniforms
 from mim.core.patches import Patches
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, random_bits, uniforms
 from mim.masks.patch_mask import PatchMask
 
 Grid = tuple[int, int]
@@ -36,7 +36,7 @@ class MaskRequest:
 
     Attributes:
         grid: (rows, columns) of patches.
-        keys: (B,) int64 from :func:`mim.core.keys.image_keys`; all randomness comes from them.
+        keys: (B,) int64 from :func:`mim.core.rng.image_keys`; all randomness comes from them.
         ratios: (B,) float64, the share of patches to hide in each image.
         sample_ids: (B,) int64, the stable ids of the images; None where the caller has none.
         images: (B, C, H, W), normalised; None unless the generator asks for them.
@@ -139,7 +139,7 @@ class MaskGenerator(ABC):
 
         Args:
             grid: (rows, columns) of patches.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`; there are no masks without keys.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`; there are no masks without keys.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images, for masks that are given per image.
             images: (B, C, H, W), normalised, for generators that look at them.
@@ -152,7 +152,7 @@ class MaskGenerator(ABC):
             UserError: if the generator needs something that is not given.
         """
         if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
-            raise TypeError("masks need one int64 key an image, from mim.core.keys.image_keys")
+            raise TypeError("masks need one int64 key an image, from mim.core.rng.image_keys")
         for what, given in (("sample_ids", sample_ids), ("images", images)):
             if given is not None and len(given) != len(keys):
                 raise ValueError(f"{len(keys)} keys and {len(given)} {what}: one each is needed")
@@ -184,7 +184,7 @@ class MaskGenerator(ABC):
 
         Args:
             images: (B, N, P), for their grids.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
             epoch: see :meth:`__call__`.
             sample_ids: (B,) stable ids of the images.
 
@@ -269,7 +269,7 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     Args:
         score: (B, N).
         keys: (B,) int64.
-        stream: of the keys' numbers, see :func:`mim.core.keys.random_bits`.
+        stream: of the keys' numbers, see :func:`mim.core.rng.random_bits`.
 
     Returns:
         (B, N) int64, each row a permutation of 0..N-1.

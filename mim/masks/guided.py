@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.core.fields import Count, NonNegative, Settings
-from mim.core.keys import seed_of, uniforms
+from mim.core.rng import seed_of, uniforms
 from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
 
 

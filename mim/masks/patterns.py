@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mim.core.errors import setting_error
 from mim.core.fields import Count, Settings, Span, SpanToOne
-from mim.core.keys import random_bits, uniforms
+from mim.core.rng import random_bits, uniforms
 from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest, RankedMask, rank_by
 
 _SHAPES = 4  # the keys' stream for places and shapes; 0 orders patches, 1 draws ratios

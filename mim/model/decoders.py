@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from mim.core.config import DecoderConfig
 from mim.core.errors import setting_error
 from mim.core.fields import Count, Positive, Settings, Share
-from mim.core.keys import seed_of
 from mim.core.patches import values_at
 from mim.core.registry import Registry
+from mim.core.rng import seed_of
 from mim.model.attention import key_bias
 from mim.model.backbones import block_at, sincos_position_embedding
 from mim.model.packing import Packing
-from mim.model.regimes import Latents, Regime, place_tokens
+from mim.model.regimes import Latents, Regime, scatter_tokens
 from mim.model.terms import WithTerms
 
 
@@ -117,7 +117,7 @@ def _latents_at(latents: Latents, ids: Tensor | None) -> Tensor:
     patches = latents.patches  # (B, T, D)
     if latents.patch_ids is not None:
         fill = patches.new_zeros(len(patches), latents.num_patches, patches.shape[-1])
-        patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+        patches = scatter_tokens(patches, latents.patch_ids, latents.valid, fill)
     return _at(patches, ids)
 
 
@@ -190,7 +190,7 @@ class TransformerDecoder(Decoder):
             assert self.mask_token is not None
             prefix, patches = x[:, : latents.num_prefix], x[:, latents.num_prefix :]
             fill = self.mask_token.expand(len(x), latents.num_patches, -1).to(x.dtype)
-            patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+            patches = scatter_tokens(patches, latents.patch_ids, latents.valid, fill)
             x = torch.cat([prefix, patches], dim=1)  # (B, P + N, E)
         x = x + _positions(self.pos_embed, latents, latents.num_prefix)
         return self.norm(self._run(x, latents, ids))

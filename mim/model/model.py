@@ -127,7 +127,7 @@ class MaskedImageModel(nn.Module):
 
         Args:
             images: (B, C, H, W), normalised, or patches of several sizes.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images.
         """

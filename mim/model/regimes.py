@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mim.core.config import RegimeConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import Settings, Share
-from mim.core.keys import seed_of
 from mim.core.patches import Images, Patches
 from mim.core.registry import Registry
+from mim.core.rng import seed_of
 from mim.masks import PatchMask
 from mim.model.attention import causal, key_bias, to_additive
 from mim.model.backbones import Embedded, Family, family_of
@@ -62,7 +62,7 @@ class Latents:
         return self.tokens[:, self.num_prefix :]
 
 
-def place_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
+def scatter_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
     """Put tokens at their patches and ``fill`` everywhere else.
 
     Args:
@@ -429,7 +429,7 @@ class Zero(Regime):
         def back(ordered: Tensor) -> Tensor:
             out = ordered[:, prefix:]
             fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
-            return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
+            return torch.cat([ordered[:, :prefix], scatter_tokens(out, ids, valid, fill)], dim=1)
 
         num_keys = prefix + mask.num_visible
         tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)

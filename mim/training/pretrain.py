@@ -24,10 +24,10 @@ from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
 from mim.core.fingerprints import same_images
-from mim.core.keys import image_keys
 from mim.core.lock import sole_use
 from mim.core.patches import Images
 from mim.core.progress import note
+from mim.core.rng import image_keys
 from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
 from mim.data import (
@@ -56,7 +56,7 @@ from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
 from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
 from mim.training.runtime.processes import gathering, together
-from mim.training.runtime.sharding import Sharded, whole
+from mim.training.runtime.sharding import Sharded, gather_full
 from mim.training.runtime.trackers import start_trackers, tracker_names
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, TrainState, parts
 
@@ -185,7 +185,7 @@ class PretrainTask(Task):
         ):
             return super().model_to_evaluate()
         copy = model_on(self.config, self.accelerator.device)
-        copy.load_state_dict(whole(self.model.state_dict()))
+        copy.load_state_dict(gather_full(self.model.state_dict()))
         return copy
 
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:

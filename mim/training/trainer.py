@@ -26,15 +26,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.core.signals import Interrupted, Signals
 from mim.data import Batch, worker_deaths
-from mim.model.teacher import follow
+from mim.model.teacher import ema_update
 from mim.training.checkpoint import FileStore, RunStore
 from mim.training.metrics import Curves
 from mim.training.nonfinite import Guard, StepRecord, Watch, strict
 from mim.training.optim import Schedule
-from mim.training.runtime.sharding import load_model, load_optimizer, whole
+from mim.training.runtime.sharding import gather_full, load_model, load_optimizer
 
 
 class Loss(NamedTuple):
@@ -95,7 +95,7 @@ class Task(ABC):
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Lets teacher and average follow; ``taken`` is 0 where the step changed nothing."""
         if self.average is not None:
-            follow(self.average, self.model, (1 - self.decay) * taken)
+            ema_update(self.average, self.model, (1 - self.decay) * taken)
 
     def model_to_evaluate(self) -> nn.Module:
         """Returns the weights that count, whole; all processes ask for it together."""
@@ -375,8 +375,8 @@ class Trainer:
         """Returns all from which the training goes on; all processes ask for it together."""
         average = self.task.average
         return {
-            "model": whole(self.task.model.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": gather_full(self.task.model.state_dict()),
+            "optimizer": gather_full(self.optimizer.state_dict()),
             "ema": {} if average is None else average.state_dict(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "watch": self.watch.state_dict(),
@@ -422,7 +422,7 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm: Tensor = whole(clip_grad_norm_(self.learner.parameters(), limit))
+        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
         return norm.float()
 
     def _read(self) -> None:

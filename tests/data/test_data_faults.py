@@ -15,7 +15,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, WorkerError
-from mim.core.keys import image_keys, uniforms
+from mim.core.rng import image_keys, uniforms
 from mim.data import (
     ImageSource,
     UnreadableImage,

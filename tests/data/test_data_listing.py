@@ -198,7 +198,7 @@ from mim.core.config import DataConfig, SubsetConfig
 from mim.data import open_source
 from mim.data.places import listing
 from mim.data.sources import folder, shards
-from mim.core.keys import permutation
+from mim.core.rng import permutation
 
 CLASSES, EACH = 1000, 1000
 MB = 1 << 20

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.data import (
     SOURCES,
     ImageSource,

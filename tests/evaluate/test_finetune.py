@@ -20,7 +20,7 @@ from safetensors import safe_open
 import mim as package
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import Subset, eval_loader, normalize, open_source
 from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_encoder
 from mim.evaluate.base import low_shot
@@ -29,7 +29,7 @@ from mim.evaluate.finetune import (
     build_classifier,
     erase,
     fit,
-    mix,
+    mix_images,
     parameter_groups,
 )
 from mim.evaluate.training import split
@@ -139,7 +139,7 @@ def test_mixed_labels_are_soft_and_sum_to_one(mixup: float, cutmix: float) -> No
     images = labels[:, None, None, None].expand(-1, 1, 32, 32).float()
     kinds = set()
     for step in range(12):
-        mixed, targets = mix(images.clone(), labels, 2, settings, step)
+        mixed, targets = mix_images(images.clone(), labels, 2, settings, step)
         assert torch.allclose(targets.sum(1), torch.ones(6))
         assert ((targets > 0) & (targets < 1)).all()
         share = mixed.mean((1, 2, 3))  # of class 1
@@ -151,11 +151,13 @@ def test_mixed_labels_are_soft_and_sum_to_one(mixup: float, cutmix: float) -> No
 
 def test_label_smoothing_by_hand() -> None:
     images, labels = torch.zeros(2, 1, 4, 4), torch.tensor([2, 0])
-    same, targets = mix(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.2}), 0)
+    same, targets = mix_images(
+        images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.2}), 0
+    )
     assert torch.equal(same, images)
     expected = torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
     assert torch.allclose(targets, expected)
-    _, hard = mix(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.0}), 0)
+    _, hard = mix_images(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.0}), 0)
     assert torch.equal(hard, F.one_hot(labels, 4).float())
 
 

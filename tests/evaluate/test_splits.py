@@ -7,7 +7,7 @@ import torch
 
 from mim.core.errors import UserError
 from mim.evaluate import ProbeSettings, build_evaluation
-from mim.evaluate.base import check_few_shot, few_shot_draw, few_shot_folds, holdout
+from mim.evaluate.base import check_few_shot, few_shot_draw, few_shot_folds, stratified_holdout
 
 IDS = torch.arange(300) * 13 + 5
 LABELS = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0))
@@ -18,13 +18,13 @@ def ids_of(mask_or_index: torch.Tensor, ids: torch.Tensor) -> set[int]:
 
 
 def test_holdout_is_a_fifth_of_each_class_and_keyed() -> None:
-    held = holdout(IDS, LABELS, 0)
+    held = stratified_holdout(IDS, LABELS, 0)
     for label in range(5):
         of_class = label == LABELS
         assert int(held[of_class].sum()) == round(0.2 * int(of_class.sum()))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    assert ids_of(held, IDS) == ids_of(holdout(IDS[order], LABELS[order], 0), IDS[order])
-    assert ids_of(held, IDS) != ids_of(holdout(IDS, LABELS, 1), IDS)
+    assert ids_of(held, IDS) == ids_of(stratified_holdout(IDS[order], LABELS[order], 0), IDS[order])
+    assert ids_of(held, IDS) != ids_of(stratified_holdout(IDS, LABELS, 1), IDS)
 
 
 def test_few_shot_sets_are_balanced_keyed_and_nested() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from mim import load_config
 from mim.core.config import DataConfig, FileMaskConfig, MaskConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys, name_to_int
+from mim.core.rng import image_keys, name_to_int
 from mim.data.sources.folder import ImageFolder
 from mim.masks import PatchMask, build_mask_generator, sample_masks
 from mim.model import build_model

@@ -16,7 +16,7 @@ from mim.core.errors import UserError
 from mim.core.patches import patchify, unpatchify
 from mim.masks import PatchMask
 from mim.model.backbones import build_backbone, grid_of, patch_size_of, supports_split
-from mim.model.regimes import Latents, Regime, build_regime, place_tokens
+from mim.model.regimes import Latents, Regime, build_regime, scatter_tokens
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
@@ -423,10 +423,10 @@ def test_place_tokens_by_hand() -> None:
     tokens = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
     ids = torch.tensor([[2, 0], [1, 0]])
     fill = torch.tensor([[[-1.0], [-2.0], [-3.0]]]).expand(2, -1, -1)
-    placed = place_tokens(tokens, ids, None, fill)
+    placed = scatter_tokens(tokens, ids, None, fill)
     assert placed[..., 0].tolist() == [[2, -2, 1], [4, 3, -3]]
     valid = torch.tensor([[True, True], [True, False]])  # padding goes nowhere
-    placed = place_tokens(tokens, ids, valid, fill)
+    placed = scatter_tokens(tokens, ids, valid, fill)
     assert placed[..., 0].tolist() == [[2, -2, 1], [-1, 3, -3]]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mim.core.config import Config, DataConfig, MaskConfig, ModelConfig, RegimeConfig
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.model import MaskedImageModel, build_model
 from mim.model.terms import Forward
 

@@ -30,7 +30,7 @@ from mim.core.config import Config
 from mim.core.cpu.linear import has_onednn, onednn_linear
 from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.core.signals import end_at_once
 from mim.model.regimes import REGIMES
 from mim.training.checkpoint import write_text_atomic

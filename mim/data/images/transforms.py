@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import uniforms
 from mim.core.patches import Images, Patches
+from mim.core.rng import uniforms
 from mim.data.images.batched import crop_resize
 
 Picture: TypeAlias = Image.Image | NDArray[np.uint8]
@@ -100,7 +100,7 @@ def crop_parameters(
     central crop of an allowed ratio is taken. A key always spends the same count of numbers.
 
     Args:
-        keys: (B,) int64, from :func:`mim.core.keys.image_keys` with purpose "augment".
+        keys: (B,) int64, from :func:`mim.core.rng.image_keys` with purpose "augment".
         heights: (B,) int64, of the images.
         widths: (B,) int64, of the images.
         scale: share of the area, from and to, drawn uniformly.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.files import IMAGE_EXTENSIONS, walk, write_atomic
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.places.names import Names
 

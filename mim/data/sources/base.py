@@ -29,8 +29,8 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, permutation
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, permutation
 from mim.data.images.decode import UnreadableImage
 from mim.data.images.transforms import Picture
 from mim.data.unreadable import Fault, Ledger

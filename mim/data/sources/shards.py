@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.files import decode_text, is_hidden
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.data.images.decode import EXTENSIONS, check_size, decode, decoding, open_regular
 from mim.data.images.transforms import Picture
 from mim.data.labels import label_table

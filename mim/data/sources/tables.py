@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import Count, Settings
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.data.images.decode import UnreadableImage, decode, decoding, read_file
 from mim.data.images.transforms import Picture
 from mim.data.labels import label_table

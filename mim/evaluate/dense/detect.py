@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mim.core.config import DataConfig
 from mim.core.fields import Count, Positive, Span
-from mim.core.keys import image_keys, seed_of
+from mim.core.rng import image_keys, seed_of
 from mim.data import Batch, holdout
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.detection_data import (

@@ -25,7 +25,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from mim.core.config import FREE
 from mim.core.fields import Natural, Share
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.data import Batch, holdout, normalize
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.pictures import segmentation_picture

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, name_to_int, permutation
 from mim.data.images.decode import (
     DECODE_ERRORS,
     EXTENSIONS,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.fields import Count
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize
 from mim.evaluate.base import (
     EVALUATIONS,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mim.core.config import DataConfig
 from mim.core.fields import Positive
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.data import Batch, ImageSource
 from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder

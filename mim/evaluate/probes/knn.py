@@ -26,9 +26,9 @@ from mim.evaluate.base import (
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
 from mim.evaluate.predictions import Measured
 
@@ -110,7 +110,7 @@ class Knn(Evaluation):
         def right(subset: Tensor, k: int, t: float) -> Tensor:
             return knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0] == val_y
 
-        held = holdout(ids, y, s.seed)
+        held = stratified_holdout(ids, y, s.seed)
         everything = torch.arange(len(y), device=x.device)
         if held.any():
             ks = self._grid(int((~held).sum()))

@@ -25,9 +25,9 @@ from mim.evaluate.base import (
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
 from mim.evaluate.predictions import Measured
 from mim.evaluate.probes.softmax import SoftmaxFit, fit_softmax, side_by_side
@@ -126,7 +126,7 @@ class Linear(Evaluation):
         y = labels_of(train)
         if len(y.unique()) < 2:
             raise UserError("evaluation linear needs at least 2 classes; train has 1")
-        held = holdout(train.sample_ids, y, self.settings.seed)[None]
+        held = stratified_holdout(train.sample_ids, y, self.settings.seed)[None]
         classes = int(y.max()) + 1
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
@@ -144,7 +144,7 @@ class Linear(Evaluation):
             raise UserError("evaluation linear needs at least 2 classes; train has 1")
         classes = int(y.max()) + 1
 
-        held = holdout(ids, y, s.seed)[None]
+        held = stratified_holdout(ids, y, s.seed)[None]
 
         def probed(item: tuple[int, int] | None) -> tuple[Tensor, float, bool]:
             """Of all training images, or of a draw of so many a class."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.fields import BelowOne, Count, NonNegative, Positive
-from mim.core.keys import permutation
+from mim.core.rng import permutation
 from mim.evaluate.base import (
     EVALUATIONS,
     NOT_EMPTY,
@@ -29,9 +29,9 @@ from mim.evaluate.base import (
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
 from mim.evaluate.predictions import Measured
 from mim.training.optim import Schedule
@@ -154,7 +154,7 @@ class LinearGrid(Evaluation):
         if len(y.unique()) < 2:
             raise UserError("evaluation linear_grid needs at least 2 classes; train has 1")
         classes = int(y.max()) + 1
-        held = holdout(ids, y, s.seed)[None]
+        held = stratified_holdout(ids, y, s.seed)[None]
         right, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
         answers = {"accuracy": right}
         accuracy = float(right.double().mean())

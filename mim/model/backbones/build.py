@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mim.core.config import ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import plain
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.model.backbones.family import FAMILIES, family_of
 
 # What the project sets itself; the value says where.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from mim.core.config import TargetConfig
 from mim.core.patches import Images, values_at
 from mim.core.registry import Registry
 from mim.masks import PatchMask
+from mim.model.teacher import Teacher
 from mim.model.terms import WithTerms
 
 
@@ -45,14 +46,6 @@ class TargetContext:
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images in pixels."""
         return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
-
-
-class Teacher(Protocol):
-    """An encoder that follows the trained one, such as its exponential moving average."""
-
-    def layers(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
-        ...
 
 
 class Target(WithTerms, nn.Module, ABC):

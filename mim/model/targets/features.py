@@ -14,9 +14,10 @@ from torch import Tensor
 from mim.core.config import ModelConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import Count, Settings
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.model.backbones import build_backbone, family_of, grid_of, load_weights
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.teacher import Teacher
 
 
 def _normalized(tokens: Tensor) -> Tensor:

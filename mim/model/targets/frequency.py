@@ -11,7 +11,8 @@ from torch import Tensor
 from mim.core.errors import setting_error
 from mim.core.fields import Count, Settings
 from mim.core.patches import patchify
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.teacher import Teacher
 
 
 def cosine_basis(size: int) -> Tensor:

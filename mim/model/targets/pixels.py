@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mim.core.fields import Bound, Settings
 from mim.core.patches import Images, Patches, patches_at, patchify, values_at
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
 from mim.model.targets.frequency import cosine_basis, filter_images
+from mim.model.teacher import Teacher
 
 _EPSILON = 1e-6
 

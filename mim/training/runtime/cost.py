@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.core.keys import image_keys
 from mim.core.patches import Images
+from mim.core.rng import image_keys
 from mim.model import MaskedImageModel
 
 

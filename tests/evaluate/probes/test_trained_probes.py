@@ -12,7 +12,7 @@ from timm.optim import Lars
 
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
-from mim.core.keys import permutation
+from mim.core.rng import permutation
 from mim.data import open_source
 from mim.evaluate import (
     Attentive,
