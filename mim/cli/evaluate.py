@@ -32,8 +32,7 @@ DETAILS = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and how."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("evaluation", help="one of these, or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
@@ -49,8 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every number")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure; print a table of what was reached, also where a later measurement fails."""
+def _run(options: argparse.Namespace) -> int:
     if options.timeout is not None and not 0 < options.timeout < math.inf:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
@@ -141,7 +139,7 @@ def _show(options: argparse.Namespace, measured: dict[str, dict[str, Any]]) -> N
 VERB = Verb(
     "evaluate",
     "Measure encoders: probes, fine-tuning, ..., on runs, timm models or untrained ones.",
-    add_options,
-    run,
+    _options,
+    _run,
     DETAILS,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mim.core.config import DataConfig
-from mim.core.errors import setting_error
+from mim.core.errors import UserError, setting_error
+from mim.data.labels import check_labels
 from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
 from mim.data.storage.cache import cached
 from mim.data.subset import choose
@@ -56,6 +57,10 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")
+    try:
+        check_labels(source.labels, source.classes, len(source))
+    except UserError as error:
+        raise setting_error("data.source", config.source, str(error)) from error
     source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
     source.ledger.add(source.check())
     source.mean, source.std = _statistics(source, config)

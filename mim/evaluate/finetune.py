@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
@@ -39,12 +40,21 @@ from mim.core.config import DataConfig, ModelConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
 from mim.core.keys import image_keys, random_bits, seed_of
-from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
+from mim.data import (
+    Batch,
+    ImageSource,
+    Picture,
+    eval_transform,
+    normalize,
+    open_source,
+    read_picture,
+)
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool, check_precision
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
     ClassificationTask,
     Labelled,
@@ -411,20 +421,16 @@ class Classifier:
         Raises:
             UserError: if a file cannot be read.
         """
-        pictures = [_open(i) if isinstance(i, (str, Path)) else i for i in images]
+        pictures = [
+            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            if isinstance(image, (str, Path))
+            else image
+            for image in images
+        ]
         pixels = eval_transform(pictures, self.data)
         device = next(self.model.parameters()).device
         logits = self.model(normalize(pixels.to(device), self.mean, self.std))
         return [self.classes[index] for index in logits.argmax(1).tolist()]
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return image
 
 
 class FinetuneTask(ClassificationTask):
@@ -576,11 +582,12 @@ class Finetune(EncoderEvaluation):
         given: dict[str, Any] = {"device": device, "precision": precision}
         states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
-        numbers = dict(classifier.numbers)
+        numbers = copy(classifier.numbers)
+        assert isinstance(numbers, Measured)
         for share in s.low_shot:
             part = Finetune(replace(s, fraction=share, low_shot=()))
             found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
-            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+            numbers.include(found, f"_of_{100 * share:g}_percent")
         main = start_accelerator(device).is_main_process
         if folder is not None and s.save and main:
             classifier.save(folder / FILE)
@@ -612,8 +619,8 @@ class Finetune(EncoderEvaluation):
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
         classifier, task = _fit(*chosen)
         found = accuracies(task, classifier.model, val)
-        best = measured(found, 0, classifier.model.num_classes)
-        classifier.numbers = {**best, **classifier.numbers}
+        classes = classifier.model.num_classes
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
         return classifier
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -45,6 +45,7 @@ from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_l
 from mim.data.loader import Augment
 from mim.evaluate.base import AnySettings, EvaluationSettings, holdout, low_shot
 from mim.evaluate.encoders import Encoder
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
 from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
@@ -444,7 +445,7 @@ class ClassificationTask(SupervisedTask):
             known = json.dumps([kept, self.train.fingerprint(), identity], sort_keys=True)
             store = FileStore(state, known)
         best = BestEpoch(
-            lambda model: accuracies(self, model, self.held)[0], 1, "held_out_accuracy"
+            lambda model: accuracies(self, model, self.held).accuracy, 1, "held_out_accuracy"
         )
         train_epochs(self, optimizer, schedule, best, label, store, scaler)
         return best
@@ -463,17 +464,30 @@ def identity_of(encoder: Encoder, precision: str) -> str:
     return json.dumps([digest.hexdigest(), read, precision], sort_keys=True)
 
 
+class Answered(NamedTuple):
+    """Which test images each head answered right, those of all processes."""
+
+    right: Tensor  # (2, I, H) bool: by the best guess, and among the best five
+    sample_ids: Tensor  # (I,)
+    labels: Tensor  # (I,)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(H,) float64: the share of right answers."""
+        return self.right[0].double().mean(0)
+
+
 @torch.no_grad()
-def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Tensor:
-    """(2, H) float64: the share of right answers, and of those among the best five.
+def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Answered:
+    """Asks every head about every image of a source; unreadable images are left out.
 
     All processes call it together; each answers for its share of the images, which may be none.
     """
     model.eval()
     accelerator = task.accelerator
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    right = torch.zeros(2, task.heads, dtype=torch.float64, device=device)
-    count = right.new_zeros(())  # unreadable images are left out
+    right = [torch.zeros(0, 2, task.heads, dtype=torch.bool)]
+    ids, labels = ([torch.zeros(0, dtype=torch.int64)] for _ in range(2))
     for batch in eval_loader(source, task.data, rank=rank, world=world):
         images = normalize(batch.images.to(device), source.mean, source.std)
         logits = task.logits(model, images)  # (H, B, K)
@@ -481,15 +495,19 @@ def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) 
         wanted = batch.labels.to(device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
         found = torch.stack([best[..., 0], best.any(2)])  # (2, H, B)
-        right += found.double().sum(2)
-        count += len(batch)
-    total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
-    return (total / counted).cpu()
+        right.append(found.permute(2, 0, 1).cpu())
+        ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
+        labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))
+    rows = [gather_rows(torch.cat(part)) for part in (right, ids, labels)]
+    return Answered(rows[0].transpose(0, 1), rows[1], rows[2])
 
 
-def measured(found: Tensor, head: int, classes: int) -> dict[str, float]:
-    """Named numbers of a head, from what :func:`accuracies` returned."""
-    numbers = {"accuracy": float(found[0, head])}
+def measured(
+    found: Answered, head: int, classes: int, more: Mapping[str, float] | None = None
+) -> Measured:
+    """Named numbers of a head and its answers, from what :func:`accuracies` returned."""
+    answers = {"accuracy": found.right[0, :, head]}
     if classes > _TOP:
-        numbers[f"accuracy_top{_TOP}"] = float(found[1, head])
-    return numbers
+        answers[f"accuracy_top{_TOP}"] = found.right[1, :, head]
+    numbers = {name: float(answer.double().mean()) for name, answer in answers.items()}
+    return Measured({**numbers, **(more or {})}, found.sample_ids, answers, found.labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import struct
 import zipfile
 import zlib
@@ -19,24 +18,10 @@ from torch import Tensor
 
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import Settings, Share
-from mim.core.files import NPY_ERRORS
+from mim.core.files import IMAGE_EXTENSIONS, NPY_ERRORS, walk
 from mim.core.keys import name_to_int
 from mim.masks.generators import MASKS, Grid, MaskContext, MaskGenerator, MaskRequest
 
-# Those of mim.data's image folders, which stand above this module; a test compares them.
-IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".npy",
-)
 _KINDS = (".npy", ".png")
 # What numpy and PIL are known to raise on damaged files.
 _READ_ERRORS: tuple[type[Exception], ...] = (
@@ -238,18 +223,12 @@ class FileMask(MaskGenerator):
 
 def _files(root: Path) -> list[str]:
     """POSIX paths, relative to ``root``, of the masks below it, sorted without their endings."""
-
-    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
-        raise error
-
-    found = []
-    for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            (Path(place) / name).relative_to(root).as_posix()
-            for name in names
-            if name.lower().endswith(_KINDS) and not name.startswith(".")
-        ]
+    found = [
+        name if folder.path == "." else f"{folder.path}/{name}"
+        for folder in walk(root)
+        for name in folder.files
+        if name.lower().endswith(_KINDS)
+    ]
     return sorted(found, key=lambda file: (file.rpartition(".")[0], file))
 
 

@@ -128,10 +128,10 @@ class FrozenProbe(EncoderEvaluation):
         found = accuracies(task, task.model, val)
         if state is not None and accelerator.is_main_process:
             state.unlink(missing_ok=True)
-        numbers = measured(found, best.head, classes) | best.numbers("accuracy")
+        more = dict(best.numbers("accuracy"))
         if len(s.base_lr) > 1:
-            numbers["chosen_base_lr"] = s.base_lr[best.head]
-        return numbers
+            more["chosen_base_lr"] = s.base_lr[best.head]
+        return measured(found, best.head, classes, more)
 
     def _again(self, first: nn.Module, encoder: Encoder, classes: int) -> nn.Module:
         """Another head with the same initial weights: heads differ in the learning rate alone."""

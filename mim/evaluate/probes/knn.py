@@ -30,6 +30,7 @@ from mim.evaluate.base import (
     labels_of,
     spread,
 )
+from mim.evaluate.predictions import Measured
 
 _QUERIES = 1024  # images compared with the training set at once
 
@@ -106,9 +107,8 @@ class Knn(Evaluation):
         val_y = labels_of(val).cpu()
         check_few_shot(y, s)
 
-        def accuracy(subset: Tensor, k: int, t: float) -> float:
-            guess = knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0]
-            return float((guess == val_y).double().mean())
+        def right(subset: Tensor, k: int, t: float) -> Tensor:
+            return knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0] == val_y
 
         held = holdout(ids, y, s.seed)
         everything = torch.arange(len(y), device=x.device)
@@ -118,13 +118,14 @@ class Knn(Evaluation):
             k, t = self._choose((guess == y[held].cpu()).sum(2), ks)
         else:
             k, t = 1, s.temperature[0]
+        answers = {"accuracy": right(everything, k, t)}
         numbers: dict[str, float] = {
-            "accuracy": accuracy(everything, k, t),
+            "accuracy": float(answers["accuracy"].double().mean()),
             "chosen_k": k,
             "chosen_temperature": t,
         }
         for n in s.few_shot:
-            scores, chosen_k, chosen_t = [], [], []
+            found, chosen_k, chosen_t = [], [], []
             for draw in range(s.draws):
                 part = few_shot_draw(ids, y, n, s.seed, draw)
                 folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
@@ -137,12 +138,13 @@ class Knn(Evaluation):
                         guess = knn_predict(x[ask], x[fit], y[fit], ks, s.temperature)
                         correct += (guess == y[ask].cpu()).sum(2)
                     k, t = self._choose(correct, ks)
-                scores.append(accuracy(part, k, t))
+                found.append(right(part, k, t))
                 chosen_k.append(float(k))
                 chosen_t.append(t)
-            mean, std = spread(scores)
+            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
+            mean, std = spread([float(answer.double().mean()) for answer in found])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std
             numbers[f"mean_k_{n}_per_class"] = spread(chosen_k)[0]
             numbers[f"mean_temperature_{n}_per_class"] = spread(chosen_t)[0]
-        return numbers
+        return Measured(numbers, val.sample_ids, answers, val_y)

@@ -33,6 +33,7 @@ from mim.evaluate.base import (
     labels_of,
     spread,
 )
+from mim.evaluate.predictions import Measured
 from mim.training.optim import Schedule
 
 
@@ -124,11 +125,11 @@ class LinearGrid(Evaluation):
 
     def _probe(
         self, x: Tensor, y: Tensor, held: Tensor, val_x: Tensor, val_y: Tensor, classes: int
-    ) -> tuple[float, float, float]:
+    ) -> tuple[Tensor, float, float]:
         """Chooses on ``held`` (F, n), trains on all of x, and asks val once.
 
         Returns:
-            accuracy on val, the learning rate and the weight decay.
+            (n',) right or not on val, the learning rate and the weight decay.
         """
         s = self.settings
         grid = [(lr, decay) for lr in s.lr for decay in s.weight_decay]
@@ -138,8 +139,7 @@ class LinearGrid(Evaluation):
             right += (layers.predict(x[out]) == y[out]).sum(1)
         chosen = grid[int(right.argmax())]
         final = descend(x, y, classes, [chosen], s)
-        accuracy = float((final.predict(val_x)[0] == val_y).double().mean())
-        return accuracy, *chosen
+        return final.predict(val_x)[0] == val_y, *chosen
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
         """See :meth:`Evaluation.run`.
@@ -155,7 +155,9 @@ class LinearGrid(Evaluation):
             raise UserError("evaluation linear_grid needs at least 2 classes; train has 1")
         classes = int(y.max()) + 1
         held = holdout(ids, y, s.seed)[None]
-        accuracy, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
+        right, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
+        answers = {"accuracy": right}
+        accuracy = float(right.double().mean())
         numbers = {"accuracy": accuracy, "chosen_lr": lr, "chosen_weight_decay": decay}
         for n in s.few_shot:
             found = []
@@ -163,7 +165,8 @@ class LinearGrid(Evaluation):
                 part = few_shot_draw(ids, y, n, s.seed, draw)
                 folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
                 found.append(self._probe(x[part], y[part], folds, val_x, val_y, classes)[0])
-            mean, std = spread(found)
+            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
+            mean, std = spread([float(answer.double().mean()) for answer in found])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std
-        return numbers
+        return Measured(numbers, val.sample_ids, answers, val_y)
