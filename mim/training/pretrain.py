@@ -160,7 +160,10 @@ class PretrainTask(Task):
     def loss(self, learner: nn.Module, part: Inputs) -> Loss:
         with autocast(self.config.train.precision, self.accelerator.device):
             output = learner(part.images, part.mask, part.weight)
-        return Loss(output.loss, {"loss": output.reconstruction.detach()})
+        # Of a sharded model FSDP lets through the two losses alone.
+        terms: dict[str, Tensor] = getattr(output, "terms", {})
+        named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes, or shards it in place."""

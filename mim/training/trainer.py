@@ -423,7 +423,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
         norm: Tensor = whole(clip_grad_norm_(self.learner.parameters(), limit))
-        return norm
+        return norm.float()
 
     def _read(self) -> None:
         """Brings what was reported to the host, as the mean over the processes, and judges it."""
