@@ -127,10 +127,9 @@ def test_other_weights_are_measured_again(
     """In a run's own folder, and in a reference that now stands for another one."""
     run, given = tmp_path / "cmp" / "seed=0", tmp_path / "lent" / "a"
     assert mim("compare", "--config", write()).code == 0
-    for seed in (1, 2):
-        other = ("--output", tmp_path / f"of {seed}", "--axes", f'{{"seed": [{seed}]}}')
-        assert mim("compare", "--config", write(), *other).code == 0
-    first, second = (tmp_path / f"of {seed}" / f"seed={seed}" for seed in (1, 2))
+    others = write(evaluations={}, axes={"seed": [1, 2]}, output=str(tmp_path / "others"))
+    assert mim("compare", "--config", others).code == 0
+    first, second = (tmp_path / "others" / f"seed={seed}" for seed in (1, 2))
     shutil.copytree(first, given)
     config = write(references=[str(given)])
     assert states(mim("compare", "--config", config))["given,a"] == "train"
