@@ -81,9 +81,9 @@ def _pack_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_pack(options: argparse.Namespace) -> int:
     from mim.core.config import DataConfig
-    from mim.core.settings import load_config
     from mim.data.storage.pack import pack
     from mim.data.storage.packed import Recipe, default_workers, read_manifest
+    from mim.training.settings import load_config
 
     recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
     config = DataConfig(source="imagefolder", path=options.source)

@@ -16,9 +16,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mim.core.settings import load_config
     from mim.core.terminal import show_table
     from mim.training.doctor import as_rows, examine
+    from mim.training.settings import load_config
 
     checks = examine(load_config(options.config), Path(options.output), options.quick)
     rows = [[check.name, check.state, check.found, check.advice] for check in checks]

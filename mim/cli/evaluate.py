@@ -39,6 +39,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
     add_pairs(parser, "--set", "settings")
+    own = "Python files or modules that register evaluations or components of your own"
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
     add_device(parser)
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, of the encoder")
     lost = "of several processes: seconds after which one that others wait for is lost; 600"
@@ -50,13 +52,19 @@ def _run(options: argparse.Namespace) -> int:
     if options.timeout is not None and not 0 < options.timeout < math.inf:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
+    from mim.core.plugins import import_plugin
     from mim.evaluate import EVALUATIONS, TIMEOUT, evaluate, evaluate_run, open_encoder, several
+    from mim.training.checkpoint import read_config
+    from mim.training.settings import load_config
 
+    for plugin in options.plugins:
+        import_plugin(plugin)
+    for spec in [*options.run, *([options.like] if options.like else [])]:
+        if (Path(spec) / "config.yaml").is_file():
+            read_config(spec)  # its plug-ins may bring the evaluation
     for name in names:
         EVALUATIONS.get(name)
     settings = _settings(options, names)
-    from mim.core.settings import load_config
-    from mim.training.checkpoint import read_config
 
     config = load_config(options.config) if options.config else None
     if options.like:

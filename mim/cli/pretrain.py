@@ -12,7 +12,7 @@ DETAILS = "Pre-train one model. Everything goes into the run folder (--output)."
 
 def _run(options: argparse.Namespace) -> int:
     from mim.core.config import Config
-    from mim.core.settings import checked, read_args
+    from mim.training.settings import checked, read_args
 
     config = checked(read_args(Config, options.settings, prog="mim pretrain", description=DETAILS))
     from mim.training.pretrain import pretrain

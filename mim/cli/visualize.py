@@ -52,9 +52,9 @@ def _run(options: argparse.Namespace) -> int:
             able = ", ".join(what for what, names in _PICTURES.items() if name in names)
             reason = f"has no meaning for visualize {options.what}, but for {able}"
             raise UserError(f"--{name}: {reason}")
-    from mim.core.settings import load_config
     from mim.evaluate import visualize
     from mim.training.checkpoint import read_config
+    from mim.training.settings import load_config
 
     place = Path(options.run)
     config = load_config(place) if place.is_file() else read_config(place)

@@ -109,6 +109,18 @@ class Mixed(ImageSource):
         part, position = self._find(index)
         return part.describe(position)
 
+    def encoded(self, index: int) -> bytes | None:
+        part, position = self._find(index)
+        return part.encoded(position)
+
+    def glance(self, index: int) -> bytes:
+        part, position = self._find(index)
+        return part.glance(position)
+
+    def stamp(self, index: int) -> str:
+        part, position = self._find(index)
+        return part.stamp(position)
+
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         ledgers = [part.ledger for part in self.parts if part.ledger is not None]
         return [fault for ledger in ledgers for fault in ledger.faults()]

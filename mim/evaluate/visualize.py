@@ -445,7 +445,7 @@ def attention_figure(
     _title(axes[0][0], "image")
     for place, block in enumerate(blocks):
         _title(axes[0][1 + place], f"{reader}\nblock {block + 1}")
-    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.config.name})")
+    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.name})")
     who = "framed query" if keeps_all else reader
     for place, block in enumerate(ends):
         _title(axes[0][2 + len(blocks) + place], f"{who}\nmasked, block {block + 1}")

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,29 @@ class MaskRequest:
         return torch.floor(self.ratios * units + 0.5).long()
 
 
+class Ratios(Protocol):
+    """Which share of the patches is hidden; the part of :class:`MaskConfig` that all share."""
+
+    def ratio_at(self, epoch: int) -> tuple[float, float]:
+        """(lowest, highest) in an epoch."""
+
+    def all_ratios(self) -> list[tuple[str, float]]:
+        """(setting, ratio) of the ends of every range, between which all ratios lie."""
+
+
+@dataclass(frozen=True)
+class MaskContext:
+    """What a generator is built for.
+
+    Attributes:
+        ratios: the share that is hidden.
+        patch_size: (height, width) of a patch in pixels; None where it is not known.
+    """
+
+    ratios: Ratios
+    patch_size: tuple[int, int] | None = None
+
+
 class MaskGenerator(ABC):
     """Draws masks.
 
@@ -69,9 +93,12 @@ class MaskGenerator(ABC):
     it needs to see.
 
     Args:
-        config: the settings under ``mask``.
-        patch_size: (height, width) of a patch in pixels, for settings given in pixels.
+        settings: its own, as registered with it; None where it has none.
+        context: what it is built for.
     """
+
+    name: ClassVar[str] = ""
+    """As registered."""
 
     needs_images: bool = False
     """Whether it looks at the images; its masks then follow from what they show, too."""
@@ -80,9 +107,10 @@ class MaskGenerator(ABC):
     is_trained: bool = False
     """Whether it has a network of its own, trained with the model (``model.mask_network``)."""
 
-    def __init__(self, config: MaskConfig, patch_size: tuple[int, int] | None = None) -> None:
-        self.config = config
-        self.patch_size = patch_size
+    def __init__(self, settings: Any, context: MaskContext) -> None:
+        self.settings = settings
+        self.ratios = context.ratios
+        self.patch_size = context.patch_size
 
     def network(self, channels: int, seed: int) -> nn.Module:
         """The network of a generator that is trained: images to logits (B, N)."""
@@ -133,11 +161,11 @@ class MaskGenerator(ABC):
             lacks_teacher = self.needs_attention and attention is None
             if images is None or lacks_teacher or (self.is_trained and network is None):
                 reason = "looks at the images; draw its masks with model.draw_mask(images, keys)"
-                raise setting_error("mask.name", self.config.name, reason)
+                raise setting_error("mask.name", self.name, reason)
             keys = keys.to(images.device)
             seen = attention(images) if self.needs_attention and attention else None
             logits = network(images) if self.is_trained and network else None
-        low, high = self.config.ratio_at(epoch)
+        low, high = self.ratios.ratio_at(epoch)
         drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
         if high > low:
             drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
@@ -186,7 +214,7 @@ class MaskGenerator(ABC):
         """
         if self.needs_images or self.needs_attention or self.is_trained:
             reason = "looks at images of one size, and data.aspect is keep"
-            raise setting_error("mask.name", self.config.name, reason)
+            raise setting_error("mask.name", self.name, reason)
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         """(lowest, highest) number of visible patches for ratios from ``low`` to ``high``, where it
@@ -211,7 +239,7 @@ class MaskGenerator(ABC):
         Raises:
             UserError: naming the ratio.
         """
-        for setting, ratio in self.config.all_ratios():
+        for setting, ratio in self.ratios.all_ratios():
             hidden = hidden_count(ratio, units)
             if not 0 < hidden < units:
                 which = f"no {kind}" if hidden == 0 else f"every {kind}"
@@ -251,7 +279,7 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     return order.argsort(dim=1, stable=True)
 
 
-MASKS: Registry[type[MaskGenerator]] = Registry("mask.name")
+MASKS: Registry[type[MaskGenerator]] = Registry("mask.name", MaskConfig)
 
 
 @MASKS.register("random")
@@ -271,7 +299,8 @@ def build_mask_generator(
     Raises:
         UserError: if the name is unknown or the settings do not fit the grid.
     """
-    generator = MASKS.get(config.name)(config, patch_size)
+    kind, settings = MASKS.get(config.name), MASKS.chosen(config, config.name)
+    generator = kind(settings, MaskContext(config, patch_size))
     if grid is not None:
         generator.check(grid)
     return generator

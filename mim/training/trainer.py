@@ -109,10 +109,12 @@ class Hook:
 
     Attributes:
         name: under which a checkpoint keeps its state.
+        kept: attributes that are its state.
         at_stop: whether it runs, too, when a signal ends the training.
     """
 
     name: ClassVar[str] = ""
+    kept: ClassVar[tuple[str, ...]] = ()
     at_stop: ClassVar[bool] = False
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
@@ -135,10 +137,12 @@ class Hook:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns its state for a checkpoint; all processes ask for it together."""
-        return {}
+        return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the state of a checkpoint."""
+        for name in self.kept:
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,11 @@ def test_three_regimes_and_two_seeds(tmp_path: Path, mim: Mim, write: Callable[.
     assert outcome.err.count(": knn is measured again: other settings") == 9
     assert "linear is measured" not in outcome.err
     changed = {name for name, stamp in stamps(folder).items() if before[name] != stamp}
-    assert {name.rpartition("/")[2] for name in changed} <= {"result.json", "config.yaml"}
+    assert {name.rpartition("/")[2] for name in changed} <= {
+        "result.json",
+        "config.yaml",
+        "predictions.npz",
+    }
     again = results(folder)
     assert all(
         again[run]["evaluations"]["linear"] == found[run]["evaluations"]["linear"] for run in found

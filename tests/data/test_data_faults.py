@@ -156,7 +156,7 @@ BAD = {
     "truncated": (truncated(), "truncated"),
     "huge": (huge(), ""),
     "float": (floats(), "pixels of mode F have no range"),
-    "pickle": (objects(), "allow_pickle"),
+    "pickle": (objects(), "of object is no image"),
 }
 
 

@@ -181,7 +181,7 @@ BAD_FOLDERS = {
     "no classes": (lambda root: folder(root, "a.png"), "has no class sub-folders"),
     "no classes in train": (lambda root: folder(root, "train/a.png"), "sub-folders in .*train"),
     "empty class": (empty_class, "empty class: no image in .*train/dog"),
-    "only val": (lambda root: folder(root, "val/cat/a.png"), "has val/ but no train/"),
+    "only val": (lambda root: folder(root, "val/cat/a.png"), "has 'val' but no 'train'"),
     "new class in val": (
         lambda root: folder(root, "train/cat/a.png", "train/cat/b.png", "val/dog/a.png"),
         "class 'dog' in val but not in train",

@@ -347,19 +347,19 @@ def test_low_shot_takes_a_share_of_each_class() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, r"finetune\.epochs: 0 must be above 0"),
+        ({"epochs": 0}, r"finetune\.epochs: 0 must be at least 1"),
         ({"layer_decay": 1.5}, r"finetune\.layer_decay: 1\.5 must be above 0 and at most 1"),
         ({"layer_decay": 0}, r"finetune\.layer_decay"),
         ({"drop_path": 1}, r"finetune\.drop_path: 1\.0 must be at least 0 and below 1"),
-        ({"mixup": -1}, r"finetune\.mixup: -1\.0 must not be below 0"),
+        ({"mixup": -1}, r"finetune\.mixup: -1\.0 must be at least 0"),
         ({"rand_augment": "m9"}, r"finetune\.rand_augment: 'm9' is no policy"),
         ({"pool": "both"}, r"finetune\.pool: 'both' is not one of cls, mean"),
-        ({"betas": [0.9]}, r"finetune\.betas: \(0\.9,\) must be two numbers"),
+        ({"betas": [0.9]}, r"finetune\.betas: \[0\.9\] must have 2 values"),
         ({"crop_scale": [0.5, 0.1]}, r"finetune\.crop_scale"),
         ({"smoothing": 1}, r"finetune\.smoothing"),
         ({"batch_size": 1}, r"finetune\.batch_size: 1 must be at least 2"),
         ({"learning_rate": 1.0}, r"finetune: 'learning_rate' is not one of"),
-        ({"epochs": "many"}, r"finetune\.epochs: 'many' must be of type int"),
+        ({"epochs": "many"}, r"finetune\.epochs: 'many' must be a whole number"),
         ({"held_out": 0.001}, r"finetune\.held_out: 0\.001 of each class holds none of the 1617"),
     ],
 )

@@ -62,11 +62,11 @@ def test_a_class_too_small_is_named() -> None:
         ("nearest", {}, r"evaluations: 'nearest' is not one of .*finetune, knn, linear"),
         ("knn", {"poool": "mean"}, r"evaluations.knn: 'poool' is not one of .*did you mean 'pool'"),
         ("linear", {"pool": "max"}, r"evaluations.linear.pool: 'max' is not one of both, cls"),
-        ("linear", {"draws": 0}, r"evaluations.linear.draws: 0 must be above 0"),
+        ("linear", {"draws": 0}, r"evaluations.linear.draws: 0 must be at least 1"),
         ("linear", {"few_shot": [10, 0]}, r"evaluations.linear.few_shot"),
         ("linear", {"few_shot": 10}, r"evaluations.linear.few_shot: 10 must be a list"),
-        ("linear", {"seed": "one"}, r"evaluations.linear.seed: 'one' must be of type int"),
-        ("linear", {"draws": True}, r"must be of type int"),
+        ("linear", {"seed": "one"}, r"evaluations.linear.seed: 'one' must be a whole number"),
+        ("linear", {"draws": True}, r"True must be a whole number"),
     ],
 )
 def test_bad_settings(name: str, settings: dict[str, object], words: str) -> None:

@@ -28,7 +28,7 @@ from mim.model import MaskedImageModel, build_model
 REGIMES = {
     "drop": RegimeConfig("drop"),
     "zero split": RegimeConfig("zero"),
-    "zero dense": RegimeConfig("zero", ZeroConfig(attention="dense")),
+    "zero dense": RegimeConfig("zero", zero=ZeroConfig(attention="dense")),
     "token": RegimeConfig("token"),
 }
 ANY_REGIME = pytest.mark.parametrize("regime", REGIMES)

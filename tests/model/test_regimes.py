@@ -20,12 +20,18 @@ from mim.model.regimes import Latents, Regime, build_regime, place_tokens
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
-    "zero pixels split": RegimeConfig("zero", ZeroConfig(at="pixels", attention="split")),
-    "zero pixels dense": RegimeConfig("zero", ZeroConfig(at="pixels", attention="dense")),
-    "zero embedding split": RegimeConfig("zero", ZeroConfig(at="embedding", attention="split")),
-    "zero embedding dense": RegimeConfig("zero", ZeroConfig(at="embedding", attention="dense")),
-    "zero pixels attended": RegimeConfig("zero", ZeroConfig(at="pixels", attend_mask=False)),
-    "zero embedding attended": RegimeConfig("zero", ZeroConfig(at="embedding", attend_mask=False)),
+    "zero pixels split": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="split")),
+    "zero pixels dense": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="dense")),
+    "zero embedding split": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="split")
+    ),
+    "zero embedding dense": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="dense")
+    ),
+    "zero pixels attended": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attend_mask=False)),
+    "zero embedding attended": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attend_mask=False)
+    ),
     "token": RegimeConfig("token"),
 }
 MASKING_ZEROS = [name for name in REGIMES if name.endswith(("split", "dense"))]
@@ -457,9 +463,7 @@ def test_blocks_that_norm_behind_are_run_dense() -> None:
 
 
 def test_split_needs_plain_blocks() -> None:
-    config = ModelConfig(
-        backbone="vit_tiny_patch16_224", backbone_args={**SMALL, "block_fn": _parallel_block()}
-    )
+    config = ModelConfig(backbone="vit_small_patch16_18x2_224", backbone_args=SMALL)
     vit = build_backbone(config, (16, 16), 3)
     assert not supports_split(vit)
     with pytest.raises(UserError, match=r"model\.regime\.zero\.attention: 'split'.*choose dense"):
@@ -469,12 +473,6 @@ def test_split_needs_plain_blocks() -> None:
     dropped = at_visible(make_regime("drop", vit)(vit, images, mask), mask)
     zeroed = at_visible(make_regime("zero pixels dense", vit)(vit, images, mask), mask)
     assert_same(zeroed, dropped, torch.float32)
-
-
-def _parallel_block() -> type[nn.Module]:
-    from timm.models.vision_transformer import ParallelThingsBlock
-
-    return ParallelThingsBlock
 
 
 def test_the_mask_token_follows_from_the_seed() -> None:

@@ -242,7 +242,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
     """Show a picture as ``reconstructions``."""
     for tracker in trackers:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(image)
                 tracker.writer.add_image("reconstructions", pixels, step, dataformats="HWC")

@@ -339,11 +339,11 @@ def test_a_file_is_measured_again_and_others_are_refused(
     [
         ({"head": "uper"}, "evaluations.segment.head: 'uper' is not one of linear, upernet"),
         ({"image_size": [17, 24]}, "is not divisible by the patch, 4 x 4"),
-        ({"image_size": [16]}, "must be a height and a width"),
+        ({"image_size": [16]}, "must have 2 values"),
         ({"scales": [1, 2, 4, 0.5]}, "descending"),
         ({"scales": [2, 1]}, "must be 4, one for each quarter"),
         ({"classes": ["a", "a"]}, "names a class twice"),
-        ({"classes": [1, 2]}, "must be names"),
+        ({"classes": [1, 2]}, "must be a text"),
         ({"scale": [2.0, 1.0]}, "must be 0 < from <= to"),
         ({"stride": 0.0}, "must be above 0"),
         ({"held_out": 1.0}, "must lie between 0 and 1"),
