@@ -18,7 +18,6 @@ from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
 from mim.evaluate import build_evaluation
-from mim.evaluate.protocol import images_digest
 from mim.training import checkpoint
 from mim.training.settings import load_config
 
@@ -127,7 +126,6 @@ class Planned:
         axes: dotted key -> value.
         config: of the run; ``output`` is its folder.
         given: the run folder whose encoder is evaluated, of kind given.
-        images: digest of the images, of :func:`hold_to_images`.
     """
 
     folder: str
@@ -135,7 +133,6 @@ class Planned:
     axes: dict[str, Any]
     config: Config
     given: str = ""
-    images: str = ""
 
 
 def _label(axes: dict[str, Any]) -> str:
@@ -253,13 +250,13 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
     """Open each distinct data set once, so that its faults show before any training.
 
     Returns:
-        The plan, with the fingerprint of its images in each config, which runs that come later are
-        held to, and the digest that their numbers depend on.
+        The plan, with the fingerprint of its images in each config: runs that come later are held
+        to it, and their numbers depend on it.
 
     Raises:
         UserError: if images cannot be used, or are not those that a config asks for.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, str] = {}
     held = []
     for item in planned:
         key = json.dumps(to_dict(item.config.data), sort_keys=True)
@@ -269,15 +266,13 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
             steps_per_epoch(train, item.config.data)
             for name, settings in config.evaluations.items():
                 build_evaluation(name, settings).check(train, val)
-            both = f"{train.fingerprint()}-{val.fingerprint()}"
-            seen[key] = both, images_digest(item.config.data, train, val)
-        fingerprint, images = seen[key]
+            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
         wanted = item.config.data.fingerprint
-        if wanted is not None and not same_images(wanted, fingerprint):
-            reason = f"asks for other images than there are, which have {fingerprint}"
+        if wanted is not None and not same_images(wanted, seen[key]):
+            reason = f"asks for other images than there are, which have {seen[key]}"
             raise setting_error("data.fingerprint", wanted, reason)
-        data = replace(item.config.data, fingerprint=fingerprint)
-        held.append(replace(item, config=replace(item.config, data=data), images=images))
+        data = replace(item.config.data, fingerprint=seen[key])
+        held.append(replace(item, config=replace(item.config, data=data)))
     return held
 
 

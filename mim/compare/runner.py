@@ -49,9 +49,9 @@ from mim.evaluate.protocol import (
 )
 from mim.evaluate.protocol import (
     encoder_digest,
+    files_of,
     outdated,
     protocol_of,
-    training_inputs,
 )
 from mim.training import checkpoint
 from mim.training.pretrain import pretrain
@@ -134,9 +134,7 @@ def run_comparison(
         planned, config = with_copies(hold_to_images(planned, config), config)
         states = _states(planned, config, command)
         if show != "quiet":
-            for folder, state in states.items():
-                for name, reason in state.again.items():
-                    progress.note(f"{folder}: {name} is measured again: {reason}")
+            _tell(planned, states, config)
         with _signals_interrupt():
             failed: list[str] = []
             begun: set[str] = set()
@@ -152,11 +150,22 @@ def run_comparison(
     return failed
 
 
+def _tell(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
+    """Say what is measured again, and what a row lacks."""
+    for item in planned:
+        state = states[item.folder]
+        for name, reason in state.again.items():
+            progress.note(f"{item.folder}: {name} is measured again: {reason}")
+        if item.kind == "pixels" and state.todo != "done":
+            for name, reason in _without_encoder(config.evaluations).items():
+                progress.note(f"{item.folder}: {name} left out: {reason}")
+
+
 def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict[str, State]:
     """What is left of each run; the plan is written down once every run may go on."""
     output, digests = Path(config.output), dict[str, str]()
     before = _inputs_before(output)
-    inputs = {i.folder: training_inputs(i.config, i.images, digests) for i in planned}
+    inputs = {i.folder: files_of(to_dict(i.config), digests) for i in planned}
     states = {
         item.folder: _state(
             item, config.evaluations, before.get(item.folder, {}), inputs[item.folder]
@@ -235,7 +244,7 @@ def _state(
     checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
     other = "Choose another output"
     saved, seen = old.data.fingerprint, item.config.data.fingerprint
-    if saved is not None and (seen is None or not same_images(saved, seen)):
+    if item.kind == "run" and saved is not None and (seen is None or not same_images(saved, seen)):
         reason = "holds a run over other images: names, labels or contents have changed"
         raise UserError(f"output: {str(run)!r} {reason}. {other}")
     for key, digest in inputs.items() if item.kind == "run" else ():
@@ -279,7 +288,7 @@ def _protocols(item: Planned, evaluations: dict[str, Any]) -> dict[str, Evaluati
     encoder = encoder_digest(config, weights, kind)
     without = _without_encoder(evaluations) if item.kind == "pixels" else {}
     return {
-        name: protocol_of(name, given, item.images, encoder)
+        name: protocol_of(name, given, item.config.data.fingerprint or "", encoder)
         for name, given in evaluations.items()
         if name not in without
     }
@@ -322,8 +331,6 @@ def _evaluate(item: Planned, evaluations: dict[str, Any], device: str) -> None:
     run = Path(item.config.output)
     encoder = _encoder(item)
     left_out = _without_encoder(evaluations) if encoder.vit is None else {}
-    for name, reason in left_out.items():
-        print(f"{item.folder}: {name} left out: {reason}", file=sys.stderr, flush=True)
     if left_out:
         update_result(run, lambda result: {**result, "evaluations_left_out": left_out})
     left = _left(item, evaluations, read_result(run))

@@ -441,7 +441,7 @@ def test_from_the_command_line(
     run = tmp_path / "run"
     assert mim("pretrain", "--config", tiny(), "--output", run).code == 0
     done = mim("evaluate", "finetune", run, "--set", *QUICK, "--device", "cpu")
-    assert done.code == 0 and "chosen_epoch 1" in done.out
+    assert done.code == 0 and "Fine-tuning, accuracy (%)" in done.out
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["evaluations"]["finetune"]["accuracy"] <= 1
     assert result["evaluation_settings"]["finetune"]["layer_decay"] == 0.65

@@ -302,7 +302,7 @@ def test_from_the_command_line(
     assert refused.code == 2 and "has no finetune.safetensors: evaluate finetune" in refused.line
     few = ["classifier=linear", "corruptions=[fog]", "severities=[3]", "images=20"]
     done = mim("evaluate", "robustness", run, "--set", *few, "--device", "cpu")
-    assert done.code == 0 and "mean_error" in done.out and "_severity_" not in done.out
+    assert done.code == 0 and "mean error (%)" in done.out and "_severity_" not in done.out
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["evaluations"]["robustness"]["error_fog_severity_3"] <= 1
     assert result["evaluation_settings"]["robustness"]["corruptions"] == ["fog"]

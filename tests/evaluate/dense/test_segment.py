@@ -387,7 +387,7 @@ def test_from_the_command_line(
     settings.write_text(yaml.safe_dump({"segment": {**SHORT, "epochs": 1}}))
     asked = ("evaluate", "segment", run, "--settings", settings, "--set")
     outcome = mim(*asked, f"path={scenes}", "head=linear", "freeze=true")
-    assert outcome.code == 0 and "miou" in outcome.out
+    assert outcome.code == 0 and "Segmentation, mIoU (%)" in outcome.out
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["evaluations"]["segment"]["miou"] <= 1
     used = result["evaluation_settings"]["segment"]
