@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mim.core.fields import Count, NonNegative, Settings
-from mim.core.keys import uniforms
+from mim.core.rng import uniforms
 from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
 
 
