@@ -21,9 +21,8 @@ class PatchMask:
         is_masked: (B, N) bool.
         counts: (lowest, highest) number of visible patches in a row, where the caller knows it;
             spares a transfer from the device.
-        keys: (B,) int64, one an image, for draws that hang on the mask (a decoder that predicts a
-            share of the hidden patches); by default hashed from the mask itself.
-
+        keys: (B,) int64, one for each image, for draws that depend on the mask (a decoder that
+            predicts a share of the hidden patches); by default hashed from the mask itself.
         valid: (B, N) bool, False for padding, which is neither visible nor masked; None where all
             images have N patches.
 
@@ -67,7 +66,7 @@ class PatchMask:
             object.__setattr__(self, name, value)
 
     def _derive(self, valid: Tensor) -> dict[str, object]:
-        """Where images have unequally many patches."""
+        """Derive ids where numbers of patches differ."""
         derived: dict[str, object] = {}
         for name, flags in (
             ("visible", self.is_masked.logical_not() & valid),
@@ -86,7 +85,7 @@ class PatchMask:
         return derived
 
     def _derive_equal(self) -> dict[str, object]:
-        """Where all images have N patches: what is not visible is masked."""
+        """Derive ids where all images have N patches: what is not visible is masked."""
         patches = self.is_masked.shape[1]
         visible = patches - self.is_masked.sum(dim=1)  # (B,)
         low, high = self.counts or (int(visible.min()), int(visible.max()))
@@ -115,11 +114,9 @@ class PatchMask:
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, hidden: Tensor | int) -> PatchMask:
-        """Hide in each row the patches that come first.
+        """Hide the first ``hidden`` patches, for all rows or (B,) each, in the order of ``ranks``.
 
-        Args:
-            ranks: (B, N) int64, each row a permutation of 0..N-1.
-            hidden: how many patches are hidden, for all rows or (B,) for each.
+        ``ranks`` are (B, N) int64, each row a permutation of 0..N-1.
         """
         patches = ranks.shape[1]
         if isinstance(hidden, int):
@@ -128,20 +125,19 @@ class PatchMask:
 
     @classmethod
     def empty(cls, images: int, patches: int, device: torch.device | str = "cpu") -> PatchMask:
-        """A mask that hides nothing."""
+        """Hide nothing."""
         nothing = torch.zeros(images, patches, dtype=torch.bool, device=device)
         return cls(nothing, counts=(patches, patches))
 
     @classmethod
     def empty_of(cls, valid: Tensor) -> PatchMask:
-        """A mask that hides nothing of images with unequally many patches, ``valid`` (B, N)."""
+        """Hide nothing of images whose numbers of patches differ, ``valid`` (B, N)."""
         return cls(torch.zeros_like(valid), valid=valid)
 
     def __len__(self) -> int:
         return self.is_masked.shape[0]
 
     def __getitem__(self, rows: slice) -> PatchMask:
-        """The masks of a slice of the images."""
         low, high = self._counts
         keys = None if self.keys is None else self.keys[rows]
         valid = None if self.valid is None else self.valid[rows]
@@ -175,14 +171,13 @@ class PatchMask:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all rows show equally many patches, and hide equally many."""
+        """Whether all rows show, and hide, the same number of patches."""
         return self.visible_valid is None and self.masked_valid is None
 
     def masked_share(self, share: float) -> tuple[Tensor, Tensor | None]:
-        """A share of the masked patches of each image, drawn by key, at least one where any is.
+        """Draw a share, in (0, 1], of the masked patches of each image by key.
 
-        Args:
-            share: above 0, at most 1; the count is the nearest integer, halves up.
+        The count is the nearest integer, halves up, and at least one where any patch is masked.
 
         Returns:
             ids (B, M') int64 ascending, and (B, M') bool, False for padding, or None without any.
@@ -208,7 +203,7 @@ class PatchMask:
         return ids.masked_fill(~valid, 0), valid
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchMask:
-        """The same mask on another device."""
+        """Move to another device."""
         if self.is_masked.device == torch.device(device):
             return self
         moved = object.__new__(PatchMask)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mim.core.config import (
     AlignedMaskConfig,
     BlockMaskConfig,
+    Config,
     InverseBlockMaskConfig,
     MaskConfig,
     MultiblockMaskConfig,
@@ -532,7 +533,7 @@ def test_a_ratio_that_leaves_nothing_is_refused(name: str, ratio: Ratio, what: s
 )
 def test_settings_that_make_no_sense_are_refused(option: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_args(MaskConfig, [f"--{option}"])
+        read_args(Config, [f"--mask.{option}"])
 
 
 def test_settings_are_read() -> None:

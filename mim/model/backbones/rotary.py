@@ -53,26 +53,17 @@ class RotaryViT(Transformer):
             return embedded.rotation
         return embedded.rotation[index]
 
-    def step(
-        self,
-        index: int,
-        x: Tensor,
-        embedded: Embedded,
-        bias: Tensor | None,
-        num_keys: int | None,
-    ) -> Tensor:
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
-        if num_keys is None:
-            return block(x, rope=rotation, attn_mask=bias)
-        return as_unit(block, _few_keys, block, x, rotation, num_keys, bias)
+        if embedded.num_keys is None:
+            return block(x, rope=rotation, attn_mask=embedded.bias)
+        return as_unit(block, _few_keys, block, x, rotation, embedded.num_keys, embedded.bias)
 
-    def attention(
-        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
-    ) -> Tensor:
+    def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
         q, k, _ = _project(block.attn, block.norm1(x), rotation, x.shape[1])
         scores = q @ k.transpose(-2, -1) * block.attn.scale
-        return (scores if bias is None else scores + bias).softmax(dim=-1)
+        return (scores if embedded.bias is None else scores + embedded.bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
         """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
