@@ -185,9 +185,13 @@ def _fit_items(setting: str, value: Sequence[Any], kind: type, args: tuple[Any, 
 # --- Blocks of settings ---------------------------------------------------------------------------
 
 
-@functools.cache
 def hints(kind: Any) -> dict[str, Any]:
     """Map the fields of a dataclass to their types."""
+    return _hints(kind)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
     found = get_type_hints(kind, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 
@@ -267,7 +271,7 @@ def add_block(parent: type, name: str, settings: type) -> None:
     parent.__annotations__ = {**own, name: settings}
     setattr(parent, name, settings())
     dataclasses.dataclass(frozen=True)(parent)
-    hints.cache_clear()
+    _hints.cache_clear()
 
 
 _MADE_BY_DATACLASS = {

@@ -152,8 +152,8 @@ class Patches:
         return replace(self, values=self.values.masked_fill(images[:, None, None], 0))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Patches:
-        tensors = {name: change(getattr(self, name)) for name in ("values", "valid", "coords")}
-        return replace(self, **tensors)
+        values, valid, coords = map(change, (self.values, self.valid, self.coords))
+        return Patches(values, self.grids, valid, coords)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Patches:
         """Move to another device."""

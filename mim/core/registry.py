@@ -66,8 +66,8 @@ class Registry(Generic[T]):
     def chosen(self, block: Any, name: str) -> Any:
         """Return the settings of ``name`` in a block; None where it has none."""
         kind = self.settings(name)
-        found = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
-        return getattr(block, found[0]) if found else None
+        keys = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
+        return getattr(block, keys[0]) if keys else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

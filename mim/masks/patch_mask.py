@@ -61,56 +61,26 @@ class PatchMask:
             raise ValueError(f"valid must have the mask's shape, not {tuple(self.valid.shape)}")
         if self.valid is not None and bool((self.is_masked & ~self.valid).any()):
             raise ValueError("padding is masked: it is neither visible nor masked")
-        derived = self._derive_equal() if self.valid is None else self._derive(self.valid)
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        self._derive()
 
-    def _derive(self, valid: Tensor) -> dict[str, object]:
-        """Derive ids where numbers of patches differ."""
-        derived: dict[str, object] = {}
-        for name, flags in (
-            ("visible", self.is_masked.logical_not() & valid),
-            ("masked", self.is_masked),
-        ):
+    def _derive(self) -> None:
+        # Lowest and highest number in a row; where they are not known, they are read back.
+        bounds = self.counts if self.valid is None else None
+        for name, flags in (("visible", self.is_visible), ("masked", self.is_masked)):
             number = flags.sum(dim=1)  # (B,)
-            low, high = int(number.min()), int(number.max())
+            low, high = bounds or (int(number.min()), int(number.max()))
             ids = flags.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :high]
-            rows_valid = None
+            valid = None
             if low != high:
-                rows_valid = torch.arange(high, device=flags.device) < number[:, None]
-                ids = ids * rows_valid  # padding points at patch 0, never elsewhere
-            derived |= {f"{name}_ids": ids, f"{name}_valid": rows_valid}
+                valid = torch.arange(high, device=flags.device) < number[:, None]
+                ids = ids * valid  # padding points at patch 0, never elsewhere
+            object.__setattr__(self, f"{name}_ids", ids)
+            object.__setattr__(self, f"{name}_valid", valid)
             if name == "visible":
-                derived["counts"] = (low, high)
-        return derived
-
-    def _derive_equal(self) -> dict[str, object]:
-        """Derive ids where all images have N patches: what is not visible is masked."""
-        patches = self.is_masked.shape[1]
-        visible = patches - self.is_masked.sum(dim=1)  # (B,)
-        low, high = self.counts or (int(visible.min()), int(visible.max()))
-        order = self.is_masked.to(torch.uint8).argsort(dim=1, stable=True)  # visible first
-        hidden_order = order.flip(1)  # masked first, descending
-        columns = torch.arange(patches, device=self.is_masked.device)
-        visible_ids, masked_ids = order[:, :high], hidden_order[:, : patches - low].flip(1)
-        visible_valid = masked_valid = None
-        if low != high:
-            visible_valid = columns[:high] < visible[:, None]
-            hidden = patches - visible
-            # The flip puts the padding first; turn each row so that it stands last.
-            shift = (patches - low) - hidden
-            turned = (columns[: patches - low] + shift[:, None]) % max(patches - low, 1)
-            masked_ids = masked_ids.gather(1, turned)
-            masked_valid = columns[: patches - low] < hidden[:, None]
-            visible_ids = visible_ids * visible_valid  # padding points at patch 0, never elsewhere
-            masked_ids = masked_ids * masked_valid
-        return {
-            "counts": (low, high),
-            "visible_ids": visible_ids,
-            "masked_ids": masked_ids,
-            "visible_valid": visible_valid,
-            "masked_valid": masked_valid,
-        }
+                object.__setattr__(self, "counts", (low, high))
+                bounds = None
+                if self.valid is None:  # what is not visible is masked
+                    bounds = self.num_patches - high, self.num_patches - low
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, hidden: Tensor | int) -> PatchMask:
