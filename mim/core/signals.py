@@ -85,12 +85,9 @@ def between_imports() -> Iterator[None]:
             old_ignored(found)
 
     main = threading.current_thread() is threading.main_thread()
-    # Elsewhere os.kill ends the process; one started to ignore SIGINT shall go on doing so.
-    if not main or os.name != "posix":
-        yield
-        return
     old = signal.getsignal(signal.SIGINT)
-    if old is not signal.default_int_handler:
+    # On other systems os.kill ends the process; one started to ignore SIGINT must keep doing so.
+    if not main or os.name != "posix" or old is not signal.default_int_handler:
         yield
         return
     old_ignored, sys.unraisablehook = sys.unraisablehook, ignored

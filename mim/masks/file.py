@@ -139,7 +139,13 @@ class FileMask(MaskGenerator):
 
     def _load_folder(self, root: Path, grid: Grid) -> _Masks:
         try:
-            files = _files(root)
+            found = ((folder.path, name) for folder in walk(root) for name in folder.files)
+            files = [
+                name if path == "." else f"{path}/{name}"
+                for path, name in found
+                if name.lower().endswith(_KINDS)
+            ]
+            files.sort(key=lambda file: (file.rpartition(".")[0], file))
             stems = [file.rpartition(".")[0] for file in files]
             endings = [e for x in IMAGE_EXTENSIONS for e in (x, x.upper(), "." + x[1:].title())]
             ids = [name_to_int(stem + ending) for stem in stems for ending in endings]
@@ -206,17 +212,6 @@ class FileMask(MaskGenerator):
             reason = f"hides {which} of a grid of {rows} x {cols}"
             raise self._error(reason, names[int(bad[0])])
         return flat
-
-
-def _files(root: Path) -> list[str]:
-    """List the masks below ``root`` as relative POSIX paths, sorted without their endings."""
-    found = [
-        name if folder.path == "." else f"{folder.path}/{name}"
-        for folder in walk(root)
-        for name in folder.files
-        if name.lower().endswith(_KINDS)
-    ]
-    return sorted(found, key=lambda file: (file.rpartition(".")[0], file))
 
 
 def _read_png(path: Path) -> NDArray[np.generic]:

@@ -272,8 +272,13 @@ def test_a_generator_that_sees_needs_images() -> None:
 
 
 def test_there_are_no_masks_without_keys() -> None:
+    generator = build_mask_generator(MaskConfig())
     with pytest.raises(TypeError, match="keys"):
-        build_mask_generator(MaskConfig())((2, 4))  # type: ignore[call-arg]
+        generator((2, 4))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="int64 key"):
+        generator((2, 4), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed"):
+        sample_masks(MaskConfig(), (2, 4), epoch=0, sample_ids=[0])  # type: ignore[call-arg]
 
 
 def test_an_unknown_generator_is_refused() -> None:

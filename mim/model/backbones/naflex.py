@@ -46,7 +46,6 @@ class NaFlexViT(Transformer):
 
     @property
     def grid(self) -> Grid:
-        """The grid of images of the size it was built for."""
         height, width = self.vit.image_size
         return height // self.patch_size[0], width // self.patch_size[1]
 

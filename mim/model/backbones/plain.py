@@ -101,7 +101,7 @@ class PlainViT(Transformer):
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
+        # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "fc_norm": normed}
 

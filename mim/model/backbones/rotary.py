@@ -66,7 +66,7 @@ class RotaryViT(Transformer):
         return (scores if embedded.bias is None else scores + embedded.bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
+        # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "use_fc_norm": normed}
 
@@ -86,7 +86,7 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 def _project(
     attn: Any, x: Tensor, rotation: Tensor | None, num_keys: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of all tokens, keys and values of the first ``num_keys``, each (B, heads, ., d)."""
+    """Project all queries, keys and values of the first ``num_keys`` tokens: (B, heads, ., d)."""
     few = x[:, :num_keys]
     if attn.qkv is None:
         q, k, v = attn.q_proj(x), attn.k_proj(few), attn.v_proj(few)
