@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +22,24 @@ import yaml
 from PIL import Image
 
 import mim
-from mim.cli.main import _BENCH, VERBS
-from mim.cli.parsing import ParserTaken, VerbParser
-from mim.compare.runner import read_compare_config
+from mim.api import read_compare_config
+from mim.cli.main import VERBS
+from mim.cli.options import VerbGroup
 from mim.core.config import Config
 from mim.core.settings import checked, read_args
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs that stand before ours, and those that are known and not ours.
-_LAUNCHERS = ("accelerate", "srun", "torchrun")
+_LAUNCHERS = ("accelerate", "python", "srun", "torchrun")
 _OTHERS = ("source", "pip")
+# Its examples are files, and its commands name them.
+_OWN = ROOT / "docs" / "howto" / "own-regime.md"
 
 
 @dataclass(frozen=True)
@@ -66,36 +76,21 @@ def commands(text: str) -> Iterator[list[str]]:
 def check_verb(verb: str, args: list[str]) -> None:
     """The command's options exist, and its config is one that can run."""
     assert verb in VERBS, verb
+    found = VERBS[verb]
+    if isinstance(found, VerbGroup):
+        what, *args = args
+        found = found.verbs[what]
+    options = found.parse([arg for arg in args if arg != "--print_config"])
     if verb == "pretrain":
-        kept = [arg for arg in args if arg != "--print_config"]
+        kept = list(options.settings)
+        if kept[1].startswith("runs/"):  # the config of a run that the page has made before
+            kept = kept[2:]
         checked(read_args(Config, kept))
     elif verb == "compare":
-        flags = VerbParser(prog="", add_help=False, allow_abbrev=False)
-        flags.add_argument("--show")
-        for flag in ("--json", "--jobs", "--launcher"):
-            flags.add_argument(flag)
-        flags.add_argument("--slurm", nargs="+")
-        _, rest = flags.parse_known_args(args)
-        checked(read_compare_config(rest).base)
-    else:
-        call = VERBS[verb]
-        if verb == "bench":
-            (what, *args), follow = args, ("step", "grow", "data", "scale")
-            call, verb = _BENCH[what], "config" if what in follow else what
-        VerbParser.taking = True
-        try:
-            call(args)
-        except ParserTaken as taken:
-            parser = taken.parser
-        finally:
-            VerbParser.taking = False
-        if verb in ("import", "data", "config"):  # settings of a config follow
-            parser.parse_known_args(args)
-        else:
-            parser.parse_args(args)
+        checked(read_compare_config(options.settings).base)
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=name)
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if b.page != _OWN], ids=name)
 def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
@@ -107,6 +102,8 @@ def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             words = ["bash", next(word for word in words if launch in word)]
         if words[0] in _LAUNCHERS:
             words = words[words.index("-m") + 1 :]
+        if words[:2] == ["mim", "--help"]:
+            continue
         if words[0] == "mim":
             check_verb(words[1], words[2:])
         elif words[0] == "bash":
@@ -146,7 +143,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(folder / "runs" / "photos"),
         "data.source": "imagefolder",
         "data.path": str(folder / "photographs"),
-        "data.image_size": 16,
+        "data.image_size": 32,
         "data.batch_size": 8,
         "model.backbone_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
         "model.decoder.transformer": {"width": 16, "depth": 1, "heads": 2},
@@ -161,7 +158,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
+    [page for page in PAGES if page != _OWN and "```python" in page.read_text(encoding="utf-8")],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +189,50 @@ def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block.text, f"{page.name}: {name(block)}", "exec"), space)
 
 
+def test_examples_of_own_components_work(tmp_path: Path) -> None:
+    """The files of the page, by its commands, in a process that has registered nothing else."""
+    text = _OWN.read_text(encoding="utf-8")
+    files = re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(files) == 6 and all(len(content.splitlines()) <= 40 for _, content in files)
+    for file, content in files:
+        (tmp_path / file).write_text(content)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(40) % 2)
+    (pretrain, compare) = commands(next(b for b in blocks("bash") if b.page == _OWN).text)
+    plugins = json.dumps([file for file, _ in files])
+    pretrain += ["--plugins", plugins, "--data.source", "npz", "--data.path", "images.npz"]
+    pretrain += ["--data.batch_size=8", "--train.max_steps=2", "--log.tensorboard=false"]
+    leak = [block.text for block in blocks("python") if block.page == _OWN][-1]
+    (tmp_path / "check.py").write_text(
+        f"{leak}\n"
+        "from mim.compare.runner import read_compare_config\n"
+        "from mim.core.settings import checked\n"
+        "from mim.evaluate import build_evaluation\n"
+        f"compare = read_compare_config({compare[2:]!r})\n"
+        "checked(compare.base)\n"
+        "for name, given in compare.evaluations.items():\n"
+        "    build_evaluation(name, given)\n"
+    )
+    wrong = [*pretrain, "--mask.ring.first", "corner", "--output", "runs/wrong"]
+    runs = {}
+    for what, words in (
+        ("pretrain", ["-m", *pretrain]),
+        ("wrong", ["-m", *wrong]),
+        ("check", ["check.py"]),
+    ):
+        runs[what] = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    failed = {what: run.stderr for what, run in runs.items() if run.returncode}
+    assert failed.keys() == {"wrong"}, failed
+    assert failed["wrong"].strip() in text
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         text = _FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -201,7 +242,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_that_the_docs_name_exist() -> None:
-    pattern = re.compile(r"`((?:configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
+    pattern = re.compile(r"`((?:benchmarks|configs|docs|notebooks|tests|scripts|mim)/[\w./]+?)`")
     for page in PAGES:
         for target in pattern.findall(page.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page.name}: {target}"
@@ -224,6 +265,50 @@ def test_settings_that_the_docs_name_exist() -> None:
             assert whole in groups or is_method, f"{page.name}: {whole}"
 
 
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8000
+
+
+def test_every_component_has_a_row() -> None:
+    """No generator, regime, decoder, target, source, verb or evaluation is missing in the docs."""
+    from mim.data import SOURCES
+    from mim.evaluate import EVALUATIONS
+    from mim.masks.generators import MASKS
+    from mim.model.decoders import DECODERS
+    from mim.model.regimes import REGIMES
+    from mim.model.targets import TARGETS
+
+    docs = ROOT / "docs"
+    evaluations = ("probes", "finetune", "dense", "robustness")
+    components = [
+        name
+        for registry in (MASKS, REGIMES, DECODERS, TARGETS)
+        for name in registry
+        if registry.get(name).__module__.startswith("mim.")  # not those of a page's example
+    ]
+    sources = [name for name in SOURCES if SOURCES.get(name).__module__.startswith("mim.")]
+    tables = {
+        "reference/components.md": components,
+        "howto/data.md": sources,
+        "reference/commands.md": [f"mim {verb}" for verb in VERBS],
+    }
+    for page, names in tables.items():
+        rows = " ".join(re.findall(r"^\|.*\|$", (docs / page).read_text(), re.MULTILINE))
+        assert [name for name in names if f"`{name}" not in rows] == [], page
+    text = "".join((docs / "howto" / f"{page}.md").read_text() for page in evaluations)
+    assert [
+        name
+        for name in EVALUATIONS
+        if f"mim evaluate {name}" not in text and f"| `{name}`" not in text
+    ] == []
+
+
+def test_search_finds_what_newcomers_look_for() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for word in ("unlabelled", "DICOM", "ViT-S", "ImageNet-100", "ut of memory", "openmim"):
+        assert word in text, word
+
+
 @pytest.mark.slow  # .ci/run builds the site itself
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     config = pytest.importorskip("mkdocs.config", reason="mkdocs is not installed")
@@ -233,6 +318,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
 
     loaded = config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
     build(loaded)
-    reference = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    masks = tmp_path / "reference" / "settings" / "mask" / "index.html"
+    reference = masks.read_text(encoding="utf-8")
     assert "Share of the patches that is hidden" in reference
     assert "PatchMask" in (tmp_path / "reference" / "python" / "index.html").read_text()

@@ -1,83 +1,52 @@
-"""Completion scripts of shells, by shtab, from the parsers that the verbs themselves use."""
+"""``mim completion``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from mim.cli.parsing import ParserTaken, VerbParser
-from mim.core.config import Config
+from mim.cli.options import Verb, VerbGroup
 from mim.core.errors import UserError
-from mim.core.settings import config_parser
 
 SHELLS = ("bash", "zsh", "tcsh")
-Verb = Callable[[list[str]], int]
 
 
-def completion_script(shell: str, verbs: Mapping[str, Verb]) -> str:
-    """The script of a shell.
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="which")
 
-    Args:
-        shell: one of :data:`SHELLS`.
-        verbs: name -> function; its docstring says what it does.
 
-    Raises:
-        UserError: if shtab is not installed.
-    """
+def _run(options: argparse.Namespace) -> int:
+    from jsonargparse import ArgumentParser
+
+    from mim.cli.main import VERBS
+
     try:
-        import shtab
+        import shtab  # noqa: F401  (jsonargparse needs it)
     except ImportError as error:
         raise UserError("completion needs shtab: pip install shtab") from error
-    parser = argparse.ArgumentParser(prog="mim")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(dest="verb")
+    parser = ArgumentParser(prog="mim")
+    _add_verbs(parser, VERBS)
+    print(parser.get_completion_script(f"shtab-{options.shell}"))
+    return 0
+
+
+def _add_verbs(parser: Any, verbs: Mapping[str, Verb | VerbGroup]) -> None:
+    from jsonargparse import ArgumentParser
+
+    names = parser.add_subcommands()
     for name, verb in verbs.items():
-        about = (verb.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name, help=about)
-        for source in _sources(name, verb):
-            _copy(source, command)
-    return str(shtab.complete(parser, shell))
+        own = ArgumentParser()
+        if isinstance(verb, Verb):
+            verb.options(own)
+            if verb.config is not None:
+                given = {action.dest for action in own._actions}
+                if "config" not in given:
+                    own.add_argument("--config", action="config")
+                own.add_class_arguments(verb.config(), as_group=False, skip=given)
+        names.add_subcommand(name, own, help=verb.about)
+        if isinstance(verb, VerbGroup):
+            _add_verbs(own, verb.verbs)
 
 
-def _sources(name: str, verb: Verb) -> list[argparse.ArgumentParser]:
-    """The parsers whose options a verb takes; settings of configs come from their dataclasses."""
-    if name == "pretrain":
-        return [config_parser(Config)]
-    found: list[argparse.ArgumentParser] = []
-    VerbParser.taking = True
-    try:
-        verb([])
-    except ParserTaken as taken:
-        found.append(taken.parser)
-    finally:
-        VerbParser.taking = False
-    if name == "compare":
-        from mim.compare.runner import CompareConfig
-
-        found.append(config_parser(CompareConfig))
-    return found
-
-
-def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser) -> None:
-    import shtab
-
-    files = ("--config", "--json", "--output", "run", "folder", "first", "second", "file")
-    for action in source._actions:
-        taken = [option for option in action.option_strings if option.startswith("--")]
-        if action.option_strings and not taken:
-            continue
-        if "--help" in taken:
-            continue
-        kept = [option for option in taken if option not in target._option_string_actions]
-        if taken and not kept:
-            continue
-        is_flag = bool(taken) and action.nargs == 0
-        help_ = (action.help or "").replace("%", "%%")
-        if is_flag:
-            target.add_argument(*kept, action="store_true", help=help_)
-            continue
-        choices = list(action.choices) if action.choices else None
-        names = kept or [action.dest]
-        added = target.add_argument(*names, nargs="?", choices=choices, help=help_)
-        if {*names} & {*files}:
-            added.complete = shtab.FILE  # type: ignore[attr-defined]
+VERB = Verb("completion", "Print a shell's completion script (needs shtab).", _options, _run)

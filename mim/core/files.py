@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
 import os
+import re
+import secrets
 import tempfile
 import tokenize
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,109 @@ NPY_ERRORS: tuple[type[Exception], ...] = (
 )
 """What ``np.load`` raises for a file that is damaged, or made to be."""
 
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".npy"),
+)
+"""Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
+uint16, for channels that no image format has."""
+
+_COMPANIONS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+
 _MOST_VALUES, _DEEPEST = 100_000, 50
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that systems and archivers leave beside those of the user."""
+    return name.startswith(".") or name in _COMPANIONS
+
+
+def decode_text(data: bytes) -> str:
+    """Text as editors, spreadsheets and shells save it: UTF-8, or what a byte order mark says.
+
+    Raises:
+        UnicodeDecodeError: if it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+@dataclass
+class Folder:
+    """A folder that :func:`walk` came by."""
+
+    path: str
+    """POSIX path relative to the root of the walk."""
+    files: list[str]
+    """Names of what it holds that is no folder, hidden ones left out."""
+    status: os.stat_result
+
+
+def walk(root: Path, start: str = ".") -> Iterator[Folder]:
+    """The folders at any depth below ``root/start``, each real one once, through links too.
+
+    A link that leads to a folder above it, or to one that the walk comes by anyway, is passed over:
+    it would list files again, or never end. Folders come before the links to others.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    real = Path(root, start).resolve()
+    seen = {_identity(folder.stat()) for folder in real.parents}
+    waiting, links = deque([start]), deque[str]()
+    while waiting or links:
+        place = waiting.popleft() if waiting else links.popleft()
+        status = Path(root, place).stat()
+        if _identity(status) in seen:
+            continue
+        seen.add(_identity(status))
+        found = Folder(place, [], status)
+        below: list[str] = []
+        with os.scandir(Path(root, place)) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                path = entry.name if place == "." else f"{place}/{entry.name}"
+                if not entry.is_dir():
+                    found.files.append(entry.name)
+                elif entry.is_symlink():
+                    links.append(path)
+                else:
+                    below.append(path)
+        waiting.extend(sorted(below))
+        links = deque(sorted(links))
+        yield found
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+    r"|\.inf|\.Inf|\.INF)$|\.(nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a date is the text that stands there."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, found) for tag, found in rules if not tag.endswith((":timestamp", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that :func:`parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str) -> Any:
@@ -33,7 +141,7 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
     """
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it nests too deeply") from error
     except ValueError as error:  # a date that is none, a surrogate
@@ -58,17 +166,25 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: where it shall be.
         write: is given the temporary path.
+
+    Raises:
+        OSError: where it cannot be written, with ``path`` as its file name.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # whatever the length of its name
     try:
+        # Not by tempfile, whose files are the owner's alone: the umask has the say here.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # it may have been replaced by another
         temporary.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -102,6 +218,32 @@ def _write_text(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON; see :func:`write_atomic`."""
     write_text_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+_LOOKED_AT = 64
+"""Files of a folder whose content is looked at."""
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file; of a folder, of its files' names and of some files' content."""
+    if path.is_file():
+        return file_digest(path)
+    found = sorted(Path(place, name) for place, _, names in os.walk(path) for name in names)
+    digest = hashlib.sha256()
+    for number, file in enumerate(found):
+        digest.update(os.fsencode(file.relative_to(path)) + b"\0")
+        if number % -(-len(found) // _LOOKED_AT) == 0 and file.is_file():
+            digest.update(file_digest(file).encode())
+    return digest.hexdigest()
 
 
 def prepare_folder(path: Path, setting: str = "output") -> None:

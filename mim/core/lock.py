@@ -35,16 +35,18 @@ def in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
+def sole_use(folder: Path, setting: str = "output", name: str = NAME) -> Iterator[None]:
     """Keep other processes out of a folder for as long as this one works there.
 
     The lock is the system's (POSIX record locks, which network file systems know too): it ends
-    with the process, however it dies, so that none is ever stale, and workers do not inherit it.
+    with the process, however it dies, so that none is ever stale, and workers do not inherit it,
+    as they do filelock's, which before its version 4 also empties the file of whoever holds it.
     Its file says who works there, and goes with them.
 
     Args:
         folder: exists.
         setting: what named it, for the error.
+        name: of the lock's file.
 
     Raises:
         InUse: if another process works there; it is named.
@@ -52,7 +54,7 @@ def sole_use(folder: Path, setting: str = "output") -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    path = folder / NAME
+    path = folder / name
     file = _locked(path, setting)
     try:
         file.truncate(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -14,8 +15,17 @@ from rich.text import Text
 
 _STYLES = {
     "finished": "green", "ok": "green", "running": "cyan", "waiting": "dim", "stopped": "yellow",
-    "warning": "yellow", "failed": "red", "problem": "red",
+    "warning": "yellow", "failed": "red", "problem": "red", "unreadable": "red",
 }  # fmt: skip
+
+
+# Escape sequences, tabs, line ends; what turns the direction of writing; halves of a character.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text in which what a terminal would obey is spelled out."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -25,14 +35,17 @@ def console(stream: TextIO | None = None) -> Console:
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
     """A table; columns whose cells are numbers are set to the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    named = Text(printable(title)) if title else None
+    table = Table(box=box.SIMPLE_HEAD, title=named, title_justify="left", pad_edge=False)
     for place, head in enumerate(heads):
         cells = [row[place] for row in rows if row[place] not in ("", "\u2013")]
         numeric = bool(cells) and all(cell[:1] in "+-\u2212.0123456789" for cell in cells)
-        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            Text(printable(head)), justify="right" if numeric else "left", overflow="fold"
+        )
     for row in rows:
         # Text, not markup: a name in brackets is a name.
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
     return table
 
 
@@ -43,7 +56,7 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str =
         out.print(grid(heads, rows, title))
         return
     for row in (heads, *rows):
-        line = "\t".join(" ".join(str(cell).split()) for cell in row)
+        line = "\t".join(printable(" ".join(str(cell).split())) for cell in row)
         sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

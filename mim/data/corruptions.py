@@ -27,11 +27,12 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import choice_error, setting_error
-from mim.core.keys import image_keys, random_bits
+from mim.core.rng import image_keys, random_bits
 from mim.data.images.transforms import eval_transform
 from mim.data.sources.base import ImageSource
 
 Pixels: TypeAlias = NDArray[np.floating[Any]]
+Rng: TypeAlias = np.random.Generator
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 128
 """Side in pixels below which the parameters are those of CIFAR-10-C."""
@@ -69,32 +70,24 @@ def _gaussian_filter(x: Pixels, sigma: float, mode: str = "nearest", truncate: f
     return filtered
 
 
-def _gaussian_noise(
-    x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator
-) -> Pixels:
+def _gaussian_noise(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     return x + c[0] * rng.standard_normal(x.shape, np.float32)
 
 
-def _shot_noise(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _shot_noise(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     return (rng.poisson(x * c[0]) / c[0]).astype(np.float32)
 
 
-def _impulse_noise(
-    x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator
-) -> Pixels:
+def _impulse_noise(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     changed, white = rng.random(x.shape) < c[0], rng.random(x.shape) < 0.5
     return np.where(changed, white, x).astype(np.float32)
 
 
-def _speckle_noise(
-    x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator
-) -> Pixels:
+def _speckle_noise(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     return x + x * c[0] * rng.standard_normal(x.shape, np.float32)
 
 
-def _gaussian_blur(
-    x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator
-) -> Pixels:
+def _gaussian_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     return _gaussian_filter(x, c[0] * unit)
 
 
@@ -115,7 +108,7 @@ def _disk(radius: float, blur: float) -> Pixels:
     return kept[rows[0] : rows[-1] + 1, rows[0] : rows[-1] + 1]
 
 
-def _defocus_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _defocus_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     kernel = torch.from_numpy(_disk(c[0] * unit, c[1]))[None, None]
     reach = kernel.shape[-1] // 2
     pad = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
@@ -129,7 +122,7 @@ def _image(planes: Tensor) -> Pixels:
     return found
 
 
-def _glass_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _glass_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     """Each pixel takes the colour of a near one, one after the other from the last on."""
     sigma, reach, rounds = c[0] * unit, max(round(c[1] * unit), 1), int(c[2])
     height, width = x.shape[:2]
@@ -163,7 +156,7 @@ def _streak(x: Pixels, radius: float, sigma: float, angle: float) -> Pixels:
     return result
 
 
-def _motion_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _motion_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     return _streak(x, c[0] * unit, c[1] * unit, rng.uniform(-45, 45))
 
 
@@ -180,14 +173,14 @@ def _zoomed(x: Pixels, factor: float) -> Pixels:
     return _image(grown[:, top : top + height, left : left + width])
 
 
-def _zoom_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _zoom_blur(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     factors = np.arange(1, c[0], c[1])
     zoomed = [_zoomed(x, float(factor)) for factor in factors]
     mean: Pixels = (x + np.sum(zoomed, axis=0)) / (len(factors) + 1)
     return mean
 
 
-def _snow(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _snow(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     mean, spread, zoom, least, radius, sigma, kept = c
     flakes = mean + spread * rng.standard_normal((*x.shape[:2], 1), np.float32)
     flakes = _zoomed(flakes, max(zoom * unit, 1.0))
@@ -199,7 +192,7 @@ def _snow(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator
     return snowed
 
 
-def _plasma(side: int, decay: float, rng: np.random.Generator) -> NDArray[np.float64]:
+def _plasma(side: int, decay: float, rng: Rng) -> NDArray[np.float64]:
     """(side, side) heights from 0 to 1 by the diamond-square algorithm; side is a power of 2."""
     heights = np.zeros((side, side))
     step, wobble = side, 100.0
@@ -223,7 +216,7 @@ def _plasma(side: int, decay: float, rng: np.random.Generator) -> NDArray[np.flo
     return heights / max(heights.max(), 1e-12)
 
 
-def _fog(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _fog(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     height, width = x.shape[:2]
     side = 1 << max(max(height, width) - 1, 1).bit_length()
     plasma = _plasma(side, c[1], rng)[:height, :width, None]
@@ -232,7 +225,7 @@ def _fog(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator)
     return fogged
 
 
-def _brightness(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _brightness(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     """Adds to the value of HSV; hue and saturation stay."""
     value = x.max(2, keepdims=True)
     raised = np.clip(value + c[0], 0, 1)
@@ -241,7 +234,7 @@ def _brightness(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Gen
     return scaled
 
 
-def _saturate(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _saturate(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     """Scales and shifts the saturation of HSV; hue and value stay. Gray has the hue of red."""
     value = x.max(2, keepdims=True)
     lack = 1 - x / np.where(value <= 0, 1, value)  # 0 in the largest channel
@@ -254,13 +247,13 @@ def _saturate(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Gener
     return changed
 
 
-def _contrast(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _contrast(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     mean = x.mean((0, 1), keepdims=True)
     flattened: Pixels = (x - mean) * c[0] + mean
     return flattened
 
 
-def _elastic(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _elastic(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     """A random affine map, then a smooth random shift of each pixel."""
     from scipy import ndimage
 
@@ -297,14 +290,14 @@ def _from_picture(image: Image.Image) -> Pixels:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _pixelate(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _pixelate(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     height, width = x.shape[:2]
     few = max(int(width * c[0]), 1), max(int(height * c[0]), 1)
     box = Image.Resampling.BOX
     return _from_picture(_picture(x).resize(few, box).resize((width, height), box))
 
 
-def _jpeg(x: Pixels, c: tuple[float, ...], unit: float, rng: np.random.Generator) -> Pixels:
+def _jpeg(x: Pixels, c: tuple[float, ...], unit: float, rng: Rng) -> Pixels:
     buffer = io.BytesIO()
     _picture(x).save(buffer, "JPEG", quality=int(c[0]))
     with Image.open(buffer) as image:
@@ -424,7 +417,7 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDA
         image: (H, W, C) uint8, C of 1 or 3.
         name: one of :data:`CORRUPTIONS`.
         severity: 0 leaves the image as it is, 5 is the strongest.
-        key: what is drawn follows from it alone; see :func:`mim.core.keys.image_keys`.
+        key: what is drawn follows from it alone; see :func:`mim.core.rng.image_keys`.
 
     Raises:
         UserError: for an unknown name, or channels that it cannot have.

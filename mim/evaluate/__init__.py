@@ -6,8 +6,9 @@ A new evaluation is one class in one file of this package, registered, and impor
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,18 @@ from mim.evaluate.encoders import (
 )
 from mim.evaluate.features import check_pool, extract_features, pool_tokens
 from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
+from mim.evaluate.predictions import save_predictions
 from mim.evaluate.probes.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
 from mim.evaluate.probes.attentive import Attentive, AttentiveSettings
 from mim.evaluate.probes.knn import Knn, KnnSettings, knn_predict
 from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.probes.linear_grid import LinearGrid, LinearGridSettings
 from mim.evaluate.probes.linear_mae import LinearMae, LinearMaeSettings
+from mim.evaluate.protocol import Protocol, encoder_digest, images_digest, protocol_of
 from mim.evaluate.robustness import Robustness, RobustnessSettings
 from mim.evaluate.training import TIMEOUT, several
-from mim.training.checkpoint import read_result, write_json_atomic
+from mim.training.checkpoint import FORMAT, read_config
+from mim.training.results import UNFINISHED, read_result, update_result
 
 __all__ = [
     "EVALUATIONS",
@@ -90,6 +94,7 @@ __all__ = [
     "open_encoder",
     "pixels_encoder",
     "pool_tokens",
+    "record",
     "run_encoder",
     "several",
     "timm_encoder",
@@ -98,6 +103,7 @@ __all__ = [
 
 Settings = Mapping[str, Mapping[str, Any] | None]
 """Name of an evaluation -> settings that differ from its defaults."""
+OnResult = Callable[[str, dict[str, float]], None]
 
 
 def evaluate(
@@ -110,6 +116,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     folder: Path | None = None,
+    on_result: OnResult | None = None,
 ) -> dict[str, dict[str, float]]:
     """Runs evaluations on one encoder; features are computed once for each pooling.
 
@@ -124,7 +131,9 @@ def evaluate(
         batch_size: images in the encoder at once.
         device: where encoder and probes run.
         precision: fp32, bf16 or fp16, of the encoder.
-        folder: where files that an evaluation makes go, a fine-tuned classifier; None: none are.
+        folder: where files that an evaluation makes go, the answers to each test image
+            (:mod:`mim.evaluate.predictions`) and a fine-tuned classifier; None: none are.
+        on_result: is given each evaluation's name and numbers as it ends.
 
     Returns:
         Evaluation -> named numbers.
@@ -140,13 +149,21 @@ def evaluate(
         task.check()
     check_files(built, folder)
     numbers: dict[str, dict[str, float]] = {}
+
+    def keep(name: str, found: dict[str, float]) -> None:
+        numbers[name] = found
+        if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+            save_predictions(folder, {name: found})
+        if on_result is not None:
+            on_result(name, found)
+
     others = {name: e for name, e in built.items() if name not in tasks}
     if others:
         train = open_source(encoder.data, "train", folder) if train is None else train
         val = open_source(encoder.data, "val", folder) if val is None else val
-        numbers = _measure(encoder, others, train, val, batch_size, device, precision, folder)
+        _measure(encoder, others, train, val, batch_size, device, precision, folder, keep)
     for name, task in tasks.items():
-        numbers[name] = task.run(encoder, device=device, precision=precision, folder=folder)
+        keep(name, task.run(encoder, device=device, precision=precision, folder=folder))
     return {name: numbers[name] for name in built}
 
 
@@ -171,7 +188,8 @@ def _measure(
     device: torch.device | str,
     precision: str,
     folder: Path | None,
-) -> dict[str, dict[str, float]]:
+    keep: OnResult,
+) -> None:
     """The evaluations that read the encoder's own images."""
     for evaluation in built.values():
         assert isinstance(evaluation.settings, EvaluationSettings)
@@ -185,25 +203,24 @@ def _measure(
         if isinstance(evaluation, EncoderEvaluation):
             continue
         # Raw pixels have no tokens to pool.
-        pool = "mean" if encoder.vit is None else evaluation.settings.pool
+        pool = str("mean" if encoder.vit is None else evaluation.settings.pool)
         by_pool.setdefault(pool, []).append((name, evaluation))
-    numbers: dict[str, dict[str, float]] = {}
     for pool, probes in by_pool.items():
         sets = [
             extract_features(encoder, source, pool, batch_size, device, precision).to(device)
             for source in (train, val)
         ]
         for name, probe in probes:
-            numbers[name] = probe.run(*sets)
+            keep(name, probe.run(*sets))
     # Those that read what the others leave come last; Python's sort is stable.
     for name, evaluation in sorted(built.items(), key=lambda item: _reads_others(item[1])):
         if isinstance(evaluation, EncoderEvaluation):
             # They cut, mix and scale images of one size by themselves.
             square = replace(encoder, data=encoder.data.as_square())
-            numbers[name] = evaluation.run(
+            found = evaluation.run(
                 square, train, val, device=device, precision=precision, folder=folder
             )
-    return numbers
+            keep(name, found)
 
 
 def _reads_others(evaluation: AnyEvaluation) -> bool:
@@ -218,11 +235,13 @@ def evaluate_run(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    on_result: OnResult | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluates a run's encoder and adds the numbers to its ``result.json``.
+    """Evaluates a run's encoder and adds each evaluation to its ``result.json`` as it ends.
 
-    They stand under ``evaluations``, the settings they were measured with under
-    ``evaluation_settings``; everything else in the file stays as it is.
+    The numbers stand under ``evaluations``, the settings they were measured with under
+    ``evaluation_settings``, what they depend on under ``protocols``; everything else in the file
+    stays as it is. A run that has not ended has no result, and gets none by this.
 
     Args:
         run: the run folder.
@@ -232,6 +251,7 @@ def evaluate_run(
         batch_size: see :func:`evaluate`, as are ``device`` and ``precision``.
         device: see there.
         precision: see there.
+        on_result: is given each evaluation's name and numbers once they are written.
 
     Returns:
         The new numbers.
@@ -250,21 +270,63 @@ def evaluate_run(
     chosen = {name: settings.get(name) for name in names}
     for name, given in chosen.items():
         build_evaluation(name, given)
+    main = int(os.environ.get("RANK", "0")) == 0  # several processes hold the same numbers
     read_result(run)  # a broken file is told before the work, not after
     encoder = run_encoder(run)
-    built = {name: build_evaluation(name, given, encoder) for name, given in chosen.items()}
-    numbers = evaluate(
+    config = read_config(run)
+    weights = encoder_digest(config, run)
+
+    @functools.cache
+    def images() -> str:
+        return images_digest(config.data)
+
+    def keep(name: str, numbers: dict[str, float]) -> None:
+        if main:
+            is_task = issubclass(EVALUATIONS.get(name), TaskEvaluation)
+            read = "" if is_task else images()
+            protocol = protocol_of(name, chosen[name], read, weights, precision)
+            record(run, encoder, name, chosen[name], numbers, protocol)
+        if on_result is not None:
+            on_result(name, numbers)
+
+    return evaluate(
         encoder,
         chosen,
         batch_size=batch_size,
         device=device,
         precision=precision,
         folder=run,
+        on_result=keep,
     )
-    result = read_result(run)
-    used = {name: asdict(evaluation.settings) for name, evaluation in built.items()}
-    result["evaluations"] = {**result.get("evaluations", {}), **numbers}
-    result["evaluation_settings"] = {**result.get("evaluation_settings", {}), **used}
-    if int(os.environ.get("RANK", "0")) == 0:  # several processes hold the same numbers
-        write_json_atomic(run / "result.json", result)
-    return numbers
+
+
+def record(
+    run: Path,
+    encoder: Encoder,
+    name: str,
+    settings: Mapping[str, Any] | None,
+    numbers: dict[str, float],
+    protocol: Protocol,
+) -> None:
+    """Adds an evaluation to a run's ``result.json``.
+
+    Args:
+        run: the folder.
+        encoder: what was measured.
+        name: of the evaluation.
+        settings: what differs from its defaults.
+        numbers: what it found.
+        protocol: what they depend on.
+    """
+    parts: dict[str, Any] = {
+        "evaluations": numbers,
+        "evaluation_settings": asdict(build_evaluation(name, settings, encoder).settings),
+        "protocols": protocol,
+    }
+
+    def add(result: dict[str, Any]) -> dict[str, Any]:
+        start = {} if "steps" in result else {"format": FORMAT, "status": UNFINISHED}
+        added = {key: {**result.get(key, {}), name: value} for key, value in parts.items()}
+        return {**start, **result, **added}
+
+    update_result(run, add)

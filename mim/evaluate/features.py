@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mim.core.cpu.linear import use_linear
+from mim.core.cpu.kernels import tune
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.patches import Images, Patches
 from mim.data import eval_loader, normalize
 from mim.evaluate.base import POOLS, Features
 from mim.model.attention import key_bias
 from mim.model.backbones import family_of
+from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
     from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def check_precision(precision: str) -> None:
+    """Refuses a precision that evaluations do not compute in.
+
+    Raises:
+        UserError: naming those that they do.
+    """
+    if precision not in PRECISIONS:
+        raise choice_error("precision", precision, PRECISIONS)
 
 
 def check_pool(vit: nn.Module | None, pool: str) -> None:
@@ -108,12 +118,10 @@ def extract_features(
         UserError: see :func:`check_pool`; or an unknown precision.
     """
     check_pool(encoder.vit, pool)
-    if precision not in AUTOCAST:
-        raise choice_error("precision", precision, AUTOCAST)
+    check_precision(precision)
     device = torch.device(device)
-    dtype = AUTOCAST[precision]
     if encoder.vit is not None:
-        use_linear(encoder.vit.to(device), "auto", device)
+        tune(encoder.vit.to(device), device, precision)
     values, labels, ids = [], [], []
     patch_size = None
     if encoder.data.keeps_aspect and encoder.vit is not None:
@@ -128,10 +136,7 @@ def extract_features(
                 assert isinstance(images, Tensor)  # see pixels_encoder
                 pooled = images.flatten(1)
             else:
-                autocast: AbstractContextManager[object] = (
-                    nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-                )
-                with autocast:
+                with autocast(precision, device):
                     tokens = image_tokens(encoder.vit, images)
                 valid = images.valid if isinstance(images, Patches) else None
                 pooled = pool_tokens(encoder.vit, tokens.float(), pool, valid)

@@ -19,46 +19,60 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from accelerate import Accelerator
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig, ModelConfig
-from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys, random_bits, seed_of, uniforms
-from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
+from mim.core.errors import UserError, setting_error
+from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
+from mim.core.rng import image_keys, random_bits, seed_of
+from mim.data import (
+    Batch,
+    ImageSource,
+    Picture,
+    eval_transform,
+    normalize,
+    open_source,
+    read_picture,
+)
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
+from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
+from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
-from mim.evaluate.features import check_pool
+from mim.evaluate.features import check_pool, check_precision
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
+    ClassificationTask,
+    Labelled,
     TrainedSettings,
-    Training,
     accuracies,
-    autocast,
+    augmented,
     check_learnable,
     class_count,
     global_batch,
     identity_of,
     measured,
-    run_training,
     split,
     start_accelerator,
 )
 from mim.model.backbones import build_backbone, family_of, load_backbone
 from mim.training.checkpoint import TASK, read_safetensors, save_encoder
-from mim.training.optim import Schedule
+from mim.training.runtime.precision import autocast
+from mim.training.trainer import Loss
 
 _HEAD_STD = 2e-5  # MAE's: the head begins almost at zero
 # The norm stands before the pooling or behind it; the one a classifier has not is left out.
@@ -84,70 +98,51 @@ def recipe_of(width: int) -> str:
 class FinetuneSettings(TrainedSettings):
     """Settings of fine-tuning; the defaults are MAE's for ViT-B."""
 
-    recipe: str = "auto"
+    pool: Literal["mean", "cls"] = "mean"
+    """What stands for an image: mean (of the patch tokens) or cls (the class token)."""
+    recipe: Literal["auto", "base", "large", "huge"] = "auto"
     """Which of MAE's recipes gives epochs, base_lr, layer_decay and drop_path where these are not
     set: base, large, huge, or auto, by the encoder's width."""
-    base_lr: float = 5e-4
+    base_lr: Positive = 5e-4
     """Peak learning rate of the head for a batch of 256; scaled with the batch size."""
-    min_lr: float = 1e-6
+    min_lr: NonNegative = 1e-6
     """Where the half cosine ends."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's."""
-    layer_decay: float = 0.65
+    layer_decay: Share = 0.65
     """Factor of the learning rate from each layer to the one before it; 1 is the same for all."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
-    mixup: float = 0.8
+    mixup: NonNegative = 0.8
     """Alpha of Mixup; 0 is none. With CutMix too, each batch takes one of the two at random."""
-    cutmix: float = 1.0
+    cutmix: NonNegative = 1.0
     """Alpha of CutMix; 0 is none."""
-    smoothing: float = 0.1
+    smoothing: BelowOne = 0.1
     """Label smoothing."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's name of a RandAugment policy; empty is none."""
-    erasing: float = 0.25
+    erasing: Annotated[float, Bound(lambda p: 0 <= p <= 1, "must lie between 0 and 1")] = 0.25
     """Probability with which a rectangle of an image becomes noise (random erasing)."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of an average of the weights that is measured in their stead; 0 is none."""
-    low_shot: tuple[float, ...] = ()
+    low_shot: tuple[Between, ...] = ()
     """Shares of each class at which it is fine-tuned besides, by the same recipe: [0.01, 0.1]."""
     save: bool = True
     """Whether the classifier is written into the run folder."""
 
-    name: ClassVar[str] = "finetune"
-
     def __post_init__(self) -> None:
-        if self.pool == "both":
-            raise choice_error("evaluations.finetune.pool", self.pool, ("mean", "cls"))
         super().__post_init__()
-        if self.recipe not in ("auto", *RECIPES):
-            raise choice_error("evaluations.finetune.recipe", self.recipe, ("auto", *RECIPES))
-        self._positive("base_lr", self.base_lr)
-        for setting in ("mixup", "cutmix"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self._refuse("layer_decay", "must be above 0 and at most 1")
-        for setting in ("drop_path", "smoothing", "ema"):
-            if not 0 <= getattr(self, setting) < 1:
-                self._refuse(setting, "must be at least 0 and below 1")
-        if not 0 <= self.erasing <= 1:
-            self._refuse("erasing", "must lie between 0 and 1")
-        if not all(isinstance(share, float) and 0 < share < 1 for share in self.low_shot):
-            self._refuse("low_shot", "must be shares above 0 and below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            self._refuse("betas", "must be two numbers, at least 0 and below 1")
         if self.rand_augment:
             try:
                 rand_augment_transform(self.rand_augment, {})
             except (AssertionError, ValueError, KeyError, TypeError):
-                self._refuse("rand_augment", "is no policy of timm's, such as rand-m9-mstd0.5-inc1")
+                reason = "is no policy of timm's, such as rand-m9-mstd0.5-inc1"
+                raise self.error("rand_augment", reason) from None
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
-        """See :meth:`EvaluationSettings.presets`."""
         recipe = given.get("recipe", "auto")
         if recipe == "auto":
             vit = None if encoder is None else encoder.vit
@@ -232,7 +227,7 @@ def erase(images: Tensor, keys: Tensor, probability: float) -> Tensor:
     return images
 
 
-def mix(
+def mix_images(
     images: Tensor, labels: Tensor, classes: int, settings: FinetuneSettings, step: int
 ) -> tuple[Tensor, Tensor]:
     """timm's Mixup or CutMix of a batch, and its smoothed labels.
@@ -264,57 +259,6 @@ def mix(
         mixed, targets = mixing(images[order], labels[order])
     back = order.argsort()
     return mixed[back], targets[back]
-
-
-class DropPathDraws:
-    """What the drop paths of a model draw for the present batch: (B, drop paths) in [0, 1)."""
-
-    values: Tensor | None = None
-
-
-class KeyedDropPath(DropPath):
-    """timm's DropPath whose draws are given; without any it is timm's own.
-
-    Args:
-        plain: what it takes the place of.
-        draws: of the model.
-        column: its place among the model's drop paths.
-    """
-
-    def __init__(self, plain: DropPath, draws: DropPathDraws, column: int) -> None:
-        super().__init__(plain.drop_prob, plain.scale_by_keep)
-        self.draws, self.column = draws, column
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> the same, some rows 0."""
-        values = self.draws.values
-        if not self.training or self.drop_prob == 0 or values is None:
-            kept_by_timm: Tensor = super().forward(x)
-            return kept_by_timm
-        keep = 1 - self.drop_prob
-        kept = (values[:, self.column] < keep).to(x.dtype)
-        if self.scale_by_keep:
-            kept = kept / keep
-        return x * kept.view(-1, *[1] * (x.ndim - 1))
-
-
-def key_drop_paths(model: nn.Module) -> DropPathDraws:
-    """Puts a :class:`KeyedDropPath` in the place of each drop path; returns what feeds them."""
-    draws, column = DropPathDraws(), 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, DropPath):
-                setattr(module, name, KeyedDropPath(child, draws, column))
-                column += 1
-    return draws
-
-
-def _draw_drop_paths(model: nn.Module, batch: Batch, seed: int, device: torch.device) -> None:
-    """For every drop path of the model, by the images' keys."""
-    paths = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    if paths:
-        keys = image_keys(seed, batch.epoch, batch.sample_ids, purpose="drop-path")
-        paths[0].draws.values = uniforms(keys, len(paths)).to(device)  # (B, drop paths)
 
 
 def parameter_groups(model: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -477,20 +421,68 @@ class Classifier:
         Raises:
             UserError: if a file cannot be read.
         """
-        pictures = [_open(i) if isinstance(i, (str, Path)) else i for i in images]
+        pictures = [
+            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            if isinstance(image, (str, Path))
+            else image
+            for image in images
+        ]
         pixels = eval_transform(pictures, self.data)
         device = next(self.model.parameters()).device
         logits = self.model(normalize(pixels.to(device), self.mean, self.std))
         return [self.classes[index] for index in logits.argmax(1).tolist()]
 
 
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return image
+class FinetuneTask(ClassificationTask):
+    """The classifier trained by MAE's recipe.
+
+    Args:
+        classifier: on the device.
+        settings: the recipe.
+        train: see :class:`ClassificationTask`.
+        data: see there.
+        accelerator: see there.
+        precision: fp32, bf16 or fp16 (autocast).
+    """
+
+    settings: FinetuneSettings
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        settings: FinetuneSettings,
+        train: ImageSource,
+        data: DataConfig,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        s = settings
+        augment = RandAugment(s.rand_augment, data.size, train.mean) if s.rand_augment else None
+        super().__init__(classifier.model, s, train, data, accelerator, augment=augment, ema=s.ema)
+        self.classes, self.precision = len(classifier.classes), precision
+        self.drop_paths = draws_of(self.model)
+
+    def targets(self, batch: Batch, images: Tensor) -> Labelled:
+        """Erases and mixes."""
+        s, device = self.settings, images.device
+        draws = None
+        if self.drop_paths is not None:
+            draws = self.drop_paths.draw(batch, s.seed).to(device)
+        keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
+        assert batch.labels is not None
+        images = erase(images, keys, s.erasing)
+        mixed, targets = mix_images(images, batch.labels.to(device), self.classes, s, batch.step)
+        return Labelled(mixed, targets, draws)
+
+    def loss(self, learner: nn.Module, part: Labelled) -> Loss:
+        if self.drop_paths is not None:
+            self.drop_paths.values = part.draws
+        return super().loss(learner, part)
+
+    def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
+        with autocast(self.precision, images.device):
+            logits: Tensor = learner(images)
+        return logits[None].float()
 
 
 def fit(
@@ -526,68 +518,39 @@ def _fit(
     device: torch.device,
     precision: str,
     state: Path | None = None,
-) -> tuple[Classifier, Training]:
+) -> tuple[Classifier, FinetuneTask]:
     s = settings
-    autocast(device, precision)  # an unknown precision is told before anything is built
+    check_precision(precision)
     accelerator = start_accelerator(device)
     device = accelerator.device
     classes = class_count(train)
     classifier = build_classifier(encoder, classes, s)
     classifier.classes = list(train.classes) or [str(label) for label in range(classes)]
     classifier.mean, classifier.std = tuple(train.mean), tuple(train.std)
-    model = classifier.model.to(device)
-
-    images = len(split(train, s)[0])
-    size = global_batch(s, images, accelerator.num_processes)
-    scale = (s.crop_scale[0], s.crop_scale[1])
-    data = replace(encoder.data, batch_size=size, augment="mae", crop_scale=scale)
-    augment = RandAugment(s.rand_augment, data.size, train.mean) if s.rand_augment else None
-    if augment is not None and data.channels not in (1, 3):
-        s._refuse("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
-    per_epoch = images // size
-    total = s.epochs * per_epoch
-    warmup = min(s.warmup_epochs * per_epoch, total / 2)
-    schedule = Schedule(s.base_lr * size / 256, s.min_lr, warmup, total)
-    groups = parameter_groups(model, s)
-
-    def prepare(batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
-        _draw_drop_paths(model, batch, s.seed, device)
-        keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
-        assert batch.labels is not None
-        images = erase(images, keys, s.erasing)
-        return mix(images, batch.labels.to(device), classes, s, batch.step)
-
-    def forward(model: nn.Module, images: Tensor) -> Tensor:
-        with autocast(device, precision):
-            logits: Tensor = model(images)
-        return logits[None].float()
-
-    training = Training(
-        label=f"finetune {encoder.name}",
-        settings=s,
-        data=data,
-        model=model,
-        forward=forward,
-        prepare=prepare,
-        optimizer=torch.optim.AdamW(
-            groups, lr=schedule(0), betas=(s.betas[0], s.betas[1]), fused=True
-        ),
-        schedule=schedule,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        augment=augment,
-        ema=s.ema,
-        identity=identity_of(encoder, precision),
+    classifier.model.to(device)
+    size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
+    data = augmented(encoder.data, s, size)
+    if s.rand_augment and data.channels not in (1, 3):
+        raise s.error("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
+    task = FinetuneTask(classifier, s, train, data, accelerator, precision)
+    schedule = task.schedule(s.base_lr)
+    groups, betas = parameter_groups(task.model, s), (s.betas[0], s.betas[1])
+    best = task.choose(
+        torch.optim.AdamW(groups, lr=schedule(0), betas=betas, fused=True),
+        schedule,
+        f"finetune {encoder.name}",
+        state,
+        identity_of(encoder, precision),
+        torch.amp.GradScaler(device.type) if precision == "fp16" else None,
     )
-    trained = run_training(training, train, accelerator, state)
-    classifier.numbers, classifier.history = trained.numbers, trained.history
-    return classifier, training
+    classifier.numbers, classifier.history = best.numbers("accuracy"), best.history
+    return classifier, task
 
 
-@EVALUATIONS.register("finetune")
+@EVALUATIONS.register("finetune", FinetuneSettings)
 class Finetune(EncoderEvaluation):
     """All of the encoder trained with a head, its best epoch chosen on a split of train."""
 
-    Settings = FinetuneSettings
     settings: FinetuneSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
@@ -619,11 +582,12 @@ class Finetune(EncoderEvaluation):
         given: dict[str, Any] = {"device": device, "precision": precision}
         states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
-        numbers = dict(classifier.numbers)
+        numbers = copy(classifier.numbers)
+        assert isinstance(numbers, Measured)
         for share in s.low_shot:
             part = Finetune(replace(s, fraction=share, low_shot=()))
             found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
-            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+            numbers.include(found, f"_of_{100 * share:g}_percent")
         main = start_accelerator(device).is_main_process
         if folder is not None and s.save and main:
             classifier.save(folder / FILE)
@@ -653,10 +617,10 @@ class Finetune(EncoderEvaluation):
         # Its augmentation and its classifier are for images of one size.
         encoder = replace(encoder, data=encoder.data.as_square())
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
-        classifier, training = _fit(*chosen)
-        found = accuracies(training, classifier.model, val, start_accelerator(device))
-        best = measured(found, 0, classifier.model.num_classes)
-        classifier.numbers = {**best, **classifier.numbers}
+        classifier, task = _fit(*chosen)
+        found = accuracies(task, classifier.model, val)
+        classes = classifier.model.num_classes
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
         return classifier
 
 

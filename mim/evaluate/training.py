@@ -1,9 +1,8 @@
-"""Supervised training on a part of train, its best epoch chosen on the rest.
+"""What evaluations that are trained by gradient steps share: settings, task, and the best epoch.
 
-Fine-tuning and the probes that are trained by gradient steps share this loop. What it computes
-does not depend on workers, on the number of processes or on where it was stopped: the order, the
-augmentation and whatever a recipe draws follow from keys, so that a state is weights, moments and
-a step, and no state of a generator.
+All of them run in :mod:`mim.training.trainer`, on any number of processes. The best epoch is chosen
+on a part of train. Order, augmentation and whatever a recipe draws follow from keys, so that
+nothing depends on workers, processes or on where the training was stopped.
 
 Shapes: H heads trained side by side, B images of this process's share of the batch, K classes.
 """
@@ -12,90 +11,96 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import InitProcessGroupKwargs
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
-from mim.core.cpu.linear import use_linear
-from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import seed_of
-from mim.core.progress import RunProgress
-from mim.core.signals import Interrupted, Signals
-from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader, worker_deaths
+from mim.core.config import FREE, DataConfig
+from mim.core.cpu.kernels import tune
+from mim.core.cpu.process import tune_process
+from mim.core.errors import UserError, setting_error
+from mim.core.fields import (
+    Between,
+    Count,
+    Natural,
+    NonNegative,
+    Share,
+    SpanToOne,
+    at_least,
+    is_free,
+)
+from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader
 from mim.data.loader import Augment
-from mim.evaluate.base import EvaluationSettings, holdout, low_shot
+from mim.evaluate.base import AnySettings, EvaluationSettings, low_shot, stratified_holdout
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import AUTOCAST
-from mim.training.checkpoint import FORMAT, read_checkpoint, snapshot, write_atomic
+from mim.evaluate.predictions import Measured, gather_rows
+from mim.training.checkpoint import FileStore, Saver, prepare_folder
+from mim.training.hooks import BestEpoch, Checkpoints, Log
+from mim.training.metrics import Curves, Metrics
+from mim.training.nonfinite import StepRecord
 from mim.training.optim import Schedule
 from mim.training.runtime.processes import gathering, together
-
-logger = logging.getLogger(__name__)
+from mim.training.runtime.trackers import Trackers
+from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 _TOP = 5
-_ASK_EVERY = 20
-"""Steps after which several processes ask each other whether one of them was told to stop."""
+_TRACKER_SECONDS = 120.0
+BatchSize = Annotated[int, at_least(2)]
 
 
 @dataclass(frozen=True)
-class TrainedSettings(EvaluationSettings):
-    """Settings that everything trained by gradient steps shares."""
+class StepSettings(AnySettings):
+    """How steps are taken and kept, in every evaluation that takes any."""
 
-    epochs: int = 100
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Images a step, over all processes; fewer, and an even number, where there are fewer."""
-    min_lr: float = 0.0
-    """Where the half cosine ends."""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.0
-    """The optimizer's."""
-    crop_scale: tuple[float, ...] = (0.08, 1.0)
-    """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
-    held_out: float = 0.1
-    """Share of each class of the training images on which the best epoch is chosen."""
-    fraction: float = 1.0
-    """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
-    checkpoint_every: int = 1
+    accumulate: Count = field(default=1, metadata=FREE)
+    """Parts a process cuts its share of a batch into, to save memory; a batch norm, and the
+    regions that detection draws, see a part at a time."""
+    clip_grad: NonNegative = 0.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    max_nonfinite: Count = field(default=1, metadata=FREE)
+    """Steps in a row, whose loss or gradient is not finite, that end the training; those before
+    are skipped. Where several heads are trained side by side, one that diverges is left out."""
+    checkpoint_every: Natural = field(default=1, metadata=FREE)
     """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
     need a run folder."""
+    async_save: bool = field(default=False, metadata=FREE)
+    """Whether a state is copied to host memory and written while the training goes on."""
+    tensorboard: bool = field(default=False, metadata=FREE)
+    """Whether the curves go to TensorBoard, too, beside the states."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("epochs", self.epochs)
-        if self.batch_size < 2:
-            self._refuse("batch_size", "must be at least 2")
-        for setting in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.held_out < 1:
-            self._refuse("held_out", "must lie between 0 and 1")
-        if not 0 < self.fraction <= 1:
-            self._refuse("fraction", "must be above 0 and at most 1")
-        scale = self.crop_scale
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            self._refuse("crop_scale", "must be 0 < from <= to <= 1")
 
-    def _refuse(self, setting: str, reason: str) -> NoReturn:
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
+@dataclass(frozen=True)
+class TrainedSettings(StepSettings, EvaluationSettings):
+    """Settings that everything trained by gradient steps shares."""
+
+    epochs: Count = 100
+    """Passes over the training images."""
+    batch_size: BatchSize = 128
+    """Images a step, over all processes; fewer, and an even number, where there are fewer."""
+    min_lr: NonNegative = 0.0
+    """Where the half cosine ends."""
+    warmup_epochs: NonNegative = 5.0
+    """Epochs of linear warm-up, at most half of all."""
+    weight_decay: NonNegative = 0.0
+    """The optimizer's."""
+    crop_scale: SpanToOne = (0.08, 1.0)
+    """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
+    held_out: Between = 0.1
+    """Share of each class of the training images on which the best epoch is chosen."""
+    fraction: Share = 1.0
+    """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
 
 
 def labels_of_source(source: ImageSource) -> Tensor:
@@ -115,7 +120,7 @@ def split(train: ImageSource, settings: TrainedSettings) -> tuple[Tensor, Tensor
     used = torch.arange(len(ids))
     if settings.fraction < 1:
         used = low_shot(ids, labels, settings.fraction, settings.seed)
-    held = holdout(ids[used], labels[used], settings.seed, settings.held_out)
+    held = stratified_holdout(ids[used], labels[used], settings.seed, settings.held_out)
     return used[~held], used[held]
 
 
@@ -168,8 +173,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[waits])
 
@@ -208,79 +212,243 @@ def global_batch(settings: TrainedSettings, count: int, world: int) -> int:
         reason = f"must divide into even shares for {world} processes"
         if size < settings.batch_size:
             reason += f"; the training images allow {size}"
-        settings._refuse("batch_size", reason)
+        raise settings.error("batch_size", reason)
     return size
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Autocast in a precision; none for fp32.
+def augmented(data: DataConfig, settings: TrainedSettings, batch_size: int) -> DataConfig:
+    """How images are read for training: random crops, batches of this size."""
+    scale = (settings.crop_scale[0], settings.crop_scale[1])
+    return replace(data, batch_size=batch_size, augment="mae", crop_scale=scale)
+
+
+class SupervisedTask(Task):
+    """What the tasks of evaluations share.
+
+    Args:
+        model: what is trained and kept, on the device.
+        accelerator: of :func:`start_accelerator`.
+        settings: how long, in what steps.
+        batch_size: images a step, over all processes.
+        per_epoch: steps of an epoch.
+        epochs: passes over the images.
+        decay: see :class:`Task`.
+    """
+
+    rate = "base_lr"
+    """The setting to lower where it diverges."""
+    guarded = True
+    """Whether a step that is not finite ends the training, or is skipped."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        settings: StepSettings,
+        batch_size: int,
+        per_epoch: int,
+        epochs: int,
+        decay: float = 0.0,
+    ) -> None:
+        super().__init__(model, accelerator, decay)
+        self.settings, self.batch_size = settings, batch_size
+        self.per_epoch, self.steps = per_epoch, epochs * per_epoch
+
+    def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
+        """Names the learning rate."""
+        value, epoch = getattr(self.settings, self.rate), record.epoch + 1
+        setting = f"evaluations.{self.settings.name}.{self.rate}"
+        return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; lower it")
+
+
+def train_epochs(
+    task: SupervisedTask,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    best: BestEpoch,
+    label: str,
+    store: FileStore | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Trains; the model has the weights of the best epoch afterwards.
+
+    Args:
+        task: what is trained.
+        optimizer: its groups have an ``lr_scale``.
+        schedule: learning rate of each step, for an ``lr_scale`` of 1.
+        best: measures, and keeps the best.
+        label: what the progress is called.
+        store: file from which it goes on where it was interrupted; the caller removes it. The
+            curves stand beside it.
+        scaler: of the gradients in fp16.
 
     Raises:
-        UserError: for an unknown precision.
+        UserError: for losses that are not finite.
+        Interrupted: after a signal where there is a store, which then has been written.
     """
-    if precision not in AUTOCAST:
-        raise choice_error("precision", precision, AUTOCAST)
-    dtype = AUTOCAST[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    s, device = task.settings, task.accelerator.device
+    plan = Plan(
+        seed=s.seed,
+        steps=task.steps,
+        steps_per_epoch=task.per_epoch,
+        batch_size=task.batch_size,
+        accumulate=s.accumulate,
+        clip_grad=s.clip_grad or None,
+        max_nonfinite=s.max_nonfinite if task.guarded else 0,
+    )
+    hooks: list[Hook] = [Log(task.per_epoch, label), best]
+    if store is not None:
+        hooks.append(Checkpoints(Saver(store, s.async_save), s.checkpoint_every))
+    learner = task.learner()
+    trainer = Trainer(task, plan, optimizer, schedule, learner, hooks, Curves(), store, scaler)
+    saved = None if store is None else store.read()
+    if saved is not None:
+        trainer.load_state_dict(saved)
+    if store is not None and task.accelerator.is_main_process:
+        trainer.curves = _curves(store.path, s, trainer.state.step)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trainer.fit()
+    if trainer.stopped:
+        raise trainer.interrupted()
+    if best.weights:
+        task.model.load_state_dict(best.weights)
+    task.model.eval()
 
 
-@dataclass(eq=False)
-class Training:
-    """What is trained, and by which recipe."""
+def _curves(state: Path, settings: StepSettings, step: int) -> Curves:
+    """A file of curves beside a state, and TensorBoard's where asked."""
+    prepare_folder(state.parent)
+    trackers = []
+    if settings.tensorboard:
+        tracker = TensorBoardTracker(state.stem, state.parent / "logs")
+        tracker.start()
+        trackers.append(tracker)
+    metrics = Metrics(state.with_suffix(".jsonl"), step)
+    return Curves(metrics, Trackers(trackers, _TRACKER_SECONDS))
 
-    label: str
-    """What the progress line calls it."""
+
+class Labelled(NamedTuple):
+    """This process's share of a batch, or a part of it.
+
+    Attributes:
+        images: (B, C, H, W), normalised, to learn from.
+        targets: (B, K), which sum to 1.
+        draws: (B, drop paths) in [0, 1); see :class:`mim.evaluate.drop_path.DropPathDraws`.
+    """
+
+    images: Tensor
+    targets: Tensor
+    draws: Tensor | None = None
+
+
+class ClassificationTask(SupervisedTask):
+    """Labelled images, one or more heads; cross-entropy.
+
+    Args:
+        train: labelled images, which the settings split.
+        data: how they are read; its batch size is that of a step.
+        augment: of the cut images.
+        heads: H.
+        model: see :class:`SupervisedTask`, as are the others.
+        settings: see there.
+        accelerator: see there.
+        ema: see there.
+    """
+
     settings: TrainedSettings
-    """Length and split."""
-    data: DataConfig
-    """How images are read; its batch size is that of a step."""
-    model: nn.Module
-    """What is trained and kept, on its device."""
-    forward: Callable[[nn.Module, Tensor], Tensor]
-    """(the model, images (B, C, H, W)) -> logits (H, B, K)."""
-    prepare: Callable[[Batch, Tensor], tuple[Tensor, Tensor]]
-    """(batch, normalised images) -> the images to learn from and their targets (B, K)."""
-    optimizer: torch.optim.Optimizer
-    """Its groups have an ``lr_scale`` each."""
-    schedule: Schedule
-    """Learning rate of each step, for an ``lr_scale`` of 1."""
-    scaler: torch.amp.GradScaler
-    """Switched off, but for float16."""
-    rate: str = "base_lr"
-    """The setting to lower where it diverges."""
-    augment: Augment | None = None
-    """Of the cut images."""
-    ema: float = 0.0
-    """Decay of an average of the weights that is measured in their stead; 0 is none."""
-    identity: str = ""
-    """What else, besides settings and images, decides what is computed: the encoder, above all."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainedSettings,
+        train: ImageSource,
+        data: DataConfig,
+        accelerator: Accelerator,
+        *,
+        augment: Augment | None = None,
+        heads: int = 1,
+        ema: float = 0.0,
+    ) -> None:
+        self.train, self.data, self.augment, self.heads = train, data, augment, heads
+        self.fitted, self.held = (Subset(train, part) for part in split(train, settings))
+        tune(model, accelerator.device)
+        size, per_epoch = data.batch_size, len(self.fitted) // data.batch_size
+        super().__init__(model, accelerator, settings, size, per_epoch, settings.epochs, ema)
 
-@dataclass
-class Trained:
-    """The best epoch."""
+    @abstractmethod
+    def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised -> (H, B, K) float32."""
 
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """The model's weights."""
-    epoch: int = 0
-    """Which, from 1."""
-    head: int = 0
-    """The best of the heads."""
-    accuracy: float = -1.0
-    """On the held-out part of train."""
-    loss: float = math.nan
-    """Mean training loss of the epoch."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Training loss and held-out accuracy of each epoch, of its best head."""
+    @abstractmethod
+    def targets(self, batch: Batch, images: Tensor) -> Labelled:
+        """What is learnt from normalised images on the device."""
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        """What an evaluation reports of the choice."""
-        return {
-            "train_loss": self.loss,
-            "chosen_epoch": float(self.epoch),
-            "chosen_accuracy": self.accuracy,
-        }
+    def schedule(self, base_lr: float) -> Schedule:
+        """Linear warm-up and half a cosine, from a learning rate for a batch of 256."""
+        s = self.settings
+        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
+        return Schedule(base_lr * self.batch_size / 256, s.min_lr, warmup, self.steps)
+
+    def batches(self, start: int) -> Iterable[Batch]:
+        return train_loader(
+            self.fitted,
+            self.data,
+            self.settings.seed,
+            start_step=start,
+            total_steps=self.steps,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            augment=self.augment,
+        )
+
+    def prepare(self, batch: Batch) -> Labelled:
+        images = batch.images.to(self.accelerator.device, non_blocking=True)
+        return self.targets(batch, normalize(images, self.train.mean, self.train.std))
+
+    def parts(self, inputs: Labelled, count: int) -> Iterator[tuple[Labelled, float]]:
+        for cut in parts(inputs.images, count):
+            draws = None if inputs.draws is None else inputs.draws[cut]
+            part = Labelled(inputs.images[cut], inputs.targets[cut], draws)
+            yield part, len(part.images) / len(inputs.images)
+
+    def loss(self, learner: nn.Module, part: Labelled) -> Loss:
+        """See :meth:`Task.loss`; the losses of all heads are minimised together."""
+        logits = self.logits(learner, part.images)  # (H, B, K)
+        each = -(part.targets * logits.float().log_softmax(2)).sum(2).mean(1)  # (H,)
+        names = ["loss", *(f"loss_{head}" for head in range(1, len(each)))]
+        return Loss(each.sum(), dict(zip(names, each.detach(), strict=True)))
+
+    def choose(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        label: str,
+        state: Path | None,
+        identity: str,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> BestEpoch:
+        """Trains; returns the best epoch, whose weights the model has afterwards.
+
+        Args:
+            optimizer: see :func:`train_epochs`, as are ``schedule``, ``label`` and ``scaler``.
+            schedule: see there.
+            label: see there.
+            state: file from which it goes on where it was interrupted.
+            identity: what else, besides settings and images, decides what is computed: the
+                encoder, above all.
+            scaler: see there.
+        """
+        store = None
+        if state is not None:
+            kind = type(self.settings)
+            kept = {k: v for k, v in asdict(self.settings).items() if not is_free(kind, k)}
+            known = json.dumps([kept, self.train.fingerprint(), identity], sort_keys=True)
+            store = FileStore(state, known)
+        best = BestEpoch(
+            lambda model: accuracies(self, model, self.held).accuracy, 1, "held_out_accuracy"
+        )
+        train_epochs(self, optimizer, schedule, best, label, store, scaler)
+        return best
 
 
 def identity_of(encoder: Encoder, precision: str) -> str:
@@ -296,204 +464,50 @@ def identity_of(encoder: Encoder, precision: str) -> str:
     return json.dumps([digest.hexdigest(), read, precision], sort_keys=True)
 
 
+class Answered(NamedTuple):
+    """Which test images each head answered right, those of all processes."""
+
+    right: Tensor  # (2, I, H) bool: by the best guess, and among the best five
+    sample_ids: Tensor  # (I,)
+    labels: Tensor  # (I,)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(H,) float64: the share of right answers."""
+        return self.right[0].double().mean(0)
+
+
 @torch.no_grad()
-def accuracies(
-    training: Training, model: nn.Module, source: ImageSource, accelerator: Accelerator
-) -> Tensor:
-    """(2, H) float64: the share of right answers, and of those among the best five."""
+def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Answered:
+    """Asks every head about every image of a source; unreadable images are left out.
+
+    All processes call it together; each answers for its share of the images, which may be none.
+    """
     model.eval()
-    device = accelerator.device
-    right = torch.zeros((), dtype=torch.float64, device=device)
-    count = right.clone()  # unreadable images are left out
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for batch in eval_loader(source, training.data, rank=rank, world=world):
+    accelerator = task.accelerator
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    right = [torch.zeros(0, 2, task.heads, dtype=torch.bool)]
+    ids, labels = ([torch.zeros(0, dtype=torch.int64)] for _ in range(2))
+    for batch in eval_loader(source, task.data, rank=rank, world=world):
         images = normalize(batch.images.to(device), source.mean, source.std)
-        logits = training.forward(model, images)  # (H, B, K)
+        logits = task.logits(model, images)  # (H, B, K)
         assert batch.labels is not None
         wanted = batch.labels.to(device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
         found = torch.stack([best[..., 0], best.any(2)])  # (2, H, B)
-        right = right + found.double().sum(2)
-        count += len(batch)
-    total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
-    return (total / counted).cpu()
+        right.append(found.permute(2, 0, 1).cpu())
+        ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
+        labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))
+    rows = [gather_rows(torch.cat(part)) for part in (right, ids, labels)]
+    return Answered(rows[0].transpose(0, 1), rows[1], rows[2])
 
 
-def measured(found: Tensor, head: int, classes: int) -> dict[str, float]:
-    """Named numbers of a head, from what :func:`accuracies` returned."""
-    numbers = {"accuracy": float(found[0, head])}
+def measured(
+    found: Answered, head: int, classes: int, more: Mapping[str, float] | None = None
+) -> Measured:
+    """Named numbers of a head and its answers, from what :func:`accuracies` returned."""
+    answers = {"accuracy": found.right[0, :, head]}
     if classes > _TOP:
-        numbers[f"accuracy_top{_TOP}"] = float(found[1, head])
-    return numbers
-
-
-class State:
-    """The file from which an interrupted training goes on.
-
-    Args:
-        path: where it stands; None keeps none.
-        fingerprint: what decides what is computed. A state with another one is not used.
-    """
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-
-    def read(self) -> dict[str, Any] | None:
-        """What was written last; None where there is nothing, or of another computation."""
-        if self.path is None or not self.path.is_file():
-            return None
-        saved = read_checkpoint(self.path)
-        if saved["fingerprint"] != self.fingerprint:
-            logger.warning("%s is of other settings, images or weights: begun anew", self.path)
-            return None
-        return saved
-
-    def write(self, content: dict[str, Any]) -> None:
-        """Writes tensors and plain values in the place of what was there."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"format": FORMAT, "fingerprint": self.fingerprint, **content}
-        write_atomic(self.path, lambda temporary: torch.save(whole, temporary))
-
-    def remove(self) -> None:
-        """Once what it was for has been measured."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _stopped(signals: Signals, accelerator: Accelerator, step: int, last: bool) -> int | None:
-    """The signal on which all processes stop after this step."""
-    if accelerator.num_processes == 1:
-        return signals.caught
-    if step % _ASK_EVERY and not last:
-        return None
-    flag = torch.tensor(float(signals.caught is not None), device=accelerator.device)
-    asked: Tensor = accelerator.reduce(flag, "sum")
-    return (signals.caught or signal.SIGTERM) if asked.item() else None
-
-
-def run_training(
-    training: Training, train: ImageSource, accelerator: Accelerator, state: Path | None = None
-) -> Trained:
-    """Trains; ``training.model`` has the weights of the best epoch afterwards.
-
-    Args:
-        training: see there.
-        train: labelled images, which ``training.settings`` splits.
-        accelerator: of :func:`start_accelerator`.
-        state: file from which it goes on where it was interrupted; the caller removes it.
-
-    Raises:
-        UserError: for a loss that is not finite, of every head.
-        Interrupted: after SIGINT or SIGTERM where there is a state, which then has been written.
-    """
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        return _run(training, train, accelerator, state)
-
-
-def _run(
-    training: Training, train: ImageSource, accelerator: Accelerator, state: Path | None
-) -> Trained:
-    s, model, optimizer = training.settings, training.model, training.optimizer
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main = accelerator.is_main_process
-    fit_on, held = (Subset(train, part) for part in split(train, s))
-    per_epoch = len(fit_on) // training.data.batch_size
-    total = s.epochs * per_epoch
-    use_linear(model, "auto", device)
-    ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
-    subject = model if ema is None else ema.module
-    wrapped: nn.Module = accelerator.prepare_model(model)
-    settings = {key: value for key, value in asdict(s).items() if key != "checkpoint_every"}
-    known = json.dumps([settings, train.fingerprint(), training.identity], sort_keys=True)
-    keeper = State(state, known)
-
-    best, losses, start = Trained(snapshot(subject.state_dict())), [], 0
-    saved = keeper.read()
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        training.scaler.load_state_dict(saved["scaler"])
-        if ema is not None:
-            ema.module.load_state_dict(saved["ema"])
-        best, start = Trained(**saved["best"]), saved["step"]
-        losses = list(saved["losses"].to(device))
-
-    def save(step: int) -> None:
-        if main:
-            content = {
-                "step": step,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": training.scaler.state_dict(),
-                "ema": {} if ema is None else ema.module.state_dict(),
-                "best": {f: getattr(best, f) for f in Trained.__dataclass_fields__},
-                "losses": torch.stack(losses).cpu() if losses else torch.zeros(0),
-            }
-            keeper.write(content)
-        accelerator.wait_for_everyone()
-
-    batches = train_loader(
-        fit_on,
-        training.data,
-        s.seed,
-        start_step=start,
-        total_steps=total,
-        rank=rank,
-        world=world,
-        augment=training.augment,
-    )
-    began = time.monotonic()
-    # Without a state there is nothing to save: a signal then does what it always does.
-    noting = nullcontext(Signals()) if state is None else Signals()
-    shown = RunProgress(training.label, total, start, main)
-    with shown as progress, noting as signals, worker_deaths():
-        wrapped.train()
-        for batch in batches:
-            lr = training.schedule(batch.step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            torch.manual_seed(seed_of(s.seed, "step", batch.step, rank))  # for dropout alone
-            images = normalize(batch.images.to(device), train.mean, train.std)
-            images, targets = training.prepare(batch, images)
-            logits = training.forward(wrapped, images)  # (H, B, K)
-            each = -(targets * logits.float().log_softmax(2)).sum(2).mean(1)  # (H,)
-            optimizer.zero_grad(set_to_none=True)
-            training.scaler.scale(each.sum()).backward()
-            training.scaler.step(optimizer)
-            training.scaler.update()
-            if ema is not None:
-                ema.update(model)
-            losses.append(each.detach())
-            step = batch.step + 1
-            ends = step % per_epoch == 0
-            if ends:
-                mean = accelerator.reduce(torch.stack(losses), "mean").mean(0).cpu()  # (H,)
-                losses.clear()
-                if not mean.isfinite().any():
-                    at = f"gives a loss of {float(mean[0])} in epoch {batch.epoch + 1}"
-                    s._refuse(training.rate, f"{at}; lower it")
-                found = accuracies(training, subject, held, accelerator)[0]  # (H,)
-                found[~mean.isfinite()] = -1.0
-                head = int(found.argmax())
-                line = {"train_loss": float(mean[head]), "held_out_accuracy": float(found[head])}
-                best.history.append(line)
-                if found[head] > best.accuracy:
-                    weights = snapshot(subject.state_dict())
-                    history = best.history
-                    chosen = (batch.epoch + 1, head, float(found[head]), float(mean[head]))
-                    best = Trained(weights, *chosen, history)
-                wrapped.train()
-                rate = (step - start) * training.data.batch_size / (time.monotonic() - began)
-                progress.update(step, float(mean[head]), rate)
-            caught = _stopped(signals, accelerator, step, ends)
-            every = s.checkpoint_every * per_epoch
-            if state is not None and (caught or (every and step % every == 0)):
-                save(step)
-            if caught:
-                raise Interrupted(caught, f"saved step {step} in {str(state)!r}; do the same again")
-    model.load_state_dict(best.state)
-    model.eval()
-    return best
+        answers[f"accuracy_top{_TOP}"] = found.right[1, :, head]
+    numbers = {name: float(answer.double().mean()) for name, answer in answers.items()}
+    return Measured({**numbers, **(more or {})}, found.sample_ids, answers, found.labels)

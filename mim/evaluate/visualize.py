@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys
-from mim.data import Batch, ImageSource, eval_loader, normalize, open_source
+from mim.core.rng import image_keys
+from mim.data import Batch, ImageSource, Split, eval_loader, normalize, open_source
 from mim.masks import MASKS, PatchMask, build_mask_generator
 from mim.masks.statistics import MaskStatistics, mask_statistics
 from mim.model import MaskedImageModel, build_model
@@ -39,7 +39,7 @@ from mim.model.teacher import Teacher
 from mim.training import checkpoint
 from mim.training.checkpoint import write_atomic
 from mim.training.loading import load
-from mim.training.pictures import reconstruct, spread_indices
+from mim.training.pictures import as_rgb, fixed_masks, reconstruct, spread_indices
 
 _GRAY = np.uint8(127)
 _TILE = 1.15  # inches
@@ -52,25 +52,36 @@ def save_figure(figure: Figure, output: Path, dpi: int = 130) -> Path:
     return output
 
 
-def _batch(config: Config, source: ImageSource, indices: Sequence[int]) -> Batch:
-    """The images at these positions, not augmented, all of one size.
+def _read(
+    config: Config, split: Split, images: int, indices: Sequence[int] | None = None
+) -> tuple[ImageSource, list[int], Batch, Tensor]:
+    """Images that are not augmented, all of one size.
+
+    Args:
+        config: of a run.
+        split: "train" or "val".
+        images: how many, spread over the split.
+        indices: which, instead.
+
+    Returns:
+        The source, positions in it, and the images as uint8 and normalised (B, C, H, W).
 
     Raises:
         UserError: if there is no such position.
     """
-    for index in indices:
+    source = open_source(config.data, split)
+    chosen = spread_indices(len(source), images) if indices is None else list(indices)
+    for index in chosen:
         if not 0 <= index < len(source):
             raise setting_error("--indices", index, f"is not one of 0 to {len(source) - 1}")
-    chosen = list(indices)
     square = config.data.as_square()
     (batch,) = eval_loader(source, square, batch_size=len(chosen), indices=chosen)
-    return batch
+    return source, chosen, batch, normalize(batch.images, source.mean, source.std)
 
 
 def _pixels(images: Tensor) -> NDArray[np.uint8]:
     """(B, C, H, W) uint8 -> (B, H, W, 3)."""
-    shown = images.permute(0, 2, 3, 1).numpy()
-    return shown if shown.shape[-1] == 3 else shown[..., :1].repeat(3, axis=-1)
+    return as_rgb(images.permute(0, 2, 3, 1).numpy())
 
 
 def _grid_of_axes(rows: int, columns: int, left: float, top: float) -> tuple[Figure, Any]:
@@ -148,6 +159,14 @@ class DrawnMasks:
     refusal: str = ""
     statistics: MaskStatistics | None = None
 
+    def as_row(self) -> dict[str, Any]:
+        """The statistics, or the refusal, as JSON can hold them."""
+        row: dict[str, Any] = {"generator": self.generator, "ratio": self.ratio}
+        if self.statistics is None:
+            return {**row, "refused": self.refusal}
+        share = self.statistics["hidden_share"].tolist()
+        return {**row, **self.statistics, "hidden_share": share}
+
 
 def draw_masks(
     config: Config,
@@ -173,9 +192,7 @@ def draw_masks(
     names = list(MASKS) if generators is None else list(generators)
     for name in names:
         MASKS.get(name)
-    source = open_source(config.data, "train")
-    batch = _batch(config, source, spread_indices(len(source), images))
-    normalized = normalize(batch.images, source.mean, source.std)
+    _, _, batch, normalized = _read(config, "train", images)
     keys = image_keys(config.seed, 0, batch.sample_ids, purpose="mask")
     drawn = []
     for name in names:
@@ -313,18 +330,13 @@ def reconstruction_figure(
             "it predicts nothing yet; go on training it, or draw masks"
         )
     model = load(run)
-    source = open_source(config.data, "val")
-    chosen = spread_indices(len(source), images) if indices is None else list(indices)
-    batch = _batch(config, source, chosen)
-    normalized = normalize(batch.images, source.mean, source.std)
-    keys = image_keys(0, -1, batch.sample_ids, purpose="mask")
+    source, chosen, batch, normalized = _read(config, "val", images, indices)
     names = [config.mask.name] if generators is None else list(generators)
     conditions: list[tuple[str, dict[str, NDArray[Any]]]] = []
     for name in names:
         for ratio in [None] if ratios is None else list(ratios):
             changed = _masked_config(config, name, ratio)
-            drawer = _mask_model(changed, model)
-            mask = drawer.draw_mask(normalized, keys, sample_ids=batch.sample_ids)
+            mask = fixed_masks(_mask_model(changed, model), normalized, batch.sample_ids)
             share = float(mask.is_masked.double().mean())
             arrays = reconstruct(model, config, source, chosen, mask)
             conditions.append((f"{name}, {share:.2f} hidden", arrays))
@@ -333,10 +345,10 @@ def reconstruction_figure(
     figure, axes = _grid_of_axes(len(chosen), columns, left=0.5, top=0.55)
     for row, index in enumerate(chosen):
         _row_label(axes[row][0], f"{index}")
-        _show(axes[row][0], _three(conditions[0][1]["original"][row]))
+        _show(axes[row][0], as_rgb(conditions[0][1]["original"][row]))
         for place, (_, arrays) in enumerate(conditions):
             for offset, part in enumerate(parts):
-                _show(axes[row][1 + place * len(parts) + offset], _three(arrays[part][row]))
+                _show(axes[row][1 + place * len(parts) + offset], as_rgb(arrays[part][row]))
     _title(axes[0][0], "original")
     for place, (label, _) in enumerate(conditions):
         for offset, part in enumerate(parts):
@@ -360,14 +372,10 @@ def batch_figure(
     """
     figure, axes = _grid_of_axes(2, len(titles), left=0.1, top=0.5)
     for column, title in enumerate(titles):
-        _show(axes[0][column], _three(original[column]))
-        _show(axes[1][column], _three(masked[column]))
+        _show(axes[0][column], as_rgb(original[column]))
+        _show(axes[1][column], as_rgb(masked[column]))
         axes[0][column].set_title(title, fontsize=5, pad=3)
     return figure
-
-
-def _three(pixels: NDArray[Any]) -> NDArray[Any]:
-    return pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
 @torch.no_grad()
@@ -397,12 +405,8 @@ def attention_figure(
     if not family.splits:
         reason = f"is a {family.kind} whose blocks do not show their attention; a ViT's do"
         raise setting_error("model.backbone", config.model.backbone, reason)
-    source = open_source(config.data, "val")
-    chosen = spread_indices(len(source), images) if indices is None else list(indices)
-    batch = _batch(config, source, chosen)
-    normalized = normalize(batch.images, source.mean, source.std)
-    keys = image_keys(0, -1, batch.sample_ids, purpose="mask")
-    mask = model.draw_mask(normalized, keys, sample_ids=batch.sample_ids)
+    _, chosen, batch, normalized = _read(config, "val", images, indices)
+    mask = fixed_masks(model, normalized, batch.sample_ids)
     empty = PatchMask.empty(len(chosen), mask.num_patches)
     full_tokens, _ = model.regime.inputs(vit, normalized, empty)
     full = attention_maps(vit, full_tokens)
@@ -421,7 +425,7 @@ def attention_figure(
         _row_label(line[0], f"{chosen[row]}")
         _show(line[0], pixels[row])
         for place, block in enumerate(blocks):
-            weights = _read(full[block][row], prefix, None, family.has_class_token)
+            weights = _attended(full[block][row], prefix, None, family.has_class_token)
             _show(line[1 + place], weights.view(grid).numpy(), cmap="magma", vmin=0)
         masked = line[1 + len(blocks)]
         _show(masked, hidden[row])
@@ -429,7 +433,7 @@ def attention_figure(
         if query is not None:
             _frame(masked, query, grid, pixels.shape[1:3])
         for place, block in enumerate(ends):
-            weights = _read(under[block][row], prefix, query, family.has_class_token)
+            weights = _attended(under[block][row], prefix, query, family.has_class_token)
             if not keeps_all:  # put the visible patches in their places
                 count = int((~mask.is_masked[row]).sum())
                 placed = torch.full((mask.num_patches,), float("nan"))
@@ -441,7 +445,7 @@ def attention_figure(
     _title(axes[0][0], "image")
     for place, block in enumerate(blocks):
         _title(axes[0][1 + place], f"{reader}\nblock {block + 1}")
-    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.config.name})")
+    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.name})")
     who = "framed query" if keeps_all else reader
     for place, block in enumerate(ends):
         _title(axes[0][2 + len(blocks) + place], f"{who}\nmasked, block {block + 1}")
@@ -458,9 +462,7 @@ def algebra_figure(config: Config, index: int = 0) -> Figure:
         index: which training image.
     """
     model = build_model(config).eval()
-    source = open_source(config.data, "train")
-    batch = _batch(config, source, [index])
-    normalized = normalize(batch.images, source.mean, source.std)
+    _, _, batch, normalized = _read(config, "train", 1, [index])
     keys = image_keys(config.seed, 0, batch.sample_ids, purpose="mask")
     mask = model.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
     grid, prefix = model.grid, family_of(model.backbone).num_prefix
@@ -507,7 +509,7 @@ def _divisor(side: int) -> int:
     return max(part for part in range(1, side) if side % part == 0) if side > 1 else 1
 
 
-def _read(weights: Tensor, prefix: int, query: int | None, has_class_token: bool) -> Tensor:
+def _attended(weights: Tensor, prefix: int, query: int | None, has_class_token: bool) -> Tensor:
     """Heads' mean of (heads, L, L): the row of a patch, of the class token, or of all queries."""
     mean = weights.mean(dim=0)  # (L, L)
     if query is not None:

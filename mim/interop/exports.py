@@ -354,7 +354,7 @@ def _onnx(job: _Job) -> str:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "--to onnx: the extra onnx is not installed: pip install mim[onnx]"
+            "--to onnx: the extra onnx is not installed: pip install -e '.[onnx]'"
         ) from error
     module = _Features(job.vit()).eval()
     height, width = job.config.data.size

@@ -18,18 +18,26 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.files import parse_yaml
-from mim.core.settings import flatten, load_config, to_dict, to_yaml
-from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry, some
+from mim.core.files import file_digest, parse_yaml
+from mim.core.settings import flatten, to_dict
+from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
-from mim.interop.files import Weights, file_digest, read_weights
+from mim.interop.files import Weights, read_weights
 from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
-from mim.model.backbones import grid_of, patch_size_of, sincos_position_embedding
+from mim.model.backbones import (
+    check_arguments,
+    grid_of,
+    misfit_of,
+    patch_size_of,
+    sincos_position_embedding,
+)
 from mim.model.teacher import Teacher
 from mim.training import checkpoint
 from mim.training.optim import build_optimizer
+from mim.training.results import update_result
 from mim.training.runtime.cost import environment
+from mim.training.settings import load_config
 
 PARTS = ("model", "encoder")
 IMPORTED = "imported"
@@ -470,8 +478,11 @@ class _Reader:
 def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """A timm model's arguments in its ``config.json``, but for those that are settings of data."""
     args = config.get("model_args") or {}
+    if not isinstance(args, Mapping):
+        raise setting_error("model_args", args, "must be a mapping (config.json beside the file)")
     data = ("img_size", "in_chans", "num_classes", "dynamic_img_size")
-    return {key: value for key, value in args.items() if key not in data}
+    args = {key: value for key, value in args.items() if key not in data}
+    return check_arguments(args, "model_args")
 
 
 def create_model_meta(name: str, args: Mapping[str, Any] | None = None) -> Any:
@@ -531,22 +542,15 @@ def _fit(
         if fitted[key].shape[1] == prefix + reader.grid[0] * reader.grid[1]:
             fitted[key], note = adapt_positions(fitted[key], reader.grid, grid, prefix, key)
             notes[key] = "; ".join(filter(None, [notes.get(key, ""), note]))
-    missing = [key for key in own if key not in fitted]
     whole = {
         part
         for part in ("decoder.", "regime.", "target.", "teacher.", "mask_network.")
         if not any(key.startswith(part) for key in fitted)
     }
-    missing = [key for key in missing if not key.startswith(tuple(whole))]
-    unexpected = [key for key in fitted if key not in own]
-    shapes = [
-        f"{key} {tuple(fitted[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in fitted and fitted[key].shape != own[key].shape
-    ]
-    for what, keys in (("lacks", missing), ("has besides", unexpected), ("has", shapes)):
-        if keys:
-            raise UserError(f"{where} is no such model: it {what} {some(keys)}")
+    wanted = {key: own[key] for key in own if not key.startswith(tuple(whole))}
+    misfit = misfit_of(fitted, wanted)
+    if misfit:
+        raise UserError(f"{where} is no such model: it {misfit}")
     return fitted, notes
 
 
@@ -614,7 +618,7 @@ def import_run(
     checkpoint.prepare_folder(output, "--output")
     state = imported.model.state_dict()
     details = {"backbone": config.model.backbone, "source": str(imported.source.name)}
-    checkpoint.write_text_atomic(output / "config.yaml", to_yaml(config))
+    checkpoint.write_config(output, config)
     origin = {
         "file": str(imported.source),
         "sha256": file_digest(imported.source),
@@ -651,7 +655,7 @@ def import_run(
         "environment": environment(torch.device("cpu"), 1),
         "config": to_dict(config),
     }
-    checkpoint.write_json_atomic(output / "result.json", result)
+    update_result(output, lambda _: result)
     return Imported(config, imported.model, imported.account, imported.source)
 
 

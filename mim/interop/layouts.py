@@ -154,7 +154,7 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
         others = [
             key
             for key in found.unread
-            if any(_claims(style, key) for style in FAMILIES if style != seen)
+            if any(claim.match(key) for style, claim in _CLAIMS.items() if style != seen)
         ]
         if others:
             raise UserError(
@@ -176,21 +176,13 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
     return found
 
 
-def _claims(style: str, key: str) -> bool:
-    if style == "hf":
-        return (
-            re.match(
-                r"(?:[a-z_0-9]+\.)?(?:embeddings|encoder\.layer|layers\.\d+\.attention)\.", key
-            )
-            is not None
-        )
-    if style == "simmim":
-        return (
-            re.match(r"encoder\.(?:blocks|patch_embed|cls_token|pos_embed|norm)\b", key) is not None
-        )
-    if style == "mim":
-        return key.startswith("backbone.")
-    return _ENCODER_KEY.fullmatch(key) is not None or key.startswith("decoder_blocks.")
+_CLAIMS = {
+    "mim": re.compile(r"backbone\."),
+    "hf": re.compile(r"(?:[a-z_0-9]+\.)?(?:embeddings|encoder\.layer|layers\.\d+\.attention)\."),
+    "simmim": re.compile(r"encoder\.(?:blocks|patch_embed|cls_token|pos_embed|norm)\b"),
+    "timm": re.compile(rf"(?:{_ENCODER_KEY.pattern})$|decoder_blocks\."),
+}
+"""Key style -> how keys begin that belong to it."""
 
 
 # --- this package's own -------------------------------------------------------------------------
@@ -264,7 +256,7 @@ def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
         else:
             found.unread.append(full)
     if registers:
-        _dinov2_registers(tensors, found)
+        _dinov2_registers(found, "pos_embed", tensors.get("pos_embed"))
     for block, pair in biases.items():
         if set(pair) != {"q", "v"}:
             raise UserError(f"the file is not whole: {block} has a bias of {' '.join(pair)} alone")
@@ -291,16 +283,15 @@ def _timm_family(tensors: Mapping[str, Tensor], has_decoder: bool, is_dinov2: bo
     return "timm, or facebookresearch/mae's encoder"
 
 
-def _dinov2_registers(tensors: Mapping[str, Tensor], found: Converted) -> None:
+def _dinov2_registers(found: Converted, source: str, positions: Tensor | None) -> None:
     """DINOv2 adds positions before it inserts the registers: here their positions are zero."""
     registers = found.pieces["backbone.reg_token"].value
-    positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[1] < 2:
         raise UserError("the file is not whole: registers without cls_token and pos_embed")
     first, rest = positions[:, :1], positions[:, 1:]
     whole = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
     note = "zeros put in for the registers, which have no position"
-    found.join("backbone.pos_embed", ("pos_embed",), whole, note)
+    found.add("backbone.pos_embed", source, whole, note)
 
 
 def _from_simmim(tensors: Mapping[str, Tensor]) -> Converted:
@@ -346,17 +337,7 @@ _HF_STEM = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
-_HF_DECODER = {
-    "decoder.mask_token": "mask_token",
-    "decoder.decoder_pos_embed": "pos_embed",
-    "decoder.decoder_embed.weight": "embed.weight",
-    "decoder.decoder_embed.bias": "embed.bias",
-    "decoder.decoder_norm.weight": "norm.weight",
-    "decoder.decoder_norm.bias": "norm.bias",
-    "decoder.decoder_pred.weight": "head.weight",
-    "decoder.decoder_pred.bias": "head.bias",
-}
-_REGISTERS = ("backbone.reg_token",)
+_HF_DECODER = {f"decoder.{theirs}": ours for theirs, ours in _MAE_DECODER.items()}
 # In a block, the names of transformers 4 (which are on the hub) and of 5 (in memory).
 _HF_BLOCK = {
     "old": {
@@ -383,6 +364,9 @@ _HF_DINO = {
 _HF_QKV = {
     "old": [f"attention.attention.{name}" for name in ("query", "key", "value")],
     "new": [f"attention.{name}_proj" for name in "qkv"],
+}
+_HF_LETTER = {
+    stem: letter for stems in _HF_QKV.values() for letter, stem in zip("qkv", stems, strict=True)
 }
 _HF_PLACE = re.compile(
     r"(?P<encoder>(?:encoder\.layer|layers)\.(?P<n>\d+))\.(?P<inner>.+)"
@@ -413,15 +397,7 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
             )
             within = match["inner"] or match["within"]
             stem, _, kind = within.rpartition(".")
-            letter = next(
-                (
-                    c
-                    for names_ in _HF_QKV.values()
-                    for c, n in zip("qkv", names_, strict=True)
-                    if n == stem
-                ),
-                None,
-            )
+            letter = _HF_LETTER.get(stem)
             if letter is not None and kind in ("weight", "bias"):
                 place = parts.setdefault(f"{block}.attn.qkv.{kind}", {})
                 if letter in place:
@@ -460,23 +436,12 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
         sources = tuple(place[letter][0] for letter in "qkv")
         found.join(target, sources, torch.cat([place[letter][1] for letter in "qkv"]))
     if registers:
-        given = {names[key]: value for key, value in tensors.items()}
-        renamed = Converted(found.family, "hf", {k: found.pieces[k] for k in _REGISTERS})
-        stem = "embeddings.position_embeddings"
-        _dinov2_registers({"pos_embed": given[stem]} if stem in given else {}, renamed)
-        piece = renamed.pieces["backbone.pos_embed"]
-        source = next(key for key in tensors if names[key] == stem)
-        found.join(piece.target, (source,), piece.value, piece.note)
+        source = next((k for k in tensors if names[k] == "embeddings.position_embeddings"), "")
+        _dinov2_registers(found, source, tensors.get(source))
     for key in ("decoder.0.weight", "decoder.0.bias"):
         if key in tensors:
             _shuffled_head(found, key, tensors[key])
-    generations = {
-        name
-        for name, stems in (("4", _HF_QKV["old"]), ("5", _HF_QKV["new"]))
-        for key in tensors
-        if any(f".{stem}." in key for stem in stems)
-    }
-    if len(generations) > 1:
+    if all(any(f".{s}." in key for key in tensors for s in stems) for stems in _HF_QKV.values()):
         raise UserError(
             "mixed key styles: some blocks have the names of transformers 4 and some of 5; a file "
             "must have one"

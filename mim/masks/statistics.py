@@ -13,8 +13,6 @@ from mim.masks.patch_mask import PatchMask
 
 
 class MaskStatistics(TypedDict):
-    """See :func:`mask_statistics`."""
-
     ratio_mean: float
     ratio_min: float
     ratio_max: float

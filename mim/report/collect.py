@@ -5,20 +5,34 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mim.core.errors import UserError, setting_error
-from mim.report.status import Progress, read_progress
+from mim.report.status import (
+    ODD,
+    UNREADABLE,
+    Progress,
+    is_unfinished,
+    read_progress,
+    why_unreadable,
+)
 
 FORMAT = 1
 REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 """Kinds of the reference rows and how tables call them."""
 GIVEN = "given"
 """Kind of the encoders that came from elsewhere; tables call each by its name."""
+
+RULES = ("evaluations", "primary", "margin", "against", "seeds")
+"""Keys of ``comparison.json`` that say how a comparison is decided."""
 
 LOSSES = ("train_loss", "val_loss")
 COSTS = (
@@ -52,13 +66,16 @@ class Run:
     axes: dict[str, Any]
     seed: int
     status: str
-    """``finished``, ``failed``; without a ``result.json`` ``waiting``, ``running``, ``stopped``."""
+    """``finished``, ``failed``; without a result ``waiting``, ``running``, ``stopped``; and
+    ``unreadable``."""
     error: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, float] = field(default_factory=dict)
     """Finite numbers only; evaluations under ``evaluation.measure``."""
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    protocols: dict[str, Any] = field(default_factory=dict)
+    """Evaluation -> what its numbers depend on."""
     progress: Progress | None = None
     """Of a run without a result."""
     placed: bool = True
@@ -68,6 +85,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run ended well and its measures count."""
         return self.status == "finished"
+
+    @cached_property
+    def answers(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Evaluation -> ``sample_ids``, ``labels`` and measures, an answer for each test image."""
+        return _read_answers(self.folder / "predictions.npz")
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,8 @@ class Comparison:
     """Groups of pre-training runs, in the order of the comparison."""
     references: tuple[Group, ...]
     """Groups of reference rows; at least one of each kind, perhaps without runs."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """How it is decided: :data:`RULES` and their values, as far as they were given."""
 
     @property
     def evaluation_keys(self) -> list[str]:
@@ -187,6 +211,7 @@ def read_comparison(folder: Path) -> Comparison:
         runs=runs,
         groups=tuple(groups),
         references=tuple(references),
+        rules={key: content[key] for key in RULES if content.get(key)},
     )
 
 
@@ -211,6 +236,20 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
                 break
             raise UserError(f"{path}: line {number} is not JSON ({error})") from error
     return rows
+
+
+def _read_answers(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    if not path.is_file():
+        return found
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                evaluation, _, key = name.partition("/")
+                found.setdefault(evaluation, {})[key] = file[name]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as predictions ({error})") from error
+    return found
 
 
 def axis_labels(keys: Iterable[str]) -> dict[str, str]:
@@ -275,21 +314,33 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> Run:
-    path = folder / "result.json"
-    if not path.is_file():
-        progress, known = read_progress(folder), plan or {}
-        return Run(
-            folder,
-            folder.name,
-            str(known.get("kind", "run")),
-            known.get("axes") or {},
-            int(known.get("seed") or 0),
-            progress.status,
-            progress.reason,
-            progress=progress,
-            placed=plan is not None,
-        )
-    result = _read_json(path)
+    """A run, whatever its files hold: what cannot be read is said in its place."""
+    known = plan or {}
+    kind = str(known.get("kind", "run"))
+    begun = Run(
+        folder,
+        folder.name,
+        kind,
+        known.get("axes") or {},
+        int(known.get("seed") or 0),
+        UNREADABLE,
+        placed=plan is not None,
+    )
+    try:
+        path = folder / "result.json"
+        result = _read_json(path) if path.is_file() else {}
+        if is_unfinished(result):
+            progress = read_progress(folder)
+            measures = read_measures(result, {}) if result else {}
+            status, reason = progress.status, progress.reason
+            return replace(begun, status=status, error=reason, measures=measures, progress=progress)
+        return _with_result(path, result, base)
+    except ODD as error:
+        return replace(begun, error=why_unreadable(folder, error))
+
+
+def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any]) -> Run:
+    folder = path.parent
     kind = str(result.get("kind", "run"))
     if kind not in ("run", GIVEN, *REFERENCES):
         reason = f"is not one of run, {', '.join(REFERENCES)}, {GIVEN}"
@@ -305,13 +356,15 @@ def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | N
         status=str(result.get("status", "finished")),
         error=str(result.get("error") or ""),
         config=config,
-        measures=_measures(result, config or base),
+        measures=read_measures(result, config or base),
         environment=result.get("environment") or {},
         data=result.get("data") or {},
+        protocols=result.get("protocols") or {},
     )
 
 
-def _measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+def read_measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a result; evaluations under ``evaluation.measure``."""
     found: dict[str, Any] = {key: result.get(key) for key in (*LOSSES, *COSTS)}
     for evaluation, numbers in (result.get("evaluations") or {}).items():
         found.update({f"{evaluation}.{key}": value for key, value in numbers.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,11 @@ from rich.table import Table as Grid
 
 from mim.core.progress import clock
 from mim.core.terminal import grid
-from mim.report.collect import Comparison, read_comparison
-from mim.report.tables import Table, comparison_table, runs_table
+from mim.report.collect import Comparison, Run, read_comparison, read_measures
+from mim.report.measures import cost_measures, evaluation_measures, loss_measures
+from mim.report.tables import means_table, runs_table
 
 _SECONDS = 2.0
-_SHOWN = ("held-out loss", "wall time")
 
 
 @dataclass
@@ -98,17 +98,33 @@ def training_left(comparison: Comparison) -> float | None:
     return left + sum(means.get(label, sum(means.values()) / len(means)) for label in waiting)
 
 
+def evaluations_table(
+    numbers: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of what encoders reached: a row a measure, a column an encoder.
+
+    Args:
+        numbers: encoder -> evaluation -> named numbers.
+    """
+    runs = []
+    for name, evaluations in numbers.items():
+        measures = read_measures({"evaluations": evaluations}, {})
+        runs.append(Run(Path(name), name, "run", {}, 0, "finished", measures=measures))
+    measured = Comparison(Path(), "", "", {}, {}, tuple(runs), (), ())
+    rows = [
+        [measure.title, *(measure.number(run.measures.get(measure.key)) for run in runs)]
+        for measure in evaluation_measures(measured)
+    ]
+    return ["measure", *numbers], rows
+
+
 def closing_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of what matters at the end: held-out loss, the evaluations, the time."""
-    table: Table = comparison_table(comparison)
-    own = ("", "Loss", "Per image", "On this machine")
-    places = [
-        place
-        for place, column in enumerate(table.columns)
-        if place < 2 or column.section not in own or column.label.startswith(_SHOWN)
-    ]
-    heads = [table.heads[place] for place in places]
-    return heads, [[row.cells[place].text for place in places] for row in table.rows]
+    loss = [measure for measure in loss_measures(comparison) if measure.key == "val_loss"]
+    time = [measure for measure in cost_measures(comparison) if measure.key == "wall_seconds"]
+    measures = [*loss, *evaluation_measures(comparison), *time]
+    table = means_table(comparison, measures, [], "closing")
+    return table.heads, [[cell.text for cell in row.cells] for row in table.rows]
 
 
 def as_json(comparison: Comparison, report: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,17 @@ import yaml
 from mim.core.errors import UserError, choice_error
 from mim.core.files import parse_yaml
 from mim.core.settings import flatten
-from mim.report.status import Progress, last_metrics, read_progress, read_yaml
-from mim.training import checkpoint
+from mim.report.status import (
+    ODD,
+    UNREADABLE,
+    Progress,
+    is_unfinished,
+    last_metrics,
+    read_progress,
+    read_yaml,
+    why_unreadable,
+)
 
-STATES = ("finished", "running", "stopped", "waiting", "failed")
 _CONDITION = re.compile(r"([A-Za-z_][\w.]*)(<=|>=|!=|=|<|>)(.*)")
 # Facts of a result beside its evaluations, as one reads them.
 _MEASURES = (
@@ -57,20 +65,27 @@ def read_run(folder: Path) -> FoundRun:
     """
     if not _is_run(folder):
         raise UserError(f"{str(folder)!r} is no run folder: no config.yaml and no result.json")
-    result = checkpoint.read_result(folder)
+    try:
+        return _read(folder)
+    except ODD as error:
+        raise UserError(why_unreadable(folder, error)) from error
+
+
+def _read(folder: Path) -> FoundRun:
+    result = _read_result(folder / "result.json")
     path = folder / "config.yaml"
     config = flatten(read_yaml(path) if path.is_file() else result.get("config") or {})
-    if not result:
+    measures = {key: result[key] for key in _MEASURES if result.get(key) is not None}
+    for name, numbers in (result.get("evaluations") or {}).items():
+        measures |= {f"{name}.{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
+    if is_unfinished(result):
         progress = read_progress(folder)
         last = last_metrics(folder)
         names = {"loss": "train_loss", "val_loss": "val_loss", "step": "steps", "epoch": "epochs"}
-        measures = {name: last[key] for key, name in names.items() if key in last}
+        measures |= {name: last[key] for key, name in names.items() if key in last}
         return FoundRun(
             folder, progress.status, "run", progress.reason, config, measures, {}, progress
         )
-    measures = {key: result[key] for key in _MEASURES if result.get(key) is not None}
-    for name, numbers in (result.get("evaluations") or {}).items():
-        measures |= {f"{name}.{key}": value for key, value in numbers.items()}
     facts = {
         key: value
         for section in ("environment", "data")
@@ -88,6 +103,13 @@ def read_run(folder: Path) -> FoundRun:
     )
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def _is_run(folder: Path) -> bool:
     if (folder / "comparison.json").is_file():
         return False
@@ -95,7 +117,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def find_runs(root: Path, where: Sequence[str] = ()) -> list[FoundRun]:
-    """All run folders in and below a folder, sorted by path.
+    """All run folders in and below a folder, sorted by path; one that cannot be read says why.
 
     Args:
         root: where to look.
@@ -114,7 +136,10 @@ def find_runs(root: Path, where: Sequence[str] = ()) -> list[FoundRun]:
         folders.sort()
         if _is_run(Path(place)):
             folders.clear()
-            found.append(read_run(Path(place)))
+            try:
+                found.append(read_run(Path(place)))
+            except UserError as error:
+                found.append(FoundRun(Path(place), UNREADABLE, error=str(error)))
     known = {key for run in found for key in run.values}
     for key, _, _ in conditions:
         if found and key not in known:

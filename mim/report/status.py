@@ -21,6 +21,26 @@ _TAIL = 65536
 """Bytes at the end of metrics.jsonl that are read: the state is in the last lines."""
 
 
+UNREADABLE = "unreadable"
+"""The state of a run whose files are torn, or not what a run writes."""
+ODD: tuple[type[Exception], ...] = (
+    *(UserError, OSError, TypeError, ValueError),
+    *(AttributeError, KeyError, OverflowError, RecursionError),
+)
+"""What reading such files raises."""
+
+
+def why_unreadable(folder: Path, error: Exception) -> str:
+    """The reason, for people."""
+    told = isinstance(error, UserError)
+    return str(error) if told else f"{folder}: its files are not what a run writes ({error})"
+
+
+def is_unfinished(result: Mapping[str, Any]) -> bool:
+    """Whether a ``result.json`` is none of a run: empty, or evaluations of one that goes on."""
+    return "steps" not in result and result.get("status", "unfinished") == "unfinished"
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run is that has no result yet."""

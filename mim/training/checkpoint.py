@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
+import logging
 import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +22,54 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mim.core.config import Config
 from mim.core.errors import TrainingError, UserError
+from mim.core.fields import is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
     prepare_folder,
     write_atomic,
     write_json_atomic,
     write_text_atomic,
 )
-from mim.core.settings import flatten, import_plugin, read_args, to_dict
+from mim.core.plugins import identity, keep_plugins
+from mim.core.settings import flatten, to_dict, to_yaml
+from mim.training.results import read_result  # noqa: F401  (part of this module's interface)
+from mim.training.settings import Config, read_tree
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
+"""Of ``result.json``, and of checkpoints until these became sums of state dicts."""
+CHECKPOINT_FORMAT = 2
 TASK = "mim_task"
 """Under what name a file of weights says for which evaluation its head is."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
-# What may differ when a run goes on: it does not change what is computed, but for rounding and,
-# as another number of processes does, dropout (accumulate).
-_FREE = re.compile(
-    r"output|resume|plugins|log\..*"
-    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
-    r"|data\.(cache|cache_path|index_cache)"
-    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every)"
-    r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.(timeout|shard|async_save|compile|linear)"
-)
 
 
-def read_config(run: str | Path) -> Config:
-    """The config of a run folder.
+def write_config(run: Path, config: Config) -> None:
+    """Write ``config.yaml`` into a run folder, and copies of the plug-ins that it names.
 
     Raises:
-        UserError: if there is none.
+        UserError: if a plug-in differs from the copy that is there already.
+    """
+    kept = keep_plugins(config.plugins, run)
+    write_text_atomic(run / "config.yaml", to_yaml(replace(config, plugins=kept)))
+
+
+def read_config(run: str | Path, trust: bool = False) -> Config:
+    """The config of a run folder; its plug-ins are imported.
+
+    Args:
+        run: the folder.
+        trust: whether they may run though they never have on this machine.
+
+    Raises:
+        UserError: if there is none, or its plug-ins are not to be trusted.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
-    config = read_args(Config, ["--config", str(path)])
-    for plugin in config.plugins:
-        import_plugin(plugin)
+    config = read_tree(Config, [path], trust=trust)
     # What only training needs (a file of masks, a teacher's weights) may be gone by now.
     return config
 
@@ -117,7 +127,7 @@ def save_checkpoint(
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
-    content = {"format": FORMAT, "step": step, **state}
+    content = {"format": CHECKPOINT_FORMAT, "step": step, **state}
 
     def write(temporary: Path) -> None:
         try:
@@ -159,17 +169,70 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-class Saver:
-    """Saves the checkpoints of a run, beside the training where asked; leaving it waits.
+class RunStore:
+    """The checkpoints of a run folder.
 
     Args:
         run: the run folder.
         keep: how many of the newest stay.
+        identity: what stands in each besides the state: of which run it is.
+    """
+
+    def __init__(self, run: Path, keep: int, identity: dict[str, Any] | None = None) -> None:
+        self.run, self.keep, self.identity = run, keep, identity or {}
+        self.path, self.place, self.again = run, f"of {str(run)!r}", "go on with --resume auto"
+
+    def write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
+        save_checkpoint(self.run, {**self.identity, **state}, step, self.keep, milestone)
+
+
+class FileStore:
+    """The one file from which an evaluation that was stopped goes on.
+
+    Args:
+        path: of the file.
+        identity: what decides what is computed. A file with another one is not used.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.place, self.again = f"in {str(path)!r}", "do the same again"
+
+    def read(self) -> dict[str, Any] | None:
+        """What was written last; None where there is nothing, or nothing to go on from."""
+        if not self.path.is_file():
+            return None
+        reason = "is of other settings, images or weights"
+        try:
+            saved = read_checkpoint(self.path)
+            if saved["format"] == CHECKPOINT_FORMAT and saved["fingerprint"] == self.identity:
+                return saved
+        except UserError as error:
+            reason = str(error)
+        logger.warning("%s: %s; begun anew", self.path, reason)
+        return None
+
+    def write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
+        """Writes tensors and plain values in the place of what was there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        of_run = {"format": CHECKPOINT_FORMAT, "step": step, "fingerprint": self.identity}
+        write_atomic(self.path, lambda temporary: torch.save({**of_run, **state}, temporary))
+
+    def remove(self) -> None:
+        """Once what it was for has been measured."""
+        self.path.unlink(missing_ok=True)
+
+
+class Saver:
+    """Saves checkpoints, beside the training where asked; leaving it waits.
+
+    Args:
+        store: where they go.
         background: whether :meth:`save` copies the state and returns while a thread writes it.
     """
 
-    def __init__(self, run: Path, keep: int, background: bool = False) -> None:
-        self.run, self.keep, self.background = run, keep, background
+    def __init__(self, store: RunStore | FileStore, background: bool = False) -> None:
+        self.store, self.background = store, background
         self._thread: threading.Thread | None = None
         self._error: TrainingError | None = None
 
@@ -183,7 +246,7 @@ class Saver:
             self.check()
 
     def save(self, state: dict[str, Any], step: int, milestone: bool = False) -> None:
-        """See :func:`save_checkpoint`; waits for the one before.
+        """Writes a checkpoint; waits for the one before.
 
         Raises:
             TrainingError: if it, or the one before, cannot be written.
@@ -217,9 +280,10 @@ class Saver:
 
     def _write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
         try:
-            save_checkpoint(self.run, state, step, self.keep, milestone)
+            self.store.write(state, step, milestone)
         except OSError as error:
-            self._error = unwritable(f"checkpoint of step {step}", self.run, error)
+            what, store = f"checkpoint of step {step}", self.store
+            self._error = unwritable(what, store.path, error, store.again)
         except Exception as error:  # of the thread: the run stops with it, at its next step
             if not self.background:
                 raise
@@ -227,12 +291,14 @@ class Saver:
             self._error = TrainingError(f"checkpoint of step {step} cannot be saved: {reason}")
 
 
-def unwritable(what: str, run: Path, error: OSError) -> TrainingError:
+def unwritable(
+    what: str, place: Path, error: OSError, again: str = "go on with --resume auto"
+) -> TrainingError:
     """The error for a file of a run that cannot be written."""
     reason = error.strerror or str(error)
     return TrainingError(
-        f"{what} cannot be saved in {str(run)!r}: {reason}; the last good one is kept. Make room, "
-        "then go on with --resume auto"
+        f"{what} cannot be saved in {str(place)!r}: {reason}; the last good one is kept. Make "
+        f"room, then {again}"
     )
 
 
@@ -253,9 +319,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a broken file
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {str(path)!r} is not of format {FORMAT} of mim")
+    known = (FORMAT, CHECKPOINT_FORMAT)
+    if not isinstance(state, dict) or state.get("format") not in known:
+        raise UserError(
+            f"checkpoint {str(path)!r} is not of format {known[0]} or {known[1]} of mim"
+        )
     return state
+
+
+def upgraded(state: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """A run's checkpoint in the present format.
+
+    Until format 2 all stood side by side; early versions kept no flags of steps, no ``watch`` and
+    no ``images``.
+
+    Args:
+        state: of :func:`read_checkpoint`.
+        batch_size: of the run.
+    """
+    if state["format"] == CHECKPOINT_FORMAT:
+        return state
+    pending = state["pending"]
+    rows = pending.tolist() if pending.dim() == 2 else [[loss, 0.0] for loss in pending.tolist()]
+    hooks: dict[str, Any] = {"held_out": {"loss": state["val_loss"]}}
+    if state.get("online"):
+        hooks["online"] = {**state["online"], "accuracy": state["online_accuracy"]}
+    counters = {name: state[name] for name in ("elapsed", "train_seconds", "train_loss")}
+    counters["images"] = state.get("images", state["step"] * batch_size)
+    counters["rows"] = [{"loss": loss, "flag": flag} for loss, flag in rows]
+    kept = ("step", "fingerprint", "data", "model", "optimizer", "ema", "scaler")
+    return {
+        **{name: state[name] for name in kept if name in state},
+        "format": CHECKPOINT_FORMAT,
+        "watch": state.get("watch") or {},
+        "state": counters,
+        "hooks": hooks,
+    }
 
 
 def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -286,7 +385,8 @@ def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]
 def fingerprint(config: Config) -> dict[str, Any]:
     """Dotted settings that decide what is computed."""
     flat = flatten(to_dict(config))
-    return {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+    flat["plugins"] = [identity(plugin) for plugin in config.plugins]
+    return {key: value for key, value in flat.items() if not is_free(Config, key)}
 
 
 def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
@@ -302,10 +402,17 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     """
     now = fingerprint(config)
     # A setting that did not exist yet had what is the default now.
-    defaults = fingerprint(Config())
+    defaults = {**fingerprint(Config()), "plugins": now["plugins"]}
     # One that a later version found to change nothing may differ.
-    told = {key: value for key, value in saved.items() if not _FREE.fullmatch(key)}
+    told = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
+    code = [{name.split()[0]: name for name in side.pop("plugins")} for side in (saved, now)]
+    edited = [name for name in code[0] if code[1].get(name, code[0][name]) != code[0][name]]
+    if edited:
+        raise UserError(
+            f"resume: {str(run)!r} was begun with other code: plug-in {', '.join(edited)} was "
+            f"edited since; its copy is in {str(run / 'plugins')!r}. Choose another output"
+        )
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*saved, *now})
@@ -377,18 +484,3 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(str(path), framework="pt") as file:
         names = file.keys()  # the file itself is no mapping
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-
-
-def read_result(run: str | Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none.
-
-    Raises:
-        UserError: if it is not JSON.
-    """
-    path = Path(run) / "result.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

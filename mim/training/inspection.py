@@ -14,20 +14,18 @@ from PIL import Image
 
 from mim.core.config import Config, DataConfig
 from mim.core.files import write_atomic
-from mim.core.keys import image_keys
-from mim.core.patches import patchify, unpatchify
+from mim.core.rng import image_keys
 from mim.data import (
     ImageSource,
     Split,
     UnreadableImage,
-    denormalize,
     eval_loader,
     normalize,
     open_source,
     train_transform,
 )
 from mim.model import build_model
-from mim.training.pictures import sheet, spread_indices
+from mim.training.pictures import masked_pixels, sheet, spread_indices
 
 _EPOCHS = 2  # of the sheet: an image is cut and masked anew in each
 _ALL_BUT = 1 - 1e-9  # inspecting goes on whatever is unreadable
@@ -158,11 +156,6 @@ def statistics(
     return tuple((first / 255).tolist()), tuple(std.tolist())
 
 
-def _colours(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(B, H, W, 3) of any channels: the first three, or the first alone in gray."""
-    return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
-
-
 @torch.no_grad()
 def sample_sheet(config: Config, images: int = 8) -> Image.Image:
     """Training images as they are, and as two epochs see them, without and with their mask.
@@ -186,13 +179,8 @@ def sample_sheet(config: Config, images: int = 8) -> Image.Image:
         keys = image_keys(config.seed, epoch, whole.sample_ids, purpose="mask")
         seen = normalize(cut, source.mean, source.std)
         mask = model.draw_mask(seen, keys, epoch=epoch, sample_ids=whole.sample_ids)
-        patches = patchify(seen, model.patch_size)
-        patches = patches.masked_fill(mask.is_masked[..., None].to(patches.device), 0)
-        shown = denormalize(
-            unpatchify(patches, model.patch_size, model.grid), source.mean, source.std
-        )
-        columns.append(_pixels((shown * 255).round().to(torch.uint8)))
-    return sheet([_colours(column) for column in columns])
+        columns.append(masked_pixels(model, seen, mask, source)[1])
+    return sheet(columns)
 
 
 def _pixels(images: torch.Tensor) -> NDArray[np.uint8]:

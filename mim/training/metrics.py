@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mim.core.beside import Beside
+from mim.core.background_writer import BackgroundWriter
 from mim.core.errors import TrainingError
 from mim.core.files import write_text_atomic
+from mim.training.runtime.trackers import Trackers
 
 
 class Metrics:
@@ -26,7 +28,7 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self._lines: deque[str] = deque()
-        self._writer = Beside("mim-metrics")
+        self._writer = BackgroundWriter("mim-metrics")
         if path.is_file():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -80,3 +82,47 @@ class Metrics:
         if text:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
+
+
+class Curves:
+    """Where the numbers of a training go: a file, and trackers.
+
+    Args:
+        metrics: None writes no file, as all processes but the first.
+        trackers: None are none.
+    """
+
+    def __init__(self, metrics: Metrics | None = None, trackers: Trackers | None = None) -> None:
+        self.metrics, self.trackers = metrics, trackers
+        self._open = ExitStack()
+
+    def __enter__(self) -> Curves:
+        for part in (self.trackers, self.metrics):
+            if part is not None:
+                self._open.enter_context(part)
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._open.__exit__(*details)
+
+    def log(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Write a line."""
+        if self.metrics is not None:
+            self.metrics.write(step=step, epoch=epoch, **values)
+        if self.trackers is not None:
+            self.trackers.log(values, step)
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a picture as ``reconstructions``."""
+        if self.trackers is not None:
+            self.trackers.picture(path, step)
+
+    def flush(self) -> None:
+        """Until all lines are in the file; see :meth:`Metrics.flush`."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def check(self) -> None:
+        """Raises TrainingError where a line could not be written."""
+        if self.metrics is not None:
+            self.metrics.check()

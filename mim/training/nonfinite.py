@@ -10,24 +10,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from mim.core.config import Config
-from mim.core.errors import TrainingError
 from mim.core.files import write_atomic, write_json_atomic
-from mim.core.keys import image_keys
 from mim.core.progress import note
+from mim.core.rng import image_keys
 from mim.training import checkpoint
-from mim.training.runtime.sharding import whole
+from mim.training.runtime.sharding import gather_full
 
 RECORD = "nonfinite.json"
 """In the run folder: the newest step that was not finite."""
@@ -67,36 +64,48 @@ class Guard:
     which it happened are still there when the host hears of it.
 
     Args:
-        limit: see ``train.max_nonfinite``; 1 where the first one stops.
-        in_a_row: how many there were just before.
+        limit: steps in a row that end the training; 1 where the first one does, 0 guards nothing.
+        in_a_row: such steps just before.
         device: of the weights.
     """
 
     def __init__(self, limit: int, in_a_row: int, device: torch.device) -> None:
         self.limit = limit
-        self._in_a_row = torch.tensor(float(in_a_row), device=device)
+        self.in_a_row = torch.tensor(float(in_a_row), device=device)
 
-    def step(self, optimizer: AcceleratedOptimizer) -> Tensor:
+    def step(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
         """Takes a step where the gradient is finite.
+
+        Args:
+            optimizer: fused, unless there is a scaler or nothing is guarded.
+            scaler: of the gradients in fp16.
 
         Returns:
             () float, 0: taken; 1: not finite; between: the gradient overflowed in fp16, and the
             scale was lowered. Then, and only then, a step that is not taken is none of the
             ``limit``.
         """
-        flag = not_finite(p for group in optimizer.param_groups for p in group["params"])
-        if optimizer.scaler is not None:  # it does the same, by the same gradients
-            can_fall = optimizer.scaler.scale(torch.ones_like(flag)) > 1
-            optimizer.step()
+        flag = torch.zeros_like(self.in_a_row)
+        if self.limit:
+            flag = not_finite(p for group in optimizer.param_groups for p in group["params"])
+        if scaler is not None:  # it does the same, by the same gradients
+            can_fall = scaler.scale(torch.ones_like(flag)) > 1
+            scaler.step(optimizer)
+            scaler.update()
             return torch.where(can_fall, flag * _LOWERED, flag)
-        flag = torch.maximum(flag, (self._in_a_row >= self.limit).float())
-        self._in_a_row = (self._in_a_row + 1) * flag
-        inner = optimizer.optimizer
-        inner.found_inf = flag
+        if not self.limit:
+            optimizer.step()
+            return flag
+        flag = torch.maximum(flag, (self.in_a_row >= self.limit).float())
+        self.in_a_row = (self.in_a_row + 1) * flag
+        guarded: Any = optimizer
+        guarded.found_inf = flag
         try:
             optimizer.step()
         finally:
-            del inner.found_inf
+            del guarded.found_inf
         return flag
 
 
@@ -132,7 +141,7 @@ class Spikes:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepRecord:
     """One step of this process, until its loss is read.
 
     Attributes:
@@ -140,44 +149,48 @@ class Taken:
         epoch: see :class:`mim.data.Batch`.
         lr: the learning rate.
         sample_ids: (B,) of this process's share of the batch.
+        names: of what was reported.
     """
 
     step: int
     epoch: int
     lr: float
     sample_ids: Tensor
+    names: tuple[str, ...] = ("loss",)
 
 
 class Watch:
     """Reads the losses of steps that were taken, or not taken, and says what is wrong.
 
     Args:
-        config: of the run.
-        accelerator: of the run.
         model: whose weights are kept for a look later.
-        saved: of :meth:`state`, where the run goes on.
+        accelerator: of the training.
+        limit: as the guard's.
+        spike_deviations: see :class:`Spikes`.
+        diverged: builds the error that ends the training, from the step, what was wrong, and how
+            many such steps there were in a row.
+        folder: where a step that is not finite is written down; None writes nothing.
+        seed: from which the keys of its images follow.
     """
 
     def __init__(
         self,
-        config: Config,
-        accelerator: Accelerator,
         model: nn.Module,
-        saved: dict[str, Any] | None = None,
+        accelerator: Accelerator,
+        limit: int,
+        diverged: Callable[[StepRecord, str, int], Exception],
+        spike_deviations: float = 0.0,
+        folder: Path | None = None,
+        seed: int = 0,
     ) -> None:
-        saved = saved or {}
-        self.config, self.accelerator, self.model = config, accelerator, model
-        train = config.train
-        self.limit = 1 if train.on_nonfinite == "stop" else train.max_nonfinite
-        self.in_a_row: int = saved.get("in_a_row", 0)
-        self.total: int = saved.get("total", 0)
-        self._skipped: int = saved.get("skipped", 0)
-        self._spikes: int = saved.get("spikes", 0)
-        self._leaping: bool = saved.get("leaping", False)
-        self.spikes = Spikes(train.spike_deviations, saved.get("losses", ()))
+        self.model, self.accelerator, self.limit = model, accelerator, limit
+        self.diverged, self.folder, self.seed = diverged, folder, seed
+        self.in_a_row, self.total = 0, 0
+        self._skipped, self._spikes, self._leaping = 0, 0, False
+        self.spikes = Spikes(spike_deviations)
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps."""
         return {
             "in_a_row": self.in_a_row,
             "total": self.total,
@@ -187,13 +200,20 @@ class Watch:
             "losses": list(self.spikes.window),
         }
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`; an early version kept nothing."""
+        self.in_a_row, self.total = state.get("in_a_row", 0), state.get("total", 0)
+        self._skipped, self._spikes = state.get("skipped", 0), state.get("spikes", 0)
+        self._leaping = state.get("leaping", False)
+        self.spikes = Spikes(self.spikes.deviations, state.get("losses", ()))
+
     def counts(self) -> dict[str, float]:
         """For a line of metrics: ``skipped`` and ``spikes`` since the last, where there are any."""
         found = {"skipped": self._skipped, "spikes": self._spikes}
         self._skipped = self._spikes = 0
         return {name: count for name, count in found.items() if count}
 
-    def look(self, steps: Sequence[Taken], read: Sequence[Sequence[float]]) -> None:
+    def look(self, steps: Sequence[StepRecord], read: Sequence[tuple[float, float]]) -> None:
         """Judges steps in their order; all processes call it with the same losses.
 
         Args:
@@ -201,8 +221,10 @@ class Watch:
             read: for each its loss over all processes, and what :meth:`Guard.step` returned.
 
         Raises:
-            TrainingError: at the last step of a row that is too long.
+            Exception: what ``diverged`` builds, at the last step of a row that is too long.
         """
+        if not self.limit:
+            return
         started = None  # where the row that is still going on began, if among these
         newest = None
         for place, (taken, (loss, flag)) in enumerate(zip(steps, read, strict=True)):
@@ -219,12 +241,12 @@ class Watch:
             newest = place
             if self.in_a_row >= self.limit:
                 self._record(taken, loss, started is not None, True)
-                self._stop(taken, loss)
+                raise self.diverged(taken, _what(loss), self.limit)
             if self.accelerator.is_main_process:
+                named = f"; {RECORD} names the images" if self.folder is not None else ""
                 note(
                     f"step {taken.step + 1}: {_what(loss)}; the step is skipped "
-                    f"({self.in_a_row} in a row, {self.limit} stop the run; {RECORD} names the "
-                    "images)"
+                    f"({self.in_a_row} in a row, {self.limit} stop the run{named})"
                 )
         if newest is not None:
             going_on = self.in_a_row > 0 and all(flag > 0 for _, flag in read[newest:])
@@ -237,7 +259,7 @@ class Watch:
             note(f"step {step + 1}: {leap}")
         self._leaping = leap is not None
 
-    def _record(self, taken: Taken, loss: float, began: bool, untouched: bool) -> None:
+    def _record(self, taken: StepRecord, loss: float, began: bool, untouched: bool) -> None:
         """Write down a step for a look later; all processes take part.
 
         Args:
@@ -247,29 +269,17 @@ class Watch:
                 before it are on the disk already.
             untouched: whether the weights are still those of before it.
         """
+        if self.folder is None:
+            return
         ids = [int(i) for i in gather_object(taken.sample_ids.tolist())]
         starts = untouched and began
-        weights = whole(self.model.state_dict()) if starts else {}
+        weights = gather_full(self.model.state_dict()) if starts else {}
         if not self.accelerator.is_main_process:
             return
-        run, seed = Path(self.config.output), self.config.seed
-        keys = {
-            f"{purpose}_keys": image_keys(seed, taken.epoch, ids, purpose=purpose).tolist()
-            for purpose in ("mask", "augment")
-        }
-        kept = untouched and (run / WEIGHTS).is_file()
-        try:
-            if starts:
-                kept = False
-                content = {
-                    "format": checkpoint.FORMAT,
-                    "step": taken.step,
-                    "model": weights,
-                }
-                write_atomic(run / WEIGHTS, lambda path: torch.save(content, path))
-                kept = True
-        except (OSError, RuntimeError) as error:  # torch's writer hides that the disk is full
-            note(f"{WEIGHTS} cannot be written: {str(error).splitlines()[0]}")
+        run, kept = self.folder, untouched and (self.folder / WEIGHTS).is_file()
+        if starts:
+            content = {"format": checkpoint.FORMAT, "step": taken.step, "model": weights}
+            kept = _kept(run / WEIGHTS, content)
         details = {
             "step": taken.step + 1,
             "epoch": taken.epoch,
@@ -279,39 +289,37 @@ class Watch:
             "processes": self.accelerator.num_processes,
             "weights": WEIGHTS if kept else None,
             "sample_ids": ids,
-            **keys,
         }
+        for purpose in ("mask", "augment"):
+            keys = image_keys(self.seed, taken.epoch, ids, purpose=purpose)
+            details[f"{purpose}_keys"] = keys.tolist()
         try:
             write_json_atomic(run / RECORD, details)
         except OSError as error:
             note(f"{RECORD} cannot be written: {error.strerror or error}")
 
-    def _stop(self, taken: Taken, loss: float) -> None:
-        ids = taken.sample_ids.tolist()
-        shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
-        run, row = Path(self.config.output), ""
-        if self.limit > 1:
-            row = f" ({self.limit} such steps in a row: train.max_nonfinite)"
-        raise TrainingError(
-            f"{_what(loss)} at step {taken.step + 1}{row}, learning rate {taken.lr:.3g}, sample "
-            f"ids {shown} (all in {run / RECORD}); the last good checkpoint is kept. Lower "
-            f"optim.base_lr or set optim.clip_grad; `mim debug batch {run}` looks into the step"
-        )
-
-    def check_weights(self, last: Taken) -> None:
+    def check_weights(self, last: StepRecord) -> None:
         """Never save weights that are not finite: a finite gradient may overflow in the optimizer.
 
         Raises:
-            TrainingError: naming the first of them.
+            Exception: what ``diverged`` builds, naming the first of them.
         """
+        if not self.limit:
+            return
         for name, weight in self.model.named_parameters():
-            if not whole(weight.detach()).isfinite().all():
+            if not gather_full(weight.detach()).isfinite().all():
                 self._record(last, math.nan, False, False)
-                raise TrainingError(
-                    f"{name} is not finite after step {last.step + 1}, learning rate "
-                    f"{last.lr:.3g}; the last good checkpoint is kept. Lower optim.base_lr or set "
-                    "optim.clip_grad"
-                )
+                raise self.diverged(last, f"{name} is not finite", 1)
+
+
+def _kept(path: Path, content: dict[str, Any]) -> bool:
+    """Writes weights; returns whether that worked, and says so where it did not."""
+    try:
+        write_atomic(path, lambda temporary: torch.save(content, temporary))
+    except (OSError, RuntimeError) as error:  # torch's writer hides that the disk is full
+        note(f"{path.name} cannot be written: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 def _what(loss: float) -> str:

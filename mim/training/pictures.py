@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mim.core.config import Config, MaskScheduleConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
 from mim.core.patches import Images, Patches, patchify, unpatchify
+from mim.core.rng import image_keys
 from mim.data import ImageSource, denormalize, eval_loader, normalize
 from mim.masks import PatchMask
 from mim.masks.generators import build_mask_generator
@@ -45,6 +45,11 @@ def fixed_masks(
 def spread_indices(count: int, images: int) -> list[int]:
     """Indices of ``images`` images spread evenly over ``count``."""
     return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
+
+
+def as_rgb(pixels: Pixels) -> Pixels:
+    """(..., C) of any channels as (..., 3): the first three, or the first alone in gray."""
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
 def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
@@ -88,6 +93,16 @@ def masked_pixels(
     return _pixels(model, images, patches, source), _pixels(model, images, hidden, source)
 
 
+def _read(
+    model: MaskedImageModel, config: Config, source: ImageSource, indices: list[int]
+) -> tuple[Any, Tensor]:
+    """Images as the model takes them, on its device, and their ids."""
+    patch, count = model.patch_size, len(indices)
+    (batch,) = eval_loader(source, config.data, batch_size=count, indices=indices, patch_size=patch)
+    images = batch.images.to(next(model.parameters()).device)
+    return normalize(images, source.mean, source.std), batch.sample_ids
+
+
 @torch.no_grad()
 def reconstruct(
     model: MaskedImageModel,
@@ -110,18 +125,10 @@ def reconstruct(
         patches pasted), uint8 (n, H, W, C), white around images smaller than the largest;
         ``is_masked`` bool (n, rows, columns).
     """
-    device = next(model.parameters()).device
-    (batch,) = eval_loader(
-        source,
-        config.data,
-        batch_size=len(indices),
-        indices=indices,
-        patch_size=model.patch_size,
-    )
-    images: Any = normalize(batch.images.to(device), source.mean, source.std)
+    images, sample_ids = _read(model, config, source, indices)
     training = model.training
     model.eval()
-    mask = fixed_masks(model, images, batch.sample_ids) if mask is None else mask.to(device)
+    mask = fixed_masks(model, images, sample_ids) if mask is None else mask.to(images.device)
     output = model(images, mask)
     predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
@@ -156,23 +163,15 @@ def reconstruct_ratios(
         ``ratio`` float (R,), ``prediction`` uint8 (R, n, H, W, C), ``is_masked`` bool
         (R, n, rows, columns).
     """
-    (batch,) = eval_loader(
-        source,
-        config.data,
-        batch_size=len(indices),
-        indices=indices,
-        patch_size=model.patch_size,
-    )
-    images = normalize(batch.images, source.mean, source.std)
-    images = images.to(next(model.parameters()).device)
+    images, sample_ids = _read(model, config, source, indices)
     own = model.mask_generator
-    seen = {fixed_masks(model, images, batch.sample_ids).is_masked.cpu().numpy().tobytes()}
+    seen = {fixed_masks(model, images, sample_ids).is_masked.cpu().numpy().tobytes()}
     found: list[tuple[float, dict[str, NDArray[np.generic]]]] = []
     for ratio in ratios:
         settings = replace(config.mask, ratio=ratio, schedule=MaskScheduleConfig())
         try:
             model.mask_generator = build_mask_generator(settings, model.grid, model.patch_size)
-            mask = fixed_masks(model, images, batch.sample_ids)
+            mask = fixed_masks(model, images, sample_ids)
         except UserError:  # this grid has no such mask
             continue
         finally:
@@ -212,7 +211,7 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     """A row an image, and its versions side by side.
 
     Args:
-        columns: (n, H, W, 3) or (n, H, W, 1) each.
+        columns: (n, H, W, C) each.
         side: least height of an image in the sheet, in pixels; small ones are enlarged.
         gap: white pixels between images.
     """
@@ -223,10 +222,8 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     drawn = Image.new("RGB", size, "white")
     for place, column in enumerate(columns):
         for row, pixels in enumerate(column):
-            shown = pixels if pixels.shape[-1] == 3 else pixels[..., :1].repeat(3, axis=-1)
-            tile = Image.fromarray(np.ascontiguousarray(shown)).resize(
-                (width, height), Image.Resampling.NEAREST
-            )
+            tile = Image.fromarray(np.ascontiguousarray(as_rgb(pixels)))
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
             drawn.paste(tile, (place * (width + gap), row * (height + gap)))
     return drawn
 

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Pre-training: its task, and the run from a config to a folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import itertools
 import json
 import math
 import os
-import signal
-import time
-from collections.abc import Iterator, Sized
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
-from mim.core.keys import image_keys, seed_of
+from mim.core.fingerprints import same_images
 from mim.core.lock import sole_use
-from mim.core.progress import RunProgress, note
-from mim.core.settings import to_dict, to_yaml
-from mim.core.signals import Interrupted, Signals
+from mim.core.patches import Images
+from mim.core.progress import note
+from mim.core.rng import image_keys
+from mim.core.settings import to_dict
+from mim.core.signals import Interrupted
 from mim.data import (
+    Batch,
     ImageSource,
     eval_loader,
     normalize,
@@ -39,69 +39,164 @@ from mim.data import (
     open_weights,
     steps_per_epoch,
     train_loader,
-    worker_deaths,
     write_list,
 )
+from mim.data.weights import Weigh
+from mim.masks import PatchMask
 from mim.model import MaskedImageModel
-from mim.model.teacher import follow
 from mim.training import checkpoint
-from mim.training.metrics import Metrics
-from mim.training.nonfinite import Guard, Taken, Watch, strict
+from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Pictures
+from mim.training.metrics import Curves, Metrics
+from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
-from mim.training.pictures import (
-    fixed_masks,
-    reconstruct,
-    reconstruct_ratios,
-    save_arrays,
-    save_reconstructions,
-    spread_indices,
-)
+from mim.training.pictures import fixed_masks
+from mim.training.results import update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
-from mim.training.runtime.precision import is_emulated, model_on, narrow_weights
+from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
 from mim.training.runtime.processes import gathering, together
-from mim.training.runtime.sharding import Sharded, load_model, load_optimizer, whole
+from mim.training.runtime.sharding import Sharded, gather_full
 from mim.training.runtime.trackers import start_trackers, tracker_names
+from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, TrainState, parts
 
-PICTURED_IMAGES = 8
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 
 
-def parts(batch: Sized, count: int) -> Iterator[slice]:
-    """Slices that cut a batch into ``count`` nearly equal parts."""
-    edges = [round(i * len(batch) / count) for i in range(count + 1)]
-    yield from (slice(a, b) for a, b in itertools.pairwise(edges))
+@dataclass(frozen=True)
+class RunImages:
+    """A run's images.
+
+    Attributes:
+        train: to learn from.
+        val: held out.
+        fingerprint: of both.
+        weigh: how much each counts, or None.
+        per_epoch: steps in a pass over them.
+        steps: of the run.
+    """
+
+    train: ImageSource
+    val: ImageSource
+    fingerprint: str
+    weigh: Weigh | None
+    per_epoch: int
+    steps: int
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: MaskedImageModel, config: Config, source: ImageSource, accelerator: Accelerator
-) -> float:
-    """The mean loss over the held-out images, each under its one fixed mask, not augmented."""
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    size = max(1, config.data.batch_size // world // config.train.accumulate)
-    for batch in eval_loader(
-        source,
-        config.data,
-        batch_size=size,
-        rank=rank,
-        world=world,
-        patch_size=model.patch_size,
-    ):
-        images = normalize(batch.images.to(device), source.mean, source.std)
-        mask = fixed_masks(model, images, batch.sample_ids)
-        with accelerator.autocast():
-            losses = model(images, mask).loss_per_image
-        total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
-    model.train(training)
-    loss, count = accelerator.reduce(total, "sum").tolist()
-    return loss / count
+@dataclass(frozen=True)
+class Inputs:
+    """This process's share of a batch, or a part of it.
+
+    Attributes:
+        images: (B, C, H, W), normalised, or patches of several sizes.
+        mask: (B, N).
+        weight: (B,) how much each image counts; None where all count alike.
+        total_weight: of all images of all processes.
+    """
+
+    images: Images
+    mask: PatchMask
+    weight: Tensor | None
+    total_weight: float | None
+
+
+class PretrainTask(Task):
+    """Masked images predicted; see :class:`mim.training.trainer.Task`.
+
+    Args:
+        model: on the device of the accelerator.
+        images: of the run.
+        config: of the run.
+        accelerator: of the run.
+    """
+
+    model: MaskedImageModel
+
+    def __init__(
+        self, model: MaskedImageModel, images: RunImages, config: Config, accelerator: Accelerator
+    ) -> None:
+        super().__init__(model, accelerator, config.train.ema_decay or 0.0)
+        self.images, self.config = images, config
+        self.is_sharded = config.train.shard and accelerator.num_processes > 1
+
+    def batches(self, start: int) -> Iterable[Batch]:
+        return train_loader(
+            self.images.train,
+            self.config.data,
+            self.config.seed,
+            start_step=start,
+            total_steps=self.images.steps,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            weigh=self.images.weigh,
+            patch_size=self.model.patch_size,
+        )
+
+    def prepare(self, batch: Batch) -> Inputs:
+        """Normalises the images and draws their masks."""
+        device, train = self.accelerator.device, self.images.train
+        keys = image_keys(self.config.seed, batch.epoch, batch.sample_ids, purpose="mask")
+        images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
+        mask = self.model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
+        if mask.num_masked == 0 and self.config.model.target.loss_on == "masked":
+            raise TrainingError(
+                f"mask: no patch of the batch of step {batch.step} is hidden, so "
+                "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
+            )
+        weight = None if batch.weight is None else batch.weight.to(device)
+        return Inputs(images, mask, weight, batch.total_weight)
+
+    def parts(self, inputs: Inputs, count: int) -> Iterator[tuple[Inputs, Tensor | float]]:
+        size, world = len(inputs.images), self.accelerator.num_processes
+        for cut in parts(inputs.images, count):
+            mask = inputs.mask if count == 1 else inputs.mask[cut]
+            weight = None if inputs.weight is None else inputs.weight[cut]
+            part = Inputs(inputs.images[cut], mask, weight, inputs.total_weight)
+            yield part, share_of(size, cut, weight, inputs.total_weight, world)
+
+    def loss(self, learner: nn.Module, part: Inputs) -> Loss:
+        with autocast(self.config.train.precision, self.accelerator.device):
+            output = learner(part.images, part.mask, part.weight)
+        # Of a sharded model FSDP lets through the two losses alone.
+        terms: dict[str, Tensor] = getattr(output, "terms", {})
+        named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
+
+    def learner(self) -> nn.Module:
+        """Wraps the model for the processes, or shards it in place."""
+        return Sharded(self.model, self.accelerator) if self.is_sharded else super().learner()
+
+    def after_step(self, batch: Batch, taken: Tensor) -> None:
+        """Lets teacher and average follow."""
+        self.model.update_teacher(taken)
+        super().after_step(batch, taken)
+        if self.average is not None and self.model.teacher is not None:
+            # An average already: targets come from itself.
+            average: Any = self.average
+            average.teacher.load_state_dict(self.model.teacher.state_dict())
+
+    def model_to_evaluate(self) -> nn.Module:
+        """Returns the average, the model, or a copy in float32 of what is sharded or narrow."""
+        if self.average is not None or (
+            not self.is_sharded and self.config.train.weights == "fp32"
+        ):
+            return super().model_to_evaluate()
+        copy = model_on(self.config, self.accelerator.device)
+        copy.load_state_dict(gather_full(self.model.state_dict()))
+        return copy
+
+    def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
+        ids, run = record.sample_ids.tolist(), Path(self.config.output)
+        shown = ", ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
+        many = f" ({row} such steps in a row: train.max_nonfinite)" if row > 1 else ""
+        return TrainingError(
+            f"{what} at step {record.step + 1}{many}, learning rate {record.lr:.3g}, sample "
+            f"ids {shown} (all in {run / RECORD}); the last good checkpoint is kept. Lower "
+            f"optim.base_lr or set optim.clip_grad; `mim debug batch {run}` looks into the step"
+        )
 
 
 def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
@@ -128,10 +223,12 @@ def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
         UserError: if it, or the checkpoint, asks for other images.
     """
     wanted = config.data.fingerprint
-    if saved is not None and saved.get("data") not in (None, seen):
-        reason = "is over other images than those that are there now: names or labels have changed"
+    earlier = None if saved is None else saved.get("data")
+    if earlier is not None and not same_images(earlier, seen):
+        reason = "is over other images than those that are there now: their names, labels or "
+        reason += "contents have changed"
         raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if wanted not in (None, seen):
+    if wanted is not None and not same_images(wanted, seen):
         reason = f"asks for other images than there are, which have {seen}; null takes these"
         raise setting_error("data.fingerprint", wanted, reason)
     return replace(config, data=replace(config.data, fingerprint=seen))
@@ -183,322 +280,173 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 
 def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
-    """Shapes: B images of this process's share of the batch, C channels, H x W pixels."""
     run = Path(config.output)
+    plugged = [HOOKS.get(name) for name in config.train.hooks]
     saved, passed_over = _start_folder(config)
     done = checkpoint.read_result(run)
     if saved is not None and done.get("status") == "finished":
         accelerator.end_training()
         return done
-    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
-    seen = f"{train.fingerprint()}-{val.fingerprint()}"
-    config = _hold_to(config, seen, saved)
-    weigh = open_weights(train, config.data)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main = accelerator.is_main_process
-    share = config.data.batch_size // (world * config.train.accumulate)
-    if share < 1:
-        needed = (
-            f"must be at least processes * train.accumulate = {world * config.train.accumulate}"
-        )
-        raise setting_error("data.batch_size", config.data.batch_size, needed)
-    per_epoch = steps_per_epoch(train, config.data)
-    total = min(config.train.epochs * per_epoch, config.train.max_steps or math.inf)
-    total = int(total)
+    config, images = _open_images(config, saved, accelerator)
     start = saved["step"] if saved else 0
-    if main:
+    if accelerator.is_main_process:
         for folder in (run, run / "checkpoints"):
             remove_leftovers(folder)
         for reason in passed_over:
             note(f"{reason}; going on from step {start}")
-
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = model_on(config, device)
-    if main and is_emulated(config.train.precision, device):
-        note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")
-    for source in (train, val):
-        _check_masks(model, config, source)
-    schedule = build_schedule(config.optim, config.data.batch_size, total, per_epoch)
-    ema = ModelEmaV3(model, decay=config.train.ema_decay) if config.train.ema_decay else None
-    online = None
-    if config.online_probe.enabled:
-        online = OnlineProbe(model, train, config, accelerator)
-    flops = _measure_flops(model, config, val, device)
-    narrow_weights(model, config.train)  # after what stays in float32 has been made of them
-    optimizer = build_optimizer(config.optim, model, schedule(start))
-    if config.train.compile:
-        model.compile()
-    shards = config.train.shard and world > 1
-    if shards:
-        wrapped: nn.Module = Sharded(model, accelerator)
-        optimizer = build_optimizer(config.optim, model, schedule(start))
-        optimizer = accelerator.prepare_optimizer(optimizer)
-    else:
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-    watch = Watch(config, accelerator, model, (saved or {}).get("watch"))
-    guard = Guard(watch.limit, watch.in_a_row, device)
-    pending: list[Tensor] = []  # for each step since the last line (2,): loss, Guard's flag
-    elapsed, train_seconds, total_images = 0.0, 0.0, 0
-    mean, val_loss, online_accuracy = math.nan, math.nan, math.nan
-    if saved:
-        load_model(model, saved["model"])
-        load_optimizer(optimizer, saved["optimizer"])
-        if ema is not None:
-            ema.module.load_state_dict(saved["ema"])
-        if accelerator.scaler is not None and saved["scaler"]:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        if online is not None:
-            online.load(saved["online"])
-            online_accuracy = saved["online_accuracy"]
-        pending = list(_with_flags(saved["pending"]).to(device))
-        elapsed, train_seconds = saved["elapsed"], saved["train_seconds"]
-        total_images = saved.get("images", start * config.data.batch_size)
-        mean, val_loss = saved["train_loss"], saved["val_loss"]
-    trackers = start_trackers(accelerator, config, start)
-    metrics = Metrics(run / "metrics.jsonl", start) if main else None
-    if main and saved is None:
-        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
-        if config.data.subset.chooses:
-            write_list(run / "subset_train.txt", train)
-            write_list(run / "subset_val.txt", val)
-
-    saver = checkpoint.Saver(run, config.train.keep_checkpoints, config.train.async_save)
-
-    def measured() -> MaskedImageModel:
-        """What is evaluated; all processes ask for it."""
-        if ema is not None:
-            return ema.module
-        if not shards and config.train.weights == "fp32":
-            return model
-        copy = model_on(config, device)
-        copy.load_state_dict(whole(model.state_dict()))
-        return copy
-
-    def log(step: int, **values: float) -> None:
-        line = {"step": step, "epoch": step / per_epoch, **values}
-        if metrics is not None:
-            metrics.write(**line)
-        trackers.log(values, step)
-
-    def save(step: int, milestone: bool) -> None:
-        probed = {} if online is None else online.state()  # all processes add up what they saw
-        weights, moments = whole(model.state_dict()), whole(optimizer.state_dict())
-        if not main:
-            return
-        state = {
-            "fingerprint": json.dumps(checkpoint.fingerprint(config)),
-            "data": seen,
-            "model": weights,
-            "optimizer": moments,
-            "ema": ema.module.state_dict() if ema is not None else {},
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-            "online": probed,
-            "online_accuracy": None if online is None else online_accuracy,
-            "pending": torch.stack(pending).cpu() if pending else torch.zeros(0, 2),
-            "watch": watch.state(),
-            "elapsed": elapsed + time.monotonic() - began,
-            "train_seconds": train_seconds + paused - interval_began,
-            "images": total_images + interval_images,
-            "train_loss": mean,
-            "val_loss": val_loss,
-        }
-        assert metrics is not None
-        metrics.flush()
-        saver.save(state, step, milestone)
-
-    def draw(step: int) -> None:
-        subject = measured()
-        if main:
-            arrays = reconstruct(subject, config, val, spread_indices(len(val), PICTURED_IMAGES))
-            path = save_reconstructions(run, arrays, f"step_{step:08d}")
-            trackers.picture(path, step)
-
-    def draw_ratios() -> None:
-        subject = measured()
-        if main:
-            indices = spread_indices(len(val), PICTURED_IMAGES)
-            arrays = reconstruct_ratios(subject, config, val, indices)
-            if arrays:
-                save_arrays(run / "reconstructions_ratios.npz", arrays)
-
-    def due(every: float, step: int) -> bool:
-        """Whether a multiple of ``every`` epochs was passed by this step."""
-        if every <= 0:
-            return False
-        return math.floor(step / per_epoch / every) > math.floor((step - 1) / per_epoch / every)
-
-    began = interval_began = time.monotonic()
+    task, online, flops = _build_task(config, images, accelerator)
+    held_out = HeldOut(config, images.val)
+    hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
+    hooks += [online] if online is not None else []
+    hooks += [Pictures(config, images.val), *(hook(config) for hook in plugged)]
+    trainer = _build_trainer(task, hooks, saved, start)
     memory_before = resident_bytes()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    interval_images, rate, paused = 0, 0.0, began
-    label = run.name
-    batches = train_loader(
-        train,
-        config.data,
-        config.seed,
-        start_step=start,
-        total_steps=total,
-        rank=rank,
-        world=world,
-        weigh=weigh,
-        patch_size=model.patch_size,
-    )
-    unread: list[Taken] = []
-    wrapped.train()
-    progressing, writing = (
-        RunProgress(label, total, start, main),
-        metrics or contextlib.nullcontext(),
-    )
-    with trackers, progressing as progress, Signals() as signals, worker_deaths(), saver, writing:
-        for batch in batches:
-            step, lr = batch.step, schedule(batch.step)
-            torch.manual_seed(seed_of(config.seed, "step", step, rank))  # for dropout alone
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            keys = image_keys(config.seed, batch.epoch, batch.sample_ids, purpose="mask")
-            images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
-            mask = model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
-            if mask.num_masked == 0 and config.model.target.loss_on == "masked":
-                raise TrainingError(
-                    f"mask: no patch of the batch of step {step} is hidden, so "
-                    "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
-                )
-            weight = None if batch.weight is None else batch.weight.to(device)
-            step_loss = torch.zeros((), device=device)
-            cuts = list(parts(batch, config.train.accumulate))
-            for number, cut in enumerate(cuts):
-                last = number == len(cuts) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                    part_mask = mask if len(cuts) == 1 else mask[cut]
-                    part_weight = None if weight is None else weight[cut]
-                    share = share_of(len(batch), cut, part_weight, batch.total_weight, world)
-                    output = wrapped(images[cut], part_mask, part_weight)
-                    accelerator.backward(output.loss * share * strict(output.loss))
-                step_loss += output.reconstruction.detach() * share
-            if config.optim.clip_grad is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_grad)
-            flag = guard.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-            taken = (flag == 0).float()
-            model.update_teacher(taken)
-            if ema is not None:
-                follow(ema.module, model, (1 - ema.decay) * taken)
-                if model.teacher is not None:  # an average already: targets come from itself
-                    ema.module.teacher.load_state_dict(model.teacher.state_dict())
-            if online is not None:
-                assert batch.labels is not None
-                online.step(images, batch.labels)
-            pending.append(torch.stack([step_loss, flag]))
-            unread.append(Taken(step, batch.epoch, lr, batch.sample_ids))
-            counted = batch.total_counted
-            interval_images += config.data.batch_size if counted is None else counted
-            step += 1
-
-            end = step == total
-            milestone = due(config.train.milestone_every, step)
-            saving = due(config.train.checkpoint_every, step) or milestone or end
-            logging = step % config.train.log_every == 0 or end
-            # Reading a loss waits for the device: on a GPU only where it is needed anyway.
-            reading = logging or saving or device.type == "cpu"
-            caught = _caught(signals, accelerator, reading)
-            if reading or caught:
-                read = accelerator.reduce(torch.stack(pending), "mean").tolist()
-                watch.look(unread, read[-len(unread) :])
-                latest = unread[-1]
-                unread.clear()
-            if saving or caught:
-                watch.check_weights(latest)
-            if logging:
-                seconds = time.monotonic() - interval_began
-                train_seconds += seconds
-                rate = interval_images / seconds
-                total_images += interval_images
-                losses = [loss for loss, flag in read if flag == 0]
-                means = {"loss": sum(losses) / len(losses)} if losses else {}
-                mean = means.get("loss", mean)
-                pending.clear()
-                counted_steps = watch.counts()
-                probed = {} if online is None else online.take()
-                log(step, **means, lr=lr, images_per_second=rate, **counted_steps, **probed)
-                progress.update(step, mean, rate)
-                interval_began, interval_images = time.monotonic(), 0
-            paused = time.monotonic()
-            if due(config.train.validate_every, step) or end:
-                val_loss = held_out_loss(measured(), config, val, accelerator)
-                log(step, val_loss=val_loss)
-                if online is not None:
-                    online_accuracy = online.accuracy(val)
-                    log(step, online_val_accuracy=online_accuracy)
-            if due(config.train.picture_every, step) or end:
-                draw(step)
-            if end:
-                draw_ratios()
-            if saving or caught:
-                save(step, milestone)
-                if caught or end:
-                    saver.wait()
-                accelerator.wait_for_everyone()
-            saver.check()
-            if metrics is not None:
-                metrics.check()
-            interval_began += time.monotonic() - paused  # measuring and saving is not training
-            if caught and not end:
-                accelerator.end_training()
-                raise Interrupted(
-                    caught, f"saved step {step} of {str(run)!r}; go on with --resume auto"
-                )
-
-    result = {
-        "format": checkpoint.FORMAT,
-        "kind": "run",
-        "name": run.name,
-        "status": "finished",
-        "seed": config.seed,
-        "steps": total,
-        "epochs": total / per_epoch,
-        "train_loss": mean,
-        "val_loss": val_loss,
-        "skipped_steps": watch.total,
-        **flops,
-        "images_per_second": total_images / max(train_seconds, 1e-9),
-        "peak_memory_bytes": (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resident_bytes() - memory_before
-        ),
-        "wall_seconds": elapsed + time.monotonic() - began,
-        "environment": environment(device, world),
-        "data": {
-            "source": train.name,
-            "train_images": len(train),
-            "val_images": len(val),
-            "fingerprint": seen,
-            "unreadable": {
-                source.ledger.split: len(source.ledger) for source in (train, val) if source.ledger
-            },
-        },
-        "config": to_dict(config),
-    }
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    try:
+        state = trainer.fit()
+    except Interrupted:
+        accelerator.end_training()
+        raise
+    result = _result(config, images, trainer, state, memory_before)
+    result |= {"val_loss": held_out.loss, **flops}
     if online is not None:
-        result["evaluations"] = {ONLINE: {"accuracy": online_accuracy}}
-    state = measured().state_dict()
-    if main:
-        details = {"backbone": config.model.backbone, "source": train.name}
-        weights = checkpoint.backbone_state(state)
+        result["evaluations"] = {ONLINE: {"accuracy": online.val_accuracy}}
+    weights = checkpoint.backbone_state(task.model_to_evaluate().state_dict())
+    if accelerator.is_main_process:
+        details = {"backbone": config.model.backbone, "source": images.train.name}
         checkpoint.save_encoder(run / "encoder.safetensors", weights, details)
-        checkpoint.write_json_atomic(run / "result.json", result)
+        update_result(run, lambda _: result)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group: nobody can wait after it
     return result
 
 
-def _with_flags(pending: Tensor) -> Tensor:
-    """(n, 2) of a checkpoint; (n,) losses of steps that were taken in one of an older version."""
-    if pending.dim() == 2:
-        return pending
-    return torch.stack([pending, torch.zeros_like(pending)], dim=1)
+def _open_images(
+    config: Config, saved: dict[str, Any] | None, accelerator: Accelerator
+) -> tuple[Config, RunImages]:
+    """Open the images; the config gets their fingerprint.
+
+    Raises:
+        UserError: if the config, or the checkpoint, asks for others, or the batch does not divide.
+    """
+    run = Path(config.output)
+    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    seen = f"{train.fingerprint()}-{val.fingerprint()}"
+    config = _hold_to(config, seen, saved)
+    weigh = open_weights(train, config.data)
+    least = accelerator.num_processes * config.train.accumulate
+    if config.data.batch_size < least:
+        needed = f"must be at least processes * train.accumulate = {least}"
+        raise setting_error("data.batch_size", config.data.batch_size, needed)
+    per_epoch = steps_per_epoch(train, config.data)
+    steps = int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
+    return config, RunImages(train, val, seen, weigh, per_epoch, steps)
+
+
+def _build_task(
+    config: Config, images: RunImages, accelerator: Accelerator
+) -> tuple[PretrainTask, OnlineProbe | None, dict[str, float]]:
+    """Build the model and what follows it; also measure what an image costs."""
+    device = accelerator.device
+    tune_process(device)
+    model = model_on(config, device)
+    if accelerator.is_main_process and is_emulated(config.train.precision, device):
+        note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")
+    for source in (images.train, images.val):
+        _check_masks(model, config, source)
+    task = PretrainTask(model, images, config, accelerator)  # its average stays in float32
+    online = None
+    if config.online_probe.enabled:
+        online = OnlineProbe(model, images.train, config, accelerator, images.val)
+    flops = _measure_flops(model, config, images.val, device)
+    narrow_weights(model, config.train)  # after what stays in float32 has been made of them
+    if config.train.compile:
+        model.compile()
+    return task, online, flops
+
+
+def _build_trainer(
+    task: PretrainTask, hooks: list[Hook], saved: dict[str, Any] | None, start: int
+) -> Trainer:
+    """Build the trainer, in the state of a checkpoint if there is one."""
+    config, images, accelerator = task.config, task.images, task.accelerator
+    train, run, main = config.train, Path(config.output), accelerator.is_main_process
+    schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
+    identity = {
+        "fingerprint": json.dumps(checkpoint.fingerprint(config)),
+        "data": images.fingerprint,
+    }
+    store = checkpoint.RunStore(run, train.keep_checkpoints, identity)
+    saver = checkpoint.Saver(store, train.async_save)
+    learner = task.learner()  # before the optimizer: sharding makes other parameters
+    trainer = Trainer(
+        task,
+        Plan(
+            seed=config.seed,
+            steps=images.steps,
+            steps_per_epoch=images.per_epoch,
+            batch_size=config.data.batch_size,
+            accumulate=train.accumulate,
+            clip_grad=config.optim.clip_grad,
+            read_every=train.log_every,
+            grad_norm=config.log.grad_norm,
+            max_nonfinite=1 if train.on_nonfinite == "stop" else train.max_nonfinite,
+            spike_deviations=train.spike_deviations,
+            folder=run,
+        ),
+        build_optimizer(config.optim, task.model, schedule(start)),
+        schedule,
+        learner,
+        [*hooks, Checkpoints(saver, train.checkpoint_every, train.milestone_every)],
+        Curves(None, start_trackers(accelerator, config, start)),
+        store,
+        accelerator.scaler,
+    )
+    if saved is not None:
+        trainer.load_state_dict(checkpoint.upgraded(saved, config.data.batch_size))
+    if main:
+        trainer.curves.metrics = Metrics(run / "metrics.jsonl", start)
+        if saved is None:
+            checkpoint.write_config(run, config)
+            if config.data.subset.chooses:
+                write_list(run / "subset_train.txt", images.train)
+                write_list(run / "subset_val.txt", images.val)
+    return trainer
+
+
+def _result(
+    config: Config, images: RunImages, trainer: Trainer, state: TrainState, memory_before: int
+) -> dict[str, Any]:
+    """What ``result.json`` says of a finished run, but for what was measured by hooks."""
+    device, sources = trainer.accelerator.device, (images.train, images.val)
+    peak = resident_bytes() - memory_before
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    return {
+        "format": checkpoint.FORMAT,
+        "kind": "run",
+        "name": Path(config.output).name,
+        "status": "finished",
+        "seed": config.seed,
+        "steps": images.steps,
+        "epochs": images.steps / images.per_epoch,
+        "train_loss": state.train_loss,
+        "val_loss": math.nan,
+        "skipped_steps": trainer.watch.total,
+        "images_per_second": state.images / max(state.train_seconds, 1e-9),
+        "peak_memory_bytes": peak,
+        "wall_seconds": state.elapsed,
+        "environment": environment(device, trainer.accelerator.num_processes, config.plugins),
+        "data": {
+            "source": images.train.name,
+            "train_images": len(images.train),
+            "val_images": len(images.val),
+            "fingerprint": images.fingerprint,
+            "unreadable": {s.ledger.split: len(s.ledger) for s in sources if s.ledger},
+        },
+        "config": to_dict(config),
+    }
 
 
 def share_of(
@@ -565,19 +513,3 @@ def _measure_flops(
     forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
     forward, backward = round(forward), round(backward)
     return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
-
-
-def _caught(signals: Signals, accelerator: Accelerator, reading: bool) -> int | None:
-    """The signal on which to stop after this step.
-
-    Several processes must stop at the same step, or they wait for each other for ever: they ask
-    each other, in the steps that wait for the device anyway.
-    """
-    if accelerator.num_processes == 1:
-        return signals.caught
-    if not reading:
-        return None
-    flag = torch.tensor(float(signals.caught is not None), device=accelerator.device)
-    if accelerator.reduce(flag, "sum").item() == 0:
-        return None
-    return signals.caught or signal.SIGTERM

@@ -347,7 +347,7 @@ def test_the_other_verbs_work(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     settings = ("--set", "k=[5]", "few_shot=[]", "temperature=[0.1]")
     numbers = tmp_path / "new" / "numbers.json"
     outcome = mim("evaluate", "knn", run, "--json", numbers, *settings)
-    assert outcome.code == 0 and "knn" in outcome.out
+    assert outcome.code == 0 and "k-NN, accuracy (%)\t" in outcome.out
     result = checkpoint.read_result(run)
     assert before.items() <= result.items()
     assert json.loads(numbers.read_text())[str(run)]["knn"] == result["evaluations"]["knn"]

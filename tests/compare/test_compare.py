@@ -107,7 +107,7 @@ def test_three_regimes_and_two_seeds(tmp_path: Path, mim: Mim, write: Callable[.
     assert len({result["data"]["fingerprint"] for result in (drop, zero, token)}) == 1
     assert found["untrained,seed=0"]["evaluations"] != found["untrained,seed=1"]["evaluations"]
 
-    # A second call trains nothing, and neither do other evaluations.
+    # A second call does nothing.
     before = stamps(folder)
     outcome = mim("compare", "--config", config)
     assert outcome.code == 0
@@ -117,13 +117,24 @@ def test_three_regimes_and_two_seeds(tmp_path: Path, mim: Mim, write: Callable[.
     assert mim("report", folder).code == 0
     assert (folder / "report.html").is_file()
     assert stamps(folder) == before
-    only = {"knn": PROBES["knn"]}
-    write({"model.regime.name": list(REGIMES), "seed": [0, 1]}, evaluations=only)
+    # Other settings train nothing, and evaluations that are no longer named are kept.
+    axes = {"model.regime.name": list(REGIMES), "seed": [0, 1]}
+    write(axes, evaluations={"knn": PROBES["knn"] | {"k": [3]}})
     outcome = mim("compare", "--config", config)
     assert outcome.code == 0 and outcome.err.count(": evaluate") == 9
+    assert outcome.err.count(": knn is measured again: other settings") == 9
+    assert "linear is measured" not in outcome.err
     changed = {name for name, stamp in stamps(folder).items() if before[name] != stamp}
-    assert {name.rpartition("/")[2] for name in changed} <= {"result.json", "config.yaml"}
-    assert all(list(result["evaluations"]) == ["knn"] for result in results(folder).values())
+    assert {name.rpartition("/")[2] for name in changed} <= {
+        "result.json",
+        "config.yaml",
+        "predictions.npz",
+    }
+    again = results(folder)
+    assert all(
+        again[run]["evaluations"]["linear"] == found[run]["evaluations"]["linear"] for run in found
+    )
+    assert all(again[run]["evaluation_settings"]["knn"]["k"] == [3] for run in found)
 
     # Another value is another comparison; nothing is lost.
     before = stamps(folder)
@@ -413,12 +424,13 @@ def test_changed_images_are_noticed(tmp_path: Path, write: Callable[..., Path]) 
     """Runs that are there were over the images that were there: others are refused."""
     from dataclasses import replace
 
+    from mim.compare import plan as planning
     from mim.compare import runner as compare
     from mim.core.files import write_text_atomic
     from mim.core.settings import to_yaml
 
     config = read_compare_config(["--config", str(write({"seed": [0, 1]}, evaluations={}))])
-    held = compare._check_data(plan(config), config)
+    held = planning.hold_to_images(plan(config), config)
     prints = {item.config.data.fingerprint for item in held}
     assert len(prints) == 1 and None not in prints  # every run is held to the same images
     run = Path(held[0].config.output)
@@ -427,11 +439,11 @@ def test_changed_images_are_noticed(tmp_path: Path, write: Callable[..., Path]) 
         data = replace(held[0].config.data, fingerprint=fingerprint)
         write_text_atomic(run / "config.yaml", to_yaml(replace(held[0].config, data=data)))
         if fits:
-            assert compare._state(held[0], "") == "train"
+            assert compare._state(held[0], {}, {}, {}).todo == "train"
         else:
             with pytest.raises(UserError, match="holds a run over other images"):
-                compare._state(held[0], "")
+                compare._state(held[0], {}, {}, {})
     wanted = replace(config.base, data=replace(config.base.data, fingerprint="of other images"))
     with pytest.raises(UserError, match=r"^data\.fingerprint: 'of other images' asks for other"):
         asked = replace(config, base=wanted)
-        compare._check_data(plan(asked), asked)
+        planning.hold_to_images(plan(asked), asked)

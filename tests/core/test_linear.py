@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import mim.core.cpu.kernels
 import mim.core.cpu.linear
 from mim import Config, build_model, load_config
 from mim.compare.cost.products import products_of
 from mim.core.config import DataConfig
+from mim.core.cpu.kernels import tune
 from mim.core.cpu.linear import (
     Linear,
     has_onednn,
     linear_of,
     mkl_lacks_avx512,
     onednn_linear,
-    use_linear,
 )
 from mim.data import open_source
 from mim.evaluate import Encoder, extract_features
@@ -119,7 +120,7 @@ def test_what_goes_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_keeps_its_weights_and_their_names(tiny: Tiny) -> None:
     model = build_model(load_config(tiny()))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    use_linear(model, "onednn", CPU)
+    tune(model, CPU, linear="onednn")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert layers and all(type(layer) is Linear for layer in layers)
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -127,7 +128,7 @@ def test_a_model_keeps_its_weights_and_their_names(tiny: Tiny) -> None:
         after = same.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], value) for name, value in before.items())
-    use_linear(model, "torch", CPU)
+    tune(model, CPU, linear="torch")
     assert all(type(layer) is nn.Linear for layer in layers)
 
 
@@ -145,7 +146,7 @@ def test_what_auto_chooses(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(mim.core.cpu.linear, "has_onednn", lambda able=able: able)
         monkeypatch.setattr(mim.core.cpu.linear, "mkl_lacks_avx512", lambda pays=pays: pays)
-        use_linear(model, kind, device, precision)
+        tune(model, device, precision, linear=kind)
         case = (able, pays, kind, device, precision)
         assert (type(block.mlp.fc1) is Linear) == chosen, case
         assert (linear_of(block.attn.qkv) is onednn_linear) == chosen, case
@@ -157,7 +158,7 @@ def test_visible_patches_are_embedded_so(tiny: Tiny) -> None:
     vit, found = build_model(load_config(tiny())).backbone, []
     family, ids = family_of(vit), torch.tensor([[0, 3, 5]] * 8)
     for kind in ("onednn", "torch"):
-        use_linear(vit, kind, CPU)
+        tune(vit, CPU, linear=kind)
         count = calls(lambda: found.append(family.embed_at(random(8, 1, 8, 8), ids)))
         assert count == (kind == "onednn")
     torch.testing.assert_close(found[0].tokens, found[1].tokens, rtol=1e-5, atol=1e-5)
@@ -189,7 +190,7 @@ Losses = Callable[..., list[float]]
 
 def losses(losses_of: Losses, config: Config, kind: str, compiled: bool = False) -> list[float]:
     model = build_model(config)
-    use_linear(model, kind, CPU)
+    tune(model, CPU, linear=kind)
     if compiled:
         model.compile()
     return losses_of(model, config)
@@ -233,11 +234,11 @@ def test_operations_are_counted_alike(tiny: Tiny) -> None:
     counts = []
     for kind in ("onednn", "torch"):
         model = build_model(load_config(tiny()))
-        use_linear(model, kind, CPU)
+        tune(model, CPU, linear=kind)
         counts.append(count_flops(model, random(8, 1, 8, 8), torch.arange(8)))
     assert counts[0] == counts[1]
     x, layer = random(11, 3), nn.Linear(3, 5)
-    use_linear(layer, "onednn", CPU)
+    tune(layer, CPU, linear="onednn")
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 11 * 3 * 5)
@@ -280,7 +281,7 @@ def test_features_are_computed_so(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, num_heads=2, **sizes).eval()
     source, found = open_source(data, "val"), []
     for takes in (True, False):
-        monkeypatch.setattr(mim.core.cpu.linear, "takes_onednn", lambda kind, takes=takes: takes)
+        monkeypatch.setattr(mim.core.cpu.kernels, "takes_onednn", lambda kind, takes=takes: takes)
         values: list[Tensor] = []
 
         def extract(values: list[Tensor] = values) -> None:

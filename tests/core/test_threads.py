@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import psutil
 import pytest
 
-from mim.core.cpu import threads
+from mim.core.cpu import process
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 
@@ -26,21 +26,21 @@ def chosen(
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: busy)
-    threads.choose_waiting()
+    process.choose_waiting()
     return [os.environ.get(name) for name in NAMES[:2]]
 
 
 @pytest.mark.parametrize(
     "busy, given, wanted",
     [
-        ([0, 5, 10, 0], {}, ["PASSIVE", threads.SPINS]),
+        ([0, 5, 10, 0], {}, ["PASSIVE", process.SPINS]),
         ([0, 100, 0, 0], {}, ["PASSIVE", None]),
         ([20, 20, 20, 20], {}, ["PASSIVE", None]),
-        ([0, 100, 100, 0], {"OMP_NUM_THREADS": "2"}, ["PASSIVE", threads.SPINS]),
+        ([0, 100, 100, 0], {"OMP_NUM_THREADS": "2"}, ["PASSIVE", process.SPINS]),
         ([60, 100, 100, 0], {"OMP_NUM_THREADS": "2"}, ["PASSIVE", None]),
         ([0, 0, 0, 0], {"OMP_NUM_THREADS": "1"}, ["PASSIVE", None]),
         # Cores that this process may not run on do not count.
-        ([0, 0, 0, 0, 100, 100], {}, ["PASSIVE", threads.SPINS]),
+        ([0, 0, 0, 0, 100, 100], {}, ["PASSIVE", process.SPINS]),
         ([100, 100, 100, 100, 0, 0, 0, 0], {}, ["PASSIVE", None]),
         ([0, 0, 0, 0], {"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
         ([0, 0, 0, 0], {"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
@@ -61,7 +61,7 @@ def test_too_late_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES[:2]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(psutil, "cpu_percent", lambda *args, **kwargs: pytest.fail("it looked"))
-    threads.choose_waiting()
+    process.choose_waiting()
     assert [os.environ.get(name) for name in NAMES[:2]] == [None, None]
 
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from mim.compare.runner import SERVER_MODULES
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
 from mim.core.signals import Interrupted
-from mim.data import open_source
+from mim.data import Subset, open_source
 from mim.evaluate import (
     Attentive,
     AttentiveSettings,
@@ -34,7 +35,7 @@ from mim.evaluate import (
     open_encoder,
 )
 from mim.evaluate.finetune import KeyedDropPath, build_classifier, fit
-from mim.evaluate.training import global_batch
+from mim.evaluate.training import accuracies, global_batch
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)
@@ -132,6 +133,57 @@ def test_a_state_of_other_settings_or_weights_is_not_used(encoder: Encoder, tmp_
         assert torch.equal(weights(begun.model), weights(fit(changed, train, settings).model))
 
 
+def test_parts_of_a_batch_are_the_batch(encoder: Encoder) -> None:
+    """Mixing, erasing and drop path are those of the whole batch; the gradient is clipped once."""
+    train = open_source(DATA, "train")
+    recipe = replace(RECIPE, epochs=1, clip_grad=0.05)
+    whole = fit(encoder, train, recipe)
+    cut = fit(encoder, train, replace(recipe, accumulate=3))
+    assert cut.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], abs=1e-6)
+    assert torch.allclose(weights(cut.model), weights(whole.model), atol=1e-5)
+    free = fit(encoder, train, replace(recipe, clip_grad=0.0))
+    assert not torch.allclose(weights(free.model), weights(whole.model), atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped(encoder: Encoder) -> None:
+    train, recipe = open_source(DATA, "train"), replace(RECIPE, epochs=1)
+    real = mim.evaluate.finetune.mix
+
+    def mix(images: Any, labels: Any, classes: Any, settings: Any, step: int) -> Any:
+        mixed, targets = real(images, labels, classes, settings, step)
+        return (mixed * float("nan") if step == 1 else mixed), targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mim.evaluate.finetune, "mix", mix)
+        with pytest.raises(UserError, match=r"finetune.base_lr: .* loss is nan in epoch 1"):
+            fit(encoder, train, recipe)
+        skipped = fit(encoder, train, replace(recipe, max_nonfinite=2))
+    assert weights(skipped.model).isfinite().all()
+
+
+def test_a_process_without_images_takes_part_in_what_all_do(encoder: Encoder) -> None:
+    """One image among two processes: both reduce tensors of one shape."""
+    train = open_source(DATA, "train")
+    alone = Subset(train, torch.arange(1))
+    shapes: list[list[torch.Size]] = []
+
+    def reduce(value: torch.Tensor, how: str) -> torch.Tensor:
+        shapes[-1].append(value.shape)
+        return value
+
+    for rank in (0, 1):
+        shapes.append([])
+        given = {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")}
+        task = SimpleNamespace(
+            accelerator=SimpleNamespace(reduce=reduce, **given),
+            data=DATA,
+            heads=3,
+            logits=lambda model, images: torch.zeros(3, len(images), 10),
+        )
+        accuracies(task, torch.nn.Identity(), alone)  # type: ignore[arg-type]
+    assert shapes[0] == shapes[1] == [(2, 3), ()]
+
+
 def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Path) -> None:
     train, val = open_source(DATA, "train"), open_source(DATA, "val")
     settings = replace(RECIPE, epochs=1, low_shot=(0.05,))
@@ -140,13 +192,14 @@ def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Pat
         with pytest.raises(Interrupted):
             Finetune(settings).run(encoder, train, val, folder=tmp_path)
     folder = tmp_path / "evaluations"
-    assert sorted(path.name for path in folder.iterdir()) == ["finetune_0.05.pt", "finetune_0.1.pt"]
+    states = sorted(path.name for path in folder.glob("*.pt"))
+    assert states == ["finetune_0.05.pt", "finetune_0.1.pt"]
     with pytest.MonkeyPatch.context() as patch:
         steps = at_call(0, stop, patch)
         numbers = Finetune(settings).run(encoder, train, val, folder=tmp_path)
     assert steps == [], "both were trained to the end, val had not been asked"
     assert numbers == Finetune(settings).run(encoder, train, val)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*.pt"))
     alone = Finetune(replace(settings, fraction=0.05, low_shot=())).run(encoder, train, val)
     assert numbers["accuracy_of_5_percent"] == alone["accuracy"] != numbers["accuracy"]
 
@@ -168,7 +221,7 @@ def test_a_probe_goes_on_too(encoder: Encoder, tmp_path: Path) -> None:
         with pytest.raises(Interrupted, match="saved step 3"):
             Attentive(settings).run(encoder, train, val, folder=tmp_path)
     assert Attentive(settings).run(encoder, train, val, folder=tmp_path) == whole
-    assert not list((tmp_path / "evaluations").iterdir())
+    assert not list((tmp_path / "evaluations").glob("*.pt"))
 
 
 def test_drop_path_follows_the_images(encoder: Encoder) -> None:

@@ -114,7 +114,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def weights(run: Path) -> dict[str, Any]:
     state, passed_over = checkpoint.newest_checkpoint(run)
     assert state is not None and not passed_over
-    del state["elapsed"], state["train_seconds"]
+    del state["state"]["elapsed"], state["state"]["train_seconds"]
     return dict(leaves(state))
 
 

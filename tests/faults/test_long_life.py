@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mim.training import checkpoint
+from mim.training import checkpoint, hooks
 from mim.training import pretrain as training
 from mim.training.metrics import Metrics
 
@@ -116,7 +116,8 @@ def test_workers_are_started_anew_and_leave_nothing(
             yield batch
 
     monkeypatch.setattr(Metrics, "write", write)
-    monkeypatch.setattr(training, "eval_loader", watched)
+    for module in (training, hooks):
+        monkeypatch.setattr(module, "eval_loader", watched)
     changes = {
         "data.workers": 2,
         "train.epochs": RESTARTS,

@@ -125,9 +125,17 @@ def test_the_others_end(
 
 
 TRAINING = "mim.evaluate.training"
+LOOP = ("mim.training.trainer", "seed_of")
 # Which evaluation, where, in which call, what; what the other says of rank 1, and its exit code.
 EVALUATED = {
-    "killed": ("finetune", (TRAINING, "seed_of"), 3, KILL, r"rank 1 on .* no longer answers", -9),
+    "killed": (
+        "finetune",
+        ("mim.training.trainer", "seed_of"),
+        3,
+        KILL,
+        r"rank 1 on .* no longer answers",
+        -9,
+    ),
     "hangs": (
         "linear_mae",
         (TRAINING, "normalize"),

@@ -105,7 +105,7 @@ def test_another_size_than_was_named(store: Store) -> None:
         import_model(store(state), backbone="vit_small_patch16_224")
     with pytest.raises(UserError, match="lacks"):
         import_model(store(state), {"model.backbone_args.depth": 13})
-    with pytest.raises(UserError, match="besides"):
+    with pytest.raises(UserError, match="has unknown"):
         import_model(store(state), {"model.backbone_args.depth": 11})
     with pytest.raises(UserError, match="not one of"):
         import_model(store(state), backbone="vit_tyni_patch16_224")
@@ -267,7 +267,7 @@ def test_a_decoder_cannot_be_adapted(store: Store, small: Small) -> None:
     # Positions of encoder and decoder both follow the image size.
     larger = import_model(path, {**small, "data.image_size": 32})
     assert {e.key for e in larger.account.of("adapted")} == {"pos_embed", "decoder_pos_embed"}
-    with pytest.raises(UserError, match=r"besides decoder\.mask_token"):
+    with pytest.raises(UserError, match=r"has unknown decoder\.mask_token"):
         import_model(path, {**small, "model.regime.name": "zero"})
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mim import build_model, load_config
 from mim.compare.cost.products import products_of
-from mim.model.backbones import family_of, use_attention
+from mim.core.cpu.kernels import tune
+from mim.model.backbones import family_of
 
 Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -34,7 +35,7 @@ def test_plain_attention_learns_as_fused_does(
 
     def losses(kind: str) -> list[float]:
         model = build_model(config)
-        use_attention(model, kind, CPU, precision)
+        tune(model, CPU, precision, attention=kind, linear="torch")
         return losses_of(model, config, precision)
 
     plain, fused, auto = (losses(kind) for kind in ("plain", "fused", "auto"))
@@ -52,7 +53,7 @@ def test_what_auto_chooses(tiny: Tiny) -> None:
         (CUDA, "bf16", True),
         (CUDA, "fp16", True),
     ):
-        use_attention(model, "auto", device, precision)
+        tune(model, device, precision)
         flags = [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
         assert flags == [is_fused] * 2, "one block in the encoder and one in the decoder"
 

@@ -1,26 +1,19 @@
-"""A comparison of many runs: the same tables, and work that does not grow with its square."""
+"""A comparison of many runs has the same tables as one of few."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import pytest
-from PIL import Image
-
-from mim.compare.cost.many import write_runs
 from mim.report import read_comparison, write_report
 from mim.report.collect import Comparison, Group
 from mim.report.page import notes
-from mim.report.tables import MOST_DRAWN, MOST_PAIRED, drawn, pairs
+from mim.report.statistics import MOST_PAIRED, pairs
+from mim.report.tables import MOST_DRAWN, drawn
 
 Fake = Callable[..., Path]
-Mim = Callable[..., Any]
 
 
 def by_hand(comparison: Comparison) -> list[tuple[str, Group, Group]]:
@@ -54,7 +47,7 @@ def test_many_values_of_an_axis_are_set_against_the_first(fake_comparison: Fake)
     found = pairs(comparison)
     assert [second.axes["mask.ratio"] for _, _, second in found] == [ratios[0]] * MOST_PAIRED
     assert [first.axes["mask.ratio"] for _, first, _ in found] == ratios[1:]
-    assert any("against the first alone" in note for note in notes(comparison))
+    assert any("against the first alone" in note for note in notes(comparison, []))
 
 
 def test_a_page_draws_the_best_and_says_so(fake_comparison: Fake) -> None:
@@ -67,11 +60,11 @@ def test_a_page_draws_the_best_and_says_so(fake_comparison: Fake) -> None:
     comparison = read_comparison(folder)
     shown = [group.axes["mask.ratio"] for group in drawn(comparison).groups]
     assert shown == ratios[:MOST_DRAWN], "0.46 to 0.48 are farthest from 0.25"
-    assert any(f"show the {MOST_DRAWN} groups" in note for note in notes(comparison))
+    assert any(f"show the {MOST_DRAWN} groups" in note for note in notes(comparison, []))
     page = write_report(folder).read_text()
     assert "mask ratio 0.48" in page, "the tables hold all"
     few = read_comparison(fake_comparison(folder=folder.parent / "few", metrics=False))
-    assert drawn(few) is few and not any("groups of" in note for note in notes(few))
+    assert drawn(few) is few and not any("groups of" in note for note in notes(few, []))
 
 
 def test_the_reference_of_each_group(fake_comparison: Fake) -> None:
@@ -90,59 +83,3 @@ def test_the_reference_of_each_group(fake_comparison: Fake) -> None:
 
 def vars_of(comparison: Comparison) -> dict[str, Any]:
     return {name: getattr(comparison, name) for name in Comparison.__dataclass_fields__}
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """Python calls that work takes: the same on any machine."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
-@pytest.mark.slow
-def test_work_grows_as_the_runs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the runs, at most a little more than twice the calls; pictures are of a set number."""
-    from mim.report import figures
-
-    monkeypatch.setattr(figures, "draw", lambda chart, forms: dict.fromkeys(forms, b"<svg/>"))
-    counts = {}
-    for runs in (900, 1800):
-        folder = write_runs(tmp_path / str(runs), runs)
-        counts[runs] = calls_of(partial(write_report, folder))
-    assert counts[1800] < 2.2 * counts[900], counts
-
-
-def test_bench_of_many_runs(tmp_path: Path, mim: Mim) -> None:
-    numbers = tmp_path / "numbers.json"
-    done = mim("bench", "report", "--runs", "9,18", "--json", numbers)
-    assert done.code == 0, done.err
-    figures = json.loads(numbers.read_text())
-    assert [row["runs"] for row in figures["rows"]] == [9, 18]
-    assert all(row["report_html_bytes"] > 10_000 for row in figures["rows"])
-    assert set(figures["exponents"]) == set(figures["rows"][0]) - {"runs"}
-    assert "| report html (MiB) |" in done.out
-    assert "at least 1" in mim("bench", "report", "--runs", "0").line
-    folder = write_runs(tmp_path / "runs", 9)
-    comparison = read_comparison(folder)
-    assert len(comparison.groups) == 3 and all(run.finished for run in comparison.runs)
-    page = write_report(folder).read_text()
-    assert "Runs without a result" not in page and "data:image" in page
-    assert Image.open(folder / "figures" / "training_loss.png").format == "PNG"
-
-
-def test_bench_of_many_images(tmp_path: Path, mim: Mim) -> None:
-    numbers = tmp_path / "numbers.json"
-    done = mim("bench", "index", "--images", "200,400", "--json", numbers)
-    assert done.code == 0, done.err
-    rows = json.loads(numbers.read_text())["rows"]
-    assert [row["images"] for row in rows] == [200, 400]
-    assert all(value > 0 for row in rows for value in row.values())

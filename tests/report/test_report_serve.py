@@ -78,7 +78,7 @@ def test_a_page_of_another_name_is_refused(ask: Ask) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_said_and_the_server_goes_on(folder: Path, ask: Ask) -> None:
-    path = folder / "seed=0" / "result.json"
+    path = folder / "comparison.json"
     content = path.read_text()
     path.write_text("{")
     status, _, text = ask("/")

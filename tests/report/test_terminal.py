@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mim.cli.doctor import Check, _products, examine
 from mim.core import progress
 from mim.core.errors import UserError
 from mim.core.settings import load_config
 from mim.report import read_comparison
 from mim.report.overview import as_json, closing_table, overview, training_left
 from mim.report.runs import diff_runs, find_runs, read_run
+from mim.training.doctor import Check, _products, examine
 
 Write = Callable[..., Path]
 Mim = Callable[..., Any]
@@ -104,7 +104,7 @@ def test_doctor_names_what_to_set(tmp_path: Path, mim: Mim, monkeypatch: Any) ->
     config = load_config(None, {"train.precision": "fp16"})
 
     def metadata_of(wanted: str) -> list[Check]:
-        monkeypatch.setattr("mim.cli.doctor.metadata.requires", lambda name: [wanted])
+        monkeypatch.setattr("mim.training.doctor.metadata.requires", lambda name: [wanted])
         return [
             c for c in examine(config, tmp_path / "a" / "b", quick=True) if c.state == "problem"
         ]
@@ -121,9 +121,11 @@ def test_doctor_names_what_to_set(tmp_path: Path, mim: Mim, monkeypatch: Any) ->
 
 def test_doctor_times_the_loader(tmp_path: Path, monkeypatch: Any, tiny: Any) -> None:
     rates = {0: 100.0, 2: 300.0}
-    monkeypatch.setattr("mim.cli.doctor.os.cpu_count", lambda: 2)
-    monkeypatch.setattr("mim.cli.doctor._seconds", lambda *_: 1.0)
-    monkeypatch.setattr("mim.cli.doctor._images_per_second", lambda _, data: rates[data.workers])
+    monkeypatch.setattr("mim.training.doctor.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("mim.training.doctor._seconds", lambda *_: 1.0)
+    monkeypatch.setattr(
+        "mim.training.doctor._images_per_second", lambda _, data: rates[data.workers]
+    )
     checks = {check.name: check for check in examine(load_config(tiny()), tmp_path)}
     assert checks["loader"].advice == "data.workers: 2" and checks["loader"].state == "warning"
     assert "100 images/s with 0 workers, 300 images/s with 2 workers" in checks["loader"].found
@@ -145,12 +147,12 @@ def test_doctor_times_the_loader(tmp_path: Path, monkeypatch: Any, tiny: Any) ->
 def test_doctor_times_linear_layers_both_ways(
     kind: str, prefers: bool, seconds: tuple[float, float], advice: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("mim.cli.doctor.torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("mim.cli.doctor.has_onednn", lambda: True)
+    monkeypatch.setattr("mim.training.doctor.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("mim.training.doctor.has_onednn", lambda: True)
     monkeypatch.setattr("mim.core.cpu.linear.has_onednn", lambda: True)
     monkeypatch.setattr("mim.core.cpu.linear.mkl_lacks_avx512", lambda: prefers)
     told = iter((*seconds, 0.5))  # by torch, by oneDNN, in bfloat16
-    monkeypatch.setattr("mim.cli.doctor._seconds", lambda *_: next(told))
+    monkeypatch.setattr("mim.training.doctor._seconds", lambda *_: next(told))
     linear, precision = _products(load_config(None, {"train.linear": kind}))
     assert (linear.advice, linear.state) == (advice, "warning" if advice else "ok")
     assert f"are {seconds[0] / seconds[1]:.1f} times as fast by oneDNN" in linear.found
@@ -159,8 +161,8 @@ def test_doctor_times_linear_layers_both_ways(
 
 
 def test_doctor_reads_real_batches(tiny: Any) -> None:
-    from mim.cli.doctor import _images_per_second
     from mim.data import open_source
+    from mim.training.doctor import _images_per_second
 
     config = load_config(tiny())
     assert _images_per_second(open_source(config.data, "train"), config.data) > 10

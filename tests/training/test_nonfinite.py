@@ -13,19 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim as package
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import open_source, train_loader
 from mim.model import MaskedImageModel
-from mim.model.teacher import follow
-from mim.training import checkpoint
-from mim.training import pretrain as training
+from mim.model.teacher import ema_update
+from mim.training import checkpoint, trainer
 from mim.training.debug import debug_batch
 from mim.training.nonfinite import LEAST, WINDOW, Guard, Spikes, strict
 
@@ -41,7 +37,7 @@ class Gone(BaseException):
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """``spoil({3: "nan"})``: what happens in a step, counted from 0; again for a second run."""
-    real_seed, real_forward = training.seed_of, MaskedImageModel.forward
+    real_seed, real_forward = trainer.seed_of, MaskedImageModel.forward
     now = -1
 
     def set_steps(steps: Mapping[int, str]) -> None:
@@ -68,7 +64,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
                 return dataclasses.replace(output, loss=loss, reconstruction=seen)
             return output
 
-        monkeypatch.setattr(training, "seed_of", seed_of)
+        monkeypatch.setattr(trainer, "seed_of", seed_of)
         monkeypatch.setattr(MaskedImageModel, "forward", forward)
 
     return set_steps
@@ -238,13 +234,10 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def small(scaler: Any = None) -> tuple[nn.Module, AcceleratedOptimizer]:
-    AcceleratorState._reset_state()
-    Accelerator(cpu=True)
+def small() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    return model, AcceleratedOptimizer(optimizer, scaler=scaler)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
 
 def give_gradient(model: nn.Module, value: float, factor: float = 1.0) -> None:
@@ -281,7 +274,7 @@ def test_no_step_waits_for_the_device() -> None:
         for value in (1.0, math.nan):
             give_gradient(model, value)
             flag = guard.step(optimizer)
-            follow(average, model, 0.1 * (flag == 0).float())
+            ema_update(average, model, 0.1 * (flag == 0).float())
         assert reads.count == 0
         float(flag)
         assert reads.count == 1
@@ -290,7 +283,7 @@ def test_no_step_waits_for_the_device() -> None:
 def test_fp16_scales_and_an_overflow_lowers_the_scale_first() -> None:
     """The scaler of torch, on the CPU; training in fp16 itself needs a GPU."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    model, optimizer = small(scaler)
+    model, optimizer = small()
     plain, reference = small()
     guard, other = (Guard(1, 0, torch.device("cpu")) for _ in range(2))
     found = []
@@ -298,7 +291,7 @@ def test_fp16_scales_and_an_overflow_lowers_the_scale_first() -> None:
         before = model.weight.detach().clone()
         scale = scaler.get_scale()
         give_gradient(model, value, factor=scale)
-        flag = float(guard.step(optimizer))
+        flag = float(guard.step(optimizer, scaler))
         found.append((scale, flag))
         if flag:
             assert torch.equal(model.weight, before)
@@ -325,9 +318,9 @@ def test_a_follower_follows() -> None:
     average, model = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(model.weight, 3.0)
     model.num_batches_tracked += 5
-    follow(average, model, torch.tensor(0.0))
+    ema_update(average, model, torch.tensor(0.0))
     assert torch.equal(average.weight, torch.ones(2))
-    follow(average, model, torch.tensor(0.25))
+    ema_update(average, model, torch.tensor(0.25))
     assert torch.equal(average.weight, torch.full((2,), 1.5))
     assert average.num_batches_tracked == 5
 
@@ -377,10 +370,13 @@ def test_a_checkpoint_of_an_older_version_goes_on(
     with pytest.raises(Gone):
         mim("pretrain", "--config", config, "--output", run)
     state = state_after(run, 5)
-    assert state["pending"].shape == (2, 2)
-    state["pending"] = state["pending"][:, 0]
-    del state["watch"], state["format"], state["step"]
-    checkpoint.save_checkpoint(run, state, 5, keep=2)
+    counters, hooks = state["state"], state["hooks"]
+    assert len(counters["rows"]) == 2
+    old = {name: state[name] for name in ("fingerprint", "model", "optimizer", "ema", "scaler")}
+    old |= {name: counters[name] for name in ("elapsed", "train_seconds", "train_loss")}
+    old |= {"format": 1, "val_loss": hooks["held_out"]["loss"], "online": {}}
+    old["pending"] = torch.tensor([row["loss"] for row in counters["rows"]])
+    checkpoint.save_checkpoint(run, old, 5, keep=2)
     spoil({})
     assert mim("pretrain", "--config", config, "--output", run, "--resume", "auto").code == 0
     assert lines(run) == lines(whole)
@@ -388,10 +384,10 @@ def test_a_checkpoint_of_an_older_version_goes_on(
 
 INFINITE = """
 import dataclasses
-import mim.training.pretrain
+import mim.training.trainer
 from mim.model import MaskedImageModel
 
-real_seed, real_forward, now = mim.training.pretrain.seed_of, MaskedImageModel.forward, -1
+real_seed, real_forward, now = mim.training.trainer.seed_of, MaskedImageModel.forward, -1
 
 def seed_of(seed, *parts):
     global now
@@ -405,7 +401,7 @@ def forward(self, *args):
         return dataclasses.replace(output, loss=bad, reconstruction=bad.detach())
     return output
 
-mim.training.pretrain.seed_of = seed_of
+mim.training.trainer.seed_of = seed_of
 MaskedImageModel.forward = forward
 """
 

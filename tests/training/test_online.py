@@ -63,7 +63,8 @@ def test_the_run_is_the_same_without(tmp_path: Path, mim: Mim, tiny: Tiny) -> No
     result = checkpoint.read_result(runs[1])["evaluations"]["linear_online"]
     # Again from the files: features of the final encoder under the saved layer.
     model, val = package.load(runs[1]), open_source(checkpoint.read_config(runs[1]).data, "val")
-    saved = checkpoint.read_checkpoint(checkpoint.checkpoints(runs[1])[-1])["online"]["head"]
+    newest = checkpoint.read_checkpoint(checkpoint.checkpoints(runs[1])[-1])
+    saved = newest["hooks"]["online"]["head"]
     (batch,) = eval_loader(val, checkpoint.read_config(runs[1]).data, batch_size=len(val))
     features = package.encode(model, normalize(batch.images, val.mean, val.std))
     x = (features - saved["0.mean"]) / (saved["0.var"] + 1e-6).sqrt()
@@ -78,16 +79,16 @@ def test_it_goes_on_after_a_stop(
     config = tiny({**CHANGES, **ON, "train.log_every": 5})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    real, calls = OnlineProbe.step, []
+    real, calls = OnlineProbe.after_step, []
 
-    def step(self: OnlineProbe, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(self: OnlineProbe, *args: Any) -> None:
         calls.append(1)
         if len(calls) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        real(self, images, labels)
+        real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineProbe, "step", step)
+        patch.setattr(OnlineProbe, "after_step", step)
         assert mim("pretrain", "--config", config, "--output", two).code == 143
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
     assert rows(two) == rows(one)

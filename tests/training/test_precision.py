@@ -244,7 +244,7 @@ def test_mistakes(tiny: Tiny, mim: Mim, tmp_path: Path, monkeypatch: pytest.Monk
         assert outcome.code == 2 and told in outcome.line, outcome.err
     monkeypatch.setitem(sys.modules, "torchao", None)
     outcome = mim(*args, "--train.precision", "fp8")
-    assert outcome.code == 2 and "needs torchao: pip install 'mim[float8]'" in outcome.line
+    assert outcome.code == 2 and "needs torchao: pip install -e '.[float8]'" in outcome.line
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -73,7 +73,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def final(run: Path) -> dict[str, Any]:
     state = checkpoint.read_checkpoint(checkpoint.checkpoints(run)[-1])
-    del state["elapsed"], state["train_seconds"]
+    del state["state"]["elapsed"], state["state"]["train_seconds"]
     return state
 
 
@@ -298,7 +298,7 @@ def test_the_ratio_moves_with_the_epoch_in_training_and_not_on_held_out_images(
 
     monkeypatch.setattr(MaskedImageModel, "draw_mask", note)
     # The pictures at the end are of ratios that the run did not see, on purpose.
-    monkeypatch.setattr("mim.training.pretrain.reconstruct_ratios", lambda *_: {})
+    monkeypatch.setattr("mim.training.hooks.reconstruct_ratios", lambda *_: {})
     changes = {
         "mask.ratio": 0.25,
         "mask.schedule.to": 0.75,
@@ -624,3 +624,65 @@ def test_wandb_offline_holds_the_curves_and_is_off_otherwise(tmp_path: Path, tin
     content = file.read_bytes()
     for name in (b"loss", b"val_loss", b"images_per_second", b"model.regime.name"):
         assert name in content, name
+
+
+HOOK = """
+from mim.training.hooks import HOOKS
+from mim.training.trainer import Hook
+
+@HOOKS.register("largest_weight")
+class LargestWeight(Hook):
+    name = "largest_weight"
+
+    def __init__(self, config):
+        self.count = 0
+
+    def due(self, trainer):
+        return trainer.state.step % 2 == 0
+
+    def run(self, trainer):
+        self.count += 1
+        weights = trainer.task.model.parameters()
+        largest = max(float(weight.detach().abs().max()) for weight in weights)
+        trainer.log(largest_weight=largest, measured=self.count)
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+"""
+
+
+def test_a_hook_of_a_plug_in_and_the_norm_of_the_gradient(
+    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, run = tmp_path / "largest.py", tmp_path / "run"
+    plugin.write_text(HOOK)
+    changes = {"plugins": [str(plugin)], "log.grad_norm": True, "train.log_every": 1}
+    args = ("pretrain", "--config", tiny(changes), "--output", run)
+    args = (*args, "--train.hooks", '["largest_weight"]')
+    real, calls = training.image_keys, []
+
+    def interrupt(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "image_keys", interrupt)
+        assert mim(*args).code == 143
+    assert mim(*args, "--resume", "auto").code == 0
+    found = [row for row in lines(run) if "largest_weight" in row]
+    assert [(row["step"], row["measured"]) for row in found] == [(2, 1), (4, 2), (6, 3)]
+    assert all(row["largest_weight"] > 0 for row in found)
+    norms = [row["grad_norm"] for row in lines(run) if "loss" in row]
+    assert len(norms) == 6 and all(norm > 0 for norm in norms)
+    plain = tmp_path / "plain"
+    assert mim("pretrain", "--config", tiny({"train.log_every": 1}), "--output", plain).code == 0
+    assert losses(plain) == losses(run), "neither changes what is computed"
+    refused = mim(*args[:-1], '["nobody"]', "--resume", "auto")
+    assert (
+        refused.code == 2 and "train.hooks: 'nobody' is not one of largest_weight" in refused.line
+    )

@@ -13,7 +13,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from mim.compare.cost.step import bench_step, describe, with_regime
 from mim.core.config import Config
 from mim.core.errors import setting_error
-from mim.report.charts import REGIME_COLOURS
 
 _LINES = {"drop": "-", "zero": "--", "token": "-."}
 _MARKERS = {"drop": "o", "zero": "s", "token": "^"}
@@ -148,8 +147,13 @@ def format_growth(figures: dict[str, Any]) -> str:
     return "\n".join([describe(figures), "", *rows])
 
 
-def growth_figure(figures: dict[str, Any]) -> Figure:
-    """Time of a step and peak memory over the setting, a line a regime."""
+def growth_figure(figures: dict[str, Any], colours: Mapping[str, str] | None = None) -> Figure:
+    """Draw time of a step and peak memory over the setting, a line a regime.
+
+    Args:
+        figures: what :func:`bench_growth` returns.
+        colours: by regime; by default matplotlib's own.
+    """
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panels = figure.subplots(1, 2)
     values = figures["values"]
@@ -165,7 +169,7 @@ def growth_figure(figures: dict[str, Any]) -> Figure:
             axis.plot(
                 x,
                 [row[measure] / unit for row in curve],
-                color=REGIME_COLOURS.get(regime),
+                color=(colours or {}).get(regime),
                 linestyle=_LINES.get(regime, ":"),
                 marker=_MARKERS.get(regime, "D"),
                 markersize=4,

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from mim.core.config import Config, DataConfig
-from mim.core.cpu.allocator import keep_freed_memory
+from mim.core.cpu.process import tune_process
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, permutation
+from mim.core.rng import image_keys, permutation
 from mim.data import (
     Batch,
     ImageSource,
@@ -33,7 +33,7 @@ from mim.data import (
     train_transform,
 )
 from mim.data.images.decode import decode
-from mim.training.runtime.cost import environment
+from mim.training.runtime.cost import environment, wait_for
 
 
 def bench_data(
@@ -60,8 +60,7 @@ def bench_data(
         if value < 1:
             raise setting_error(name, value, "must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as a training process does
+    tune_process(device)  # as a training process does
     source = open_source(data, "train")
     count = max(images // data.batch_size, 1)
     folder = _plain_folder(data) if plain is None else Path(plain)
@@ -83,10 +82,10 @@ def bench_data(
         run()  # starts workers, fills the system's cache of files
     for _ in range(rounds):
         for name, run in (*pipelines.items(), *stages.items()):
-            _wait(device)
+            wait_for(device)
             began = time.perf_counter()
             done = run()
-            _wait(device)
+            wait_for(device)
             rates[name].append(done / (time.perf_counter() - began))
 
     def figures(name: str) -> dict[str, Any]:
@@ -110,11 +109,6 @@ def bench_data(
         "ratios": ratios,
         "ratio_to_plain": statistics.median(ratios) if ratios else None,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _drain(batches: Iterable[Tensor]) -> int:

@@ -9,36 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mim.compare.cost.memory import bytes_added, bytes_of
-from mim.compare.cost.peers import PEERS, build_peer, sizes_of
 from mim.compare.cost.products import products_of
-from mim.compare.runner import server_context
+from mim.compare.launchers import server_context
 from mim.core.config import Config
-from mim.core.cpu.allocator import keep_freed_memory
 from mim.core.cpu.linear import has_onednn, onednn_linear
+from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys
-from mim.core.settings import checked
+from mim.core.rng import image_keys
 from mim.core.signals import end_at_once
 from mim.model.regimes import REGIMES
 from mim.training.checkpoint import write_text_atomic
 from mim.training.optim import build_optimizer
 from mim.training.pretrain import parts
-from mim.training.runtime.cost import count_flops, environment
+from mim.training.runtime.cost import count_flops, environment, flops_of, wait_for
 from mim.training.runtime.precision import autocast, autocast_dtype, model_on, narrow_weights
+from mim.training.settings import checked
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
 _COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model
@@ -105,8 +105,8 @@ def bench_step(
         regimes: names of regimes.
         rounds: every round times each subject once, in turn.
         steps: steps of one subject in a round.
-        peers: masked autoencoders of other codebases at the same sizes, of :data:`PEERS`; with
-            ``-compiled`` behind the name, under torch.compile.
+        peers: masked autoencoders of other codebases at the same sizes, by their names in
+            ``benchmarks/peers.py``; with ``-compiled`` behind the name, under torch.compile.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
         variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
         products: whether the products of each step are timed alone, too.
@@ -131,8 +131,9 @@ def bench_step(
         if name not in REGIMES:
             raise choice_error("--regimes", name, REGIMES)
     for name in peers:
-        if name.removesuffix(_COMPILED) not in PEERS:
-            raise choice_error("--peer", name, PEERS)
+        known = _peers().PEERS
+        if name.removesuffix(_COMPILED) not in known:
+            raise choice_error("--peer", name, known)
     threads = torch.get_num_threads()
     subjects = []
     for name in regimes:
@@ -189,6 +190,25 @@ def with_regime(config: Config, name: str) -> Config:
     """The config under another regime."""
     regime = dataclasses.replace(config.model.regime, name=name)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, regime=regime))
+
+
+@functools.cache
+def _peers() -> ModuleType:
+    """``benchmarks/peers.py``, which stands beside the package in a clone.
+
+    Raises:
+        UserError: where the package was installed without it.
+    """
+    file = Path(__file__).resolve().parents[3] / "benchmarks" / "peers.py"
+    spec = importlib.util.spec_from_file_location("mim_peers", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        reason = "other codebases are timed from a clone of the project (pip install -e CLONE)"
+        raise UserError(f"--peer: {reason}; there is no file {str(file)!r}") from error
+    return module
 
 
 def _faster(times: dict[str, list[float]], sizes: dict[str, int], name: str, other: str) -> float:
@@ -322,11 +342,11 @@ def _serve(line: Connection, subject: _Subject) -> None:
             line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
             continue
         first, steps = asked
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         for number in range(first, first + steps):
             loss = work.step(number)
-        _wait(device)
+        wait_for(device)
         seconds = (time.perf_counter() - began) / steps
         line.send(("done", {"seconds": seconds, "loss": float(loss)}))
 
@@ -346,7 +366,7 @@ def _serve_products(line: Connection, subject: _Subject) -> None:
         torch.cuda.empty_cache()
     line.send(("ready", {}))
     for _ in _asked(line):
-        line.send(("done", {"seconds": measure(partial(_wait, device))}))
+        line.send(("done", {"seconds": measure(partial(wait_for, device))}))
 
 
 def _noise(config: Config, device: torch.device) -> Tensor:
@@ -358,8 +378,7 @@ def _noise(config: Config, device: torch.device) -> Tensor:
 
 def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
     config = checked(subject.config)  # imports the plugins, which this process has not seen
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     images = _noise(config, device)
     model = model_on(config, device)
     few = torch.arange(2)
@@ -408,20 +427,19 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
     images = _noise(config, device)
     torch.manual_seed(config.seed)
     name = subject.name.removesuffix(_COMPILED)
-    model = build_peer(name, config, subject.mae_path).to(device).train()
+    peer = _peers().build_peer(name, config, subject.mae_path)
+    model: nn.Module = peer.model.to(device).train()
     optimizer = torch.optim.AdamW(
         (weight for weight in model.parameters() if weight.requires_grad),
         lr=LR,
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
-    forward, backward = _flops_of(model, images[:2])
-    sizes = sizes_of(config)
-    patches = (sizes.image // sizes.patch) ** 2
+    forward, backward = flops_of(model, lambda: model(images[:2]))
     figures = {
-        "encoder_tokens": 1 + patches - int(sizes.ratio * patches),
-        "flops_forward": forward,
-        "flops_backward": backward,
+        "encoder_tokens": peer.encoder_tokens,
+        "flops_forward": forward // 2,
+        "flops_backward": backward // 2,
     }
     if name != subject.name:
         model.compile()
@@ -437,23 +455,6 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         optimizer.zero_grad(set_to_none=True)
 
     return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
-
-
-def _flops_of(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH):
-        with forward:
-            loss = model(images)
-        with backward:
-            loss.backward()
-    model.zero_grad(set_to_none=True)
-    count = len(images)
-    return forward.get_total_flops() // count, backward.get_total_flops() // count
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _matrix_rate(config: Config) -> float:
@@ -474,10 +475,10 @@ def _seconds(way: Callable[[], Tensor], device: torch.device) -> list[float]:
         way()
     seconds = []
     for _ in range(10):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         way()
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -1,4 +1,5 @@
-"""CPU tuning: threads, memory and kernels of the processor. It changes speed and no numbers.
+"""CPU tuning: it changes speed and, beyond rounding, no numbers.
 
-Nothing here is needed for correctness. Start reading in ``kernels.py``.
+``tune_process`` (``process.py``) sets up a process, ``tune`` (``kernels.py``) a model. Nothing here
+is needed for correctness.
 """

@@ -2,7 +2,7 @@
 
 torch hands a product of float32 matrices to MKL, and one of bfloat16 to oneDNN. On processors of
 other makes than Intel's, MKL leaves AVX-512 alone and takes twice as long as oneDNN, which does the
-same sums in another order (docs/benchmarks.md).
+same sums in another order (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -124,22 +124,6 @@ class Linear(nn.Linear):
 
 class PatchProjection(nn.Conv2d):
     """``nn.Conv2d`` as ever, whose weights :func:`linear_of` multiplies by oneDNN."""
-
-
-def use_linear(model: nn.Module, kind: str, device: torch.device, precision: str = "fp32") -> None:
-    """Let linear layers run by torch's own choice of library, or in float32 on a CPU by oneDNN.
-
-    Args:
-        model: its modules are changed in place.
-        kind: torch, onednn, or auto: oneDNN where it is the faster, see :func:`mkl_lacks_avx512`.
-        device: where the model runs.
-        precision: see ``train.precision``.
-    """
-    chosen = device.type == "cpu" and precision == "fp32" and takes_onednn(kind)
-    for module in model.modules():
-        for plain, ours in ((nn.Linear, Linear), (nn.Conv2d, PatchProjection)):
-            if type(module) in (plain, ours):
-                module.__class__ = ours if chosen else plain
 
 
 def linear_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

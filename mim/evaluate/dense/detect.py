@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
-from mim.core.errors import choice_error
-from mim.core.keys import seed_of
+from mim.core.fields import Count, Positive, Span
+from mim.core.rng import image_keys, seed_of
 from mim.data import Batch, holdout
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.detection_data import (
@@ -30,6 +33,7 @@ from mim.evaluate.dense.detection_data import (
     DetectionSpec,
     DetectionSubset,
     ObjectBatch,
+    Objects,
     coco_tools,
     open_detection,
     picture_of,
@@ -40,16 +44,18 @@ from mim.evaluate.dense.pyramid import Pyramid, layer_maps
 from mim.evaluate.dense.training import (
     DenseModel,
     DenseSettings,
-    autocast,
+    DenseTask,
     data_of,
     encoder_at_size,
     fill_of,
-    fit,
-    state_of,
+    share_of,
     statistics_of,
+    store_of,
 )
 from mim.evaluate.dense.views import View
+from mim.evaluate.training import start_accelerator
 from mim.model.backbones import patch_size_of
+from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
     from mim.data import ImageSource
@@ -67,30 +73,21 @@ class DetectSettings(DenseSettings):
 
     source: str = "coco"
     """coco (JSON) or voc (XML); the layouts are those of COCO and Pascal VOC."""
-    bad_boxes: str = "refuse"
+    bad_boxes: Literal["refuse", "mend"] = "refuse"
     """What to do with boxes outside their image or without an area: refuse, or mend (cut them at
     the rim, leave out what has no area)."""
     masks: bool = True
     """Whether masks are learnt and measured too (Mask R-CNN), where every object has one."""
-    anchor: float = 8.0
+    anchor: Positive = 8.0
     """Side of the anchors over the pixels between two places of their map."""
-    proposals: int = 1000
+    proposals: Count = 1000
     """Regions of an image that reach the second stage; twice as many in training."""
-    samples: int = 512
+    samples: Count = 512
     """Regions of an image on which the second stage is trained."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
-    scale: tuple[float, ...] = (0.5, 1.5)
+    scale: Span = (0.5, 1.5)
     """From and to of the random scale of a training image; at 1 it just fits into image_size."""
-
-    name: ClassVar[str] = "detect"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("anchor", "proposals", "samples"):
-            self._positive(setting, getattr(self, setting))
-        if self.bad_boxes not in ("refuse", "mend"):
-            raise choice_error("evaluations.detect.bad_boxes", self.bad_boxes, ("refuse", "mend"))
 
     @property
     def spec(self) -> DetectionSpec:
@@ -113,6 +110,31 @@ class _Maps(nn.Module):
         levels = self.pyramid([last] * len(self.pyramid.levels))
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return OrderedDict((str(number), level) for number, level in enumerate(levels))
+
+
+class KeyedSampler:
+    """Draws an image's regions by its key, and counts what it has drawn.
+
+    Args:
+        plain: torchvision's, which draws from torch's generator.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+        self.keys: list[int] = []
+        self.positive, self.drawn = torch.zeros(()), torch.zeros(())
+
+    def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each image which regions are positive, and which negative."""
+        positive, negative = [], []
+        for key, regions in zip(self.keys, matched, strict=True):
+            torch.manual_seed(key)
+            ones, others = self.plain([regions])
+            positive += ones
+            negative += others
+        self.positive = torch.stack([one.sum() for one in positive]).sum().float()
+        self.drawn = self.positive + torch.stack([one.sum() for one in negative]).sum()
+        return positive, negative
 
 
 class Detector(DenseModel):
@@ -140,9 +162,17 @@ class Detector(DenseModel):
     ) -> None:
         super().__init__()
         self.frozen, self.classes, self.masks = settings.freeze, classes, masks
+        self.seed = settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(settings.seed, "head"))
             self.network = _network(encoder, settings, len(classes), mean, std, masks)
+        self.samplers = [KeyedSampler(part.fg_bg_sampler) for part in self._stages]
+        for part, sampler in zip(self._stages, self.samplers, strict=True):
+            part.fg_bg_sampler = sampler
+
+    @property
+    def _stages(self) -> tuple[Any, Any]:
+        return self.network.rpn, self.network.roi_heads
 
     @property
     def encoder(self) -> Any:
@@ -151,13 +181,34 @@ class Detector(DenseModel):
         return encoder
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sum of torchvision's losses: proposals, classes, boxes and masks."""
+        """The sum of torchvision's losses: proposals, classes, boxes and masks.
+
+        Each is a mean over regions; with several processes over those of all of them.
+        """
         assert isinstance(batch, ObjectBatch)
         device = next(self.parameters()).device
-        images = list(batch.images.to(device).float() / 255)
+        self.draw_drop_paths(batch)
+        for stage, sampler in enumerate(self.samplers):
+            purpose = f"regions-{stage}"
+            keys = image_keys(self.seed, batch.epoch, batch.sample_ids, purpose=purpose)
+            sampler.keys = keys.tolist()
+        images = list(batch.images.to(device, non_blocking=True).float() / 255)
         targets = [{key: value.to(device) for key, value in t.items()} for t in batch.targets]
         losses: dict[str, Tensor] = self.network(images, targets)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            losses = self._over_processes(losses)
         return torch.stack(list(losses.values())).sum()
+
+    def _over_processes(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses whose mean over the processes is that over the regions of all of them."""
+        proposals, regions = self.samplers
+        counts = torch.stack([proposals.drawn, regions.drawn, regions.positive])
+        total = counts.clone()
+        dist.all_reduce(total)
+        shares = counts * dist.get_world_size() / total.clamp(min=1)
+        of = dict.fromkeys(losses, shares[1])
+        of |= {"loss_objectness": shares[0], "loss_rpn_box_reg": shares[0], "loss_mask": shares[2]}
+        return {name: loss * of[name] for name, loss in losses.items()}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
@@ -236,11 +287,10 @@ def _original(found: dict[str, Tensor], view: View, size: tuple[int, int]) -> di
     return result
 
 
-@EVALUATIONS.register("detect")
+@EVALUATIONS.register("detect", DetectSettings)
 class Detect(TaskEvaluation):
     """Boxes around objects, and masks; COCO's mAP."""
 
-    Settings = DetectSettings
     settings: DetectSettings
     _sources: tuple[DetectionSource, DetectionSource] | None = None
 
@@ -259,9 +309,9 @@ class Detect(TaskEvaluation):
             spec = self.settings.spec
             own, other = open_detection(spec, "train"), open_detection(spec, "val")
             if len(own) < 2:
-                self.settings.refuse("path", "holds fewer than 2 training images")
+                raise self.settings.error("path", "holds fewer than 2 training images")
             if not own.classes:
-                self.settings.refuse("path", "has training images in which nothing is marked")
+                raise self.settings.error("path", "has training images in which nothing is marked")
             return own, other
         return self._sources
 
@@ -284,47 +334,39 @@ class Detect(TaskEvaluation):
             map_class_NAME; the same under ``mask_`` with masks; what was chosen on the held-out
             images; mended_boxes where boxes were mended.
         """
-        s, device = self.settings, torch.device(device)
+        s, accelerator = self.settings, start_accelerator(device)
         own, other = self._opened()
         mean, std = statistics_of(encoder, s)
         masks = s.masks and own.has_masks and other.has_masks
         model = Detector(encoder_at_size(encoder, s), s, list(own.classes), mean, std, masks)
-        state = state_of(folder, s, encoder, own, precision)
+        store = store_of(folder, s, encoder, own, precision)
         chosen: dict[str, float] = {}
         if s.weights:
             model.load(Path(s.weights))
-            model.to(device).eval()
-        else:
-            model.to(device)
+        model.to(accelerator.device).eval()
+        if not s.weights:
             held, rest = (
                 DetectionSubset(own, holdout(own.sample_ids, s.held_out, part))
                 for part in ("val", "train")
             )
-            data = data_of(encoder, s, len(rest))
-            scale = (s.scale[0], s.scale[1])
+            data, scale = data_of(encoder, s, len(rest)), (s.scale[0], s.scale[1])
             batches = DetectionBatches(rest, data, s.seed, scale, fill_of(mean), masks)
-            found = fit(
-                model,
-                batches,
-                batches.per_epoch,
-                lambda: self._measure(model, held, mean, device, precision)["map"],
-                s,
-                device,
-                precision,
+            best = DenseTask(model, s, batches, accelerator, precision).fit(
+                lambda: self._measure(model, held, mean, accelerator, precision)["map"],
                 f"detect {encoder.name}",
-                state,
+                store,
             )
-            chosen = {"chosen_map": found.pop("chosen"), **found}
-        numbers = {**self._measure(model, other, mean, device, precision), **chosen}
+            chosen = best.numbers("map")
+        numbers = {**self._measure(model, other, mean, accelerator, precision), **chosen}
         if own.mended + other.mended:
             numbers["mended_boxes"] = float(own.mended + other.mended)
-        if folder is not None:
+        if folder is not None and accelerator.is_main_process:
             if s.save and not s.weights:
                 model.save(folder / FILE, numbers)
             if s.pictures:
-                self._draw(model, other, mean, device, precision, folder)
-        if state is not None:
-            state.remove()
+                self._draw(model, other, mean, accelerator.device, precision, folder)
+            if store is not None:
+                store.remove()
         return numbers
 
     @torch.no_grad()
@@ -341,7 +383,7 @@ class Detect(TaskEvaluation):
         model.eval()
         data = DataConfig(image_size=self.settings.size, channels=len(mean))
         images, views = whole_images(source, indices, data, fill_of(mean))
-        with autocast(device, precision):
+        with autocast(precision, device):
             found = model(images)
         return [
             _original(f, view, source.objects[index].size)
@@ -353,28 +395,26 @@ class Detect(TaskEvaluation):
         model: Detector,
         source: DetectionSource,
         mean: tuple[float, ...],
-        device: torch.device,
+        accelerator: Accelerator,
         precision: str,
     ) -> dict[str, float]:
+        """COCO's numbers over all images, of which each process reads its share."""
         from torchmetrics.detection import MeanAveragePrecision  # slow to import
 
-        kinds = ("bbox", "segm") if model.masks else ("bbox",)
-        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True)  # type: ignore[arg-type]
-        for start in range(0, len(source), self.settings.batch_size):
-            indices = list(range(start, min(start + self.settings.batch_size, len(source))))
-            found = self.predict(model, source, indices, mean, device, precision)
-            truth = []
-            for index in indices:
-                objects = source.objects[index]
-                target = {
-                    "boxes": objects.boxes,
-                    "labels": objects.labels,
-                    "iscrowd": objects.crowd.long(),
-                }
-                if model.masks:
-                    target["masks"] = objects.masks()
-                truth.append(target)
+        kinds: Any = ("bbox", "segm") if model.masks else ("bbox",)
+        metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, sync_on_compute=False)
+        share, size = share_of(len(source), accelerator), self.settings.batch_size
+        for start in range(0, len(share), size):
+            indices = list(share[start : start + size])
+            found = self.predict(model, source, indices, mean, accelerator.device, precision)
+            truth = [_truth(source.objects[index], model.masks) for index in indices]
             metric.update(found, truth)
+        if accelerator.num_processes > 1:
+            kept = {name: getattr(metric, name) for name in metric._defaults}
+            states = gather_object([kept])
+            for name in kept:
+                setattr(metric, name, [value for state in states for value in state[name]])
+            metric._update_count = 1  # those of a process without images came from the others
         return _numbers(metric.compute(), model.classes, model.masks)
 
     def _draw(
@@ -400,6 +440,16 @@ class Detect(TaskEvaluation):
             image = picture_of(source, index, len(mean))
             rows.append((image, {key: value.numpy() for key, value in truth.items()}, shown))
         detection_picture(rows, model.classes, folder / "pictures" / "detect.png")
+
+
+def _truth(objects: Objects, masks: bool) -> dict[str, Tensor]:
+    """What is marked in an image, as torchmetrics reads it."""
+    truth = {
+        "boxes": objects.boxes,
+        "labels": objects.labels,
+        "iscrowd": objects.crowd.long(),
+    }
+    return {**truth, "masks": objects.masks()} if masks else truth
 
 
 def _numbers(found: dict[str, Tensor], classes: list[str], masks: bool) -> dict[str, float]:

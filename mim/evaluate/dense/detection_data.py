@@ -9,6 +9,8 @@ bottom in pixels.
 from __future__ import annotations
 
 import json
+import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +25,16 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, name_to_int, permutation
 from mim.data.images.transforms import prepare
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split
-from mim.evaluate.dense.segmentation_data import read_image
+from mim.evaluate.dense.segmentation_data import check_annotation, check_file, opened, read_image
 from mim.evaluate.dense.views import View, fit_factor, fitted_view, stack_pixels, training_view
 
 _SETTING = "evaluations.detect"
+_FILES_CHECKED = 2_000
 _RIM = 1.0  # pixels by which formats that count from 1 may lie outside
 
 
@@ -58,7 +61,7 @@ def coco_tools() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise UserError('evaluation detect needs pycocotools: pip install "mim[detect]"') from error
+        raise UserError("detect needs pycocotools: pip install -e '.[detect]'") from error
     return mask
 
 
@@ -122,10 +125,13 @@ class DetectionSource(ImageSource):
         return str(self.files[index])
 
     def verify(self) -> None:
-        """Sees that the files are there."""
-        for path in self.files:
+        """See that the files are there and, of 2,000 at most, that the annotations fit them."""
+        for path, objects in zip(self.files, self.objects, strict=True):
             if not path.is_file():
                 raise setting_error(f"{_SETTING}.path", str(path), "is annotated but no file")
+            if len(self.files) <= _FILES_CHECKED:
+                height, width = objects.size
+                check_file(path, (width, height), "its annotation")
 
     def _add(self, root: Path, items: list[tuple[Path, Objects, str]], bad_boxes: str) -> None:
         """Takes images with their objects, and where each was written, for messages."""
@@ -179,6 +185,17 @@ def open_detection(spec: DetectionSpec, split: Split) -> DetectionSource:
     return source
 
 
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """A file of a folder by a name that an annotation gives.
+
+    Raises:
+        UserError: if the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{_SETTING}.path: {where}: the name {name!r} leads out of its folder")
+    return folder / name
+
+
 def _class_index(classes: list[str], name: str, where: str) -> int:
     if name not in classes:
         known = ", ".join(classes)
@@ -209,17 +226,23 @@ class VocBoxes(DetectionSource):
         items = []
         for stem, tree in zip(stems, trees, strict=True):
             where = str(root / "Annotations" / f"{stem}.xml")
-            image = root / "JPEGImages" / (tree.findtext("filename") or f"{stem}.jpg")
+            image = _inside(root / "JPEGImages", tree.findtext("filename") or f"{stem}.jpg", where)
             if not image.is_file():
                 image = root / "JPEGImages" / f"{stem}.jpg"
-            items.append((image, self._objects(tree, where), where))
+            items.append((image, self._objects(tree, image, where), where))
         self._add(root, items, spec.bad_boxes)
 
     def _stems(self, root: Path, split: str) -> list[str]:
         path = root / "ImageSets" / "Main" / f"{split}.txt"
         if not path.is_file():
             raise setting_error(f"{_SETTING}.path", str(root), f"has no {path}")
-        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        stems = []
+        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            stem = line.strip()
+            if not _inside(root / "Annotations", f"{stem}.xml", str(path)).is_file():
+                stem = re.sub(r"\s+(-1|0|1)$", "", stem)  # as in the lists of one class
+            stems.append(stem)
+        return stems
 
     def _tree(self, path: Path) -> ElementTree.Element:
         try:
@@ -227,14 +250,16 @@ class VocBoxes(DetectionSource):
         except (OSError, ElementTree.ParseError) as error:
             raise UserError(f"{_SETTING}.path: {path} cannot be read as XML: {error}") from error
 
-    def _objects(self, tree: ElementTree.Element, where: str) -> Objects:
+    def _objects(self, tree: ElementTree.Element, image: Path, where: str) -> Objects:
         def number(node: ElementTree.Element, key: str) -> float:
             text = node.findtext(key)
             try:
-                return float(text or "")
+                value = float(text or "")
             except ValueError:
-                reason = f"{key} is {text!r}, not a number"
-                raise UserError(f"{_SETTING}.path: {where}: {reason}") from None
+                value = math.nan
+            if not math.isfinite(value):
+                raise UserError(f"{_SETTING}.path: {where}: {key} is {text!r}, not a number")
+            return value
 
         boxes, labels, crowd = [], [], []
         for node in tree.iter("object"):
@@ -242,11 +267,15 @@ class VocBoxes(DetectionSource):
             boxes.append([number(node, f"bndbox/{corner}") for corner in corners])
             labels.append(_class_index(self.classes, node.findtext("name", ""), where))
             crowd.append(node.findtext("difficult", "0").strip() == "1")
+        size = int(number(tree, "size/height")), int(number(tree, "size/width"))
+        if min(size) <= 0 and image.is_file():  # some tools leave it at 0 x 0
+            with opened(image) as picture:
+                size = picture.height, picture.width
         return Objects(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.int64),
             torch.tensor(crowd, dtype=torch.bool),
-            (int(number(tree, "size/height")), int(number(tree, "size/width"))),
+            size,
         )
 
 
@@ -313,7 +342,7 @@ class CocoBoxes(DetectionSource):
             if not isinstance(rows, list):
                 raise UserError(f"{_SETTING}.path: {path} is not COCO's: it has no list {key!r}")
             for row in rows:
-                lacking = [f for f in fields if not isinstance(row, dict) or f not in row]
+                lacking = [f for f in fields if not isinstance(row, dict) or row.get(f) is None]
                 if lacking:
                     reason = f"an entry of {key!r} has no {lacking[0]!r}"
                     raise UserError(f"{_SETTING}.path: {path}: {reason}")
@@ -323,8 +352,8 @@ class CocoBoxes(DetectionSource):
     def _find(root: Path, json_path: Path, split: str, name: str) -> Path:
         places = (split, f"{split}2017", f"images/{split}", "images", ".")
         for folder in (json_path.parent, *(root / place for place in places)):
-            if (folder / name).is_file():
-                return folder / name
+            if (file := _inside(folder, name, str(json_path))).is_file():
+                return file
         raise setting_error(f"{_SETTING}.path", str(root), f"has no image {name}")
 
     def _objects(
@@ -334,13 +363,16 @@ class CocoBoxes(DetectionSource):
         names: dict[int, str],
         where: str,
     ) -> Objects:
+        for key in ("height", "width"):
+            if not (_is_number(image[key]) and image[key] >= 1):
+                raise UserError(f"{_SETTING}.path: {where}: {key} is {image[key]!r}, not a size")
         boxes, labels, outlines = [], [], []
         for item in marked:
             if item["category_id"] not in names:
                 reason = f"the category {item['category_id']} is not among its categories"
                 raise UserError(f"{_SETTING}.classes: {where}: {reason}")
             box = item["bbox"]
-            if not isinstance(box, list) or len(box) != 4:
+            if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
                 raise UserError(f"{_SETTING}.path: {where}: bbox is {box!r}, not 4 numbers")
             left, top, width, height = box
             boxes.append([left, top, left + width, top + height])
@@ -353,6 +385,10 @@ class CocoBoxes(DetectionSource):
             (int(image["height"]), int(image["width"])),
             None if None in outlines else outlines,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _id_of(category: dict[str, Any]) -> Any:
@@ -373,15 +409,12 @@ def picture_of(source: DetectionSource, index: int, channels: int) -> Image.Imag
     Raises:
         UserError: if it cannot be read, or has another size than its annotation says.
     """
-    image = prepare(source.image(index), channels)
+    stored = source.image(index)
+    image = prepare(stored, channels)
     if not isinstance(image, Image.Image):
         raise setting_error("data.channels", channels, "must be 1 or 3 for images with boxes")
     height, width = source.objects[index].size
-    if (image.height, image.width) != (height, width):
-        raise UserError(
-            f"{source.describe(index)} is {image.width} x {image.height} pixels, its annotation "
-            f"says {width} x {height}"
-        )
+    check_annotation(stored, source.describe(index), (width, height), "its annotation")
     return image
 
 
@@ -425,12 +458,13 @@ class DetectionBatches(StepBatches):
         self.marked, self.seed, self.scale, self.masks = source, seed, scale, masks
         self.fill = tuple(fill) if len(fill) > 1 else fill[0]
         self.per_epoch = steps_per_epoch(source, data)
+        self.share = slice(None)  # of a batch, for one of several processes
 
     def batch(self, number: int) -> ObjectBatch:
         epoch, position = divmod(number, self.per_epoch)
         order = permutation(self.seed, epoch, len(self.marked))
         size, count = self.config.size, self.config.batch_size
-        indices = order[position * count : (position + 1) * count]
+        indices = order[position * count : (position + 1) * count][self.share]
         ids = self.marked.sample_ids[indices]
         keys = image_keys(self.seed, epoch, ids, purpose="augment")
         images, targets = [], []

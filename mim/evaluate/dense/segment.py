@@ -11,17 +11,21 @@ Shapes: B images, C channels, H x W pixels of a window, K classes, D width of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
-from mim.core.errors import choice_error
-from mim.core.keys import seed_of
+from mim.core.config import FREE
+from mim.core.fields import Natural, Share
+from mim.core.rng import seed_of
 from mim.data import Batch, holdout, normalize
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.pictures import segmentation_picture
@@ -40,15 +44,17 @@ from mim.evaluate.dense.segmentation_data import (
 from mim.evaluate.dense.training import (
     DenseModel,
     DenseSettings,
-    autocast,
+    DenseTask,
     data_of,
     encoder_at_size,
     fill_of,
-    fit,
-    state_of,
+    share_of,
     statistics_of,
+    store_of,
 )
 from mim.evaluate.dense.views import stack_pixels, whole_view
+from mim.evaluate.training import start_accelerator
+from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -70,30 +76,22 @@ class SegmentSettings(DenseSettings):
     source: str = "folders"
     """folders (path/images/{train,val} and path/masks/{train,val}, of equal stems),
     torchvision/VOCSegmentation or torchvision/OxfordIIITPet."""
-    download: bool = True
+    download: bool = field(default=True, metadata=FREE)
     """Whether torchvision may download."""
     void: int = 255
     """Label in the masks of pixels that never count (folders)."""
-    head: str = "upernet"
+    head: Literal["upernet", "linear"] = "upernet"
     """upernet, or linear: one linear layer on the last block."""
-    resize: int = 0
+    resize: Natural = 0
     """Short side in pixels to which images are brought before windows are cut from them; 0: until
     they just cover image_size."""
-    stride: float = 0.67
+    stride: Share = 0.67
     """Step of the sliding window over its side."""
-
-    name: ClassVar[str] = "segment"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head not in HEADS:
-            raise choice_error("evaluations.segment.head", self.head, HEADS)
-        if not 0 < self.stride <= 1:
-            self.refuse("stride", "must be above 0 and at most 1")
-        if self.resize < 0:
-            self.refuse("resize", "must not be below 0")
         if self.head == "upernet" and len(self.scales) != 4:
-            self.refuse("scales", "must be 4, one for each quarter of the depth")
+            raise self.error("scales", "must be 4, one for each quarter of the depth")
 
     @property
     def spec(self) -> SegmentationSpec:
@@ -110,12 +108,38 @@ def _convolution(inside: int, out: int, kernel: int) -> nn.Sequential:
     )
 
 
+class SharedBatchNorm(nn.BatchNorm2d):
+    """torch's, whose batch is that of all processes, which hold equal shares of it."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) -> the same shape."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world == 1 or not self.training:
+            normed: Tensor = super().forward(x)
+            return normed
+        x = x.float()
+        count = x.numel() // x.shape[1] * world
+        mean = all_reduce(x.sum((0, 2, 3), keepdim=True)) / count
+        var = all_reduce((x - mean).square().sum((0, 2, 3), keepdim=True)) / count
+        with torch.no_grad():
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        scale = (var + self.eps).rsqrt() * self.weight[:, None, None]
+        return (x - mean) * scale + self.bias[:, None, None]
+
+
 class LinearHead(nn.Module):
     """Maps (B, D, h, w), of which the last counts -> logits (B, K, h, w)."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = SharedBatchNorm(width)
         self.classifier = nn.Conv2d(width, classes, kernel_size=1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -187,7 +211,7 @@ class Segmenter(DenseModel):
     ) -> None:
         super().__init__()
         self.encoder, self.frozen, self.classes = encoder, settings.freeze, classes
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.seed = mean, std, settings.seed
         linear = settings.head == "linear"
         layers = quarter_layers(len(encoder.blocks))
         self.layers = layers[-1:] if linear else layers
@@ -209,10 +233,17 @@ class Segmenter(DenseModel):
         """Cross-entropy over the pixels that count; 0 where none does."""
         assert isinstance(batch, MaskedBatch)
         device = next(self.parameters()).device
-        logits = self(normalize(batch.images.to(device), self.mean, self.std))
-        masks = batch.masks.to(device)
+        self.draw_drop_paths(batch)
+        images = batch.images.to(device, non_blocking=True)
+        logits = self(normalize(images, self.mean, self.std))
+        masks = batch.masks.to(device, non_blocking=True)
         summed = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
         return summed / (masks != VOID).sum().clamp(min=1)
+
+    def counted(self, batch: Batch) -> int:
+        """Pixels that count."""
+        assert isinstance(batch, MaskedBatch)
+        return int((batch.masks != VOID).sum())
 
     @torch.no_grad()
     def predict(self, images: Tensor, stride: float) -> Tensor:
@@ -263,7 +294,9 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 def _confusion_metric(classes: int) -> Metric:
     from torchmetrics.classification import MulticlassConfusionMatrix  # slow to import
 
-    return MulticlassConfusionMatrix(classes, ignore_index=VOID, validate_args=False)
+    return MulticlassConfusionMatrix(
+        classes, ignore_index=VOID, validate_args=False, sync_on_compute=False
+    )
 
 
 def _miou(confusion: Tensor) -> Tensor:
@@ -284,11 +317,10 @@ def _numbers(confusion: Tensor, classes: list[str]) -> dict[str, float]:
     return numbers
 
 
-@EVALUATIONS.register("segment")
+@EVALUATIONS.register("segment", SegmentSettings)
 class Segment(TaskEvaluation):
     """A label for each pixel; mIoU."""
 
-    Settings = SegmentSettings
     settings: SegmentSettings
     _sources: tuple[SegmentationSource, SegmentationSource] | None = None
 
@@ -306,7 +338,7 @@ class Segment(TaskEvaluation):
             spec = self.settings.spec
             own, other = open_segmentation(spec, "train"), open_segmentation(spec, "val")
             if len(own) < 2:
-                self.settings.refuse("path", "holds fewer than 2 training images")
+                raise self.settings.error("path", "holds fewer than 2 training images")
             return own, other
         return self._sources
 
@@ -328,51 +360,37 @@ class Segment(TaskEvaluation):
             miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS for each class that
             is there, and what was chosen on the held-out images.
         """
-        s, device = self.settings, torch.device(device)
+        s, accelerator = self.settings, start_accelerator(device)
         own, other = self._opened()
         mean, std = statistics_of(encoder, s)
-        vit = encoder_at_size(encoder, s)
-        model = Segmenter(vit, s, list(own.classes), mean, std)
-        state = state_of(folder, s, encoder, own, precision)
+        model = Segmenter(encoder_at_size(encoder, s), s, list(own.classes), mean, std)
+        store = store_of(folder, s, encoder, own, precision)
         numbers: dict[str, float] = {}
         if s.weights:
             model.load(Path(s.weights))
-            model.to(device).eval()
-        else:
-            model.to(device)
+        model.to(accelerator.device).eval()
+        if not s.weights:
             held, rest = (
                 SegmentationSubset(own, holdout(own.sample_ids, s.held_out, part))
                 for part in ("val", "train")
             )
-            data = data_of(encoder, s, len(rest))
-            batches = SegmentationBatches(
-                rest, data, s.seed, s.resize, (s.scale[0], s.scale[1]), fill_of(mean)
-            )
-
-            def measure() -> float:
-                return float(_miou(self._confusion(model, held, device, precision)))
-
-            found = fit(
-                model,
-                batches,
-                batches.per_epoch,
-                measure,
-                s,
-                device,
-                precision,
+            data, scale = data_of(encoder, s, len(rest)), (s.scale[0], s.scale[1])
+            batches = SegmentationBatches(rest, data, s.seed, s.resize, scale, fill_of(mean))
+            best = DenseTask(model, s, batches, accelerator, precision).fit(
+                lambda: float(_miou(self._confusion(model, held, accelerator, precision))),
                 f"segment {encoder.name}",
-                state,
+                store,
             )
-            numbers = {"chosen_miou": found.pop("chosen"), **found}
-        confusion = self._confusion(model, other, device, precision)
+            numbers = best.numbers("miou")
+        confusion = self._confusion(model, other, accelerator, precision)
         numbers = {**_numbers(confusion, model.classes), **numbers}
-        if folder is not None:
+        if folder is not None and accelerator.is_main_process:
             if s.save and not s.weights:
                 model.save(folder / FILE, numbers)
             if s.pictures:
-                self._draw(model, other, device, precision, folder)
-        if state is not None:
-            state.remove()
+                self._draw(model, other, accelerator.device, precision, folder)
+            if store is not None:
+                store.remove()
         return numbers
 
     @torch.no_grad()
@@ -391,19 +409,21 @@ class Segment(TaskEvaluation):
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
         pixels = stack_pixels([view.pixels(image, 0)]).to(device)
-        with autocast(device, precision):
+        with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
         predicted = _resize(logits.float(), original).argmax(1)[0].cpu()
         return predicted, torch.from_numpy(np.array(mask)).long()
 
     def _confusion(
-        self, model: Segmenter, source: SegmentationSource, device: torch.device, precision: str
+        self, model: Segmenter, source: SegmentationSource, accelerator: Accelerator, precision: str
     ) -> Tensor:
+        """(K, K) counts over all images, of which each process reads its share."""
         metric = _confusion_metric(len(model.classes))
-        for index in range(len(source)):
-            predicted, truth = self.labels(model, source, index, device, precision)
-            metric.update(predicted, truth)
-        return metric.compute()
+        for index in share_of(len(source), accelerator):
+            metric.update(*self.labels(model, source, index, accelerator.device, precision))
+        counts: Tensor = metric.confmat  # type: ignore[assignment]  # zeros without images
+        total: Tensor = accelerator.reduce(counts.to(accelerator.device), "sum")
+        return total.cpu()
 
     def _draw(
         self,

@@ -8,7 +8,8 @@ Shapes: B images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,17 +22,25 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
-from mim.data.images.decode import DECODE_ERRORS, EXTENSIONS
-from mim.data.images.transforms import prepare
+from mim.core.rng import image_keys, name_to_int, permutation
+from mim.data.images.decode import (
+    DECODE_ERRORS,
+    EXTENSIONS,
+    UnreadableImage,
+    decoding,
+    open_image,
+    open_regular,
+    read_picture,
+)
+from mim.data.images.transforms import prepare, upright
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split
 from mim.evaluate.dense.views import cover_factor, stack_pixels, training_view
 
 VOID = -1
 """Label, within the project, of the pixels that never count."""
-# Reading so many masks takes some seconds; of larger sets a bad mask shows when it is read.
+# Reading them takes some seconds; of larger sets a bad mask shows when it is read.
 _MASKS_CHECKED = 2_000
 _SETTING = "evaluations.segment"
 
@@ -64,6 +73,10 @@ class SegmentationSource(ImageSource):
     def read_mask(self, index: int) -> NDArray[np.integer[Any]]:
         """(height, width), the labels as they stand in the file."""
 
+    def glance(self, index: int) -> bytes:
+        """Of the image and its mask: a state is not used over other masks either."""
+        return super().glance(index) + self.read_mask(index).tobytes()
+
     def describe_mask(self, index: int) -> str:
         """What a message calls the mask at a position."""
         return f"the mask of {self.describe(index)}"
@@ -85,11 +98,30 @@ class SegmentationSource(ImageSource):
             )
         return np.where(is_void, np.int32(VOID), given)
 
-    def verify(self) -> None:
-        """Reads every mask, if they are 2,000 at most."""
-        if len(self) <= _MASKS_CHECKED:
-            for index in range(len(self)):
-                self.mask(index)
+    def verify(self, split: Split) -> None:
+        """Read the masks, 2,000 of them or more until every class of train has been seen.
+
+        Raises:
+            UserError: if a class has no pixel in train, or all of val is void.
+        """
+        unseen = set(range(len(self.classes)))
+        for index in range(len(self)):
+            if index >= _MASKS_CHECKED and (split == "val" or not unseen):
+                return
+            mask = self.mask(index)
+            self.verify_size(index, (mask.shape[1], mask.shape[0]))
+            unseen -= set(np.unique(mask).tolist())
+        void = f"{self.void} is void (evaluations.segment.void)"
+        if split == "train" and unseen:
+            label = min(unseen)
+            name = self.classes[label]
+            reason = f"no mask of train has a pixel of {name!r}, whose label is {label}; {void}"
+            raise UserError(f"{_SETTING}.classes: {reason}")
+        if len(unseen) == len(self.classes):
+            raise UserError(f"{_SETTING}.void: all pixels of the masks of {split} are void; {void}")
+
+    def verify_size(self, index: int, size: tuple[int, int]) -> None:
+        """Compare an image with the (width, height) of its mask, where that is cheap."""
 
 
 SegmentationFactory: TypeAlias = Callable[[SegmentationSpec, Split], SegmentationSource]
@@ -109,7 +141,7 @@ def open_segmentation(spec: SegmentationSpec, split: Split) -> SegmentationSourc
     if 0 <= source.void < len(source.classes):
         reason = f"is the label of the class {source.classes[source.void]!r} too"
         raise setting_error(f"{_SETTING}.void", source.void, reason)
-    source.verify()
+    source.verify(split)
     return source
 
 
@@ -120,12 +152,53 @@ def read_image(path: Path) -> Image.Image:
         UserError: if it cannot be read; names the file.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-    except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+        image = read_picture(path, str(path), DataConfig().max_pixels, "pil")
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{path} is an array, which has no masks or boxes")
     return image
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which the header has been read; see :func:`read_image`."""
+    try:
+        with decoding(str(path)), open_regular(path) as file:
+            yield open_image(file)
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
+
+
+def check_file(path: Path, size: tuple[int, int], annotation: str) -> None:
+    """:func:`check_annotation` of a file, of which no more than the header is read."""
+    with opened(path) as image:
+        check_annotation(image, str(path), size, annotation)
+
+
+def check_annotation(image: Image.Image, name: str, size: tuple[int, int], annotation: str) -> None:
+    """Refuse a mask or boxes that do not fit an image as it is seen.
+
+    Args:
+        image: as stored.
+        name: what a message calls it.
+        size: (width, height) of the annotation.
+        annotation: what a message calls that.
+
+    Raises:
+        UserError: if the sizes differ, or if EXIF turns the image and the annotation may have been
+            made on the picture as it is stored.
+    """
+    seen = upright(image)
+    if seen is not image and size == image.size:
+        raise UserError(
+            f"{name} is turned by its EXIF orientation, and {annotation} may have been made on the "
+            "picture as it is stored; store it upright"
+        )
+    if size != seen.size:
+        raise UserError(
+            f"{name} is {seen.width} x {seen.height} pixels, {annotation} {size[0]} x {size[1]}"
+        )
 
 
 def _labels_of(image: Image.Image, name: str) -> NDArray[np.integer[Any]]:
@@ -177,26 +250,8 @@ class SegmentationFolders(SegmentationSource):
     def describe_mask(self, index: int) -> str:
         return str(self.masks[index])
 
-    def verify(self) -> None:
-        """Compares the sizes of images and masks, and reads every mask, as far as they are few."""
-        super().verify()
-        for index in range(len(self)) if len(self) <= _MASKS_CHECKED else ():
-            try:
-                with Image.open(self.images[index]) as image, Image.open(self.masks[index]) as mask:
-                    sizes = image.size, mask.size
-            except DECODE_ERRORS as error:
-                raise UserError(f"{self.images[index]} cannot be read as an image") from error
-            _check_sizes(self, index, *sizes)
-
-
-def _check_sizes(
-    source: SegmentationSource, index: int, image: tuple[int, int], mask: tuple[int, int]
-) -> None:
-    if image != mask:
-        raise UserError(
-            f"{source.describe_mask(index)} is {mask[0]} x {mask[1]} pixels, its image "
-            f"{image[0]} x {image[1]}"
-        )
+    def verify_size(self, index: int, size: tuple[int, int]) -> None:
+        check_file(self.images[index], size, f"its mask {self.masks[index]}")
 
 
 def _stems(folder: Path, given: str) -> dict[str, Path]:
@@ -217,28 +272,10 @@ def _stems(folder: Path, given: str) -> dict[str, Path]:
 
 
 _VOC_CLASSES = [
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-]
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+]  # fmt: skip
 
 
 class _TorchvisionMasks(SegmentationSource):
@@ -322,11 +359,12 @@ def pair(source: SegmentationSource, index: int, channels: int) -> tuple[Image.I
     Raises:
         UserError: if one cannot be read or used, or their sizes differ.
     """
-    image = prepare(source.image(index), channels)
-    if not isinstance(image, Image.Image):
+    stored = source.image(index)
+    image = prepare(stored, channels)
+    if not (isinstance(image, Image.Image) and isinstance(stored, Image.Image)):
         raise setting_error("data.channels", channels, "must be 1 or 3 for images with masks")
     mask = Image.fromarray(source.mask(index))
-    _check_sizes(source, index, image.size, mask.size)
+    check_annotation(stored, source.describe(index), mask.size, source.describe_mask(index))
     return image, mask
 
 
@@ -360,12 +398,13 @@ class SegmentationBatches(StepBatches):
         self.pairs, self.seed, self.resize, self.scale = source, seed, resize, scale
         self.fill = tuple(fill) if len(fill) > 1 else fill[0]
         self.per_epoch = steps_per_epoch(source, data)
+        self.share = slice(None)  # of a batch, for one of several processes
 
     def batch(self, number: int) -> MaskedBatch:
         epoch, position = divmod(number, self.per_epoch)
         order = permutation(self.seed, epoch, len(self.pairs))
         size, count = self.config.size, self.config.batch_size
-        indices = order[position * count : (position + 1) * count]
+        indices = order[position * count : (position + 1) * count][self.share]
         ids = self.pairs.sample_ids[indices]
         keys = image_keys(self.seed, epoch, ids, purpose="augment")
         images, masks = [], []

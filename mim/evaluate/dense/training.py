@@ -1,148 +1,138 @@
 """What segmentation and detection share: settings, the encoder at the task's size, training, files.
 
 An encoder, frozen or fine-tuned, is trained with a head on images of the task's own. The best epoch
-is chosen on a keyed share of the training images; val is asked once, at the end. Order and views
-follow from (seed, epoch, sample id), drop path and what a head samples from (seed, step).
+is chosen on a keyed share of the training images; val is asked once, at the end. Order, views, drop
+path and what a head samples follow from (seed, epoch, sample id), so that several processes compute
+what one does.
 
 Shapes: B images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
-from mim.core.cpu.linear import use_linear
-from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import seed_of
-from mim.core.progress import RunProgress
-from mim.core.signals import Interrupted, Signals
-from mim.data import Batch, BatchLoader, ImageSource, StepBatches, open_source
-from mim.evaluate.base import AnySettings
+from mim.core.config import FREE, DataConfig
+from mim.core.cpu.kernels import tune
+from mim.core.errors import UserError, setting_error
+from mim.core.fields import (
+    BelowOne,
+    Between,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Span,
+    is_free,
+)
+from mim.data import Batch, BatchLoader, ImageSource, open_source
+from mim.evaluate.dense.detection_data import DetectionBatches
 from mim.evaluate.dense.pyramid import SCALES
-from mim.evaluate.features import AUTOCAST
-from mim.evaluate.training import State, identity_of
+from mim.evaluate.dense.segmentation_data import SegmentationBatches
+from mim.evaluate.drop_path import draws_of, key_drop_paths
+from mim.evaluate.features import check_precision
+from mim.evaluate.training import (
+    StepSettings,
+    SupervisedTask,
+    identity_of,
+    train_epochs,
+)
 from mim.model.backbones import (
-    PlainViT,
-    RotaryViT,
     build_backbone,
     family_of,
     load_backbone,
     patch_size_of,
     resize_positions,
 )
-from mim.training.checkpoint import TASK, read_safetensors, save_encoder
+from mim.training.checkpoint import TASK, FileStore, read_safetensors, save_encoder
+from mim.training.hooks import BestEpoch
 from mim.training.optim import Schedule
+from mim.training.runtime.precision import autocast
+from mim.training.trainer import Loss, parts
 
 if TYPE_CHECKING:
     from mim.evaluate.encoders import Encoder
 
 
 @dataclass(frozen=True)
-class DenseSettings(AnySettings):
+class DenseSettings(StepSettings):
     """Settings that segmentation and detection share."""
 
-    path: str = ""
+    path: str = field(default="", metadata=FREE)
     """Folder of the images; see ``source``."""
     classes: tuple[str, ...] = ()
     """Names of the classes."""
-    image_size: tuple[int, ...] = (512, 512)
+    image_size: tuple[Count, Count] = (512, 512)
     """(height, width) of what the encoder reads; position embeddings are interpolated to it."""
     freeze: bool = False
     """Whether the encoder stays as it is and only the head is trained."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training images."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images a step; all where there are fewer training images."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: NonNegative = 1.0
     """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    layer_decay: float = 0.75
+    layer_decay: Share = 0.75
     """Factor of the learning rate from each layer of the encoder to the one before it."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first. None if frozen."""
-    scale: tuple[float, ...] = (0.5, 2.0)
+    scale: Span = (0.5, 2.0)
     """From and to of the random scale of a training image."""
     flip: bool = True
     """Whether half of the training images are mirrored left to right."""
-    width: int = 256
+    width: Count = 256
     """Channels of the head."""
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     """Sizes of the pyramid's maps over that of the grid of patches, descending."""
-    held_out: float = 0.1
+    held_out: Between = 0.1
     """Share of the training images on which the best epoch is chosen."""
-    measure_every: int = 1
+    measure_every: Count = 1
     """Epochs between two measurements on them; the last epoch is always measured."""
     mean: tuple[float, ...] = ()
     """Mean of each channel by which images are normalised; by default as in pre-training."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, likewise."""
-    weights: str = ""
+    weights: str = field(default="", metadata=FREE)
     """File of a trained model of the same settings: it is measured on val, nothing is trained."""
-    checkpoint_every: int = 1
-    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
-    need a run folder."""
-    save: bool = True
+    save: bool = field(default=True, metadata=FREE)
     """Whether the trained model is written into the run folder."""
-    pictures: int = 4
+    pictures: Natural = field(default=4, metadata=FREE)
     """Images of val that are drawn with truth and prediction into the run folder."""
 
     def __post_init__(self) -> None:
-        for setting in ("epochs", "batch_size", "lr", "width", "measure_every"):
-            self._positive(setting, getattr(self, setting))
-        for setting in ("warmup_epochs", "weight_decay", "pictures", "checkpoint_every"):
-            if not getattr(self, setting) >= 0:
-                self.refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self.refuse("layer_decay", "must be above 0 and at most 1")
-        if not 0 <= self.drop_path < 1:
-            self.refuse("drop_path", "must be at least 0 and below 1")
-        if not 0 < self.held_out < 1:
-            self.refuse("held_out", "must lie between 0 and 1")
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            self.refuse("image_size", "must be a height and a width above 0")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            self.refuse("scale", "must be 0 < from <= to")
+        super().__post_init__()
         known = all(scale in SCALES for scale in self.scales)
         if not self.scales or not known or list(self.scales) != sorted(self.scales, reverse=True):
-            self.refuse("scales", f"must be some of {SCALES}, descending")
-        if not all(isinstance(name, str) and name for name in self.classes):
-            self.refuse("classes", "must be names")
+            raise self.error("scales", f"must be some of {SCALES}, descending")
+        if not all(self.classes):
+            raise self.error("classes", "must be names")
         if len(set(self.classes)) < len(self.classes):
-            self.refuse("classes", "names a class twice")
-        for setting in ("mean", "std"):
-            if not all(isinstance(value, (int, float)) for value in getattr(self, setting)):
-                self.refuse(setting, "must be numbers")
+            raise self.error("classes", "names a class twice")
         if len(self.mean) != len(self.std):
-            self.refuse("mean", "must have as many values as std")
+            raise self.error("mean", "must have as many values as std")
         if self.weights and not Path(self.weights).is_file():
-            self.refuse("weights", "is no file")
+            raise self.error("weights", "is no file")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of what the encoder reads."""
         return self.image_size[0], self.image_size[1]
-
-    def refuse(self, setting: str, reason: str) -> None:
-        """Raises the error for a setting that cannot be used."""
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
 
 
 def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
@@ -155,18 +145,20 @@ def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
     if encoder.vit is None or encoder.model is None:
         raise UserError(f"evaluation {settings.name}: how {encoder.name} was built is not known")
     kind = family_of(encoder.vit)
-    if not isinstance(kind, (PlainViT, RotaryViT)):
+    if not kind.has_one_grid:
         reason = f"needs a ViT with one grid of patches, and {encoder.name} is a {kind.kind}"
         raise UserError(f"evaluation {settings.name} {reason}")
     patch = patch_size_of(encoder.vit)
     if settings.size[0] % patch[0] or settings.size[1] % patch[1]:
-        settings.refuse("image_size", f"is not divisible by the patch, {patch[0]} x {patch[1]}")
+        reason = f"is not divisible by the patch, {patch[0]} x {patch[1]}"
+        raise settings.error("image_size", reason)
     drop = 0.0 if settings.freeze else settings.drop_path
     model = replace(
         encoder.model, backbone_args={**encoder.model.backbone_args, "drop_path_rate": drop}
     )
     vit = build_backbone(model, settings.size, encoder.data.channels, settings.seed)
     load_backbone(vit, resize_positions(encoder.vit, vit), encoder.name)
+    key_drop_paths(vit)
     return vit.requires_grad_(not settings.freeze)
 
 
@@ -181,7 +173,7 @@ def statistics_of(
     channels = encoder.data.channels
     if settings.mean:
         if len(settings.mean) != channels:
-            settings.refuse("mean", f"must have {channels} values, one for each channel")
+            raise settings.error("mean", f"must have {channels} values, one for each channel")
         return settings.mean, settings.std
     if encoder.data.mean is not None and encoder.data.std is not None:
         return encoder.data.mean, encoder.data.std
@@ -217,10 +209,22 @@ class DenseModel(nn.Module):
     encoder: Any
     frozen: bool
     classes: list[str]
+    seed: int
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """The training loss of a batch on the model's device."""
+        """The training loss of a batch: a mean over what :meth:`counted` counts."""
+
+    def counted(self, batch: Batch) -> int:
+        """Over how many things the loss of a batch is a mean."""
+        return len(batch)
+
+    def draw_drop_paths(self, batch: Batch) -> None:
+        """For every drop path of the encoder, by the images' keys."""
+        draws = draws_of(self.encoder)
+        if draws is not None:
+            values = draws.draw(batch, self.seed)
+            draws.values = values.to(next(self.parameters()).device)
 
     def train(self, mode: bool = True) -> DenseModel:
         """A frozen encoder stays in eval mode."""
@@ -305,29 +309,130 @@ class _Named(nn.Module):
             self.register_parameter(name.replace(".", "/"), parameter)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a model computes at a precision.
+class _Learner(nn.Module):
+    """Calls the loss of a model, as the wrapper of several processes calls a module."""
+
+    def __init__(self, model: DenseModel) -> None:
+        super().__init__()
+        self.dense = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.dense.loss(batch)
+
+
+def _cut(batch: Batch, cut: slice) -> Batch:
+    """Some images of a batch with all that is told of them."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    parts: dict[str, Any] = {
+        name: value[cut] for name, value in values.items() if isinstance(value, (Tensor, list))
+    }
+    return replace(batch, **parts)
+
+
+# What may differ, too, when a training goes on: it does not change what is computed.
+
+
+class DenseTask(SupervisedTask):
+    """Images with masks or boxes, of which each process takes its share.
+
+    Args:
+        model: on the device.
+        settings: the recipe.
+        batches: step -> batch; each process gets its share of it.
+        per_epoch: steps of an epoch.
+        accelerator: of :func:`start_accelerator`.
+        precision: fp32, bf16 or fp16 (autocast).
 
     Raises:
-        UserError: for an unknown one.
+        UserError: for an unknown precision, or a batch that does not divide among the processes.
     """
-    if precision not in AUTOCAST:
-        raise choice_error("precision", precision, AUTOCAST)
-    dtype = AUTOCAST[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+    model: DenseModel
+    settings: DenseSettings
+    rate = "lr"
+
+    def __init__(
+        self,
+        model: DenseModel,
+        settings: DenseSettings,
+        batches: SegmentationBatches | DetectionBatches,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        check_precision(precision)
+        size, world = batches.config.batch_size, accelerator.num_processes
+        if size % world:
+            reason = f"does not divide among {world} processes"
+            if size < settings.batch_size:
+                reason += f"; the training images allow {size}"
+            raise settings.error("batch_size", reason)
+        super().__init__(model, accelerator, settings, size, batches.per_epoch, settings.epochs)
+        tune(model, accelerator.device, precision)
+        self.data, self.precision = batches, precision
+        share, rank = size // world, accelerator.process_index
+        batches.share = slice(rank * share, (rank + 1) * share)
+
+    def batches(self, start: int) -> Iterable[Batch]:
+        steps = range(start, max(start, self.steps))
+        return BatchLoader(self.data, steps, workers=self.data.config.workers)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Leaves it to the model, which knows what it needs on the device."""
+        return batch
+
+    def parts(self, inputs: Batch, count: int) -> Iterator[tuple[Batch, Tensor | float]]:
+        """See :meth:`Task.parts`; the loss is normalised by what all processes count."""
+        world = self.accelerator.num_processes
+        if count == world == 1:
+            yield inputs, 1.0
+            return
+        cuts = [_cut(inputs, cut) for cut in parts(inputs, count)]
+        counts = torch.tensor([float(self.model.counted(part)) for part in cuts])
+        counts = counts.to(self.accelerator.device, non_blocking=True)
+        total = self.accelerator.reduce(counts.sum(), "sum").clamp(min=1)
+        yield from zip(cuts, counts * world / total, strict=True)
+
+    def loss(self, learner: nn.Module, part: Batch) -> Loss:
+        with autocast(self.precision, self.accelerator.device):
+            loss = learner(part)
+        return Loss(loss, {"loss": loss.detach().float()})
+
+    def learner(self) -> nn.Module:
+        wrapped: nn.Module = self.accelerator.prepare_model(_Learner(self.model))
+        return wrapped
+
+    def fit(self, measure: Callable[[], float], label: str, store: FileStore | None) -> BestEpoch:
+        """Trains, and leaves the model with the weights of the epoch that measured best.
+
+        Args:
+            measure: what is chosen by, on held-out images; more is better. All processes call it.
+            label: what the progress is called.
+            store: from which it goes on where it was interrupted; the caller removes its file.
+
+        Raises:
+            UserError: for a loss that is not finite.
+            Interrupted: after a signal where there is a store, which then has been written.
+        """
+        s, device = self.settings, self.accelerator.device
+        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
+        schedule = Schedule(s.lr, 0.0, warmup, self.steps)
+        groups = parameter_groups(self.model, s)
+        optimizer = torch.optim.AdamW(groups, lr=schedule(0), fused=True)
+        scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
+        best = BestEpoch(
+            lambda _: torch.tensor([measure()], dtype=torch.float64), s.measure_every, "held_out"
+        )
+        train_epochs(self, optimizer, schedule, best, label, store, scaler)
+        return best
 
 
-# What may differ when a training goes on: it does not change what is computed.
-_FREE = ("path", "download", "weights", "save", "pictures", "checkpoint_every")
-
-
-def state_of(
+def store_of(
     folder: Path | None,
     settings: DenseSettings,
     encoder: Encoder,
     source: ImageSource,
     precision: str,
-) -> State | None:
+) -> FileStore | None:
     """From where an interrupted training goes on; None where none is kept.
 
     Args:
@@ -339,117 +444,14 @@ def state_of(
     """
     if folder is None or settings.checkpoint_every == 0 or settings.weights:
         return None
-    recipe = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    kind = type(settings)
+    recipe = {key: value for key, value in asdict(settings).items() if not is_free(kind, key)}
     parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
     path = folder / "evaluations" / f"{settings.name}.pt"
-    return State(path, json.dumps(parts, sort_keys=True))
+    return FileStore(path, json.dumps(parts, sort_keys=True))
 
 
-def fit(
-    model: DenseModel,
-    batches: StepBatches,
-    per_epoch: int,
-    measure: Callable[[], float],
-    settings: DenseSettings,
-    device: torch.device,
-    precision: str,
-    label: str,
-    state: State | None = None,
-) -> dict[str, float]:
-    """Trains the model and leaves it with the weights of the epoch that measured best.
-
-    Args:
-        model: on ``device``.
-        batches: step -> batch.
-        per_epoch: steps of an epoch.
-        measure: what is chosen by, on held-out images; more is better.
-        settings: the recipe.
-        device: where it trains.
-        precision: fp32, bf16 or fp16 (autocast).
-        label: what the progress is called.
-        state: from which it goes on where it was interrupted; the caller removes its file.
-
-    Returns:
-        train_loss, chosen_epoch and ``chosen``, what was measured then.
-
-    Raises:
-        UserError: for an unknown precision or a loss that is not finite.
-        Interrupted: after SIGINT or SIGTERM where there is a state, which then has been written.
-    """
-    total = settings.epochs * per_epoch
-    warmup = min(settings.warmup_epochs * per_epoch, total / 2)
-    schedule = Schedule(settings.lr, 0.0, warmup, total)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=schedule(0), fused=True)
-    use_linear(model, "auto", device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    best, chosen = copy.deepcopy(model.state_dict()), {"chosen": -math.inf}
-    losses: list[Tensor] = []
-    start = 0
-    saved = None if state is None else state.read()
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        best = {key: value.to(device) for key, value in saved["best"].items()}
-        chosen, start = saved["chosen"], saved["step"]
-        losses = list(saved["losses"].to(device))
-    loader = BatchLoader(batches, range(start, total), workers=batches.config.workers)
-
-    def save(step: int) -> None:
-        assert state is not None
-        state.write(
-            {
-                "step": step,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-                "chosen": chosen,
-                "losses": torch.stack(losses).cpu() if losses else torch.zeros(0),
-            }
-        )
-
-    began = time.monotonic()
-    devices = [device] if device.type == "cuda" else []
-    # Without a state there is nothing to save: a signal then does what it always does.
-    noting = nullcontext(Signals()) if state is None else Signals()
-    shown = RunProgress(label, total, start)
-    with torch.random.fork_rng(devices=devices), shown as progress, noting as signals:
-        model.train()
-        for batch in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(batch.step) * group["lr_scale"]
-            torch.manual_seed(seed_of(settings.seed, "step", batch.step))  # drop path, samplers
-            with autocast(device, precision):
-                loss = model.loss(batch)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses.append(loss.detach().float())
-            step = batch.step + 1
-            done, inside = divmod(step, per_epoch)
-            if not inside:
-                mean = float(torch.stack(losses).mean())
-                losses.clear()
-                if not math.isfinite(mean):
-                    settings.refuse("lr", f"gives a loss of {mean} in epoch {done}; lower it")
-                rate = (step - start) * batches.config.batch_size / (time.monotonic() - began)
-                progress.update(step, mean, rate)
-                if done % settings.measure_every == 0 or done == settings.epochs:
-                    value = measure()
-                    model.train()
-                    if value > chosen["chosen"]:
-                        best = copy.deepcopy(model.state_dict())
-                        chosen = {"train_loss": mean, "chosen_epoch": float(done), "chosen": value}
-            every = settings.checkpoint_every * per_epoch
-            if state is not None and (signals.caught or (every and step % every == 0)):
-                save(step)
-            if signals.caught:
-                where = str(state.path) if state is not None else ""
-                raise Interrupted(
-                    signals.caught, f"saved step {step} in {where!r}; do the same again"
-                )
-    model.load_state_dict(best)
-    model.eval()
-    return chosen
+def share_of(count: int, accelerator: Accelerator) -> range:
+    """Which of ``count`` images this process measures; there may be none."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return range(count * rank // world, count * (rank + 1) // world)

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
-from mim.core.keys import uniforms
+from mim.core.rng import uniforms
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,57 +42,47 @@ class View:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """(height, width) of the part of the result that is no padding; it starts at the top left
-        of what is cut out."""
+        """(height, width), from the top left, of the part of the result that is not padding."""
         (height, width), (top, left) = self.scaled, self.corner
         return min(height - top, self.size[0]), min(width - left, self.size[1])
+
+    def move(
+        self, value: T, fill: int | tuple[int, ...] = 0, resample: int = Image.Resampling.BILINEAR
+    ) -> T:
+        """Move an image, a mask or torchvision's ``BoundingBoxes``, all by the same operations.
+
+        Boxes are cut at the rim of what is kept of the image.
+
+        Args:
+            value: of the size of the original image.
+            fill: of the padding, one value or one a channel.
+            resample: how an image is scaled; nearest for a mask.
+        """
+        rows, columns = self.kept
+        value = F.resize(value, list(self.scaled), resample)
+        value = F.crop(value, *self.corner, rows, columns)
+        value = F.pad(value, [0, 0, self.size[1] - columns, self.size[0] - rows], fill)
+        return F.horizontal_flip(value) if self.mirrored else value
 
     def pixels(
         self,
         image: Image.Image,
         fill: int | tuple[int, ...],
-        resample: Image.Resampling = Image.Resampling.BILINEAR,
+        resample: int = Image.Resampling.BILINEAR,
     ) -> NDArray[np.generic]:
-        """The view of an image or, with nearest resampling, of a mask.
-
-        Args:
-            image: of any mode that numpy can read.
-            fill: of the padding, one value or one a channel.
-            resample: how it is scaled.
-
-        Returns:
-            (H, W), or (H, W, C) where the image has channels.
-        """
-        height, width = self.scaled
-        if (image.height, image.width) != self.scaled:
-            image = image.resize((width, height), resample)
-        (top, left), (rows, columns) = self.corner, self.kept
-        cut = np.asarray(image)[top : top + rows, left : left + columns]
-        result: NDArray[np.generic] = np.empty((*self.size, *cut.shape[2:]), cut.dtype)
-        result[...] = np.asarray(fill, cut.dtype)
-        result[:rows, :columns] = cut
-        return np.ascontiguousarray(result[:, ::-1]) if self.mirrored else result
+        """:meth:`move` of an image, as (H, W) or (H, W, C) where it has channels."""
+        return np.array(self.move(image, fill, resample))
 
     def boxes(self, boxes: Tensor, original: tuple[int, int]) -> Tensor:
-        """Boxes (n, 4) as left, top, right, bottom, moved with the image and cut at its rim.
+        """:meth:`move` of boxes (n, 4) as left, top, right, bottom.
 
         Args:
             boxes: in pixels of the original image.
             original: its (height, width).
         """
-        down, across = self.scaled[0] / original[0], self.scaled[1] / original[1]
-        (top, left), (rows, columns) = self.corner, self.kept
-        moved = boxes * boxes.new_tensor([across, down, across, down])
-        moved = moved - boxes.new_tensor([left, top, left, top])
-        moved = moved.maximum(boxes.new_zeros(4)).minimum(
-            boxes.new_tensor([columns, rows, columns, rows])
-        )
-        if self.mirrored:
-            width = self.size[1]
-            moved = torch.stack(
-                [width - moved[:, 2], moved[:, 1], width - moved[:, 0], moved[:, 3]], dim=1
-            )
-        return moved
+        form = tv_tensors.BoundingBoxFormat.XYXY
+        given = tv_tensors.BoundingBoxes(boxes, format=form, canvas_size=original)
+        return self.move(given).as_subclass(Tensor)
 
     def original_boxes(self, boxes: Tensor, original: tuple[int, int]) -> Tensor:
         """The inverse of :meth:`boxes` for a view that is not mirrored, cut at the image's rim."""
@@ -125,7 +120,7 @@ def training_view(
     """The view of one image in one epoch.
 
     Args:
-        key: (1,) int64, of :func:`mim.core.keys.image_keys`.
+        key: (1,) int64, of :func:`mim.core.rng.image_keys`.
         original: (height, width) of the image.
         size: of the result.
         factor: by which the image is scaled where the drawn scale is 1.

@@ -9,46 +9,45 @@ Shapes: H heads, B images, L tokens, D width, K classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mim.core.keys import seed_of
+from mim.core.config import DataConfig
+from mim.core.fields import Positive
+from mim.core.rng import seed_of
 from mim.data import Batch, ImageSource
-from mim.evaluate.base import EncoderEvaluation
+from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import check_pool
+from mim.evaluate.features import check_pool, check_precision
 from mim.evaluate.training import (
+    ClassificationTask,
+    Labelled,
     TrainedSettings,
-    Training,
     accuracies,
-    autocast,
+    augmented,
     check_learnable,
     class_count,
     global_batch,
     identity_of,
     measured,
-    run_training,
     split,
     start_accelerator,
 )
-from mim.training.optim import Schedule
+from mim.training.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
 class FrozenSettings(TrainedSettings):
     """Settings that the trained probes share."""
 
-    base_lr: tuple[float, ...] = (0.1,)
+    base_lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (0.1,)
     """Peak learning rates for a batch of 256, scaled with the batch size: a head is trained with
     each, and the best is chosen."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._not_empty("base_lr")
-        self._positive("base_lr", *self.base_lr)
 
 
 class Heads(nn.Module):
@@ -81,7 +80,6 @@ class FrozenProbe(EncoderEvaluation):
         """The optimizer of groups with ``lr_scale``, one for each head."""
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`EncoderEvaluation.check_encoder`."""
         super().check_encoder(encoder)
         check_pool(encoder.vit, self.settings.pool)
 
@@ -104,73 +102,82 @@ class FrozenProbe(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`."""
         s = self.settings
-        autocast(torch.device(device), precision)  # an unknown precision is told at once
+        check_precision(precision)
         accelerator = start_accelerator(device)
-        place = accelerator.device
         assert encoder.vit is not None
-        encoder.vit.to(place)
+        encoder.vit.to(accelerator.device)
         classes = class_count(train)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(s.seed, "head"))
             first = self.head(encoder, classes)
         heads = [first, *(self._again(first, encoder, classes) for _ in s.base_lr[1:])]
-        model = Heads(heads).to(place)
-
-        images = len(split(train, s)[0])
-        size = global_batch(s, images, accelerator.num_processes)
-        data = replace(
-            encoder.data,
-            batch_size=size,
-            augment="mae",
-            crop_scale=(s.crop_scale[0], s.crop_scale[1]),
-        )
-        total = s.epochs * (images // size)
-        warmup = min(s.warmup_epochs * (images // size), total / 2)
-        peak = s.base_lr[0] * size / 256
+        size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
+        data = augmented(encoder.data, s, size)
+        task = ProbeTask(self, encoder, heads, train, data, accelerator, precision)
+        schedule = task.schedule(s.base_lr[0])
         groups: list[dict[str, object]] = [
-            {"params": list(head.parameters()), "lr_scale": lr / s.base_lr[0], "lr": peak}
+            {"params": list(head.parameters()), "lr_scale": lr / s.base_lr[0], "lr": schedule.peak}
             for head, lr in zip(heads, s.base_lr, strict=True)
         ]
-
-        def prepare(batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
-            assert batch.labels is not None
-            hot = nn.functional.one_hot(batch.labels.to(place), classes)
-            return images, hot.float()
-
-        def forward(model: nn.Module, images: Tensor) -> Tensor:
-            with torch.no_grad(), autocast(place, precision):
-                tokens = self.tokens(encoder, images)
-            logits: Tensor = model(tokens.float())
-            return logits
-
-        training = Training(
-            label=f"{s.name} {encoder.name}",
-            settings=s,
-            data=data,
-            model=model,
-            forward=forward,
-            prepare=prepare,
-            optimizer=self.optimizer(groups),
-            schedule=Schedule(peak, s.min_lr, warmup, total),
-            scaler=torch.amp.GradScaler(place.type, enabled=False),
-            identity=identity_of(encoder, precision),
-        )
         state = None
         if folder is not None and s.checkpoint_every:
             state = folder / "evaluations" / f"{s.name}.pt"
-        trained = run_training(training, train, accelerator, state)
-        found = accuracies(training, model, val, accelerator)
+        label, identity = f"{s.name} {encoder.name}", identity_of(encoder, precision)
+        best = task.choose(self.optimizer(groups), schedule, label, state, identity)
+        found = accuracies(task, task.model, val)
         if state is not None and accelerator.is_main_process:
             state.unlink(missing_ok=True)
-        numbers = measured(found, trained.head, classes) | trained.numbers
+        more = dict(best.numbers("accuracy"))
         if len(s.base_lr) > 1:
-            numbers["chosen_base_lr"] = s.base_lr[trained.head]
-        return numbers
+            more["chosen_base_lr"] = s.base_lr[best.head]
+        return measured(found, best.head, classes, more)
 
     def _again(self, first: nn.Module, encoder: Encoder, classes: int) -> nn.Module:
         """Another head with the same initial weights: heads differ in the learning rate alone."""
         head = self.head(encoder, classes)
         head.load_state_dict(first.state_dict())
         return head
+
+
+class ProbeTask(ClassificationTask):
+    """The heads of a probe trained on the tokens of its encoder, which stays as it is.
+
+    A head whose learning rate is too high diverges alone, and is never chosen.
+
+    Args:
+        probe: says what the heads read.
+        encoder: on the device.
+        heads: H of them.
+        train: see :class:`ClassificationTask`.
+        data: see there.
+        accelerator: see there.
+        precision: of the encoder.
+    """
+
+    def __init__(
+        self,
+        probe: FrozenProbe,
+        encoder: Encoder,
+        heads: list[nn.Module],
+        train: ImageSource,
+        data: DataConfig,
+        accelerator: Accelerator,
+        precision: str,
+    ) -> None:
+        model = Heads(heads).to(accelerator.device)
+        super().__init__(model, probe.settings, train, data, accelerator, heads=len(heads))
+        self.probe, self.encoder, self.precision = probe, encoder, precision
+        self.classes = class_count(train)
+        self.guarded = False
+
+    def targets(self, batch: Batch, images: Tensor) -> Labelled:
+        assert batch.labels is not None
+        hot = nn.functional.one_hot(batch.labels.to(images.device), self.classes)
+        return Labelled(images, hot.float())
+
+    def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(self.precision, images.device):
+            tokens = self.probe.tokens(self.encoder, images)
+        logits: Tensor = learner(tokens.float())
+        return logits

@@ -4,12 +4,13 @@
 model and loads its weights.
 """
 
-from mim.core.cpu.kernels import ATTENTION, use_attention, use_kernels
 from mim.model.backbones.build import (
     build_backbone,
+    check_arguments,
     grid_of,
     load_backbone,
     load_weights,
+    misfit_of,
     patch_size_of,
     resize_positions,
     set_norm_eps,
@@ -34,7 +35,6 @@ from mim.model.backbones.rotary import RotaryViT
 from mim.model.backbones.swin import Swin
 
 __all__ = [
-    "ATTENTION",
     "FAMILIES",
     "UNIT",
     "Embedded",
@@ -48,10 +48,12 @@ __all__ = [
     "block_at",
     "block_outputs",
     "build_backbone",
+    "check_arguments",
     "family_of",
     "grid_of",
     "load_backbone",
     "load_weights",
+    "misfit_of",
     "patch_attention",
     "patch_size_of",
     "register_family",
@@ -59,6 +61,4 @@ __all__ = [
     "set_norm_eps",
     "sincos_position_embedding",
     "supports_split",
-    "use_attention",
-    "use_kernels",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from mim.core.config import ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import seed_of
+from mim.core.fields import plain
+from mim.core.rng import seed_of
 from mim.model.backbones.family import FAMILIES, family_of
 
 # What the project sets itself; the value says where.
@@ -29,6 +31,11 @@ _RESERVED = {
     "checkpoint_path": "mim evaluate",
     "patch_drop_rate": "mask.ratio",
     "dynamic_img_size": "data.image_size",
+}
+# What tells timm where to load weights from, or how to call a builder of its own.
+_LOADING = {
+    *("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "model_cfg"),
+    *("pretrained_filter_fn", "kwargs_filter", "features_only", "scriptable", "exportable"),
 }
 # Entries of a checkpoint that are no part of the encoder.
 _HEADS = ("head.", "attn_pool.")
@@ -74,10 +81,7 @@ def build_backbone(
             divide the image, a model whose patches overlap, or weights that cannot be had.
     """
     setting_name, setting_args = f"{setting}.backbone", f"{setting}.backbone_args"
-    args = dict(model.backbone_args)
-    for name, place in _RESERVED.items():
-        if name in args:
-            raise setting_error(setting_args, args, f"must not set {name}: that is {place}")
+    args = check_arguments(model.backbone_args, setting_args)
     patch = args.get("patch_size")
     if patch is not None:
         sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
@@ -145,6 +149,21 @@ def build_backbone(
         vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
     set_norm_eps(vit, model.norm_eps)
     return vit
+
+
+def check_arguments(args: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """Arguments for timm, none of which loads a file or is a setting elsewhere.
+
+    Raises:
+        UserError: for one that does, or is.
+    """
+    for name in plain(setting, args):
+        if place := _RESERVED.get(name):
+            raise setting_error(setting, dict(args), f"must not set {name}: that is {place}")
+        if name in _LOADING:
+            reason = f"must not set {name}: weights are read by mim import and mim evaluate"
+            raise setting_error(setting, dict(args), reason)
+    return dict(args)
 
 
 def set_norm_eps(module: nn.Module, eps: float | None) -> None:
@@ -245,6 +264,25 @@ def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
     return state
 
 
+def misfit_of(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What keeps weights from being loaded into a model with the weights ``own``; empty if nothing.
+
+    It names the first keys that are missing, unknown or of another shape.
+    """
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            return f"{what} {', '.join(keys[:3])}{more}"
+    return ""
+
+
 def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Strict load of timm keys; a classification head in ``state`` is left out.
 
@@ -253,16 +291,8 @@ def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None
     """
     own = vit.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("head.")}
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has other", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(f"{source} does not fit the model: {what} {', '.join(keys[:3])}{more}")
+    misfit = misfit_of(state, own)
+    if misfit:
+        raise UserError(f"{source} does not fit the model: {misfit}")
     if not next(vit.parameters()).is_meta:  # there is nothing to copy into where all fits
         vit.load_state_dict(state)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim.core.config import RegimeConfig
 from mim.core.patches import Patches, values_at
 
 Grid = tuple[int, int]
@@ -40,6 +39,21 @@ class Embedded:
     rotation: Tensor | None = None
 
 
+class RegimeTraits(Protocol):
+    """What a kind of backbone asks of a regime; see :class:`mim.model.regimes.Regime`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def keeps_all_tokens(self) -> bool: ...
+    @property
+    def hides_keys(self) -> bool: ...
+    @property
+    def hidden_by(self) -> tuple[str, object] | None: ...
+    @property
+    def order(self) -> str: ...
+
+
 class Family(ABC):
     """A view of a timm model as an encoder of masked images.
 
@@ -51,6 +65,8 @@ class Family(ABC):
     """Whether every block returns a token for each patch, as wide as the last block does."""
     takes_padding: bool = True
     """Whether images of a batch may show different numbers of patches under ``drop``."""
+    has_one_grid: bool = False
+    """Whether it is a ViT with one grid of patches from the first block to the last."""
     takes_sizes: bool = False
     """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
@@ -119,8 +135,8 @@ class Family(ABC):
         """Why a model of this kind cannot be used after all; None where it can."""
         return None
 
-    def check(self, config: RegimeConfig) -> None:  # noqa: B027 (most refuse nothing)
-        """Refuse what this kind of backbone cannot do.
+    def check(self, regime: RegimeTraits) -> None:  # noqa: B027 (most refuse nothing)
+        """Refuse a regime that this kind of backbone cannot follow.
 
         Raises:
             UserError: naming the setting and the reason.
@@ -280,53 +296,43 @@ class Transformer(Family):
 
     @property
     def grid(self) -> Grid:
-        """See :class:`Family`."""
         rows, columns = self.vit.patch_embed.grid_size
         return int(rows), int(columns)
 
     @property
     def patch_size(self) -> Grid:
-        """See :class:`Family`."""
         height, width = self.vit.patch_embed.patch_size
         return int(height), int(width)
 
     @property
     def num_prefix(self) -> int:
-        """See :class:`Family`."""
         return int(self.vit.num_prefix_tokens)
 
     @property
     def has_class_token(self) -> bool:
-        """See :class:`Family`."""
         return self.vit.cls_token is not None
 
     @property
     def width(self) -> int:
-        """See :class:`Family`."""
         return int(self.vit.embed_dim)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """See :class:`Family`."""
         return list(self.vit.blocks)
 
     @property
     def pool_norm(self) -> nn.Module:
-        """See :class:`Family`."""
         return self.vit.fc_norm
 
     def refusal(self) -> str | None:
-        """See :class:`Family`."""
         if isinstance(self.vit.patch_embed, PatchEmbed):
             return None
         return f"embeds patches by {type(self.vit.patch_embed).__name__}, which may mix patches"
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
-        """See :class:`Family`; its patches do not overlap."""
-        return self.vit.patch_embed(images)
+        return self.vit.patch_embed(images)  # patches do not overlap
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """See :class:`Family`."""
         tokens, prefix = embedded.tokens, self.num_prefix
         taken = values_at(tokens[:, prefix:], ids)  # (B, T, D)
         if valid is not None:
@@ -334,7 +340,6 @@ class Transformer(Family):
         return Embedded(torch.cat([tokens[:, :prefix], taken], dim=1))
 
     def before_blocks(self, tokens: Tensor) -> Tensor:
-        """See :class:`Family`."""
         return self.vit.norm_pre(tokens)
 
     @abstractmethod
@@ -357,7 +362,6 @@ class Transformer(Family):
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
     ) -> Tensor:
-        """See :class:`Family`."""
         x = self.before_blocks(embedded.tokens)
         for index in range(len(self.vit.blocks)):
             if checkpointing and torch.is_grad_enabled():
@@ -368,6 +372,46 @@ class Transformer(Family):
             if layers is not None:
                 layers.append(x)
         return self.vit.norm(x)
+
+
+class Merging(Family):
+    """Blocks that merge patches on their way, and read them without any mask but their own."""
+
+    is_uniform = False
+
+    @property
+    def width(self) -> int:
+        return int(self.vit.num_features)
+
+    @property
+    def token_width(self) -> int:
+        return int(self.vit.patch_embed.proj.out_channels)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """What runs, first to last: the blocks, and what merges patches between them."""
+        return self.blocks
+
+    def run(
+        self,
+        embedded: Embedded,
+        *,
+        bias: Tensor | None = None,
+        num_keys: int | None = None,
+        checkpointing: bool = False,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        assert bias is None and num_keys is None and layers is None  # see check, is_uniform
+        x = embedded.tokens
+        for part in self.stages:
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(part, x, use_reentrant=False)
+            else:
+                x = part(x)
+        return x
+
+    def classifier_args(self, mean: bool) -> dict[str, Any]:
+        return {"global_pool": "avg"}  # there is no class token
 
 
 def as_unit(block: nn.Module, work: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mim.core.config import RegimeConfig
 from mim.core.errors import UserError, setting_error
-from mim.model.backbones.family import Embedded, Family, Grid, register_family
+from mim.model.backbones.family import Embedded, Grid, Merging, RegimeTraits, register_family
 from mim.model.backbones.swin import spread
 
 
 @register_family(Hiera)
-class HieraFamily(Family):
+class HieraFamily(Merging):
     """Hiera (Ryali et al. 2023, arXiv:2306.00989): a mask hides its mask units.
 
     Early blocks attend inside a unit and each unit ends as one token, so that units can be left
@@ -24,47 +19,30 @@ class HieraFamily(Family):
     are embedded, as in timm's own masked forward, in every regime.
     """
 
-    is_uniform = False
     takes_padding = False
 
     @property
     def grid(self) -> Grid:
-        """See :class:`~mim.model.backbones.Family`."""
         rows, columns = self.vit.mask_spatial_shape
         return int(rows), int(columns)
 
     @property
     def patch_size(self) -> Grid:
-        """See :class:`~mim.model.backbones.Family`."""
         (high, wide), (down, across) = self.vit.patch_stride, self.vit.mask_unit_size
         return int(high * down), int(wide * across)
 
     @property
-    def width(self) -> int:
-        """See :class:`~mim.model.backbones.Family`."""
-        return int(self.vit.num_features)
-
-    @property
-    def token_width(self) -> int:
-        """See :class:`~mim.model.backbones.Family`."""
-        return int(self.vit.patch_embed.proj.out_channels)
-
-    @property
     def blocks(self) -> list[nn.Module]:
-        """See :class:`~mim.model.backbones.Family`."""
         return list(self.vit.blocks)
 
     @property
     def pool_norm(self) -> nn.Module:
-        """See :class:`~mim.model.backbones.Family`."""
         return self.vit.head.norm
 
     def length(self, patches: float) -> float:
-        """See :class:`~mim.model.backbones.Family`."""
         return patches * self.vit.mu_size
 
     def refusal(self) -> str | None:
-        """See :class:`~mim.model.backbones.Family`."""
         vit = self.vit
         ends = tuple(stride**vit.q_pool for stride in vit.q_stride)
         if tuple(vit.mask_unit_size) != ends or vit.q_pool != len(vit.stage_ends) - 1:
@@ -72,33 +50,32 @@ class HieraFamily(Family):
             return f"has mask units of {units} that do not end as one token each"
         return None
 
-    def check(self, config: RegimeConfig) -> None:
+    def check(self, regime: RegimeTraits) -> None:
         """Its global attention takes no mask."""
-        if config.name == "zero" and config.zero.attend_mask:
+        if regime.hides_keys:
             reason = "needs keys that nobody reads, and the attention of a Hiera takes no mask; "
             reason += "choose the regime drop or token, or false"
-            raise setting_error("model.regime.zero.attend_mask", True, reason)
-        if config.order != "bidirectional":
+            raise setting_error(*(regime.hidden_by or ("model.regime.name", regime.name)), reason)
+        if regime.order != "bidirectional":
             reason = "is not possible: the attention of a Hiera takes no mask"
-            raise setting_error("model.regime.order", config.order, reason)
+            raise setting_error("model.regime.order", regime.order, reason)
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`."""
         if is_masked is not None:
             images = self.hide_pixels(images, is_masked)
         return self.vit.patch_embed(images)  # (B, tokens, D)
 
     def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`; all tokens of a hidden unit."""
+        """Hide all tokens of a hidden unit."""
         units = spread(is_masked.view(-1, *self.grid), self.vit.mask_unit_size)
         return super().hide(patches, units.flatten(1), fill)
 
     def place(self, patches: Tensor) -> Embedded:
-        """See :class:`~mim.model.backbones.Family`; ordered so that units stand side by side."""
+        """Add positions, and order the tokens so that units stand side by side."""
         return Embedded(self.vit.unroll(self.vit._pos_embed(patches)))
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """See :class:`~mim.model.backbones.Family`.
+        """Take whole units.
 
         Raises:
             UserError: where images show different numbers of units.
@@ -111,26 +88,3 @@ class HieraFamily(Family):
         units = embedded.tokens.unflatten(1, (self.vit.mu_size, -1))  # (B, tokens, N, D)
         index = ids[:, None, :, None].expand(-1, units.shape[1], -1, units.shape[-1])
         return Embedded(units.gather(2, index).flatten(1, 2))
-
-    def run(
-        self,
-        embedded: Embedded,
-        *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
-        checkpointing: bool = False,
-        layers: list[Tensor] | None = None,
-    ) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`; a token a unit."""
-        assert bias is None and num_keys is None and layers is None  # see check, is_uniform
-        x = embedded.tokens
-        for block in self.vit.blocks:
-            if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
-    def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """See :class:`~mim.model.backbones.Family`; there is no class token."""
-        return {"global_pool": "avg"}

@@ -46,28 +46,24 @@ class NaFlexViT(Transformer):
 
     @property
     def grid(self) -> Grid:
-        """See :class:`~mim.model.backbones.Family`; of images of the size it was built for."""
+        """The grid of images of the size it was built for."""
         height, width = self.vit.image_size
         return height // self.patch_size[0], width // self.patch_size[1]
 
     @property
     def patch_size(self) -> Grid:
-        """See :class:`~mim.model.backbones.Family`."""
         height, width = self.vit.embeds.patch_size
         return int(height), int(width)
 
     @property
     def has_class_token(self) -> bool:
-        """See :class:`~mim.model.backbones.Family`."""
         return self.vit.embeds.cls_token is not None
 
     @property
     def splits(self) -> bool:
-        """See :class:`~mim.model.backbones.Family`."""
         return self._inner.splits
 
     def refusal(self) -> str | None:
-        """See :class:`~mim.model.backbones.Family`."""
         embeds = self.vit.embeds
         if not embeds.is_linear or not embeds.channels_last:
             return "must embed patches of pixels by a linear map (embed_proj_type=linear)"
@@ -76,11 +72,9 @@ class NaFlexViT(Transformer):
         return None
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`."""
         return self._project(patchify(images, self.patch_size))
 
     def embed_patches(self, images: Patches) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`."""
         return self._project(images.values)
 
     def _project(self, patches: Tensor) -> Tensor:
@@ -90,11 +84,10 @@ class NaFlexViT(Transformer):
         return embeds.norm(embeds.proj(patches))
 
     def place(self, patches: Tensor) -> Embedded:
-        """See :class:`~mim.model.backbones.Family`."""
         return self.place_patches(patches, Patches.of(patches.detach(), [self.grid] * len(patches)))
 
     def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
-        """See :class:`~mim.model.backbones.Family`; by timm's own functions, which add in place."""
+        """Add positions by timm's own functions, which add in place."""
         embeds, coords = self.vit.embeds, images.coords
         way = "_grid_sample" if embeds.pos_embed_use_grid_sample else ""
         tokens = patches.clone()
@@ -112,7 +105,6 @@ class NaFlexViT(Transformer):
         return Embedded(tokens, rotation)
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """See :class:`~mim.model.backbones.Family`."""
         taken, rotation = super().take(embedded, ids, valid), embedded.rotation
         if rotation is None:
             return taken
@@ -128,11 +120,9 @@ class NaFlexViT(Transformer):
         bias: Tensor | None,
         num_keys: int | None,
     ) -> Tensor:
-        """See :class:`~mim.model.backbones.family.Transformer`."""
         return self._inner.step(index, x, embedded, bias, num_keys)
 
     def attention(
         self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
     ) -> Tensor:
-        """See :class:`~mim.model.backbones.Family`."""
         return self._inner.attention(index, x, embedded, bias)

@@ -21,6 +21,7 @@ class PlainViT(Transformer):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), DeiT, CLIP's and DINOv2's among them."""
 
     packs = True
+    has_one_grid = True
 
     def __init__(self, vit: Any) -> None:
         super().__init__(vit)
@@ -28,15 +29,12 @@ class PlainViT(Transformer):
 
     @property
     def splits(self) -> bool:
-        """See :class:`Family`."""
         return all(type(b) is Block and type(b.attn) is Attention for b in self.vit.blocks)
 
     def place(self, patches: Tensor) -> Embedded:
-        """See :class:`Family`."""
         return Embedded(self.vit.patch_drop(self.vit._pos_embed(patches)))
 
     def embed_at(self, images: Tensor, ids: Tensor) -> Embedded | None:
-        """See :class:`Family`."""
         vit, embed = self.vit, self.vit.patch_embed
         drops = vit.training and (vit.pos_drop.p > 0 or not isinstance(vit.patch_drop, nn.Identity))
         convolves = type(embed.proj) in (nn.Conv2d, PatchProjection)
@@ -55,7 +53,6 @@ class PlainViT(Transformer):
         return Embedded(torch.cat([prefix, tokens], dim=1))
 
     def embed_patches(self, images: Patches) -> Tensor:
-        """See :class:`Family`."""
         return self._project(images.values)
 
     def _project(self, patches: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ class PlainViT(Transformer):
         return embed.norm(linear_of(embed.proj)(patches, weight, embed.proj.bias))
 
     def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
-        """See :class:`Family`; timm's resampling, to the grid of each image."""
+        """Add positions as timm resamples them to the grid of each image."""
         vit, prefix = self.vit, 0 if self.vit.no_embed_class else self.num_prefix
         tables = {grid: self._positions(grid, prefix) for grid in set(images.grids)}
         rows = [F.pad(tables[g], (0, 0, 0, patches.shape[1] - g[0] * g[1])) for g in images.grids]
@@ -97,7 +94,6 @@ class PlainViT(Transformer):
         bias: Tensor | None,
         num_keys: int | None,
     ) -> Tensor:
-        """See :class:`~mim.model.backbones.family.Transformer`."""
         block = self.vit.blocks[index]
         if num_keys is None:
             return block(x, attn_mask=bias) if bias is not None else block(x)
@@ -106,7 +102,6 @@ class PlainViT(Transformer):
     def attention(
         self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
     ) -> Tensor:
-        """See :class:`Family`."""
         block = self.vit.blocks[index]
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1)  # (B, L, 3, h, d)
@@ -115,7 +110,7 @@ class PlainViT(Transformer):
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """See :class:`Family`; with ``mean`` a norm follows the pooling (MAE)."""
+        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "fc_norm": normed}
 

@@ -24,25 +24,29 @@ class RotaryViT(Transformer):
     stand elsewhere in the sequence. Prefix tokens are not turned.
     """
 
+    has_one_grid = True
+
     @property
     def splits(self) -> bool:
-        """See :class:`Family`."""
         kinds = (EvaAttention, AttentionRope)
         return all(type(b) is EvaBlock and type(b.attn) in kinds for b in self.vit.blocks)
 
     def place(self, patches: Tensor) -> Embedded:
-        """See :class:`Family`."""
         tokens, rotation = self.vit._pos_embed(patches)
         return Embedded(tokens, rotation)  # (N, R), or (blocks, heads, N, R)
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """See :class:`Family`."""
         taken, rotation = super().take(embedded, ids, valid), embedded.rotation
         if rotation is None:
             return taken
-        if self.vit.rope_mixed:  # (blocks, heads, B, T, R) -> (blocks, B, heads, T, R)
-            return replace(taken, rotation=rotation[:, :, ids].transpose(1, 2))
-        return replace(taken, rotation=rotation[ids][:, None])  # (B, 1, T, R)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        if self.vit.rope_mixed:  # (blocks, heads, N, R) -> (blocks, B, heads, T, R)
+            if rotation.ndim == 4:
+                return replace(taken, rotation=rotation[:, :, ids].transpose(1, 2))
+            return replace(taken, rotation=rotation[:, rows, :, ids].permute(2, 0, 3, 1, 4))
+        if rotation.ndim == 2:
+            return replace(taken, rotation=rotation[ids][:, None])  # (B, 1, T, R)
+        return replace(taken, rotation=rotation[rows, :, ids].transpose(1, 2))
 
     def _rotation(self, index: int, embedded: Embedded) -> Tensor | None:
         if embedded.rotation is None or not self.vit.rope_mixed:
@@ -57,7 +61,6 @@ class RotaryViT(Transformer):
         bias: Tensor | None,
         num_keys: int | None,
     ) -> Tensor:
-        """See :class:`~mim.model.backbones.family.Transformer`."""
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
         if num_keys is None:
             return block(x, rope=rotation, attn_mask=bias)
@@ -66,14 +69,13 @@ class RotaryViT(Transformer):
     def attention(
         self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
     ) -> Tensor:
-        """See :class:`Family`."""
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
         q, k, _ = _project(block.attn, block.norm1(x), rotation, x.shape[1])
         scores = q @ k.transpose(-2, -1) * block.attn.scale
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """See :class:`Family`; with ``mean`` a norm follows the pooling (MAE)."""
+        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "use_fc_norm": normed}
 

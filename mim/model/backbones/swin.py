@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mim.core.config import RegimeConfig
 from mim.core.errors import setting_error
-from mim.model.backbones.family import Embedded, Family, Grid, register_family
+from mim.model.backbones.family import Embedded, Grid, Merging, RegimeTraits, register_family
 
 
 @register_family(SwinTransformer, SwinTransformerV2)
-class Swin(Family):
+class Swin(Merging):
     """Swin (Liu et al. 2021, arXiv:2103.14030; 2022, arXiv:2111.09883) as SimMIM pre-trains it.
 
     A mask hides squares of the final stride (32 pixels for patches of 4 and four stages), so that
@@ -26,8 +23,6 @@ class Swin(Family):
     attention masks through timm's blocks, and timm pads where a window does not divide the map.
     """
 
-    is_uniform = False
-
     @property
     def _merged(self) -> int:
         """Patches that one place of the last map covers, in each direction."""
@@ -35,95 +30,60 @@ class Swin(Family):
 
     @property
     def grid(self) -> Grid:
-        """See :class:`Family`."""
         rows, columns = self.vit.patch_embed.grid_size
         return rows // self._merged, columns // self._merged
 
     @property
     def patch_size(self) -> Grid:
-        """See :class:`Family`."""
         height, width = self.vit.patch_embed.patch_size
         return height * self._merged, width * self._merged
 
     @property
-    def width(self) -> int:
-        """See :class:`Family`."""
-        return int(self.vit.num_features)
-
-    @property
-    def token_width(self) -> int:
-        """See :class:`Family`."""
-        return int(self.vit.patch_embed.proj.out_channels)
-
-    @property
     def blocks(self) -> list[nn.Module]:
-        """See :class:`Family`."""
         return [block for stage in self.vit.layers for block in stage.blocks]
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [part for stage in self.vit.layers for part in (stage.downsample, *stage.blocks)]
+
     def length(self, patches: float) -> float:
-        """See :class:`Family`."""
         return patches * self._merged**2
 
     def refusal(self) -> str | None:
-        """See :class:`Family`."""
         if type(self.vit.patch_embed) is PatchEmbed:
             return None
         return f"embeds patches by {type(self.vit.patch_embed).__name__}, which may mix patches"
 
-    def check(self, config: RegimeConfig) -> None:
+    def check(self, regime: RegimeTraits) -> None:
         """Windows need every token and take no mask but their own."""
-        if config.name == "drop":
+        if not regime.keeps_all_tokens:
             reason = f"leaves tokens out, and the windows of a {self.kind} need the whole grid; "
             reason += "choose token"
-            raise setting_error("model.regime.name", "drop", reason)
-        if config.name == "zero" and config.zero.attend_mask:
+            raise setting_error("model.regime.name", regime.name, reason)
+        if regime.hides_keys:
             reason = f"needs keys that nobody reads, and a window of a {self.kind} that is hidden "
             reason += "as a whole would have nothing to read; choose the regime token, or false"
-            raise setting_error("model.regime.zero.attend_mask", True, reason)
-        if config.order != "bidirectional":
+            raise setting_error(*(regime.hidden_by or ("model.regime.name", regime.name)), reason)
+        if regime.order != "bidirectional":
             reason = f"is not possible in the windows of a {self.kind}"
-            raise setting_error("model.regime.order", config.order, reason)
+            raise setting_error("model.regime.order", regime.order, reason)
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
-        """See :class:`Family`; (B, rows, columns, D) of embedded patches."""
-        return self.vit.patch_embed(images)
+        return self.vit.patch_embed(images)  # (B, rows, columns, D)
 
     def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-        """See :class:`Family`; all patches of a hidden square."""
+        """Hide all patches of a hidden square."""
         return super().hide(patches, spread(is_masked.view(-1, *self.grid), self._merged), fill)
 
     def place(self, patches: Tensor) -> Embedded:
-        """See :class:`Family`; positions stand in the windows' attention alone."""
-        return Embedded(patches)
+        return Embedded(patches)  # positions stand in the windows' attention alone
 
-    def run(
-        self,
-        embedded: Embedded,
-        *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
-        checkpointing: bool = False,
-        layers: list[Tensor] | None = None,
-    ) -> Tensor:
-        """See :class:`Family`; the last map row by row."""
-        assert bias is None and num_keys is None and layers is None  # see check, is_uniform
-        x = embedded.tokens  # (B, rows, columns, D)
-        for stage in self.vit.layers:
-            x = stage.downsample(x)
-            for block in stage.blocks:
-                if checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
-        return self.vit.norm(x).flatten(1, 2)  # (B, N, D)
+    def run(self, embedded: Embedded, **options: Any) -> Tensor:
+        """Run all stages; the last map comes row by row, (B, N, D)."""
+        return self.vit.norm(super().run(embedded, **options)).flatten(1, 2)
 
     def features(self, images: Tensor) -> Tensor:
-        """See :class:`Family`."""
         return self.vit.forward_features(images).flatten(1, 2)
-
-    def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """See :class:`Family`; there is no class token."""
-        return {"global_pool": "avg"}
 
 
 def spread(units: Tensor, times: int | Grid) -> Tensor:

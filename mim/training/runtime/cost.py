@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.core.keys import image_keys
 from mim.core.patches import Images
+from mim.core.rng import image_keys
 from mim.model import MaskedImageModel
 
 
@@ -27,22 +31,36 @@ def count_flops(
     image, and the teacher, where there is one. Attention is counted in its plain form, since the
     counter does not know every fused kernel.
     """
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+
+    def loss() -> Tensor:
+        keys = image_keys(0, epoch, sample_ids, purpose="mask")
+        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
+        return model(images, mask).loss
+
     checkpointing, model.regime.checkpointing = model.regime.checkpointing, False
     training = model.training
-    model.train()
+    found = flops_of(model.train(), loss)
+    model.regime.checkpointing = checkpointing
+    model.train(training)
+    return found[0] // len(images), found[1] // len(images)
+
+
+def flops_of(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
+    """(forward, backward) operations of a loss and its gradients, which are then dropped."""
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):
         with forward:
-            keys = image_keys(0, epoch, sample_ids, purpose="mask")
-            mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
-            loss = model(images, mask).loss
+            value = loss()
         with backward:
-            loss.backward()
-    model.regime.checkpointing = checkpointing
+            value.backward()
     model.zero_grad(set_to_none=True)
-    model.train(training)
-    total = len(images)
-    return forward.get_total_flops() // total, backward.get_total_flops() // total
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has computed what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def resident_bytes() -> int:
@@ -62,8 +80,11 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Hardware and versions, as results record them."""
+def environment(
+    device: torch.device, processes: int = 1, plugins: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Hardware and versions, as results record them, and the code: digests of what ran."""
+    package = Path(__file__).parents[2]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -73,4 +94,21 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
+        "code": _digest(sorted(package.rglob("*.py"))),
+        **{f"plugin {name}": _digest([_file_of(name)]) for name in plugins},
     }
+
+
+def _file_of(plugin: str) -> Path:
+    """The file of a plugin that is named as one or as a module."""
+    if plugin.endswith(".py"):
+        return Path(plugin)
+    spec = find_spec(plugin)
+    return Path(spec.origin if spec is not None and spec.origin else plugin)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:12]

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from mim.core.config import Config, TrainConfig
+from mim.core.cpu.kernels import tune
 from mim.core.errors import setting_error
 from mim.model import MaskedImageModel, build_model
-from mim.model.backbones import family_of, use_kernels
+from mim.model.backbones import family_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _FLOAT8_SIDES = 16  # a float8 product's sides are multiples of it
@@ -47,8 +48,9 @@ def model_on(config: Config, device: torch.device) -> MaskedImageModel:
         UserError: as :func:`mim.build_model`, and where the device has no such kernels.
     """
     model = build_model(config).to(device)
-    use_kernels(model, config.train, device)
-    if config.train.precision == "fp8":
+    train = config.train
+    tune(model, device, train.precision, attention=train.attention, linear=train.linear)
+    if train.precision == "fp8":
         _use_float8(model, device)
     return model
 

@@ -21,7 +21,6 @@ from mim.evaluate.dense.detection_data import (
     DetectionSubset,
     ObjectBatch,
     open_detection,
-    picture_of,
     whole_images,
 )
 
@@ -245,9 +244,20 @@ def test_bad_files(both: Path) -> None:
 
     path = both / "coco/annotations/instances_val2017.json"
     content = json.loads(path.read_text())
+    image, box = content["images"][0], content["annotations"][0]
+
+    def first(**changes: Any) -> dict[str, Any]:
+        return {"images": [{**image, **changes}, *content["images"][1:]]}
+
     for change, expected in (
         ({"annotations": 3}, "has no list 'annotations'"),
         ({"images": [{"id": 0}]}, "an entry of 'images' has no 'file_name'"),
+        (first(file_name=None), "an entry of 'images' has no 'file_name'"),
+        (first(file_name="../x.png"), "'../x.png' leads out of its folder"),
+        (first(file_name="/x.png"), "'/x.png' leads out of its folder"),
+        (first(height="tall"), "height is 'tall', not a size"),
+        ({"annotations": [{**box, "bbox": [1, None, 3, 4]}]}, "not 4 numbers"),
+        ({"annotations": [{**box, "bbox": None}]}, "an entry of 'annotations' has no 'bbox'"),
         ({"images": content["images"][:1]}, "annotates the unknown image 1"),
         ({"categories": content["categories"][:2]}, "category 3 is not among its categories"),
     ):
@@ -262,6 +272,37 @@ def test_bad_files(both: Path) -> None:
 
 def test_an_image_of_another_size_than_annotated(both: Path) -> None:
     picture(both / "voc/JPEGImages/train_1.png", [], size=(20, 20))
+    with pytest.raises(UserError, match=r"train_1\.png is 20 x 20 pixels, its annotation 40 x 30"):
+        open_detection(spec(both, "voc"), "train")
+
+
+def test_an_image_that_exif_turns(both: Path) -> None:
+    path = both / "coco/train/train_0.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).save(path, exif=exif)
+    with pytest.raises(UserError, match=r"train_0\.png is turned by its EXIF orientation"):
+        open_detection(spec(both, "coco"), "train")
+
+
+def test_voc_files_as_tools_write_them(both: Path) -> None:
+    """Names with spaces, flags behind names, sizes left at 0; but no way out of the folder."""
+    root = both / "voc"
+    for old, new in (("train_0", "my train 1"), ("train_1", "plain")):
+        (root / f"Annotations/{old}.xml").rename(root / f"Annotations/{new}.xml")
+        (root / f"JPEGImages/{old}.png").rename(root / f"JPEGImages/{new}.png")
+        xml = root / f"Annotations/{new}.xml"
+        text = xml.read_text().replace(old, new)
+        xml.write_text(text.replace("<width>40", "<width>0").replace("<height>30", "<height>0"))
+    names = root / "ImageSets/Main/train.txt"
+    names.write_text("my train 1\nplain  -1\n\n")
     source = open_detection(spec(both, "voc"), "train")
-    with pytest.raises(UserError, match=r"train_1\.png is 20 x 20 pixels, its annotation"):
-        picture_of(source, 1, 3)
+    assert [path.stem for path in source.files] == ["my train 1", "plain"]
+    assert [marked.size for marked in source.objects] == [(30, 40)] * 2
+    assert source.objects[0].boxes[0].tolist() == list(BOXES[0][0][1:])
+    xml.write_text(xml.read_text().replace("plain.png", "../plain.png"))
+    with pytest.raises(UserError, match=r"'\.\./plain\.png' leads out of its folder"):
+        open_detection(spec(both, "voc"), "train")
+    names.write_text("../plain\n")
+    with pytest.raises(UserError, match=r"'\.\./plain\.xml' leads out of its folder"):
+        open_detection(spec(both, "voc"), "train")

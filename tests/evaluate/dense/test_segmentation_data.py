@@ -19,6 +19,7 @@ from mim.evaluate.dense.segmentation_data import (
     SegmentationSpec,
     SegmentationSubset,
     open_segmentation,
+    pair,
 )
 
 CLASSES = ("left", "right")
@@ -120,6 +121,7 @@ def test_batches_do_not_depend_on_workers_or_batch_size(folder: Path) -> None:
         ({"classes": ()}, "must name the classes in order; masks hold 0, 1, 9"),
         ({"classes": ("one",)}, "must name 2 classes at least"),
         ({"void": 1}, "is the label of the class 'right' too"),
+        ({"classes": (*CLASSES, "sky")}, "no mask of train has a pixel of 'sky', whose label is 2"),
         ({"void": 255}, "has the label 9; known are 0 to 1, and 255 is void"),
         ({"source": "folder"}, "did you mean 'folders'?"),
     ],
@@ -146,7 +148,7 @@ def test_bad_files(folder: Path) -> None:
     Image.new("RGB", (16, 12)).save(mask)
     assert f"{mask} is an image of mode RGB; a mask holds one label a pixel" in message()
     Image.new("L", (15, 12)).save(mask)
-    assert f"{mask} is 15 x 12 pixels, its image 16 x 12" in message()
+    assert f"scene_1.png is 16 x 12 pixels, its mask {mask} 15 x 12" in message()
     mask.write_bytes(good[:40])
     assert f"{mask} cannot be read as an image" in message()
     mask.unlink()
@@ -166,6 +168,7 @@ def test_voc_and_pets_of_torchvision(tmp_path: Path) -> None:
     labels = halves(void=False)
     labels[:, 8:] = 15
     labels[0] = 255
+    labels[2:4, 2:12].flat = range(1, 21)
     Image.new("RGB", (16, 12)).save(voc / "JPEGImages/a.jpg")
     Image.fromarray(labels).save(voc / "SegmentationClass/a.png")
     where = {"path": str(tmp_path), "download": False}
@@ -191,3 +194,35 @@ def test_voc_and_pets_of_torchvision(tmp_path: Path) -> None:
         given = SegmentationSpec("torchvision/OxfordIIITPet", **{**where, **changes})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):
             open_segmentation(given, "train")
+
+
+def test_masks_of_0_and_255(folder: Path) -> None:
+    """What is meant as the foreground is void, where 255 is."""
+    for path in folder.glob("masks/*/*.png"):
+        Image.fromarray(halves(void=False) * 255).save(path)
+    with pytest.raises(UserError, match=r"no mask of train has a pixel of 'right'.*255 is void"):
+        open_segmentation(spec(folder, void=255), "train")
+    assert len(open_segmentation(spec(folder, void=255), "val")) == 3, "val may lack a class"
+    for path in folder.glob("masks/val/*.png"):
+        Image.new("L", (16, 12), 255).save(path)
+    with pytest.raises(UserError, match=r"segment\.void: all pixels of the masks of val are void"):
+        open_segmentation(spec(folder, void=255), "val")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "on_stored"), [(1, True), (0, True), (3, True), (6, True), (6, False)]
+)
+def test_an_image_that_exif_turns(folder: Path, orientation: int, on_stored: bool) -> None:
+    """A mask of the picture as stored is refused; one of the picture as seen is taken."""
+    path = folder / "images/train/scene_1.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+    if not on_stored:
+        Image.fromarray(halves(16, 12)).save(folder / "masks/train/scene_1.png")
+    if on_stored and orientation > 1:
+        with pytest.raises(UserError, match=r"scene_1\.png is turned by its EXIF orientation"):
+            open_segmentation(spec(folder), "train")
+    else:
+        image, mask = pair(open_segmentation(spec(folder), "train"), 1, 3)
+        assert image.size == mask.size == ((16, 12) if on_stored else (12, 16))

@@ -1,0 +1,130 @@
+"""``mim data``: inspect, stats, pack."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from mim.cli.options import (
+    Verb,
+    VerbGroup,
+    add_config,
+    add_file,
+    add_json,
+    at_least_one,
+    config_kind,
+    read_config,
+    say,
+    show,
+)
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    about = "decode so many of each split, not all"
+    parser.add_argument("--images", type=at_least_one, help=about)
+    add_file(parser, "--output", "the sheet; by default inspect.png", "PNG")
+    parser.set_defaults(output="inspect.png")
+    add_json(parser, "write every number")
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    config = read_config(options)
+    from dataclasses import asdict
+
+    from mim.training.inspection import inspect
+
+    found = inspect(config, images=options.images, output=Path(options.output))
+
+    def text() -> None:
+        for line in (line for part in found.values() for line in part.lines()):
+            say(line)
+        say(options.output)
+
+    show(options, {split: asdict(part) for split, part in found.items()}, text)
+    return 0
+
+
+def _stats_options(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--images", type=at_least_one, help="read so many, not all")
+    add_file(parser, "--output", "also write them to this YAML file")
+
+
+def _run_stats(options: argparse.Namespace) -> int:
+    config = read_config(options, whole=False)
+    import yaml
+
+    from mim.core.files import write_text_atomic
+    from mim.training.inspection import statistics
+
+    mean, std = statistics(config.data, options.images)
+    tree = {"mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+    text = yaml.safe_dump({"data": tree}, default_flow_style=None, sort_keys=False)
+    if options.output:
+        write_text_atomic(Path(options.output), text)
+    say(text.rstrip())
+    return 0
+
+
+def _pack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a folder (imagefolder), or a config file")
+    parser.add_argument("output", metavar="OUT", help="the folder of the packed set")
+    kinds = "pixels: decoded, memory-mapped; shards: the image files in tar files"
+    parser.add_argument("--kind", default="pixels", help=kinds)
+    parser.add_argument("--size", type=int, help="pixels: bring the shorter side down to it")
+    square = "pixels: cut the longer side down to it too, about the centre"
+    parser.add_argument("--square", action="store_true", help=square)
+    parser.add_argument("--workers", type=int, help="processes; by default one for each core")
+
+
+def _run_pack(options: argparse.Namespace) -> int:
+    from mim.core.config import DataConfig
+    from mim.data.storage.pack import pack
+    from mim.data.storage.packed import Recipe, default_workers, read_manifest
+    from mim.training.settings import load_config
+
+    recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
+    config = DataConfig(source="imagefolder", path=options.source)
+    if not Path(options.source).is_dir():
+        config = load_config(options.source).data
+    workers = default_workers() if options.workers is None else options.workers
+    found = read_manifest(pack(config, options.output, recipe, workers).parent)
+    for split, entry in found["splits"].items():
+        size = sum(part["bytes"] for part in entry["parts"])
+        bad = f", {len(entry['unreadable'])} of them unreadable" if entry["unreadable"] else ""
+        say(f"{split}: {entry['images']} images{bad}, {size / 1e9:.2f} GB")
+    say(f"--data.source packed --data.path {shlex.quote(options.output)}")
+    return 0
+
+
+INSPECT = Verb(
+    "data inspect",
+    "Count and draw what a config would train on.",
+    _inspect_options,
+    _run_inspect,
+    "Decode the images of both splits; print counts, sizes, modes and unreadable files, and\n"
+    "draw a sheet: an image, and its crop and mask in two epochs. Settings may follow:\n"
+    "--data.source imagefolder --data.path DIR",
+    config=config_kind,
+)
+STATS = Verb(
+    "data stats",
+    "Compute data.mean and data.std of the training images.",
+    _stats_options,
+    _run_stats,
+    "Print data.mean and data.std of the training images, as YAML for a config. Settings may\n"
+    "follow: --data.source imagefolder --data.path DIR",
+    config=config_kind,
+)
+PACK = Verb(
+    "data pack",
+    "Write an image set as a few large files.",
+    _pack_options,
+    _run_pack,
+    "Write an image set as a few large files, with labels, ids, class names and digests, for\n"
+    "--data.source packed --data.path OUT. Call it again after a kill: it goes on; or when it\n"
+    "has ended: it checks every byte.",
+)
+VERB = VerbGroup("data", "Look at data sets and prepare them.", [INSPECT, STATS, PACK])

@@ -1,0 +1,308 @@
+"""What a comparison is to run: one config for each combination of the axes, and the references."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mim.compare.sequential import SeedRule
+from mim.core.config import Config
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fingerprints import same_images
+from mim.core.plugins import beside, keep_plugins
+from mim.core.settings import leaves, read_args, to_dict
+from mim.data import open_source, steps_per_epoch
+from mim.evaluate import build_evaluation
+from mim.training import checkpoint
+from mim.training.settings import load_config
+
+VARIANT = "variant"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison: a base config, the axes that vary, and the evaluations."""
+
+    output: str = "runs/compare"
+    """The comparison folder; holds a folder for each run."""
+    name: str = "comparison"
+    """Title of the report."""
+    axes: dict[str, Any] = field(
+        default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
+    )
+    """Dotted config keys and the values each takes; every combination is a run."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """One more axis, of settings that change together: a name and its dotted keys."""
+    evaluations: dict[str, Any] = field(default_factory=lambda: {"linear": {}, "knn": {}})
+    """Evaluations and their settings; empty for images without labels."""
+    references: list[str] = field(default_factory=list)
+    """Run folders, imported ones above all, whose encoders are evaluated on the same images and
+    stand in the tables beside the runs; nothing is trained for them."""
+    primary: str = ""
+    """What decides: an evaluation, or one of its numbers (knn.accuracy); by default the first
+    evaluation."""
+    margin: float = 1.0
+    """Two groups are as good as each other within so many points."""
+    against: str = ""
+    """The group that all others are compared with, by its value on an axis; by default all pairs
+    are compared."""
+    seeds: dict[str, Any] = field(default_factory=dict)
+    """Seeds until the primary measure is decided, in the place of the axis seed:
+    {least: 3, most: 20, until: decided}."""
+    base: Config = field(default_factory=Config)
+    """What all runs share."""
+
+    def __post_init__(self) -> None:
+        if self.seeds:
+            self._check_seeds()
+        if self.primary and self.primary.partition(".")[0] not in self.evaluations:
+            raise choice_error("primary", self.primary, self.evaluations)
+        if self.margin <= 0:
+            raise setting_error("margin", self.margin, "must be above 0")
+        for key, values in self.axes.items():
+            if not isinstance(values, list) or not values:
+                hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
+                reason = "must be a list of values" + (hint if isinstance(values, dict) else "")
+                raise setting_error(f"axes.{key}", values, reason)
+            self._check_key("axes", key)
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise setting_error(f"axes.{key}", values, "names a value twice")
+        for name, settings in self.variants.items():
+            setting = f"variants.{name}"
+            if not isinstance(settings, dict):
+                raise setting_error(setting, settings, "must map dotted keys to values")
+            for key in settings:
+                self._check_key(setting, key)
+                if key in self.axes:
+                    raise setting_error(setting, key, "is an axis already")
+
+    def _check_key(self, setting: str, key: str) -> None:
+        known = leaves(Config)
+        if key not in known and not key.startswith("model.backbone_args."):
+            raise choice_error(setting, key, known)
+        if key in ("output", "resume"):
+            raise setting_error(setting, key, "cannot vary: each run has its own folder")
+
+    def _check_seeds(self) -> None:
+        for key in self.seeds:
+            if key not in ("least", "most", "until"):
+                raise choice_error("seeds", key, ["least", "most", "until"])
+        SeedRule(**self.seeds)
+        if not self.evaluations:
+            raise setting_error("seeds", self.seeds, "needs an evaluation that decides")
+        if self.axes.get("seed", [0]) != [0]:
+            raise setting_error("axes.seed", self.axes["seed"], "cannot stand beside seeds")
+
+    @property
+    def seed_rule(self) -> SeedRule | None:
+        """How seeds are added; None where the axis seed names them."""
+        return SeedRule(**self.seeds) if self.seeds else None
+
+    @property
+    def all_axes(self) -> dict[str, list[Any]]:
+        """The axes; first the names of the variants, where there are any."""
+        axes = {VARIANT: list(self.variants), **self.axes} if self.variants else self.axes
+        rule = self.seed_rule
+        return {**axes, "seed": list(range(rule.most))} if rule else axes
+
+    def settings_of(self, axes: dict[str, Any]) -> dict[str, Any]:
+        """Dotted keys and values that a run's place on the axes stands for."""
+        plain = {key: value for key, value in axes.items() if key != VARIANT}
+        return {**self.variants.get(axes.get(VARIANT, ""), {}), **plain}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a comparison, or one of its two kinds of reference.
+
+    Attributes:
+        folder: name of its folder.
+        kind: run, untrained, pixels or given.
+        axes: dotted key -> value.
+        config: of the run; ``output`` is its folder.
+        given: the run folder whose encoder is evaluated, of kind given.
+    """
+
+    folder: str
+    kind: str
+    axes: dict[str, Any]
+    config: Config
+    given: str = ""
+
+
+def _label(axes: dict[str, Any]) -> str:
+    """A folder name: the last part of each key that tells something, and its value."""
+    parts = []
+    for key, value in axes.items():
+        words = [word for word in key.split(".") if word not in ("name", "model")]
+        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+        parts.append(f"{words[-1] if words else key}={safe}")
+    label = ",".join(parts) or "run"
+    encoded = label.encode(errors="replace")
+    if len(encoded) > 120:  # file systems end at 255 bytes
+        begin = encoded[:100].decode(errors="ignore")  # it may end within a character
+        label = f"{begin}-{hashlib.sha256(encoded).hexdigest()[:12]}"
+    return label
+
+
+def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
+    tree = {**to_dict(base), "output": str(output), "resume": "auto"}
+    for key, value in axes.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return load_config(None, tree)
+
+
+def plan(config: CompareConfig) -> list[Planned]:
+    """All runs and references, in order; every run's config is checked.
+
+    The untrained reference stands once for each seed and encoder, raw pixels once.
+
+    Raises:
+        UserError: if one of the runs has a config that cannot work.
+    """
+    output = Path(config.output)
+    planned: list[Planned] = []
+    keys = list(config.all_axes)
+    for values in itertools.product(*config.all_axes.values()):
+        axes = dict(zip(keys, values, strict=True))
+        folder = _label(axes)
+        varied = _vary(config.base, config.settings_of(axes), output / folder)
+        planned.append(Planned(folder, "run", axes, varied))
+    if len({item.folder for item in planned}) < len(planned):
+        raise UserError("axes: two runs would share a folder; shorten or rename the values")
+    if config.evaluations:
+        planned += list(_references(config, planned, output))
+    planned += list(_given(config, output))
+    return planned
+
+
+def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
+    """The encoders under ``references``, on the images of the base config.
+
+    Raises:
+        UserError: if one is no run folder, two have the same name, or nothing is to be evaluated.
+    """
+    if config.references and not config.evaluations:
+        reason = "are evaluated, and no evaluations are named"
+        raise setting_error("references", config.references, reason)
+    names = [Path(path).resolve().name for path in config.references]
+    if len(set(names)) < len(names):
+        raise setting_error("references", config.references, "has two folders of one name")
+    for name, path in zip(names, config.references, strict=True):
+        checkpoint.read_config(path)
+        folder = f"given,{name}"
+        own = replace(config.base, output=str(output / folder))
+        yield Planned(folder, "given", {}, own, str(Path(path).resolve()))
+
+
+def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
+    varied = {key for settings in config.variants.values() for key in settings}
+
+    def kept(run: Planned, belongs: Callable[[str], bool]) -> dict[str, Any]:
+        """The axes that a reference depends on."""
+        return {
+            key: value
+            for key, value in run.axes.items()
+            if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
+        }
+
+    seen = set()
+    for run in runs:
+        encoder = to_dict(run.config)
+        key = json.dumps([run.config.seed, encoder["data"], _encoder_part(encoder)], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        axes = kept(run, lambda key: key == "seed" or _is_encoder_axis(key))
+        folder = "untrained" + ("," + _label(axes) if axes else "")
+        yield Planned(folder, "untrained", axes, replace(run.config, output=str(output / folder)))
+    seen.clear()
+    for run in runs:
+        key = json.dumps(to_dict(run.config)["data"], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        axes = kept(run, lambda key: key.startswith("data."))
+        folder = "pixels" + ("," + _label(axes) if axes else "")
+        yield Planned(folder, "pixels", axes, replace(run.config, output=str(output / folder)))
+
+
+def _encoder_part(tree: dict[str, Any]) -> list[Any]:
+    model = tree["model"]
+    return [model["backbone"], model["backbone_args"], model["position_embedding"]]
+
+
+def _is_encoder_axis(key: str) -> bool:
+    return key.startswith(("model.backbone", "model.position_embedding", "data."))
+
+
+def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planned]:
+    """Open each distinct data set once, so that its faults show before any training.
+
+    Returns:
+        The plan, with the fingerprint of its images in each config: runs that come later are held
+        to it, and their numbers depend on it.
+
+    Raises:
+        UserError: if images cannot be used, or are not those that a config asks for.
+    """
+    seen: dict[str, str] = {}
+    held = []
+    for item in planned:
+        key = json.dumps(to_dict(item.config.data), sort_keys=True)
+        if key not in seen:
+            train = open_source(item.config.data, "train")
+            val = open_source(item.config.data, "val")
+            steps_per_epoch(train, item.config.data)
+            for name, settings in config.evaluations.items():
+                build_evaluation(name, settings).check(train, val)
+            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
+        wanted = item.config.data.fingerprint
+        if wanted is not None and not same_images(wanted, seen[key]):
+            reason = f"asks for other images than there are, which have {seen[key]}"
+            raise setting_error("data.fingerprint", wanted, reason)
+        data = replace(item.config.data, fingerprint=seen[key])
+        held.append(replace(item, config=replace(item.config, data=data)))
+    return held
+
+
+def with_copies(
+    planned: list[Planned], config: CompareConfig
+) -> tuple[list[Planned], CompareConfig]:
+    """Let all runs load the comparison's copies of plug-ins: a later edit reaches none of them.
+
+    Returns:
+        The plan, and the comparison as it is written down, with the copies' places in its folder.
+
+    Raises:
+        UserError: if a plug-in was edited since the comparison was begun.
+    """
+    output, own = Path(config.output), config.base.plugins
+    kept = keep_plugins(own, output)
+    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
+    held = [
+        replace(item, config=replace(item.config, plugins=copies))
+        if item.config.plugins == own
+        else item
+        for item in planned
+    ]
+    return held, replace(config, base=replace(config.base, plugins=kept))
+
+
+def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:
+    """The comparison that command-line arguments describe.
+
+    Raises:
+        UserError: for an unknown key or a value that is refused.
+    """
+    return read_args(CompareConfig, args, **parser_args)
