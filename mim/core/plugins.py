@@ -107,7 +107,7 @@ def _record(plugin: str) -> Path:
 
 def _note(plugin: str) -> None:
     """Remember that this code has run here, because a user of this machine named it."""
-    with contextlib.suppress(OSError):  # without a home it is asked for again
+    with contextlib.suppress(OSError):  # without a home folder the user is asked again
         _record(plugin).parent.mkdir(parents=True, exist_ok=True)
         _record(plugin).touch()
 

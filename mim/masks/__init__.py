@@ -1,7 +1,6 @@
 """Masks: which patches are hidden, how they are chosen, and who may attend to whom."""
 
-# The modules of generators are imported for their registration.
-from mim.masks import file, guided, patterns
+from mim.masks.file import FileMask
 from mim.masks.generators import (
     MASKS,
     MaskGenerator,
@@ -9,18 +8,35 @@ from mim.masks.generators import (
     hidden_count,
     sample_masks,
 )
+from mim.masks.guided import AttentionMask, LearnedMask
 from mim.masks.patch_mask import PatchMask
+from mim.masks.patterns import (
+    AlignedMask,
+    BlockMask,
+    ColumnMask,
+    GridMask,
+    InverseBlockMask,
+    MultiblockMask,
+    RowMask,
+)
 from mim.masks.statistics import mask_statistics
 
 __all__ = [
     "MASKS",
+    "AlignedMask",
+    "AttentionMask",
+    "BlockMask",
+    "ColumnMask",
+    "FileMask",
+    "GridMask",
+    "InverseBlockMask",
+    "LearnedMask",
     "MaskGenerator",
+    "MultiblockMask",
     "PatchMask",
+    "RowMask",
     "build_mask_generator",
-    "file",
-    "guided",
     "hidden_count",
     "mask_statistics",
-    "patterns",
     "sample_masks",
 ]

@@ -1,7 +1,7 @@
 """Who may attend to whom: a small algebra of attention masks.
 
 In every function ``True`` means *may attend*, and a mask broadcasts to (B, heads, Q, L), Q queries
-and L keys: keys nobody may read are (B, 1, 1, L), an order of tokens is (1, 1, L, L). Masks are
+and L keys: hidden keys are (B, 1, 1, L), an order of tokens is (1, 1, L, L). Masks are
 combined as booleans (:func:`both`, :func:`either`) and turned into what an attention takes at the
 end (:func:`to_additive`, :func:`to_padding`).
 """

@@ -237,7 +237,7 @@ def build_model(config: Config) -> MaskedImageModel:
     vit = build_backbone(model, data.size, data.channels, config.seed)
     family = family_of(vit)
     grid, patch = family.grid, family.patch_size
-    # Where images have several sizes, masks are checked on the grid of each.
+    # Where image sizes differ, masks are checked on the grid of each image.
     generator = build_mask_generator(config.mask, None if data.keeps_aspect else grid, patch)
     regime = build_regime(model.regime, vit, config.seed)
     if not regime.keeps_all_tokens and not family.takes_padding:

@@ -82,7 +82,7 @@ class _Linear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        # A gradient of the gradient is asked for where this is recorded too.
+        # Where this is recorded too, a gradient of the gradient is needed.
         times = F.linear if torch.is_grad_enabled() else _times
         x, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         (rows, inner), outer = x.shape, g.shape[1]

@@ -69,7 +69,7 @@ class Family(ABC):
     has_one_grid: bool = False
     """Whether it is a ViT with one grid of patches from the first block to the last."""
     takes_sizes: bool = False
-    """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
+    """Whether images of different sizes may share a batch (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
     """Whether several images may stand in one sequence."""
     takes_fixed_positions: bool = False

@@ -47,7 +47,7 @@ class PlainViT(Transformer):
         added = vit._pos_embed(patches.new_zeros(1, count, patches.shape[-1]))
         positions = added[0, self.num_prefix :]
         if vit.pos_embed is None or not vit.pos_embed.requires_grad:
-            positions = positions.detach()  # no gradient is summed up for nobody
+            positions = positions.detach()  # a gradient that nobody needs is not summed up
         tokens = patches + F.embedding(ids, positions)  # (B, T, D)
         prefix = added[:, : self.num_prefix].expand(len(tokens), -1, -1)
         return Embedded(torch.cat([prefix, tokens], dim=1))
