@@ -67,51 +67,36 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 
 @dataclass(frozen=True)
 class RunImages:
-    """A run's images.
-
-    Attributes:
-        train: to learn from.
-        val: held out.
-        fingerprint: of both.
-        weigh: how much each counts, or None.
-        per_epoch: steps in a pass over them.
-        steps: of the run.
-    """
+    """The images of a run, and how many steps it takes over them."""
 
     train: ImageSource
     val: ImageSource
     fingerprint: str
+    """Of both."""
     weigh: Weigh | None
+    """How much each training image counts; None where all count alike."""
     per_epoch: int
+    """Steps in one pass over the training images."""
     steps: int
+    """Steps of the whole run."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """This process's share of a batch, or a part of it.
-
-    Attributes:
-        images: (B, C, H, W), normalised, or patches of several sizes.
-        mask: (B, N).
-        weight: (B,) how much each image counts; None where all count alike.
-        total_weight: of all images of all processes.
-    """
+    """This process's share of a batch, or a part of it."""
 
     images: Images
+    """(B, C, H, W), normalised, or patches of several sizes."""
     mask: PatchMask
+    """(B, N)."""
     weight: Tensor | None
+    """(B,) how much each image counts; None where all count alike."""
     total_weight: float | None
+    """Sum over the images of all processes."""
 
 
 class PretrainTask(Task):
-    """Masked images predicted; see :class:`mim.training.trainer.Task`.
-
-    Args:
-        model: on the device of the accelerator.
-        images: of the run.
-        config: of the run.
-        accelerator: of the run.
-    """
+    """Predicts what is hidden in masked images."""
 
     model: MaskedImageModel
 
@@ -150,12 +135,16 @@ class PretrainTask(Task):
         return Inputs(images, mask, weight, batch.total_weight)
 
     def parts(self, inputs: Inputs, count: int) -> Iterator[tuple[Inputs, Tensor | float]]:
-        size, world = len(inputs.images), self.accelerator.num_processes
+        factor: Tensor | float
         for cut in parts(inputs.images, count):
+            images = inputs.images[cut]
             mask = inputs.mask if count == 1 else inputs.mask[cut]
-            weight = None if inputs.weight is None else inputs.weight[cut]
-            part = Inputs(inputs.images[cut], mask, weight, inputs.total_weight)
-            yield part, share_of(size, cut, weight, inputs.total_weight, world)
+            weight, factor = None, len(images) / len(inputs.images)
+            if inputs.weight is not None and inputs.total_weight is not None:
+                weight = inputs.weight[cut]
+                # Gradients, and the loss that is logged, are averaged over processes.
+                factor = weight.sum() * (self.accelerator.num_processes / inputs.total_weight)
+            yield Inputs(images, mask, weight, inputs.total_weight), factor
 
     def loss(self, learner: nn.Module, part: Inputs) -> Loss:
         with autocast(self.config.train.precision, self.accelerator.device):
@@ -340,8 +329,13 @@ def _open_images(
         needed = f"must be at least processes * train.accumulate = {least}"
         raise setting_error("data.batch_size", config.data.batch_size, needed)
     per_epoch = steps_per_epoch(train, config.data)
-    steps = int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
+    steps = total_steps(config, per_epoch)
     return config, RunImages(train, val, seen, weigh, per_epoch, steps)
+
+
+def total_steps(config: Config, per_epoch: int) -> int:
+    """Returns the steps of a run, given those of an epoch."""
+    return int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
 
 
 def _build_task(
@@ -447,25 +441,6 @@ def _result(
         },
         "config": to_dict(config),
     }
-
-
-def share_of(
-    count: int, cut: slice, weight: Tensor | None, total_weight: float | None, world: int
-) -> Tensor | float:
-    """The factor that turns a part's mean loss into its share of the loss of all processes.
-
-    Gradients are averaged over processes, and so is the loss that is logged.
-
-    Args:
-        count: images of this process.
-        cut: which of them are the part.
-        weight: of the part's images; None where all count alike.
-        total_weight: of all images of all processes.
-        world: count of processes.
-    """
-    if weight is None or total_weight is None:
-        return (cut.stop - cut.start) / count
-    return weight.sum() * (world / total_weight)
 
 
 def _check_masks(model: MaskedImageModel, config: Config, source: ImageSource) -> None:
