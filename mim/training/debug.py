@@ -211,7 +211,9 @@ class _Processes:
     process_index: int = 0
 
 
-def debug_batch(run: str | Path, step: int | None = None, device: str | None = None) -> DebuggedStep:
+def debug_batch(
+    run: str | Path, step: int | None = None, device: str | None = None
+) -> DebuggedStep:
     """Computes a training step of a run again and summarises every tensor.
 
     Images, augmentation, masks and dropout are those of the step, for any number of processes.

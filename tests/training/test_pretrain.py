@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, mim: Mim, tiny: Tin
     outcome = mim("pretrain", "--config", config, "--output", run, "--resume", "auto")
     assert outcome.code == 0
     told = " ".join(outcome.err.split())
-    assert newest.name in told and f"going on from step {step_of(older)}" in told
+    assert newest.name in told and f"resuming from step {step_of(older)}" in told
     assert_identical(final(straight), final(run))
     assert lines(straight, "images_per_second") == lines(run, "images_per_second")
 
