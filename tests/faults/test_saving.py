@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import mim.training.pretrain as loop
 from mim.training import checkpoint
@@ -34,17 +35,8 @@ BESIDE = ("--train.async_save", "true")
 
 def content(path: Path) -> dict[str, Any]:
     state = checkpoint.read_checkpoint(path)
-    flat: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, (dict, list, tuple)):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                add(f"{name}/{key}", part)
-        elif not name.endswith(("elapsed", "train_seconds")):
-            flat[name] = value
-
-    add("", state)
-    return flat
+    del state["state"]["elapsed"], state["state"]["train_seconds"]
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
 
 
 def assert_same_checkpoints(one: Path, two: Path) -> None:
