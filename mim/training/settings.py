@@ -15,8 +15,7 @@ __all__ = ["Config", "checked", "load_config", "read_args", "read_tree"]
 
 
 def load_config(
-    path: str | Path | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:
     """Read and check a config.
 
