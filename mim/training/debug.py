@@ -217,8 +217,8 @@ def debug_batch(
     """Computes a training step of a run again and summarises every tensor.
 
     Images, augmentation, masks and dropout are those of the step, for any number of processes.
-    The weights are those that the run kept of a step that was not finite; for any other step
-    those of the newest checkpoint before it.
+    The weights are those that the run saved before a non-finite step. For any other step they
+    are those of the newest checkpoint before it.
 
     Args:
         run: its folder.

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the curves of a run, a line each interval."""
+"""The curves of a run: ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Metrics:
         self._lines: deque[str] = deque()
         self._writer = BackgroundWriter("mim-metrics")
         if path.is_file():
-            kept = []
+            lines = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line cut short by a kill
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            write_text_atomic(path, "".join(kept))
+                        lines.append(line + "\n")
+            write_text_atomic(path, "".join(lines))
 
     def __enter__(self) -> Metrics:
         return self

@@ -27,7 +27,7 @@ from mim.training.checkpoint import write_atomic
 FIXED_SEED, FIXED_EPOCH = 0, -1
 COLUMNS = ("original", "masked", "prediction", "composite")
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-"""Shares of hidden patches under which a finished run is pictured besides its own."""
+"""Mask ratios of the pictures of a finished run, besides its own."""
 Pixels = NDArray[np.uint8]
 
 
@@ -220,11 +220,11 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     height, width = height * factor, width * factor
     size = (len(columns) * (width + gap) - gap, count * (height + gap) - gap)
     drawn = Image.new("RGB", size, "white")
-    for place, column in enumerate(columns):
+    for position, column in enumerate(columns):
         for row, pixels in enumerate(column):
             tile = Image.fromarray(np.ascontiguousarray(as_rgb(pixels)))
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            drawn.paste(tile, (place * (width + gap), row * (height + gap)))
+            drawn.paste(tile, (position * (width + gap), row * (height + gap)))
     return drawn
 
 

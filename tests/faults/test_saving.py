@@ -10,10 +10,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ Tiny = Callable[..., Path]
 # One checkpoint a step, all kept.
 EVERY = {"train.checkpoint_every": 0.04, "train.keep_checkpoints": 9, "train.log_every": 1}
 BESIDE = ("--train.async_save", "true")
+DISK = "1m"
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -190,21 +190,6 @@ def test_a_write_of_a_second_keeps_the_last_good_one(
     assert 3 < time.monotonic() - began < 60
     assert seen == [(step, 0) for step in (None, 1, 2) for _ in range(5)]
     assert_same_checkpoints(plain, run)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if sys.platform != "linux" or shutil.which("mount") is None:
-        pytest.skip("needs Linux and mount")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])

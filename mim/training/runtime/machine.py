@@ -70,7 +70,7 @@ def _advice(config: Config, processes: int) -> str:
     if at_once > 1:
         advice = (
             f"Set train.accumulate to {parts * 2} ({math.ceil(at_once / 2)} at once, the same "
-            f"batch; --resume auto goes on), or data.batch_size to {batch // 2} (another run)"
+            f"batch; resume with --resume auto), or data.batch_size to {batch // 2} (another run)"
         )
     if not config.train.gradient_checkpointing:
         advice += ", or train.gradient_checkpointing to true"

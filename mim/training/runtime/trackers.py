@@ -29,7 +29,7 @@ from mim.core.progress import note
 from mim.core.settings import flatten, to_dict
 
 _MOST_WAITING = 1000
-"""Calls that may wait for a tracker before it is given up."""
+"""Number of waiting calls at which a tracker is dropped."""
 
 
 def tracker_names(config: Config) -> list[str]:
