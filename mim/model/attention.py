@@ -47,7 +47,7 @@ def visible_keys(mask: PatchMask, num_prefix: int = 0) -> Tensor:
     return readable_keys(torch.cat([prefix, visible], dim=1))
 
 
-def causal(length: int, num_prefix: int = 0) -> Tensor:
+def causal(length: int, num_prefix: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """A token reads itself and those before it; the first ``num_prefix`` also read each other.
 
     With a prefix it is the prefix-causal order of autoregressive image models (AIM,
@@ -56,6 +56,7 @@ def causal(length: int, num_prefix: int = 0) -> Tensor:
     Args:
         length: L, tokens, those of the prefix among them.
         num_prefix: how many tokens in front attend in both directions.
+        device: where the mask is made.
 
     Returns:
         (1, 1, L, L) bool.
@@ -65,7 +66,7 @@ def causal(length: int, num_prefix: int = 0) -> Tensor:
     """
     if not 0 <= num_prefix <= length:
         raise setting_error("num_prefix", num_prefix, f"must lie between 0 and {length} tokens")
-    places = torch.arange(length)
+    places = torch.arange(length, device=device)
     before = places[None, :] <= places[:, None]  # (queries, keys)
     inside = (places < num_prefix)[None, :]
     return (before | (inside & inside.mT))[None, None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mim.core.config import Config
+from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Images, Patches
 from mim.masks import MaskGenerator, PatchMask, build_mask_generator
@@ -131,7 +132,7 @@ class MaskedImageModel(nn.Module):
         generator = self.mask_generator
         if isinstance(images, Patches):
             mask = generator.draw_sizes(images, keys, epoch=epoch, sample_ids=sample_ids)
-            return mask.to(images.device, non_blocking=True)
+            return to_device(mask, images.device)
         looks = generator.needs_images or generator.needs_attention or generator.is_trained
         with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
             mask = generator(
@@ -143,7 +144,7 @@ class MaskedImageModel(nn.Module):
                 attention=None if self.teacher is None else self.teacher.attention,
                 network=self.mask_network,
             )
-        return mask.to(images.device, non_blocking=True)
+        return to_device(mask, images.device)
 
     def update_teacher(self, taken: Tensor | float = 1.0) -> None:
         """After an optimizer step: the teacher, where there is one, follows the backbone.

@@ -125,7 +125,7 @@ class Regime(nn.Module, ABC):
             return bias
         both_ways = num_prefix + self.config.causal_prefix
         if ids is None:
-            allowed = causal(tokens.shape[1], both_ways).to(tokens.device)
+            allowed = causal(tokens.shape[1], both_ways, tokens.device)
         else:
             prefix = torch.arange(num_prefix, device=ids.device).expand(len(ids), -1)
             places = torch.cat([prefix, ids + num_prefix], dim=1)  # (B, L)
@@ -211,15 +211,10 @@ REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
-    if family.num_prefix == 0 and not mask.is_equal:
-        if not bool(mask.is_visible.any(dim=1).all()):
-            raise UserError(
-                "mask: an image has every patch masked and the backbone has no prefix token, "
-                "so nothing is left to attend to; lower mask.ratio or add a class token"
-            )
-    elif family.num_prefix == 0 and mask.num_visible == 0:
+    if family.num_prefix == 0 and mask.least_visible == 0:
+        which = "every patch is" if mask.num_visible == 0 else "an image has every patch"
         raise UserError(
-            "mask: every patch is masked and the backbone has no prefix token, so nothing is "
+            f"mask: {which} masked and the backbone has no prefix token, so nothing is "
             "left to attend to; lower mask.ratio or add a class token"
         )
 

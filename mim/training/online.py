@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mim.core.config import Config
+from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Images
 from mim.data import ImageSource, eval_loader, normalize
@@ -74,7 +75,7 @@ class OnlineProbe:
 
     def step(self, images: Images, labels: Tensor) -> None:
         """Learns from (B, C, H, W) normalised images and (B,) labels."""
-        labels = labels.to(images.device)
+        labels = to_device(labels, images.device)
         features = self._features(images)
         logits = self.head(features)  # (B, K)
         loss = F.cross_entropy(logits, labels)
@@ -86,7 +87,7 @@ class OnlineProbe:
         right = (logits.detach().argmax(1) == labels).sum()
         count = len(labels)
         self.sums += torch.stack(
-            [loss.detach().double() * count, right.double(), self.sums.new_tensor(count)]
+            [loss.detach().double() * count, right.double(), self.sums.new_full((), count)]
         )
 
     def take(self) -> dict[str, float]:
@@ -107,11 +108,11 @@ class OnlineProbe:
         patch = self.model.patch_size
         data = self.config.data
         for batch in eval_loader(source, data, rank=rank, world=world, patch_size=patch):
-            images = normalize(batch.images.to(device), source.mean, source.std)
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
             assert batch.labels is not None
             guess = self.head(self._features(images)).argmax(1)
-            right = (guess == batch.labels.to(device)).sum().double()
-            found += torch.stack([right, found.new_tensor(len(batch))])
+            right = (guess == to_device(batch.labels, device)).sum().double()
+            found += torch.stack([right, found.new_full((), len(batch))])
         self.head.train()
         right, count = self.accelerator.reduce(found, "sum").tolist()
         return float(right / count)
