@@ -9,11 +9,12 @@ import torch
 Movable = TypeVar("Movable", bound=Any)  # a tensor, or what moves as one: Patches, PatchMask
 
 
-def to_device(values: Movable, device: torch.device) -> Movable:
+def to_device(values: Movable, device: torch.device | str) -> Movable:
     """Moves values to a device; the host does not wait until they are there.
 
     From ordinary memory CUDA would: it copies from page-locked memory alone while the host goes on.
     """
+    device = torch.device(device)
     if values.device == device:
         return values
     if values.device.type == "cpu" and device.type not in ("cpu", "mps", "meta"):

@@ -18,12 +18,15 @@ from mim.training.pretrain import PretrainTask, _accelerator, _open_images
 from mim.training.runtime.precision import model_on, narrow_weights
 from mim.training.trainer import Hook, Plan, Trainer
 from tests.accelerator.pretend import Pretend, device, pretending
+from tests.evaluate.dense.conftest import scenes, squares  # noqa: F401  (fixtures)
 
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """The device in use, by whatever asks Accelerate for one."""
     monkeypatch.setattr(Accelerator, "device", property(lambda self: device()))
+    # A tensor subclass in inference mode is not allowed what a tensor of CUDA is.
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     with pretending() as found:
         yield found
 
