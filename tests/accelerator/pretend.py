@@ -9,6 +9,7 @@ pinned memory. What it cannot show is time, and kernels of another arithmetic.
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ class Wait:
     """``mim/training/trainer.py Trainer._read``, or ``elsewhere``."""
     line: int
     what: str
+
+    @property
+    def code(self) -> str:
+        """The line that waited."""
+        return linecache.getline(str(_ROOT.parent / self.place.split()[0]), self.line).strip()
 
     def __str__(self) -> str:
         return f"{self.place} (line {self.line}): {self.what}"
