@@ -17,7 +17,7 @@ from mim.compare.cost.step import append_table
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error
 from mim.core.files import prepare_folder, write_json_atomic
-from mim.core.settings import checked, read_args
+from mim.training.settings import checked, read_args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from mim.compare.launchers import server_context
 from mim.core.config import Config
 from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.core.signals import end_at_once
 from mim.training.optim import build_optimizer
 from mim.training.runtime.precision import autocast, model_on, narrow_weights

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim.core.config import Config
 from mim.core.cpu.kernels import tune
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.model import MaskedImageModel, build_model
 from mim.training.runtime.precision import autocast, blocks_of, narrow_weights
 

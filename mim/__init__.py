@@ -13,20 +13,21 @@ from mim import moved
 if TYPE_CHECKING:
     from mim.core.config import Config
     from mim.core.errors import UserError
-    from mim.core.settings import load_config
     from mim.evaluate.finetune import finetune
     from mim.interop import export_run, import_model, import_run
     from mim.masks import PatchMask, sample_masks
-    from mim.model import build_model, encode
+    from mim.model import build_model
+    from mim.model.encode import encode
     from mim.sklearn import MIMFeatures
     from mim.training.loading import load
+    from mim.training.settings import load_config
 
 __version__ = "0.1.0"
 
 moved.install()
 
 _HOME = {
-    "Config": "mim.core.config",
+    "Config": "mim.training.settings",
     "MIMFeatures": "mim.sklearn",
     "PatchMask": "mim.masks",
     "UserError": "mim.core.errors",
@@ -37,7 +38,7 @@ _HOME = {
     "import_model": "mim.interop",
     "import_run": "mim.interop",
     "load": "mim.training.loading",
-    "load_config": "mim.core.settings",
+    "load_config": "mim.training.settings",
     "sample_masks": "mim.masks",
 }
 __all__ = [

@@ -1,4 +1,4 @@
-"""What has moved: code written for old names, such as plug-ins and notebooks, still imports.
+"""Modules and names that have moved: code written for the old ones, such as plug-ins, still works.
 
 Nothing in the package uses this. An entry stays for as long as run folders may name it.
 """
@@ -20,7 +20,7 @@ MOVED = {
     "mim.decoders": "mim.model.decoders",
     "mim.errors": "mim.core.errors",
     "mim.estimator": "mim.sklearn",
-    "mim.keys": "mim.core.keys",
+    "mim.keys": "mim.core.rng",
     "mim.masks.attention": "mim.model.attention",
     "mim.patches": "mim.core.patches",
     "mim.pretrain": "mim.training.pretrain",
@@ -32,7 +32,6 @@ MOVED = {
     "mim.visualize": "mim.evaluate.visualize",
 }
 
-
 NAMES = {
     "mim.compare": {"compare": "mim.api"},
     "mim.compare.runner": {
@@ -41,20 +40,43 @@ NAMES = {
         "server_context": "mim.compare.launchers",
         "SERVER_MODULES": "mim.compare.launchers",
     },
+    "mim.core.config": {
+        "AlignedMaskConfig": "mim.masks.patterns:AlignedSettings",
+        "AttentionMaskConfig": "mim.masks.guided:AttentionSettings",
+        "BlockMaskConfig": "mim.masks.patterns:BlockSettings",
+        "CrossDecoderConfig": "mim.model.decoders:CrossAttentionSettings",
+        "EmaFeaturesConfig": "mim.model.targets.features:EmaFeaturesSettings",
+        "FeaturesConfig": "mim.model.targets.features:FeaturesSettings",
+        "FileMaskConfig": "mim.masks.file:FileSettings",
+        "FrequencyConfig": "mim.model.targets.frequency:FrequencySettings",
+        "HogConfig": "mim.model.targets.hog:HogSettings",
+        "HuggingFaceConfig": "mim.data.sources.tables:HuggingFaceSettings",
+        "InverseBlockMaskConfig": "mim.masks.patterns:InverseBlockSettings",
+        "LearnedMaskConfig": "mim.masks.guided:LearnedSettings",
+        "LowPassConfig": "mim.model.targets.pixels:LowPassSettings",
+        "MlpDecoderConfig": "mim.model.decoders:MlpSettings",
+        "MultiblockMaskConfig": "mim.masks.patterns:MultiblockSettings",
+        "TransformerDecoderConfig": "mim.model.decoders:TransformerSettings",
+        "ZeroConfig": "mim.model.regimes:ZeroSettings",
+    },
+    "mim.core.settings": {
+        "checked": "mim.training.settings",
+        "load_config": "mim.training.settings",
+    },
 }
-"""Names that have left a module which is still there; its ``__getattr__`` asks :func:`name`."""
+"""Names that have left a module which is still there; it asks :func:`attribute`."""
 
 
-def name(module: str, name: str) -> Any:
-    """What a module was once the home of.
+def attribute(module: str, name: str) -> Any:
+    """What a module had under this name, from where it stands now.
 
     Raises:
-        AttributeError: if it was not.
+        AttributeError: if it had none.
     """
-    home = NAMES[module].get(name)
-    if home is None:
+    home, _, renamed = NAMES.get(module, {}).get(name, "").partition(":")
+    if not home:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    return getattr(import_module(home), renamed or name)
 
 
 class _Moved(MetaPathFinder, Loader):

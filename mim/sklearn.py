@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from mim.core.config import Config
+from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.data import Picture, eval_transform, normalize
+from mim.data import Picture, eval_transform, normalize, read_picture
 from mim.evaluate import check_pool, pool_tokens
 from mim.interop.exports import normalisation
 from mim.model.backbones import family_of
@@ -36,6 +36,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         pool: mean (over patch tokens), cls, or both side by side.
         batch_size: images in the encoder at once.
         device: cpu or cuda; by default what there is.
+        trust: whether plug-ins of a run folder from elsewhere may run.
 
     Attributes:
         config_: of the run.
@@ -49,8 +50,10 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         pool: str = "mean",
         batch_size: int = 64,
         device: str | None = None,
+        trust: bool = False,
     ) -> None:
         self.run = run
+        self.trust = trust
         self.pool = pool
         self.batch_size = batch_size
         self.device = device
@@ -63,9 +66,9 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         """
         if self.batch_size < 1:
             raise setting_error("batch_size", self.batch_size, "must be at least 1")
-        self.config_: Config = checkpoint.read_config(self.run)
+        self.config_: Config = checkpoint.read_config(self.run, self.trust)
         self.mean_, self.std_ = normalisation(self.config_)
-        model = load(self.run).requires_grad_(False)
+        model = load(self.run, self.trust).requires_grad_(False)
         check_pool(model.backbone, self.pool)
         device = pick_device(self.device, "device")
         self.model_ = model.to(device)
@@ -101,7 +104,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         found = [torch.zeros(0, self.n_features_out_)]
         for start in range(0, len(X), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(X)))
-            pictures = [_picture(X[row], row) for row in rows]
+            pictures = [_picture(X[row], row, self.config_.data) for row in rows]
             images = eval_transform(pictures, self.config_.data)  # (B, C, H, W) uint8
             with torch.inference_mode():
                 tokens = family_of(vit).features(
@@ -111,18 +114,11 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         return torch.cat(found).numpy()
 
 
-def _picture(item: Any, row: int) -> Picture:
+def _picture(item: Any, row: int, data: DataConfig) -> Picture:
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, (str, Path)):
-        try:
-            with Image.open(item) as image:
-                image.load()
-                return image.copy()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"X[{row}]: {str(item)!r} cannot be read as an image: {error}"
-            ) from error
+        return read_picture(item, f"X[{row}] {str(item)!r}", data.max_pixels, data.decode)
     if isinstance(item, np.ndarray) and item.ndim in (2, 3):
         if item.dtype != np.uint8:
             raise UserError(

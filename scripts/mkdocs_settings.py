@@ -1,7 +1,7 @@
 """Fill the reference of settings when the site is built: a hook of mkdocs.
 
 A page asks for groups of settings by a comment, ``<!-- settings: mask -->``. The lists are read
-from the parsers that check the settings, so that they cannot differ from what a run accepts.
+from the dataclasses that check the settings, so that they cannot differ from what a run accepts.
 """
 
 from __future__ import annotations
@@ -12,18 +12,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from mim.compare.runner import CompareConfig
 from mim.core.config import Config
-from mim.core.settings import config_parser
+from mim.core.settings import explanations, leaves
 from mim.evaluate import EVALUATIONS
 
 _MARK = re.compile(r"<!-- settings: ([\w ]+) -->")
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split()).replace("``", "`")
 
 
 def _kind(kind: Any) -> str:
@@ -40,22 +34,20 @@ def _kind(kind: Any) -> str:
     return f"`{kind.__name__ if isinstance(kind, type) and not arguments else kind}`"
 
 
-def _items(parser: ArgumentParser) -> Iterator[tuple[str, str]]:
-    """Yield the key and the entry of each setting; blocks have no entry of their own."""
-    blocks = {action.dest.rpartition(".")[0] for action in parser._actions}
-    for action in parser._actions:
-        key, kind = action.dest, getattr(action, "_typehint", None) or action.type
-        if kind is None or key in blocks or key == "config" or not action.help:
-            continue
-        default = "null" if action.default is None else action.default
-        head = f"- **`{key}`** ({_kind(kind)}; default `{default}`)  \n  "
-        yield key, head + _line(action.help)
+def _items(kind: type) -> Iterator[tuple[str, str]]:
+    """Yield the key and the entry of each setting."""
+    for key, (owner, name) in leaves(kind).items():
+        default = getattr(owner(), name)
+        hint = typing.get_type_hints(owner, include_extras=True)[name]
+        head = f"- **`{key}`** ({_kind(hint)}; default `{'null' if default is None else default}`)"
+        text = " ".join(explanations(owner).get(name, "").split()).replace("``", "`")
+        yield key, f"{head}  \n  {text}"
 
 
-def _lists(parser: ArgumentParser, wanted: str) -> str:
+def _lists(kind: type, wanted: str = "") -> str:
     """Write one list for each block of settings below ``wanted``."""
     blocks: dict[str, list[str]] = {}
-    for key, item in _items(parser):
+    for key, item in _items(kind):
         block = key.rpartition(".")[0]
         if f"{block}.".startswith(f"{wanted}.") if wanted else not block:
             blocks.setdefault(block, []).append(item)
@@ -65,12 +57,11 @@ def _lists(parser: ArgumentParser, wanted: str) -> str:
 
 def _group(name: str) -> str:
     if name == "evaluations":
-        settings = {each: EVALUATIONS.get(each).Settings for each in EVALUATIONS}
-        lists = {each: _lists(config_parser(kind), "") for each, kind in settings.items()}
-        return "\n\n".join(f"## `{each}`\n\n{items}" for each, items in lists.items())
+        settings = {each: EVALUATIONS.settings(each) for each in EVALUATIONS}
+        return "\n\n".join(f"## `{each}`\n\n{_lists(kind)}" for each, kind in settings.items())
     if name == "compare":
-        return _lists(config_parser(CompareConfig), "")
-    return _lists(config_parser(Config), "" if name == "top" else name)
+        return _lists(CompareConfig)
+    return _lists(Config, "" if name == "top" else name)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -89,7 +89,7 @@ class Outcome:
 def losses_of() -> Callable[..., list[float]]:
     """Those of 20 steps of a model on the same 8 images of 8 x 8 under new masks."""
     from mim import Config
-    from mim.core.keys import image_keys
+    from mim.core.rng import image_keys
     from mim.model import MaskedImageModel
     from mim.training.optim import build_optimizer
     from mim.training.runtime.precision import autocast

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +38,8 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs that stand before ours, and those that are known and not ours.
 _LAUNCHERS = ("accelerate", "python", "srun", "torchrun")
 _OTHERS = ("source", "pip")
+# Its examples are files, and its commands name them.
+_OWN = ROOT / "docs" / "howto" / "own-regime.md"
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def check_verb(verb: str, args: list[str]) -> None:
         checked(read_compare_config(options.settings).base)
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=name)
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if b.page != _OWN], ids=name)
 def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
@@ -152,7 +158,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
+    [page for page in PAGES if page != _OWN and "```python" in page.read_text(encoding="utf-8")],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +187,50 @@ def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     for block in own:
         exec(compile(block.text, f"{page.name}: {name(block)}", "exec"), space)
+
+
+def test_examples_of_own_components_work(tmp_path: Path) -> None:
+    """The files of the page, by its commands, in a process that has registered nothing else."""
+    text = _OWN.read_text(encoding="utf-8")
+    files = re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(files) == 6 and all(len(content.splitlines()) <= 40 for _, content in files)
+    for file, content in files:
+        (tmp_path / file).write_text(content)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(40) % 2)
+    (pretrain, compare) = commands(next(b for b in blocks("bash") if b.page == _OWN).text)
+    plugins = json.dumps([file for file, _ in files])
+    pretrain += ["--plugins", plugins, "--data.source", "npz", "--data.path", "images.npz"]
+    pretrain += ["--data.batch_size=8", "--train.max_steps=2", "--log.tensorboard=false"]
+    leak = [block.text for block in blocks("python") if block.page == _OWN][-1]
+    (tmp_path / "check.py").write_text(
+        f"{leak}\n"
+        "from mim.compare.runner import read_compare_config\n"
+        "from mim.core.settings import checked\n"
+        "from mim.evaluate import build_evaluation\n"
+        f"compare = read_compare_config({compare[2:]!r})\n"
+        "checked(compare.base)\n"
+        "for name, given in compare.evaluations.items():\n"
+        "    build_evaluation(name, given)\n"
+    )
+    wrong = [*pretrain, "--mask.ring.first", "corner", "--output", "runs/wrong"]
+    runs = {}
+    for what, words in (
+        ("pretrain", ["-m", *pretrain]),
+        ("wrong", ["-m", *wrong]),
+        ("check", ["check.py"]),
+    ):
+        runs[what] = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    failed = {what: run.stderr for what, run in runs.items() if run.returncode}
+    assert failed.keys() == {"wrong"}, failed
+    assert failed["wrong"].strip() in text
 
 
 def test_links_lead_somewhere() -> None:
@@ -236,9 +286,10 @@ def test_every_component_has_a_row() -> None:
         for name in registry
         if registry.get(name).__module__.startswith("mim.")  # not those of a page's example
     ]
+    sources = [name for name in SOURCES if SOURCES.get(name).__module__.startswith("mim.")]
     tables = {
         "reference/components.md": components,
-        "howto/data.md": [*SOURCES],
+        "howto/data.md": sources,
         "reference/commands.md": [f"mim {verb}" for verb in VERBS],
     }
     for page, names in tables.items():

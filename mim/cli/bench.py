@@ -48,8 +48,7 @@ def _give(options: argparse.Namespace, figures: Mapping[str, Any], table: str) -
     show(options, figures, lambda: say(table))
 
 
-def add_step_options(parser: argparse.ArgumentParser) -> None:
-    """What is timed, and beside what."""
+def _step_options(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser, 5, "all regimes")
     _add_steps(parser, 2)
     peers = "hf, hf-eager, lightly, vit-pytorch, mae; NAME-compiled compiles"
@@ -61,8 +60,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-products", action="store_true", help=alone)
 
 
-def run_step(options: argparse.Namespace) -> int:
-    """Time the steps."""
+def _run_step(options: argparse.Namespace) -> int:
     from mim.compare.cost import bench_step, format_table
 
     figures = bench_step(
@@ -101,8 +99,7 @@ def _argument(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def add_grow_options(parser: argparse.ArgumentParser) -> None:
-    """The setting that grows."""
+def _grow_options(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser, 3, "all steps")
     _add_steps(parser, 1)
     over = "the setting and its values: data.batch_size=16,32,64, or a JSON list behind the ="
@@ -110,8 +107,7 @@ def add_grow_options(parser: argparse.ArgumentParser) -> None:
     add_file(parser, "--figure", "draw time and memory", "PNG")
 
 
-def run_grow(options: argparse.Namespace) -> int:
-    """Time and weigh the steps."""
+def _run_grow(options: argparse.Namespace) -> int:
     key, values = _setting_and_values(options.over)
     from mim.compare.cost import bench_growth, format_growth, growth_figure
     from mim.evaluate.visualize import save_figure
@@ -140,16 +136,14 @@ def _setting_and_values(text: str) -> tuple[str, list[str]]:
     return key, [_argument(value) for value in values]
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What is loaded."""
+def _data_options(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser, 5, "both pipelines")
     parser.add_argument("--images", type=int, default=512, help="images of a round")
     plain = "class folders of the plain pipeline; by default the config's image folder"
     parser.add_argument("--plain", metavar="DIR", help=plain)
 
 
-def run_data(options: argparse.Namespace) -> int:
-    """Time both pipelines."""
+def _run_data(options: argparse.Namespace) -> int:
     from mim.compare.cost.loader import bench_data, format_data_table
 
     config = read_config(options, prog="mim bench data")
@@ -161,8 +155,8 @@ def run_data(options: argparse.Namespace) -> int:
 STEP = Verb(
     "bench step",
     "Time whole training steps of a config under each regime, beside other codebases.",
-    add_step_options,
-    run_step,
+    _step_options,
+    _run_step,
     "Time training steps: forward, backward, optimizer; medians.\n"
     "Settings such as --train.precision bf16 stand above the config.",
     config=config_kind,
@@ -170,8 +164,8 @@ STEP = Verb(
 GROW = Verb(
     "bench grow",
     "Time and weigh training steps over the values of one setting: a table and a figure.",
-    add_grow_options,
-    run_grow,
+    _grow_options,
+    _run_grow,
     "Time of a training step and its memory at the peak, over the values of any setting, for\n"
     "each regime; all interleaved, medians. Memory is what torch's tensors take: weights,\n"
     "moments and images, and what one step adds. Other settings stand above the config.",
@@ -180,8 +174,8 @@ GROW = Verb(
 DATA = Verb(
     "bench data",
     "Time the loader of a config beside the same pipeline from torchvision, interleaved.",
-    add_data_options,
-    run_data,
+    _data_options,
+    _run_data,
     "Time the way of images to the device: each stage, the whole loader, and beside it the\n"
     "same pipeline built from torchvision's ImageFolder, RandomResizedCrop and DataLoader.\n"
     "Settings such as --data.path DIR stand above the config.",

@@ -12,15 +12,17 @@ DETAILS = (
     "each the same way, and write report.html, report.md and results.csv. Call it again to go "
     "on: finished runs are kept. --show live, plain or quiet says what is told meanwhile (live "
     "is a table of all runs, and the default on a terminal); --json FILE also writes every "
-    "run's state and numbers (- for stdout). --jobs N computes N runs at once: they share the "
+    "run's state and numbers (- for stdout). --plan runs nothing and says what the comparison "
+    "takes and what difference it can show. --jobs N computes N runs at once: they share the "
     "GPUs, or the cores, so that their speed tells little. --launcher submitit makes each run "
     "a job of SLURM, N in the queue at once; --slurm KEY=VALUE ... tells submitit what a job "
     "needs (timeout_min=600 slurm_partition=gpu gpus_per_node=1)."
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The options beside those of the comparison's config."""
+    parser.add_argument("--plan", action="store_true", help="what it takes and can show; no run")
     parser.add_argument("--show", default="auto", help="live, plain or quiet")
     add_json(parser, "write every run's state and numbers")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -28,19 +30,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser, "--slurm", "what a job of submitit needs")
 
 
-def config_kind() -> type:
-    """The config of a comparison."""
+def _config_kind() -> type:
     from mim.compare.plan import CompareConfig
 
     return CompareConfig
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the comparison; show its table and where the report is."""
+def _run(options: argparse.Namespace) -> int:
     from mim.api import Launch, compare_runs, read_compare_config
 
     launch = Launch(options.jobs, options.launcher, read_pairs(options.slurm, "--slurm"))
     config = read_compare_config(options.settings, prog="mim compare", description=DETAILS)
+    if options.plan:
+        from mim.compare.rounds import forecast
+
+        for line in forecast(config, options.jobs).lines():
+            say(line)
+        return 0
     command = "mim compare " + shlex.join(options.settings)
     report, failed = compare_runs(config, command, options.show, launch)
     from mim.core.terminal import show_table
@@ -62,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
 VERB = Verb(
     "compare",
     "Pre-train and evaluate a grid of runs, everything else held equal; write the report.",
-    add_options,
-    run,
-    config=config_kind,
+    _options,
+    _run,
+    config=_config_kind,
     helps=False,
 )

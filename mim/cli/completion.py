@@ -12,13 +12,11 @@ from mim.core.errors import UserError
 SHELLS = ("bash", "zsh", "tcsh")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="which")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the script; jsonargparse writes it."""
+def _run(options: argparse.Namespace) -> int:
     from jsonargparse import ArgumentParser
 
     from mim.cli.main import VERBS
@@ -51,4 +49,4 @@ def _add_verbs(parser: Any, verbs: Mapping[str, Verb | VerbGroup]) -> None:
             _add_verbs(own, verb.verbs)
 
 
-VERB = Verb("completion", "Print a shell's completion script (needs shtab).", add_options, run)
+VERB = Verb("completion", "Print a shell's completion script (needs shtab).", _options, _run)

@@ -20,8 +20,7 @@ from mim.cli.options import (
 )
 
 
-def add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    """The config and the sheet."""
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     about = "decode so many of each split, not all"
     parser.add_argument("--images", type=at_least_one, help=about)
@@ -30,8 +29,7 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every number")
 
 
-def run_inspect(options: argparse.Namespace) -> int:
-    """Look at the images; print the counts and draw the sheet."""
+def _run_inspect(options: argparse.Namespace) -> int:
     config = read_config(options)
     from dataclasses import asdict
 
@@ -48,15 +46,13 @@ def run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_stats_options(parser: argparse.ArgumentParser) -> None:
-    """The config and the file."""
+def _stats_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--images", type=at_least_one, help="read so many, not all")
     add_file(parser, "--output", "also write them to this YAML file")
 
 
-def run_stats(options: argparse.Namespace) -> int:
-    """Compute mean and deviation; print them as YAML."""
+def _run_stats(options: argparse.Namespace) -> int:
     config = read_config(options, whole=False)
     import yaml
 
@@ -72,8 +68,7 @@ def run_stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_pack_options(parser: argparse.ArgumentParser) -> None:
-    """What is packed, where, and how."""
+def _pack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a folder (imagefolder), or a config file")
     parser.add_argument("output", metavar="OUT", help="the folder of the packed set")
     kinds = "pixels: decoded, memory-mapped; shards: the image files in tar files"
@@ -84,12 +79,11 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
 
 
-def run_pack(options: argparse.Namespace) -> int:
-    """Pack; print what was written, and the settings that read it."""
+def _run_pack(options: argparse.Namespace) -> int:
     from mim.core.config import DataConfig
-    from mim.core.settings import load_config
     from mim.data.storage.pack import pack
     from mim.data.storage.packed import Recipe, default_workers, read_manifest
+    from mim.training.settings import load_config
 
     recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
     config = DataConfig(source="imagefolder", path=options.source)
@@ -108,8 +102,8 @@ def run_pack(options: argparse.Namespace) -> int:
 INSPECT = Verb(
     "data inspect",
     "Count and draw what a config would train on.",
-    add_inspect_options,
-    run_inspect,
+    _inspect_options,
+    _run_inspect,
     "Decode the images of both splits; print counts, sizes, modes and unreadable files, and\n"
     "draw a sheet: an image, and its crop and mask in two epochs. Settings may follow:\n"
     "--data.source imagefolder --data.path DIR",
@@ -118,8 +112,8 @@ INSPECT = Verb(
 STATS = Verb(
     "data stats",
     "Compute data.mean and data.std of the training images.",
-    add_stats_options,
-    run_stats,
+    _stats_options,
+    _run_stats,
     "Print data.mean and data.std of the training images, as YAML for a config. Settings may\n"
     "follow: --data.source imagefolder --data.path DIR",
     config=config_kind,
@@ -127,8 +121,8 @@ STATS = Verb(
 PACK = Verb(
     "data pack",
     "Write an image set as a few large files.",
-    add_pack_options,
-    run_pack,
+    _pack_options,
+    _run_pack,
     "Write an image set as a few large files, with labels, ids, class names and digests, for\n"
     "--data.source packed --data.path OUT. Call it again after a kill: it goes on; or when it\n"
     "has ended: it checks every byte.",

@@ -8,8 +8,7 @@ from pathlib import Path
 from mim.cli.options import Verb, VerbGroup, add_device, add_file, add_json, say, show
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The run and its step."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--step", type=int, help="counted from 1, as in metrics.jsonl")
     add_device(parser)
@@ -17,8 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write all figures")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Compute the step again; print the figures and draw its images."""
+def _run(options: argparse.Namespace) -> int:
     from mim.core.terminal import show_table
     from mim.evaluate.visualize import batch_figure, save_figure
     from mim.training.debug import debug_batch
@@ -40,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
 BATCH = Verb(
     "debug batch",
     "Compute a step again, and say which tensor is not finite, and where first.",
-    add_options,
-    run,
+    _options,
+    _run,
     "Compute a training step again, in the weights before it: every tensor's values that are\n"
     "not finite, its least and its greatest, and a picture of images and masks. Without\n"
     "--step it is the newest step whose loss or gradient was not finite.",

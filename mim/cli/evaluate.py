@@ -32,14 +32,15 @@ DETAILS = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and how."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("evaluation", help="one of these, or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
     add_pairs(parser, "--set", "settings")
+    own = "Python files or modules that register evaluations or components of your own"
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
     add_device(parser)
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, of the encoder")
     lost = "of several processes: seconds after which one that others wait for is lost; 600"
@@ -47,18 +48,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every number")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure; print a table of what was reached, also where a later measurement fails."""
+def _run(options: argparse.Namespace) -> int:
     if options.timeout is not None and not 0 < options.timeout < math.inf:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
+    from mim.core.plugins import import_plugin
     from mim.evaluate import EVALUATIONS, TIMEOUT, evaluate, evaluate_run, open_encoder, several
+    from mim.training.checkpoint import read_config
+    from mim.training.settings import load_config
 
+    for plugin in options.plugins:
+        import_plugin(plugin)
+    for spec in [*options.run, *([options.like] if options.like else [])]:
+        if (Path(spec) / "config.yaml").is_file():
+            read_config(spec)  # its plug-ins may bring the evaluation
     for name in names:
         EVALUATIONS.get(name)
     settings = _settings(options, names)
-    from mim.core.settings import load_config
-    from mim.training.checkpoint import read_config
 
     config = load_config(options.config) if options.config else None
     if options.like:
@@ -133,7 +139,7 @@ def _show(options: argparse.Namespace, measured: dict[str, dict[str, Any]]) -> N
 VERB = Verb(
     "evaluate",
     "Measure encoders: probes, fine-tuning, ..., on runs, timm models or untrained ones.",
-    add_options,
-    run,
+    _options,
+    _run,
     DETAILS,
 )

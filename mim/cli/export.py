@@ -9,8 +9,7 @@ from mim.cli.options import Verb, say
 LAYOUTS = ("timm", "hf", "safetensors", "onnx", "mae")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The run, the layout and where it goes."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--to", choices=LAYOUTS, default="timm", help="the layout")
     parser.add_argument("--output", required=True, help="the file, or for hf the folder")
@@ -21,8 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Export, and say how to load it."""
+def _run(options: argparse.Namespace) -> int:
     from mim.interop import export_run
 
     exported = export_run(options.run, options.to, options.output, options.part)
@@ -34,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
 VERB = Verb(
     "export",
     "Write a run's weights as files that others load, with a model card.",
-    add_options,
-    run,
+    _options,
+    _run,
     "Write a run's weights for others, and a model card beside them.\n\n"
     "timm         file for timm.create_model(..., checkpoint_path=FILE); .safetensors\n"
     "hf           folder for transformers' from_pretrained\n"

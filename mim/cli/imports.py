@@ -7,8 +7,7 @@ import argparse
 from mim.cli.options import Verb, config_kind, say
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The file, the run folder, and what the file does not say."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="safetensors, torch file, or HF folder")
     parser.add_argument("--output", required=True, metavar="RUN", help="the run folder to make")
     parser.add_argument("--backbone", help="timm's name of the encoder; by default by its sizes")
@@ -20,8 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings above what the file says")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Import, and account for every entry of the file."""
+def _run(options: argparse.Namespace) -> int:
     from mim.interop import dotted_arguments, import_run
 
     imported = import_run(
@@ -43,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
 VERB = Verb(
     "import",
     "Make a run folder from weights of MAE, timm, DeiT, DINOv2, SimMIM, Hugging Face.",
-    add_options,
-    run,
+    _options,
+    _run,
     "Make a run folder, which every verb takes, from a file of weights. Its layout is seen\n"
     "from its keys; each key is loaded, adapted, or named as left out. Settings such as\n"
     "--data.source imagefolder --data.path DIR --data.image_size 96 stand above what the file\n"

@@ -87,6 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         print(f"mim {__version__}", flush=True)
         return 0
+    if "--trust" in args:  # of every verb: plug-ins of run folders from elsewhere may run
+        from mim.core.plugins import trust_all
+
+        args.remove("--trust")
+        trust_all()
     try:
         if args[0] not in VERBS:
             from mim.core.errors import choice_error

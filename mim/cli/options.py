@@ -157,7 +157,8 @@ def read_config(
         UserError: for a setting that is refused.
     """
     from mim.core.config import Config
-    from mim.core.settings import checked, import_plugin, read_args
+    from mim.core.plugins import import_plugin
+    from mim.training.settings import checked, read_args
 
     files = [word for file in options.config or () for word in ("--config", file)]
     known = {} if prog is None else {"prog": prog}

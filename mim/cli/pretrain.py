@@ -10,10 +10,9 @@ from mim.cli.options import Verb, config_kind, no_options, say
 DETAILS = "Pre-train one model. Everything goes into the run folder (--output)."
 
 
-def run(options: argparse.Namespace) -> int:
-    """Pre-train, and say what was reached."""
+def _run(options: argparse.Namespace) -> int:
     from mim.core.config import Config
-    from mim.core.settings import checked, read_args
+    from mim.training.settings import checked, read_args
 
     config = checked(read_args(Config, options.settings, prog="mim pretrain", description=DETAILS))
     from mim.training.pretrain import pretrain
@@ -31,7 +30,7 @@ VERB = Verb(
     "pretrain",
     "Pre-train one model under one regime.",
     no_options,
-    run,
+    _run,
     config=config_kind,
     helps=False,
 )

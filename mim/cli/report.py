@@ -9,8 +9,7 @@ from pathlib import Path
 from mim.cli.options import Verb, say
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The folder, and how it is watched."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the comparison folder")
     parser.add_argument("--watch", action="store_true", help="serve a live page; writes nothing")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on: this machine's")
@@ -18,8 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the report, or serve it."""
+def _run(options: argparse.Namespace) -> int:
     from mim.report import report_server, write_report
 
     folder = Path(options.folder)
@@ -37,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
 VERB = Verb(
     "report",
     "Write a comparison's report again from what its folders hold.",
-    add_options,
-    run,
+    _options,
+    _run,
     "Write report.html, report.md, results.csv, tables/ and figures/ of a comparison; or,\n"
     "with --watch, serve the page and renew it as its runs train, until Ctrl-C.",
 )

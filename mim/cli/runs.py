@@ -8,16 +8,14 @@ from pathlib import Path
 from mim.cli.options import Verb, add_json, add_words, show
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The folder, conditions and columns."""
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="where to look")
     add_words(parser, "--where", "conditions", "KEY=VALUE")
     add_words(parser, "--show", "more columns", "KEY")
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """List the runs."""
+def _run(options: argparse.Namespace) -> int:
     from mim.core.terminal import show_table
     from mim.report.runs import as_json, find_runs, listing
 
@@ -28,15 +26,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_diff_options(parser: argparse.ArgumentParser) -> None:
-    """The two runs."""
+def _diff_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="RUN", help="a run folder")
     parser.add_argument("second", metavar="RUN", help="another one")
     add_json(parser)
 
 
-def run_diff(options: argparse.Namespace) -> int:
-    """Tell two runs apart."""
+def _run_diff(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from mim.core.terminal import show_table
@@ -51,8 +47,8 @@ def run_diff(options: argparse.Namespace) -> int:
 VERB = Verb(
     "runs",
     "List and filter the run folders below a folder.",
-    add_options,
-    run,
+    _options,
+    _run,
     "List run folders: their state, what they are and what they reached. In a pipe: lines\n"
     "with tabs. --where takes any setting or number: model.regime.name=zero\n"
     "'linear.accuracy>0.8' status=failed.",
@@ -60,7 +56,7 @@ VERB = Verb(
 DIFF = Verb(
     "diff",
     "What differs between two runs: settings, data, environment, results.",
-    add_diff_options,
-    run_diff,
+    _diff_options,
+    _run_diff,
     "What differs between two runs, and by how much.",
 )

@@ -32,8 +32,7 @@ _PICTURES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The kind of picture, what is drawn, and where it goes."""
+def _options(parser: argparse.ArgumentParser) -> None:
     explained = "what to draw; algebra: the attention masks, as matrices"
     parser.add_argument("what", choices=tuple(_PICTURES), help=explained)
     either = "a run folder, or for masks and algebra a config file"
@@ -47,16 +46,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_file(parser, "--output", "PNG; by default in the run folder or beside the config")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Draw the picture."""
+def _run(options: argparse.Namespace) -> int:
     for name in ("images", "indices", "generators", "ratios", "json"):
         if getattr(options, name) is not None and name not in _PICTURES[options.what]:
             able = ", ".join(what for what, names in _PICTURES.items() if name in names)
             reason = f"has no meaning for visualize {options.what}, but for {able}"
             raise UserError(f"--{name}: {reason}")
-    from mim.core.settings import load_config
     from mim.evaluate import visualize
     from mim.training.checkpoint import read_config
+    from mim.training.settings import load_config
 
     place = Path(options.run)
     config = load_config(place) if place.is_file() else read_config(place)
@@ -101,7 +99,7 @@ def _masks(config: Config, place: Path, options: argparse.Namespace) -> Figure:
 VERB = Verb(
     "visualize",
     "Draw masks over real images, reconstructions, or attention.",
-    add_options,
-    run,
+    _options,
+    _run,
     "Draw pictures (PNG).",
 )

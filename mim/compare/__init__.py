@@ -15,4 +15,4 @@ __all__ = ["CompareConfig", "Launch", "read_compare_config", "run_comparison"]
 
 
 def __getattr__(name: str) -> Any:
-    return moved.name(__name__, name)
+    return moved.attribute(__name__, name)

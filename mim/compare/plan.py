@@ -10,13 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mim.compare.sequential import SeedRule
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.settings import flatten, load_config, read_args, to_dict
+from mim.core.fingerprints import same_images
+from mim.core.plugins import beside, keep_plugins
+from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
 from mim.evaluate import build_evaluation
-from mim.evaluate.protocol import images_digest
 from mim.training import checkpoint
+from mim.training.settings import load_config
 
 VARIANT = "variant"
 
@@ -29,7 +32,7 @@ class CompareConfig:
     """The comparison folder; holds a folder for each run."""
     name: str = "comparison"
     """Title of the report."""
-    axes: dict[str, list[Any]] = field(
+    axes: dict[str, Any] = field(
         default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
     )
     """Dotted config keys and the values each takes; every combination is a run."""
@@ -40,14 +43,33 @@ class CompareConfig:
     references: list[str] = field(default_factory=list)
     """Run folders, imported ones above all, whose encoders are evaluated on the same images and
     stand in the tables beside the runs; nothing is trained for them."""
+    primary: str = ""
+    """What decides: an evaluation, or one of its numbers (knn.accuracy); by default the first
+    evaluation."""
+    margin: float = 1.0
+    """Two groups are as good as each other within so many points."""
+    against: str = ""
+    """The group that all others are compared with, by its value on an axis; by default all pairs
+    are compared."""
+    seeds: dict[str, Any] = field(default_factory=dict)
+    """Seeds until the primary measure is decided, in the place of the axis seed:
+    {least: 3, most: 20, until: decided}."""
     base: Config = field(default_factory=Config)
     """What all runs share."""
 
     def __post_init__(self) -> None:
+        if self.seeds:
+            self._check_seeds()
+        if self.primary and self.primary.partition(".")[0] not in self.evaluations:
+            raise choice_error("primary", self.primary, self.evaluations)
+        if self.margin <= 0:
+            raise setting_error("margin", self.margin, "must be above 0")
         for key, values in self.axes.items():
-            self._check_key("axes", key)
             if not isinstance(values, list) or not values:
-                raise setting_error(f"axes.{key}", values, "must be a list of values")
+                hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
+                reason = "must be a list of values" + (hint if isinstance(values, dict) else "")
+                raise setting_error(f"axes.{key}", values, reason)
+            self._check_key("axes", key)
             if len({json.dumps(value) for value in values}) < len(values):
                 raise setting_error(f"axes.{key}", values, "names a value twice")
         for name, settings in self.variants.items():
@@ -60,16 +82,33 @@ class CompareConfig:
                     raise setting_error(setting, key, "is an axis already")
 
     def _check_key(self, setting: str, key: str) -> None:
-        known = flatten(to_dict(self.base))
+        known = leaves(Config)
         if key not in known and not key.startswith("model.backbone_args."):
             raise choice_error(setting, key, known)
         if key in ("output", "resume"):
             raise setting_error(setting, key, "cannot vary: each run has its own folder")
 
+    def _check_seeds(self) -> None:
+        for key in self.seeds:
+            if key not in ("least", "most", "until"):
+                raise choice_error("seeds", key, ["least", "most", "until"])
+        SeedRule(**self.seeds)
+        if not self.evaluations:
+            raise setting_error("seeds", self.seeds, "needs an evaluation that decides")
+        if self.axes.get("seed", [0]) != [0]:
+            raise setting_error("axes.seed", self.axes["seed"], "cannot stand beside seeds")
+
+    @property
+    def seed_rule(self) -> SeedRule | None:
+        """How seeds are added; None where the axis seed names them."""
+        return SeedRule(**self.seeds) if self.seeds else None
+
     @property
     def all_axes(self) -> dict[str, list[Any]]:
         """The axes; first the names of the variants, where there are any."""
-        return {VARIANT: list(self.variants), **self.axes} if self.variants else self.axes
+        axes = {VARIANT: list(self.variants), **self.axes} if self.variants else self.axes
+        rule = self.seed_rule
+        return {**axes, "seed": list(range(rule.most))} if rule else axes
 
     def settings_of(self, axes: dict[str, Any]) -> dict[str, Any]:
         """Dotted keys and values that a run's place on the axes stands for."""
@@ -87,7 +126,6 @@ class Planned:
         axes: dotted key -> value.
         config: of the run; ``output`` is its folder.
         given: the run folder whose encoder is evaluated, of kind given.
-        images: digest of the images, of :func:`hold_to_images`.
     """
 
     folder: str
@@ -95,7 +133,6 @@ class Planned:
     axes: dict[str, Any]
     config: Config
     given: str = ""
-    images: str = ""
 
 
 def _label(axes: dict[str, Any]) -> str:
@@ -120,9 +157,9 @@ def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[last] = value
-    return load_config(None, {k: v for k, v in flatten(tree).items() if v is not None})
+    return load_config(None, tree)
 
 
 def plan(config: CompareConfig) -> list[Planned]:
@@ -213,13 +250,13 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
     """Open each distinct data set once, so that its faults show before any training.
 
     Returns:
-        The plan, with the fingerprint of its images in each config, which runs that come later are
-        held to, and the digest that their numbers depend on.
+        The plan, with the fingerprint of its images in each config: runs that come later are held
+        to it, and their numbers depend on it.
 
     Raises:
         UserError: if images cannot be used, or are not those that a config asks for.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, str] = {}
     held = []
     for item in planned:
         key = json.dumps(to_dict(item.config.data), sort_keys=True)
@@ -229,16 +266,37 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
             steps_per_epoch(train, item.config.data)
             for name, settings in config.evaluations.items():
                 build_evaluation(name, settings).check(train, val)
-            both = f"{train.fingerprint()}-{val.fingerprint()}"
-            seen[key] = both, images_digest(item.config.data, train, val)
-        fingerprint, images = seen[key]
+            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
         wanted = item.config.data.fingerprint
-        if wanted not in (None, fingerprint):
-            reason = f"asks for other images than there are, which have {fingerprint}"
+        if wanted is not None and not same_images(wanted, seen[key]):
+            reason = f"asks for other images than there are, which have {seen[key]}"
             raise setting_error("data.fingerprint", wanted, reason)
-        data = replace(item.config.data, fingerprint=fingerprint)
-        held.append(replace(item, config=replace(item.config, data=data), images=images))
+        data = replace(item.config.data, fingerprint=seen[key])
+        held.append(replace(item, config=replace(item.config, data=data)))
     return held
+
+
+def with_copies(
+    planned: list[Planned], config: CompareConfig
+) -> tuple[list[Planned], CompareConfig]:
+    """Let all runs load the comparison's copies of plug-ins: a later edit reaches none of them.
+
+    Returns:
+        The plan, and the comparison as it is written down, with the copies' places in its folder.
+
+    Raises:
+        UserError: if a plug-in was edited since the comparison was begun.
+    """
+    output, own = Path(config.output), config.base.plugins
+    kept = keep_plugins(own, output)
+    copies = tuple(beside(plugin, output / "compare.yaml") for plugin in kept)
+    held = [
+        replace(item, config=replace(item.config, plugins=copies))
+        if item.config.plugins == own
+        else item
+        for item in planned
+    ]
+    return held, replace(config, base=replace(config.base, plugins=kept))
 
 
 def read_compare_config(args: list[str], **parser_args: Any) -> CompareConfig:

@@ -22,13 +22,15 @@ import torch
 
 from mim import moved
 from mim.compare.launchers import Jobs, Launch, LocalJobs, SubmittedJobs
-from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan
+from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
+from mim.compare.rounds import keep_disagreement, rounds
 from mim.core import progress
 from mim.core.config import Config, DataConfig
 from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError
+from mim.core.fingerprints import same_images
 from mim.core.lock import InUse, in_use, sole_use
-from mim.core.settings import checked, read_args, to_dict, to_yaml
+from mim.core.settings import read_args, to_dict, to_yaml
 from mim.core.signals import Interrupted
 from mim.evaluate import (
     EVALUATIONS,
@@ -47,13 +49,14 @@ from mim.evaluate.protocol import (
 )
 from mim.evaluate.protocol import (
     encoder_digest,
+    files_of,
     outdated,
     protocol_of,
-    training_inputs,
 )
 from mim.training import checkpoint
 from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
+from mim.training.settings import checked
 
 
 class Watched(Protocol):
@@ -128,26 +131,41 @@ def run_comparison(
         for item in planned:
             if item.kind != "pixels":
                 check_files(built, Path(item.config.output))
-        planned = hold_to_images(planned, config)
+        planned, config = with_copies(hold_to_images(planned, config), config)
         states = _states(planned, config, command)
         if show != "quiet":
-            for folder, state in states.items():
-                for name, reason in state.again.items():
-                    progress.note(f"{folder}: {name} is measured again: {reason}")
+            _tell(planned, states, config)
         with _signals_interrupt():
-            failed = _run_all(planned, states, config, show, launch or Launch(), watch)
+            failed: list[str] = []
+            begun: set[str] = set()
+            for part in rounds(planned, config):
+                begun |= {item.folder for item in part}
+                _announce(output, [i.folder for i in planned if i.folder in begun])
+                failed += _run_all(part, states, config, show, launch or Launch(), watch)
+            keep_disagreement([item for item in planned if item.folder in begun], config)
         on_end()
     if failed:
         names = ", ".join(failed)
-        print(f"{len(failed)} of {len(planned)} failed: {names}", file=sys.stderr)
+        print(f"{len(failed)} of {len(begun)} failed: {names}", file=sys.stderr)
     return failed
+
+
+def _tell(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
+    """Say what is measured again, and what a row lacks."""
+    for item in planned:
+        state = states[item.folder]
+        for name, reason in state.again.items():
+            progress.note(f"{item.folder}: {name} is measured again: {reason}")
+        if item.kind == "pixels" and state.todo != "done":
+            for name, reason in _without_encoder(config.evaluations).items():
+                progress.note(f"{item.folder}: {name} left out: {reason}")
 
 
 def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict[str, State]:
     """What is left of each run; the plan is written down once every run may go on."""
     output, digests = Path(config.output), dict[str, str]()
     before = _inputs_before(output)
-    inputs = {i.folder: training_inputs(i.config, i.images, digests) for i in planned}
+    inputs = {i.folder: files_of(to_dict(i.config), digests) for i in planned}
     states = {
         item.folder: _state(
             item, config.evaluations, before.get(item.folder, {}), inputs[item.folder]
@@ -162,6 +180,10 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
         "command": command,
         "base": to_dict(config.base),
         "evaluations": config.evaluations,
+        "primary": config.primary,
+        "margin": config.margin,
+        "against": config.against,
+        "seeds": config.seeds,
         "runs": [item.folder for item in planned],
         "planned": [
             {
@@ -177,6 +199,13 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
     return states
+
+
+def _announce(output: Path, folders: list[str]) -> None:
+    """Names the runs that have been begun or are about to be, for whoever reads the folder."""
+    path = output / "comparison.json"
+    overview = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint.write_json_atomic(path, {**overview, "runs": folders})
 
 
 def _inputs_before(output: Path) -> dict[str, dict[str, str]]:
@@ -214,8 +243,9 @@ def _state(
     old = read_args(Config, ["--config", str(run / "config.yaml")])
     checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
     other = "Choose another output"
-    if old.data.fingerprint not in (None, item.config.data.fingerprint):
-        reason = "holds a run over other images: names or labels have changed"
+    saved, seen = old.data.fingerprint, item.config.data.fingerprint
+    if item.kind == "run" and saved is not None and (seen is None or not same_images(saved, seen)):
+        reason = "holds a run over other images: names, labels or contents have changed"
         raise UserError(f"output: {str(run)!r} {reason}. {other}")
     for key, digest in inputs.items() if item.kind == "run" else ():
         if before.get(key, digest) != digest:
@@ -258,7 +288,7 @@ def _protocols(item: Planned, evaluations: dict[str, Any]) -> dict[str, Evaluati
     encoder = encoder_digest(config, weights, kind)
     without = _without_encoder(evaluations) if item.kind == "pixels" else {}
     return {
-        name: protocol_of(name, given, item.images, encoder)
+        name: protocol_of(name, given, item.config.data.fingerprint or "", encoder)
         for name, given in evaluations.items()
         if name not in without
     }
@@ -280,7 +310,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
         pretrain(item.config)
     else:
         checkpoint.prepare_folder(run)
-        checkpoint.write_text_atomic(run / "config.yaml", to_yaml(item.config))
+        checkpoint.write_config(run, item.config)
         facts |= {"format": checkpoint.FORMAT, "status": "finished"}
         facts |= {"config": to_dict(item.config)}
         facts["seed"] = item.config.seed if item.kind == "untrained" else None
@@ -301,8 +331,6 @@ def _evaluate(item: Planned, evaluations: dict[str, Any], device: str) -> None:
     run = Path(item.config.output)
     encoder = _encoder(item)
     left_out = _without_encoder(evaluations) if encoder.vit is None else {}
-    for name, reason in left_out.items():
-        print(f"{item.folder}: {name} left out: {reason}", file=sys.stderr, flush=True)
     if left_out:
         update_result(run, lambda result: {**result, "evaluations_left_out": left_out})
     left = _left(item, evaluations, read_result(run))
@@ -506,4 +534,4 @@ def _note_death(item: Planned, code: int | None) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    return moved.name(__name__, name)
+    return moved.attribute(__name__, name)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 import tokenize
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,109 @@ NPY_ERRORS: tuple[type[Exception], ...] = (
 )
 """What ``np.load`` raises for a file that is damaged, or made to be."""
 
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".npy"),
+)
+"""Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
+uint16, for channels that no image format has."""
+
+_COMPANIONS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+
 _MOST_VALUES, _DEEPEST = 100_000, 50
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that systems and archivers leave beside those of the user."""
+    return name.startswith(".") or name in _COMPANIONS
+
+
+def decode_text(data: bytes) -> str:
+    """Text as editors, spreadsheets and shells save it: UTF-8, or what a byte order mark says.
+
+    Raises:
+        UnicodeDecodeError: if it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+@dataclass
+class Folder:
+    """A folder that :func:`walk` came by."""
+
+    path: str
+    """POSIX path relative to the root of the walk."""
+    files: list[str]
+    """Names of what it holds that is no folder, hidden ones left out."""
+    status: os.stat_result
+
+
+def walk(root: Path, start: str = ".") -> Iterator[Folder]:
+    """The folders at any depth below ``root/start``, each real one once, through links too.
+
+    A link that leads to a folder above it, or to one that the walk comes by anyway, is passed over:
+    it would list files again, or never end. Folders come before the links to others.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    real = Path(root, start).resolve()
+    seen = {_identity(folder.stat()) for folder in real.parents}
+    waiting, links = deque([start]), deque[str]()
+    while waiting or links:
+        place = waiting.popleft() if waiting else links.popleft()
+        status = Path(root, place).stat()
+        if _identity(status) in seen:
+            continue
+        seen.add(_identity(status))
+        found = Folder(place, [], status)
+        below: list[str] = []
+        with os.scandir(Path(root, place)) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                path = entry.name if place == "." else f"{place}/{entry.name}"
+                if not entry.is_dir():
+                    found.files.append(entry.name)
+                elif entry.is_symlink():
+                    links.append(path)
+                else:
+                    below.append(path)
+        waiting.extend(sorted(below))
+        links = deque(sorted(links))
+        yield found
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+    r"|\.inf|\.Inf|\.INF)$|\.(nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a date is the text that stands there."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, found) for tag, found in rules if not tag.endswith((":timestamp", ":float"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML that :func:`parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str) -> Any:
@@ -35,7 +141,7 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: if it is no YAML, asks for objects, holds too much or nests too deeply.
     """
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it nests too deeply") from error
     except ValueError as error:  # a date that is none, a surrogate

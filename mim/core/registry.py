@@ -1,11 +1,13 @@
-"""Named components: a new one is one class in one file plus its registration beside it."""
+"""Named components: a new one is one class in one file, with its settings and its registration."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from mim.core.errors import choice_error
+from mim.core.errors import UserError, choice_error
+from mim.core.fields import add_block, hints
 
 T = TypeVar("T")
 
@@ -15,18 +17,41 @@ class Registry(Generic[T]):
 
     Args:
         setting: the dotted key whose value is looked up here; errors name it.
+        block: the block of settings in which this key stands, and to which each component adds a
+            block of its own; None where there is none.
     """
 
-    def __init__(self, setting: str) -> None:
-        self.setting = setting
+    def __init__(self, setting: str, block: type | None = None) -> None:
+        self.setting, self.block = setting, block
+        self._prefix = setting if block is None else setting.rpartition(".")[0]
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an entry under ``name``; a name is taken once."""
+    def register(self, name: str, settings: type | None = None) -> Callable[[T], T]:
+        """Decorator that adds an entry under ``name``; a name is taken once.
+
+        A class that has no ``name`` of its own is given this one, for its messages.
+
+        Args:
+            name: as users write it.
+            settings: the component's own, a frozen dataclass with a default for each field; they
+                then stand under the name in the config, in ``--help`` and in the run folder.
+        """
+        where = f"{self._prefix}.{name}"
 
         def add(entry: T) -> T:
-            if name in self._entries:
-                raise ValueError(f"{self.setting}: {name!r} is already registered")
+            if name in self._entries or (self.block is not None and name in hints(self.block)):
+                raise UserError(f"{self.setting}: {name!r} is taken; register another name")
+            if settings is not None:
+                is_frozen = dataclasses.is_dataclass(settings) and settings.__hash__ is not None
+                if not is_frozen or not name.isidentifier():
+                    raise UserError(f"{where}: its settings must be a frozen dataclass")
+                if "where" not in vars(settings):
+                    settings.where = where  # type: ignore[attr-defined]
+                if self.block is not None:
+                    add_block(self.block, name, settings)
+                entry.Settings = settings  # type: ignore[attr-defined]
+            if isinstance(entry, type) and "name" not in vars(entry):
+                entry.name = name  # type: ignore[attr-defined]
             self._entries[name] = entry
             return entry
 
@@ -41,6 +66,16 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise choice_error(self.setting, name, self._entries)
         return self._entries[name]
+
+    def settings(self, name: str) -> Any:
+        """The class of the settings of ``name``; of a subclass without any, its parent's."""
+        return getattr(self.get(name), "Settings", None)
+
+    def chosen(self, block: Any, name: str) -> Any:
+        """The settings of ``name`` in a block of this registry's kind; None where it has none."""
+        kind = self.settings(name)
+        found = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
+        return getattr(block, found[0]) if found else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

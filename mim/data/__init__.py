@@ -6,7 +6,7 @@ makes batches of it. Start reading in ``opening.py``.
 
 from mim.data import mixed  # noqa: F401
 from mim.data.corruptions import CORRUPTIONS, Corrupted, corrupt
-from mim.data.images.decode import UnreadableImage
+from mim.data.images.decode import UnreadableImage, read_picture
 from mim.data.images.transforms import (
     Picture,
     crop_parameters,
@@ -60,6 +60,7 @@ __all__ = [
     "open_source",
     "open_weights",
     "prepare",
+    "read_picture",
     "steps_per_epoch",
     "train_loader",
     "train_transform",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import choice_error, setting_error
-from mim.core.keys import image_keys, random_bits
+from mim.core.rng import image_keys, random_bits
 from mim.data.images.transforms import eval_transform
 from mim.data.sources.base import ImageSource
 
@@ -417,7 +417,7 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDA
         image: (H, W, C) uint8, C of 1 or 3.
         name: one of :data:`CORRUPTIONS`.
         severity: 0 leaves the image as it is, 5 is the strongest.
-        key: what is drawn follows from it alone; see :func:`mim.core.keys.image_keys`.
+        key: what is drawn follows from it alone; see :func:`mim.core.rng.image_keys`.
 
     Raises:
         UserError: for an unknown name, or channels that it cannot have.

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mim.core.config import DataConfig
 from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, WorkerError, setting_error
-from mim.core.keys import image_keys
 from mim.core.patches import Grid, Images, Patches
+from mim.core.rng import image_keys
 from mim.data.images.own_sizes import cat_images, eval_patches, train_patches
 from mim.data.images.transforms import Picture, eval_transform, train_transform
 from mim.data.sources.base import ImageSource

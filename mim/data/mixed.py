@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mim.core.config import STREAMED, DataConfig, MixConfig
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, permutation
+from mim.core.rng import image_keys, permutation
 from mim.data.images.transforms import Picture
 from mim.data.opening import open_source
 from mim.data.sources.base import SOURCES, ImageSource, Split
@@ -108,6 +108,18 @@ class Mixed(ImageSource):
     def describe(self, index: int) -> str:
         part, position = self._find(index)
         return part.describe(position)
+
+    def encoded(self, index: int) -> bytes | None:
+        part, position = self._find(index)
+        return part.encoded(position)
+
+    def glance(self, index: int) -> bytes:
+        part, position = self._find(index)
+        return part.glance(position)
+
+    def stamp(self, index: int) -> str:
+        part, position = self._find(index)
+        return part.stamp(position)
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         ledgers = [part.ledger for part in self.parts if part.ledger is not None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mim.core.config import DataConfig
-from mim.core.errors import setting_error
+from mim.core.errors import UserError, setting_error
+from mim.data.labels import check_labels
 from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
 from mim.data.storage.cache import cached
 from mim.data.subset import choose
@@ -43,7 +44,8 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
             "data.source to imagefolder or flat"
         )
         raise setting_error("data.path", config.path, reason)
-    source = maker(config, split)
+    settings = SOURCES.chosen(config, kind)
+    source = maker(config, split) if settings is None else maker(settings, config, split)
     if not source.has_val:
         if len(source) < 2:
             reason = f"has {len(source)} images, too few to hold some out"
@@ -55,6 +57,10 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")
+    try:
+        check_labels(source.labels, source.classes, len(source))
+    except UserError as error:
+        raise setting_error("data.source", config.source, str(error)) from error
     source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
     source.ledger.add(source.check())
     source.mean, source.std = _statistics(source, config)

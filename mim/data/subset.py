@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, SubsetConfig
 from mim.core.errors import choice_error, setting_error
-from mim.core.files import write_atomic
-from mim.core.keys import image_keys, name_to_int
+from mim.core.files import decode_text, write_atomic
+from mim.core.rng import image_keys, name_to_int
+from mim.data.labels import one_spelling
 from mim.data.sources.base import ImageSource, Split, Subset
 
 _LISTS = {
@@ -56,7 +57,7 @@ def read_lines(setting: str, path: str) -> list[str]:
         UserError: if it cannot be read or holds none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = one_spelling(decode_text(Path(path).read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise setting_error(setting, path, f"cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
@@ -201,7 +202,7 @@ def _by_files(source: ImageSource, given: str) -> Tensor:
     by_path = {path: line for line, path in wanted.items()}
     found: dict[str, list[int]] = {line: [] for line in wanted}
     for position in range(len(source)):
-        path = source.describe(position)
+        path = one_spelling(source.describe(position))
         # the whole path, or any end of it that begins behind a slash
         while True:
             if path in by_path:

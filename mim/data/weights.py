@@ -11,6 +11,8 @@ A function of one's own is registered, in a file named under ``plugins``, and na
 from __future__ import annotations
 
 import csv
+import io
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import NPY_ERRORS
-from mim.core.keys import name_to_int
+from mim.core.files import NPY_ERRORS, decode_text
 from mim.core.registry import Registry
+from mim.core.rng import name_to_int
 from mim.data.sources.base import ImageSource
 
 Weigh: TypeAlias = Callable[[ImageSource, Tensor, int], Tensor]
@@ -115,13 +117,16 @@ def _read_csv(path: Path, given: str, source: ImageSource) -> Tensor:
     ids, numbers = [], []
     known = set(source.sample_ids.tolist())
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with io.StringIO(decode_text(path.read_bytes()), newline="") as file:
             rows = csv.DictReader(file)
             if not {"image", "weight"} <= {*(rows.fieldnames or ())}:
                 raise setting_error("data.weights", given, "needs the columns image and weight")
             for row in rows:
                 name, weight = row["image"] or "", row["weight"] or ""
                 by_path = name_to_int(name)
+                if by_path not in known:  # accents are written in two ways
+                    others = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+                    by_path = next((i for i in map(name_to_int, others) if i in known), by_path)
                 is_number = by_path not in known and name.lstrip("-").isdecimal()
                 ids.append(int(name) if is_number else by_path)
                 numbers.append(float(weight))

@@ -40,6 +40,7 @@ from mim.evaluate.encoders import (
 )
 from mim.evaluate.features import check_pool, extract_features, pool_tokens
 from mim.evaluate.finetune import Classifier, Finetune, FinetuneSettings
+from mim.evaluate.predictions import save_predictions
 from mim.evaluate.probes.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
 from mim.evaluate.probes.attentive import Attentive, AttentiveSettings
 from mim.evaluate.probes.knn import Knn, KnnSettings, knn_predict
@@ -130,7 +131,8 @@ def evaluate(
         batch_size: images in the encoder at once.
         device: where encoder and probes run.
         precision: fp32, bf16 or fp16, of the encoder.
-        folder: where files that an evaluation makes go, a fine-tuned classifier; None: none are.
+        folder: where files that an evaluation makes go, the answers to each test image
+            (:mod:`mim.evaluate.predictions`) and a fine-tuned classifier; None: none are.
         on_result: is given each evaluation's name and numbers as it ends.
 
     Returns:
@@ -150,6 +152,8 @@ def evaluate(
 
     def keep(name: str, found: dict[str, float]) -> None:
         numbers[name] = found
+        if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+            save_predictions(folder, {name: found})
         if on_result is not None:
             on_result(name, found)
 
@@ -199,7 +203,7 @@ def _measure(
         if isinstance(evaluation, EncoderEvaluation):
             continue
         # Raw pixels have no tokens to pool.
-        pool = "mean" if encoder.vit is None else evaluation.settings.pool
+        pool = str("mean" if encoder.vit is None else evaluation.settings.pool)
         by_pool.setdefault(pool, []).append((name, evaluation))
     for pool, probes in by_pool.items():
         sets = [

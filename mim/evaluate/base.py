@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys
+from mim.core.fields import Bound, Count, Settings, build, hints
 from mim.core.registry import Registry
+from mim.core.rng import image_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,14 +47,20 @@ class Features(NamedTuple):
         return Features(self.values.to(device), labels, self.sample_ids.to(device))
 
 
+NOT_EMPTY = Bound(bool, "must not be empty")
+
+
 @dataclass(frozen=True)
-class AnySettings:
+class AnySettings(Settings):
     """Settings that all evaluations share."""
 
     seed: int = 0
     """Splits and all that is drawn follow from it; the same for all that is to be compared."""
 
-    name: ClassVar[str] = ""
+    @property
+    def name(self) -> str:
+        """Of the evaluation."""
+        return self.where.rpartition(".")[2]
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
@@ -65,48 +72,33 @@ class AnySettings:
         """
         return {}
 
-    def _positive(self, setting: str, *values: float) -> None:
-        if not all(value > 0 for value in values):
-            value = getattr(self, setting)
-            raise setting_error(f"evaluations.{self.name}.{setting}", value, "must be above 0")
-
-    def _not_empty(self, setting: str) -> None:
-        if not getattr(self, setting):
-            raise setting_error(f"evaluations.{self.name}.{setting}", (), "must not be empty")
-
 
 @dataclass(frozen=True)
 class EvaluationSettings(AnySettings):
     """Settings of the evaluations that have one vector for an image."""
 
-    pool: str = "mean"
+    pool: Literal["mean", "cls", "both"] = "mean"
     """What stands for an image: mean (of the patch tokens), cls (the class token) or both."""
-
-    def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise choice_error(f"evaluations.{self.name}.pool", self.pool, POOLS)
 
 
 @dataclass(frozen=True)
 class ProbeSettings(EvaluationSettings):
     """Settings that all probes of frozen features share."""
 
-    few_shot: tuple[int, ...] = (10,)
+    few_shot: tuple[Count, ...] = (10,)
     """Numbers of training images a class; each is measured beside all of the training images."""
-    draws: int = 5
+    draws: Count = 5
     """How many few-shot sets are drawn for each of these numbers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._positive("draws", self.draws)
-        self._positive("few_shot", *self.few_shot)
 
 
 class AnyEvaluation(ABC):
     """What all kinds, :class:`Evaluation`, :class:`EncoderEvaluation`, :class:`TaskEvaluation`,
     share."""
 
+    name: ClassVar[str] = ""
+    """As registered."""
     Settings: ClassVar[type[AnySettings]]
+    """As registered."""
     settings: AnySettings
 
     def __init__(self, settings: AnySettings | None = None) -> None:
@@ -121,23 +113,21 @@ class AnyEvaluation(ABC):
         for source in (train, val):
             if source.labels is None:
                 raise UserError(
-                    f"data.source {source.name!r} has no labels; "
-                    f"evaluation {self.settings.name} needs them"
+                    f"data.source {source.name!r} has no labels; evaluation {self.name} needs them"
                 )
             if len(source) == 0:
                 raise UserError(
                     f"data.source {source.name!r} has no images; "
-                    f"evaluation {self.settings.name} needs train and val"
+                    f"evaluation {self.name} needs train and val"
                 )
 
 
 class Evaluation(AnyEvaluation):
     """A measurement of a frozen encoder, by its features.
 
-    A new one subclasses this, names its settings and registers itself in :data:`EVALUATIONS`.
+    A new one subclasses this and registers itself, with its settings, in :data:`EVALUATIONS`.
     """
 
-    Settings: ClassVar[type[ProbeSettings]]
     settings: ProbeSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
@@ -177,7 +167,7 @@ class EncoderEvaluation(AnyEvaluation):
         """
         if encoder.vit is None:
             reason = f"needs an encoder, and {encoder.name} has none"
-            raise UserError(f"evaluation {self.settings.name} {reason}")
+            raise UserError(f"evaluation {self.name} {reason}")
 
     def check_files(self, folder: Path | None, others: Mapping[str, AnyEvaluation]) -> None:
         """Refuses what needs files that are not there and that no other evaluation will leave.
@@ -257,31 +247,13 @@ def build_evaluation(
     Raises:
         UserError: for an unknown name, an unknown setting or a value of the wrong type.
     """
-    cls = EVALUATIONS.get(name)
-    defaults = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory()
-        for f in fields(cls.Settings)
-    }
-    given: dict[str, Any] = {}
-    for key, value in (settings or {}).items():
-        if key not in defaults:
-            raise choice_error(f"evaluations.{name}", key, defaults)
-        given[key] = _like(f"evaluations.{name}.{key}", value, defaults[key])
-    return cls(cls.Settings(**{**cls.Settings.presets(given, encoder), **given}))
-
-
-def _like(setting: str, value: Any, default: Any) -> Any:
-    """``value`` in the type of ``default``: settings come from YAML, where a tuple is a list."""
-    if isinstance(default, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise setting_error(setting, value, "must be a list")
-        # What an empty default leaves open, the settings check themselves.
-        return tuple(_like(setting, item, default[0]) if default else item for item in value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise setting_error(setting, value, f"must be of type {type(default).__name__}")
-    return value
+    cls, kind = EVALUATIONS.get(name), EVALUATIONS.settings(name)
+    given = dict(settings or {})
+    where = f"evaluations.{name}"
+    for key in given:
+        if key not in hints(kind):
+            raise choice_error(where, key, hints(kind))
+    return cls(build(kind, {**kind.presets(given, encoder), **given}, where))
 
 
 def labels_of(features: Features) -> Tensor:
@@ -320,7 +292,9 @@ def _rank_in_class(keys: Tensor, labels: Tensor) -> Tensor:
     return rank
 
 
-def holdout(sample_ids: Tensor, labels: Tensor, seed: int, share: float = HOLDOUT) -> Tensor:
+def stratified_holdout(
+    sample_ids: Tensor, labels: Tensor, seed: int, share: float = HOLDOUT
+) -> Tensor:
     """(n,) bool: the share of each class, a fifth, on which hyper-parameters are chosen."""
     keys = image_keys(seed, -1, sample_ids, purpose="probe-split")
     rank = _rank_in_class(keys, labels)

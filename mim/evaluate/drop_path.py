@@ -8,7 +8,7 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mim.core.keys import image_keys, uniforms
+from mim.core.rng import image_keys, uniforms
 from mim.data import Batch
 
 

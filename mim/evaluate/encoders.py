@@ -52,15 +52,19 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def run_encoder(run: Path) -> Encoder:
+def run_encoder(run: Path, trust: bool = False) -> Encoder:
     """The encoder that a run pre-trained.
+
+    Args:
+        run: the folder.
+        trust: whether plug-ins of a run folder from elsewhere may run.
 
     Raises:
         UserError: if the folder is missing or holds no run, or its weights do not fit its config.
     """
     if not run.is_dir():
         raise UserError(f"run folder {run} does not exist")
-    config = read_config(run)
+    config = read_config(run, trust)
     vit = _build(config)
     load_backbone(vit, encoder_weights(run), f"run {run}")
     return Encoder(run.name, "run", config.data, vit, model=config.model)

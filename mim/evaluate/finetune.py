@@ -20,14 +20,15 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.data.auto_augment import posterize, rand_augment_transform
@@ -38,14 +39,24 @@ from torch import Tensor, nn
 
 from mim.core.config import DataConfig, ModelConfig
 from mim.core.device import to_device
-from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys, random_bits, seed_of
-from mim.data import Batch, ImageSource, Picture, eval_transform, normalize, open_source
+from mim.core.errors import UserError, setting_error
+from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
+from mim.core.rng import image_keys, random_bits, seed_of
+from mim.data import (
+    Batch,
+    ImageSource,
+    Picture,
+    eval_transform,
+    normalize,
+    open_source,
+    read_picture,
+)
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
 from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool, check_precision
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
     ClassificationTask,
     Labelled,
@@ -89,66 +100,48 @@ def recipe_of(width: int) -> str:
 class FinetuneSettings(TrainedSettings):
     """Settings of fine-tuning; the defaults are MAE's for ViT-B."""
 
-    recipe: str = "auto"
+    pool: Literal["mean", "cls"] = "mean"
+    """What stands for an image: mean (of the patch tokens) or cls (the class token)."""
+    recipe: Literal["auto", "base", "large", "huge"] = "auto"
     """Which of MAE's recipes gives epochs, base_lr, layer_decay and drop_path where these are not
     set: base, large, huge, or auto, by the encoder's width."""
-    base_lr: float = 5e-4
+    base_lr: Positive = 5e-4
     """Peak learning rate of the head for a batch of 256; scaled with the batch size."""
-    min_lr: float = 1e-6
+    min_lr: NonNegative = 1e-6
     """Where the half cosine ends."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's."""
-    layer_decay: float = 0.65
+    layer_decay: Share = 0.65
     """Factor of the learning rate from each layer to the one before it; 1 is the same for all."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
-    mixup: float = 0.8
+    mixup: NonNegative = 0.8
     """Alpha of Mixup; 0 is none. With CutMix too, each batch takes one of the two at random."""
-    cutmix: float = 1.0
+    cutmix: NonNegative = 1.0
     """Alpha of CutMix; 0 is none."""
-    smoothing: float = 0.1
+    smoothing: BelowOne = 0.1
     """Label smoothing."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
     """timm's name of a RandAugment policy; empty is none."""
-    erasing: float = 0.25
+    erasing: Annotated[float, Bound(lambda p: 0 <= p <= 1, "must lie between 0 and 1")] = 0.25
     """Probability with which a rectangle of an image becomes noise (random erasing)."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay of an average of the weights that is measured in their stead; 0 is none."""
-    low_shot: tuple[float, ...] = ()
+    low_shot: tuple[Between, ...] = ()
     """Shares of each class at which it is fine-tuned besides, by the same recipe: [0.01, 0.1]."""
     save: bool = True
     """Whether the classifier is written into the run folder."""
 
-    name: ClassVar[str] = "finetune"
-
     def __post_init__(self) -> None:
-        if self.pool == "both":
-            raise choice_error("evaluations.finetune.pool", self.pool, ("mean", "cls"))
         super().__post_init__()
-        if self.recipe not in ("auto", *RECIPES):
-            raise choice_error("evaluations.finetune.recipe", self.recipe, ("auto", *RECIPES))
-        self._positive("base_lr", self.base_lr)
-        for setting in ("mixup", "cutmix"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self._refuse("layer_decay", "must be above 0 and at most 1")
-        for setting in ("drop_path", "smoothing", "ema"):
-            if not 0 <= getattr(self, setting) < 1:
-                self._refuse(setting, "must be at least 0 and below 1")
-        if not 0 <= self.erasing <= 1:
-            self._refuse("erasing", "must lie between 0 and 1")
-        if not all(isinstance(share, float) and 0 < share < 1 for share in self.low_shot):
-            self._refuse("low_shot", "must be shares above 0 and below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            self._refuse("betas", "must be two numbers, at least 0 and below 1")
         if self.rand_augment:
             try:
                 rand_augment_transform(self.rand_augment, {})
             except (AssertionError, ValueError, KeyError, TypeError):
-                self._refuse("rand_augment", "is no policy of timm's, such as rand-m9-mstd0.5-inc1")
+                reason = "is no policy of timm's, such as rand-m9-mstd0.5-inc1"
+                raise self.error("rand_augment", reason) from None
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
@@ -243,7 +236,7 @@ def erase(images: Tensor, keys: Tensor, probability: float) -> Tensor:
     return images
 
 
-def mix(
+def mix_images(
     images: Tensor, labels: Tensor, classes: int, settings: FinetuneSettings, step: int
 ) -> tuple[Tensor, Tensor]:
     """timm's Mixup or CutMix of a batch, and its smoothed labels.
@@ -437,20 +430,16 @@ class Classifier:
         Raises:
             UserError: if a file cannot be read.
         """
-        pictures = [_open(i) if isinstance(i, (str, Path)) else i for i in images]
+        pictures = [
+            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            if isinstance(image, (str, Path))
+            else image
+            for image in images
+        ]
         pixels = eval_transform(pictures, self.data)
         device = next(self.model.parameters()).device
         logits = self.model(normalize(to_device(pixels, device), self.mean, self.std))
         return [self.classes[index] for index in logits.argmax(1).tolist()]
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return image
 
 
 class FinetuneTask(ClassificationTask):
@@ -491,7 +480,8 @@ class FinetuneTask(ClassificationTask):
         keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
         assert batch.labels is not None
         images = erase(images, keys, s.erasing)
-        mixed, targets = mix(images, to_device(batch.labels, device), self.classes, s, batch.step)
+        labels = to_device(batch.labels, device)
+        mixed, targets = mix_images(images, labels, self.classes, s, batch.step)
         return Labelled(mixed, targets, draws)
 
     def loss(self, learner: nn.Module, part: Labelled) -> Loss:
@@ -551,7 +541,7 @@ def _fit(
     size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
     data = augmented(encoder.data, s, size)
     if s.rand_augment and data.channels not in (1, 3):
-        s._refuse("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
+        raise s.error("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
     task = FinetuneTask(classifier, s, train, data, accelerator, precision)
     schedule = task.schedule(s.base_lr)
     groups, betas = parameter_groups(task.model, s), (s.betas[0], s.betas[1])
@@ -567,11 +557,10 @@ def _fit(
     return classifier, task
 
 
-@EVALUATIONS.register("finetune")
+@EVALUATIONS.register("finetune", FinetuneSettings)
 class Finetune(EncoderEvaluation):
     """All of the encoder trained with a head, its best epoch chosen on a split of train."""
 
-    Settings = FinetuneSettings
     settings: FinetuneSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
@@ -603,11 +592,12 @@ class Finetune(EncoderEvaluation):
         given: dict[str, Any] = {"device": device, "precision": precision}
         states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
-        numbers = dict(classifier.numbers)
+        numbers = copy(classifier.numbers)
+        assert isinstance(numbers, Measured)
         for share in s.low_shot:
             part = Finetune(replace(s, fraction=share, low_shot=()))
             found = part.classifier(encoder, train, val, **given, state=states[share]).numbers
-            numbers |= {f"{key}_of_{100 * share:g}_percent": value for key, value in found.items()}
+            numbers.include(found, f"_of_{100 * share:g}_percent")
         main = start_accelerator(device).is_main_process
         if folder is not None and s.save and main:
             classifier.save(folder / FILE)
@@ -639,8 +629,8 @@ class Finetune(EncoderEvaluation):
         chosen = (encoder, train, self.settings, torch.device(device), precision, state)
         classifier, task = _fit(*chosen)
         found = accuracies(task, classifier.model, val)
-        best = measured(found, 0, classifier.model.num_classes)
-        classifier.numbers = {**best, **classifier.numbers}
+        classes = classifier.model.num_classes
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
         return classifier
 
 

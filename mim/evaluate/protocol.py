@@ -9,16 +9,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mim.core.config import Config, DataConfig
 from mim.core.files import content_digest, file_digest
-from mim.core.settings import flatten, to_dict
-from mim.data import ImageSource, UnreadableImage, open_source
+from mim.core.settings import flatten
+from mim.data import open_source
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, TaskEvaluation, build_evaluation
 from mim.training.checkpoint import checkpoints, fingerprint
 
@@ -27,8 +25,6 @@ Protocol = dict[str, str]
 encoders can be compared. ``encoder`` is of the weights and of how they read an image."""
 
 _WORDS = {"settings": "other settings", "images": "other images", "encoder": "other weights"}
-_IMAGES = 16
-"""Images of a split whose pixels are looked at."""
 _FILES = ("path", "weights", "files", "classes", "checkpoint", "classifier", "baseline")
 # What says where images are, or where things go; images have a digest of their own.
 _PLACES = ("data.path", "data.val_path", "data.cache_path", "output")
@@ -85,39 +81,10 @@ def outdated(
     return left
 
 
-def images_digest(
-    data: DataConfig, train: ImageSource | None = None, val: ImageSource | None = None
-) -> str:
-    """Digest of names and labels, and of the pixels of some images of both splits.
-
-    Args:
-        data: names the images.
-        train: its train split, where it is open; likewise ``val``.
-        val: see there.
-    """
-    plain = replace(data, cache="none")  # a cache may hold them in another size
-    found = []
-    for split, source in (("train", train), ("val", val)):
-        if source is None or data.cache != "none":
-            source = open_source(plain, split)  # type: ignore[arg-type]
-        found += [source.fingerprint(), _pixels_digest(source)]
-    return _digest(found)
-
-
-def _pixels_digest(source: ImageSource) -> str:
-    # Where images lie in groups that are read as a whole, each look may cost a download.
-    count = min(len(source), _IMAGES if source.groups is None else 2)
-    digest = hashlib.sha256()
-    for index in sorted(
-        {round(place * (len(source) - 1) / max(count - 1, 1)) for place in range(count)}
-    ):
-        try:
-            pixels = np.asarray(source.image(index))
-        except UnreadableImage:
-            digest.update(b"unreadable")
-        else:
-            digest.update(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes())
-    return digest.hexdigest()
+def images_digest(data: DataConfig) -> str:
+    """The fingerprints of both splits: names, labels and contents."""
+    train, val = open_source(data, "train"), open_source(data, "val")
+    return f"{train.fingerprint()}-{val.fingerprint()}"
 
 
 def encoder_digest(config: Config, run: Path | None = None, kind: str = "run") -> str:
@@ -165,17 +132,6 @@ def files_of(settings: Mapping[str, Any], known: dict[str, str] | None = None) -
                 known[value] = weights_digest(path) if is_run else content_digest(path)
             found[key] = known[value]
     return found
-
-
-def training_inputs(config: Config, images: str, known: dict[str, str]) -> dict[str, str]:
-    """Setting -> digest of what a training reads from outside its config.
-
-    Args:
-        config: of the run.
-        images: :func:`images_digest`.
-        known: see :func:`files_of`.
-    """
-    return {"data.path": images, **files_of(to_dict(config), known)}
 
 
 def _digest(value: Any) -> str:

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -30,9 +30,10 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.device import to_device
 from mim.core.errors import choice_error, setting_error
+from mim.core.fields import Count, Natural
 from mim.core.files import parse_yaml
-from mim.core.keys import image_keys
 from mim.core.progress import RunProgress
+from mim.core.rng import image_keys
 from mim.data import (
     ClassFolders,
     Corrupted,
@@ -45,6 +46,7 @@ from mim.data import (
 from mim.data.corruptions import BENCHMARK, CORRUPTIONS, SEVERITIES, check_channels
 from mim.evaluate.base import (
     EVALUATIONS,
+    NOT_EMPTY,
     AnyEvaluation,
     EncoderEvaluation,
     EvaluationSettings,
@@ -92,59 +94,46 @@ class RobustnessSettings(EvaluationSettings):
     corruptions: tuple[str, ...] = ()
     """Which corruptions; by default those of ImageNet-C's benchmark that can be made or that are
     in the folder."""
-    severities: tuple[int, ...] = SEVERITIES
+    severities: Annotated[tuple[int, ...], NOT_EMPTY] = SEVERITIES
     """Which severities, from 1 to 5."""
-    images: int = 0
+    images: Natural = 0
     """How many val images are corrupted on the fly, the same ones for every encoder; 0 is all."""
     imagenet_c: str = ""
     """Folder of corrupted images, CORRUPTION/SEVERITY/CLASS/...; then none are made on the fly."""
     folders: dict[str, str] = field(default_factory=dict)
     """Name and folder, CLASS/..., of other images of the classes, whose accuracy is measured:
     {imagenet_a: DIR, imagenet_r: DIR, sketch: DIR}."""
-    unknown_classes: str = "refuse"
+    unknown_classes: Literal["refuse", "leave_out"] = "refuse"
     """What to do with a class of a folder that the classifier does not know: refuse, or leave_out
     its images."""
     baseline: str = ""
     """Errors by which the mean corruption error is normalised: alexnet (of ImageNet-C alone), a
     run folder with this evaluation, or a YAML or JSON file: corruption to its mean error."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images in the classifier at once."""
 
-    name: ClassVar[str] = "robustness"
-
     def __post_init__(self) -> None:
-        if self.pool == "both" and self.classifier != "linear":
-            raise choice_error("evaluations.robustness.pool", self.pool, ("mean", "cls"))
         super().__post_init__()
-        self._positive("batch_size", self.batch_size)
-        self._not_empty("severities")
-        if self.images < 0:
-            self.refuse("images", "must not be below 0")
+        if self.pool == "both" and self.classifier != "linear":
+            raise choice_error(f"{self.where}.pool", self.pool, ("mean", "cls"))
         if not set(self.severities) <= set(SEVERITIES):
-            self.refuse("severities", f"must be some of {SEVERITIES}")
+            raise self.error("severities", f"must be some of {SEVERITIES}")
         if len(set(self.severities)) < len(self.severities):
-            self.refuse("severities", "names a severity twice")
-        if self.unknown_classes not in _UNKNOWN:
-            setting = "evaluations.robustness.unknown_classes"
-            raise choice_error(setting, self.unknown_classes, _UNKNOWN)
+            raise self.error("severities", "names a severity twice")
         if not self.imagenet_c:
             for name in self.corruptions:
                 if name not in CORRUPTIONS:
                     raise choice_error("evaluations.robustness.corruptions", name, CORRUPTIONS)
         if self.baseline == "alexnet" and not self.imagenet_c:
             reason = "is for ImageNet-C's own images: set imagenet_c, or another baseline"
-            self.refuse("baseline", reason)
+            raise self.error("baseline", reason)
         if self.baseline == "alexnet" and sorted(self.severities) != list(SEVERITIES):
-            self.refuse("baseline", "is the mean over all five severities")
+            raise self.error("baseline", "is the mean over all five severities")
         if self.classifier not in ("linear", "finetune") and not Path(self.classifier).is_file():
-            self.refuse("classifier", "is not finetune, linear or a file")
+            raise self.error("classifier", "is not finetune, linear or a file")
         for name, path in self.folders.items():
-            if not isinstance(name, str) or not isinstance(path, str) or not name:
-                self.refuse("folders", "must map names to folders")
-
-    def refuse(self, setting: str, reason: str) -> NoReturn:
-        """Raises the error for a setting that cannot be used."""
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
+            if not isinstance(path, str) or not name:
+                raise self.error("folders", "must map names to folders")
 
 
 @dataclass(frozen=True)
@@ -280,11 +269,10 @@ def right_answers(
     return float(total / counted)
 
 
-@EVALUATIONS.register("robustness")
+@EVALUATIONS.register("robustness", RobustnessSettings)
 class Robustness(EncoderEvaluation):
     """Errors of a classifier on corrupted images, and its accuracy on other renderings."""
 
-    Settings = RobustnessSettings
     settings: RobustnessSettings
     reads_others = True
 
@@ -302,7 +290,7 @@ class Robustness(EncoderEvaluation):
             f"needs a fine-tuned classifier, and {where}: evaluate finetune,robustness, or name a "
             "file, or linear for a probe"
         )
-        self.settings.refuse("classifier", reason)
+        raise self.settings.error("classifier", reason)
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
         """See :meth:`AnyEvaluation.check`.
@@ -337,10 +325,10 @@ class Robustness(EncoderEvaluation):
             return list(s.corruptions) or [name for name in BENCHMARK if name in CORRUPTIONS]
         root = Path(s.imagenet_c)
         if not root.is_dir():
-            s.refuse("imagenet_c", "is no folder")
+            raise s.error("imagenet_c", "is no folder")
         folders = corrupted_folders(root)
         if not folders:
-            s.refuse("imagenet_c", "holds no CORRUPTION/SEVERITY/CLASS, as ImageNet-C does")
+            raise s.error("imagenet_c", "holds no CORRUPTION/SEVERITY/CLASS, as ImageNet-C does")
         for name in s.corruptions:
             if name not in folders:
                 raise choice_error("evaluations.robustness.corruptions", name, folders)
@@ -348,7 +336,7 @@ class Robustness(EncoderEvaluation):
         for name in names:
             lacks = [str(k) for k in s.severities if k not in folders[name].severities]
             if lacks:
-                s.refuse("imagenet_c", f"lacks {name}/{lacks[0]}")
+                raise s.error("imagenet_c", f"lacks {name}/{lacks[0]}")
         return names
 
     def _known(self, folder: Path, setting: str, classes: Sequence[str]) -> list[int | None]:

@@ -13,12 +13,12 @@ import hashlib
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Annotated, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,15 +27,26 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
+from mim.core.config import FREE, DataConfig
 from mim.core.cpu.kernels import tune
 from mim.core.cpu.process import tune_process
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
+from mim.core.fields import (
+    Between,
+    Count,
+    Natural,
+    NonNegative,
+    Share,
+    SpanToOne,
+    at_least,
+    is_free,
+)
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_loader
 from mim.data.loader import Augment
-from mim.evaluate.base import AnySettings, EvaluationSettings, holdout, low_shot
+from mim.evaluate.base import AnySettings, EvaluationSettings, low_shot, stratified_holdout
 from mim.evaluate.encoders import Encoder
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
 from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
@@ -47,78 +58,50 @@ from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 _TOP = 5
 _TRACKER_SECONDS = 120.0
-FREE = ("checkpoint_every", "async_save", "tensorboard", "accumulate", "max_nonfinite")
-"""Settings that may change when a training goes on: they do not change what is computed."""
+BatchSize = Annotated[int, at_least(2)]
 
 
 @dataclass(frozen=True)
 class StepSettings(AnySettings):
     """How steps are taken and kept, in every evaluation that takes any."""
 
-    accumulate: int = 1
+    accumulate: Count = field(default=1, metadata=FREE)
     """Parts a process cuts its share of a batch into, to save memory; a batch norm, and the
     regions that detection draws, see a part at a time."""
-    clip_grad: float = 0.0
+    clip_grad: NonNegative = 0.0
     """Largest norm of the gradient; 0 clips nothing."""
-    max_nonfinite: int = 1
+    max_nonfinite: Count = field(default=1, metadata=FREE)
     """Steps in a row, whose loss or gradient is not finite, that end the training; those before
     are skipped. Where several heads are trained side by side, one that diverges is left out."""
-    checkpoint_every: int = 1
+    checkpoint_every: Natural = field(default=1, metadata=FREE)
     """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
     need a run folder."""
-    async_save: bool = False
+    async_save: bool = field(default=False, metadata=FREE)
     """Whether a state is copied to host memory and written while the training goes on."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=FREE)
     """Whether the curves go to TensorBoard, too, beside the states."""
-
-    def _check_steps(self) -> None:
-        for setting in ("accumulate", "max_nonfinite"):
-            self._positive(setting, getattr(self, setting))
-        for setting in ("clip_grad", "checkpoint_every"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-
-    def _refuse(self, setting: str, reason: str) -> NoReturn:
-        raise setting_error(f"evaluations.{self.name}.{setting}", getattr(self, setting), reason)
 
 
 @dataclass(frozen=True)
 class TrainedSettings(StepSettings, EvaluationSettings):
     """Settings that everything trained by gradient steps shares."""
 
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images a step, over all processes; fewer, and an even number, where there are fewer."""
-    min_lr: float = 0.0
+    min_lr: NonNegative = 0.0
     """Where the half cosine ends."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """The optimizer's."""
-    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    crop_scale: SpanToOne = (0.08, 1.0)
     """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
-    held_out: float = 0.1
+    held_out: Between = 0.1
     """Share of each class of the training images on which the best epoch is chosen."""
-    fraction: float = 1.0
+    fraction: Share = 1.0
     """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_steps()
-        self._positive("epochs", self.epochs)
-        if self.batch_size < 2:
-            self._refuse("batch_size", "must be at least 2")
-        for setting in ("min_lr", "warmup_epochs", "weight_decay"):
-            if not getattr(self, setting) >= 0:
-                self._refuse(setting, "must not be below 0")
-        if not 0 < self.held_out < 1:
-            self._refuse("held_out", "must lie between 0 and 1")
-        if not 0 < self.fraction <= 1:
-            self._refuse("fraction", "must be above 0 and at most 1")
-        scale = self.crop_scale
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            self._refuse("crop_scale", "must be 0 < from <= to <= 1")
 
 
 def labels_of_source(source: ImageSource) -> Tensor:
@@ -138,7 +121,7 @@ def split(train: ImageSource, settings: TrainedSettings) -> tuple[Tensor, Tensor
     used = torch.arange(len(ids))
     if settings.fraction < 1:
         used = low_shot(ids, labels, settings.fraction, settings.seed)
-    held = holdout(ids[used], labels[used], settings.seed, settings.held_out)
+    held = stratified_holdout(ids[used], labels[used], settings.seed, settings.held_out)
     return used[~held], used[held]
 
 
@@ -230,7 +213,7 @@ def global_batch(settings: TrainedSettings, count: int, world: int) -> int:
         reason = f"must divide into even shares for {world} processes"
         if size < settings.batch_size:
             reason += f"; the training images allow {size}"
-        settings._refuse("batch_size", reason)
+        raise settings.error("batch_size", reason)
     return size
 
 
@@ -458,11 +441,12 @@ class ClassificationTask(SupervisedTask):
         """
         store = None
         if state is not None:
-            kept = {k: v for k, v in asdict(self.settings).items() if k not in FREE}
+            kind = type(self.settings)
+            kept = {k: v for k, v in asdict(self.settings).items() if not is_free(kind, k)}
             known = json.dumps([kept, self.train.fingerprint(), identity], sort_keys=True)
             store = FileStore(state, known)
         best = BestEpoch(
-            lambda model: accuracies(self, model, self.held)[0], 1, "held_out_accuracy"
+            lambda model: accuracies(self, model, self.held).accuracy, 1, "held_out_accuracy"
         )
         train_epochs(self, optimizer, schedule, best, label, store, scaler)
         return best
@@ -481,17 +465,30 @@ def identity_of(encoder: Encoder, precision: str) -> str:
     return json.dumps([digest.hexdigest(), read, precision], sort_keys=True)
 
 
+class Answered(NamedTuple):
+    """Which test images each head answered right, those of all processes."""
+
+    right: Tensor  # (2, I, H) bool: by the best guess, and among the best five
+    sample_ids: Tensor  # (I,)
+    labels: Tensor  # (I,)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(H,) float64: the share of right answers."""
+        return self.right[0].double().mean(0)
+
+
 @torch.no_grad()
-def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Tensor:
-    """(2, H) float64: the share of right answers, and of those among the best five.
+def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Answered:
+    """Asks every head about every image of a source; unreadable images are left out.
 
     All processes call it together; each answers for its share of the images, which may be none.
     """
     model.eval()
     accelerator = task.accelerator
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    right = torch.zeros(2, task.heads, dtype=torch.float64, device=device)
-    count = right.new_zeros(())  # unreadable images are left out
+    right = [torch.zeros(0, 2, task.heads, dtype=torch.bool)]
+    ids, labels = ([torch.zeros(0, dtype=torch.int64)] for _ in range(2))
     for batch in eval_loader(source, task.data, rank=rank, world=world):
         images = normalize(to_device(batch.images, device), source.mean, source.std)
         logits = task.logits(model, images)  # (H, B, K)
@@ -499,15 +496,19 @@ def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) 
         wanted = to_device(batch.labels, device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
         found = torch.stack([best[..., 0], best.any(2)])  # (2, H, B)
-        right += found.double().sum(2)
-        count += len(batch)
-    total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
-    return (total / counted).cpu()
+        right.append(found.permute(2, 0, 1).cpu())
+        ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
+        labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))
+    rows = [gather_rows(torch.cat(part)) for part in (right, ids, labels)]
+    return Answered(rows[0].transpose(0, 1), rows[1], rows[2])
 
 
-def measured(found: Tensor, head: int, classes: int) -> dict[str, float]:
-    """Named numbers of a head, from what :func:`accuracies` returned."""
-    numbers = {"accuracy": float(found[0, head])}
+def measured(
+    found: Answered, head: int, classes: int, more: Mapping[str, float] | None = None
+) -> Measured:
+    """Named numbers of a head and its answers, from what :func:`accuracies` returned."""
+    answers = {"accuracy": found.right[0, :, head]}
     if classes > _TOP:
-        numbers[f"accuracy_top{_TOP}"] = float(found[1, head])
-    return numbers
+        answers[f"accuracy_top{_TOP}"] = found.right[1, :, head]
+    numbers = {name: float(answer.double().mean()) for name, answer in answers.items()}
+    return Measured({**numbers, **(more or {})}, found.sample_ids, answers, found.labels)

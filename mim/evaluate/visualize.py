@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Split, eval_loader, normalize, open_source
 from mim.masks import MASKS, PatchMask, build_mask_generator
 from mim.masks.statistics import MaskStatistics, mask_statistics
@@ -445,7 +445,7 @@ def attention_figure(
     _title(axes[0][0], "image")
     for place, block in enumerate(blocks):
         _title(axes[0][1 + place], f"{reader}\nblock {block + 1}")
-    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.config.name})")
+    _title(axes[0][1 + len(blocks)], f"masked\n({model.regime.name})")
     who = "framed query" if keeps_all else reader
     for place, block in enumerate(ends):
         _title(axes[0][2 + len(blocks) + place], f"{who}\nmasked, block {block + 1}")

@@ -19,18 +19,25 @@ from torch import Tensor
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.files import file_digest, parse_yaml
-from mim.core.settings import flatten, load_config, to_dict, to_yaml
+from mim.core.settings import flatten, to_dict
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
 from mim.interop.files import Weights, read_weights
 from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
-from mim.model.backbones import grid_of, misfit_of, patch_size_of, sincos_position_embedding
+from mim.model.backbones import (
+    check_arguments,
+    grid_of,
+    misfit_of,
+    patch_size_of,
+    sincos_position_embedding,
+)
 from mim.model.teacher import Teacher
 from mim.training import checkpoint
 from mim.training.optim import build_optimizer
 from mim.training.results import update_result
 from mim.training.runtime.cost import environment
+from mim.training.settings import load_config
 
 PARTS = ("model", "encoder")
 IMPORTED = "imported"
@@ -471,8 +478,11 @@ class _Reader:
 def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """A timm model's arguments in its ``config.json``, but for those that are settings of data."""
     args = config.get("model_args") or {}
+    if not isinstance(args, Mapping):
+        raise setting_error("model_args", args, "must be a mapping (config.json beside the file)")
     data = ("img_size", "in_chans", "num_classes", "dynamic_img_size")
-    return {key: value for key, value in args.items() if key not in data}
+    args = {key: value for key, value in args.items() if key not in data}
+    return check_arguments(args, "model_args")
 
 
 def create_model_meta(name: str, args: Mapping[str, Any] | None = None) -> Any:
@@ -608,7 +618,7 @@ def import_run(
     checkpoint.prepare_folder(output, "--output")
     state = imported.model.state_dict()
     details = {"backbone": config.model.backbone, "source": str(imported.source.name)}
-    checkpoint.write_text_atomic(output / "config.yaml", to_yaml(config))
+    checkpoint.write_config(output, config)
     origin = {
         "file": str(imported.source),
         "sha256": file_digest(imported.source),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import struct
 import zipfile
 import zlib
@@ -17,26 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mim.core.config import MaskConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import NPY_ERRORS
-from mim.core.keys import name_to_int
-from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest
+from mim.core.fields import Settings, Share
+from mim.core.files import IMAGE_EXTENSIONS, NPY_ERRORS, walk
+from mim.core.rng import name_to_int
+from mim.masks.generators import MASKS, Grid, MaskContext, MaskGenerator, MaskRequest
 
-# Those of mim.data's image folders, which stand above this module; a test compares them.
-IMAGE_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".npy",
-)
 _KINDS = (".npy", ".png")
 # What numpy and PIL are known to raise on damaged files.
 _READ_ERRORS: tuple[type[Exception], ...] = (
@@ -61,7 +46,18 @@ class _Masks:
     rows: Tensor | None = None
 
 
-@MASKS.register("file")
+@dataclass(frozen=True)
+class FileSettings(Settings):
+    """Settings of the generator file; it does not use ``mask.ratio``."""
+
+    path: str | None = None
+    """One .npy or .png for all images, one .npy (images, rows, columns) indexed by sample id, or a
+    folder with the same paths as the image folder. 1, true and white hide."""
+    share: Share = 0.5
+    """Share of a patch's pixels from which on it is hidden, where a mask is given in pixels."""
+
+
+@MASKS.register("file", FileSettings)
 class FileMask(MaskGenerator):
     """Masks from ``mask.file.path``; ``mask.ratio`` and the keys play no part.
 
@@ -83,8 +79,10 @@ class FileMask(MaskGenerator):
     checked, once for each generator.
     """
 
-    def __init__(self, config: MaskConfig, patch_size: tuple[int, int] | None = None) -> None:
-        super().__init__(config, patch_size)
+    settings: FileSettings
+
+    def __init__(self, settings: FileSettings, context: MaskContext) -> None:
+        super().__init__(settings, context)
         self._read: tuple[Grid, _Masks] | None = None
 
     def draw(self, request: MaskRequest) -> Tensor:
@@ -123,11 +121,11 @@ class FileMask(MaskGenerator):
 
     def check_sizes(self) -> None:
         reason = "has masks for images of one size, and data.aspect is keep"
-        raise setting_error("mask.name", self.config.name, reason)
+        raise setting_error("mask.name", self.name, reason)
 
     def _error(self, reason: str, name: str | None = None) -> UserError:
         """``name`` says which of several masks."""
-        return setting_error("mask.file.path", name or self.config.file.path, reason)
+        return setting_error("mask.file.path", name or self.settings.path, reason)
 
     def _masks(self, grid: Grid) -> _Masks:
         if self._read is None or self._read[0] != grid:
@@ -136,16 +134,16 @@ class FileMask(MaskGenerator):
         return self._read[1]
 
     def _load(self, grid: Grid) -> _Masks:
-        if self.config.file.path is None:
+        if self.settings.path is None:
             raise self._error("is needed by mask.name=file")
-        path = Path(self.config.file.path)
+        path = Path(self.settings.path)
         if path.is_dir():
             return self._load_folder(path, grid)
         if not path.is_file():
             raise self._error("is no file or folder")
         if path.suffix.lower() not in _KINDS:
             raise self._error("is neither a folder nor an .npy or .png")
-        name = self.config.file.path
+        name = self.settings.path
         values = self._values(path, name)
         if values.ndim == 2:
             return _Masks(self._patches(values[None], grid, [name]))
@@ -212,7 +210,7 @@ class FileMask(MaskGenerator):
             reason = f"has shape {height} x {width}, whose sides are no multiples of the grid's"
             raise self._error(f"{reason} {rows} x {cols}", names[0] if count == 1 else None)
         cells = values.reshape(count, rows, height // rows, cols, width // cols)
-        hidden = cells.mean(axis=(2, 4)) >= self.config.file.share  # (M, rows, cols)
+        hidden = cells.mean(axis=(2, 4)) >= self.settings.share  # (M, rows, cols)
         flat = torch.from_numpy(hidden.reshape(count, -1))
         number = flat.sum(dim=1)
         bad = ((number == 0) | (number == rows * cols)).nonzero()[:, 0]
@@ -225,18 +223,12 @@ class FileMask(MaskGenerator):
 
 def _files(root: Path) -> list[str]:
     """POSIX paths, relative to ``root``, of the masks below it, sorted without their endings."""
-
-    def fail(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
-        raise error
-
-    found = []
-    for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            (Path(place) / name).relative_to(root).as_posix()
-            for name in names
-            if name.lower().endswith(_KINDS) and not name.startswith(".")
-        ]
+    found = [
+        name if folder.path == "." else f"{folder.path}/{name}"
+        for folder in walk(root)
+        for name in folder.files
+        if name.lower().endswith(_KINDS)
+    ]
     return sorted(found, key=lambda file: (file.rpartition(".")[0], file))
 
 

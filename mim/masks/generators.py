@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from mim.core.config import MaskConfig
 from mim.core.device import to_device
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, random_bits, uniforms
 from mim.core.patches import Patches
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, random_bits, uniforms
 from mim.masks.patch_mask import PatchMask
 
 Grid = tuple[int, int]
@@ -36,7 +37,7 @@ class MaskRequest:
 
     Attributes:
         grid: (rows, columns) of patches.
-        keys: (B,) int64 from :func:`mim.core.keys.image_keys`; all randomness comes from them.
+        keys: (B,) int64 from :func:`mim.core.rng.image_keys`; all randomness comes from them.
         ratios: (B,) float64, the share of patches to hide in each image.
         sample_ids: (B,) int64, the stable ids of the images; None where the caller has none.
         images: (B, C, H, W), normalised; None unless the generator asks for them.
@@ -63,6 +64,29 @@ class MaskRequest:
         return torch.floor(self.ratios * units + 0.5).long()
 
 
+class Ratios(Protocol):
+    """Which share of the patches is hidden; the part of :class:`MaskConfig` that all share."""
+
+    def ratio_at(self, epoch: int) -> tuple[float, float]:
+        """(lowest, highest) in an epoch."""
+
+    def all_ratios(self) -> list[tuple[str, float]]:
+        """(setting, ratio) of the ends of every range, between which all ratios lie."""
+
+
+@dataclass(frozen=True)
+class MaskContext:
+    """What a generator is built for.
+
+    Attributes:
+        ratios: the share that is hidden.
+        patch_size: (height, width) of a patch in pixels; None where it is not known.
+    """
+
+    ratios: Ratios
+    patch_size: tuple[int, int] | None = None
+
+
 class MaskGenerator(ABC):
     """Draws masks.
 
@@ -70,9 +94,12 @@ class MaskGenerator(ABC):
     it needs to see.
 
     Args:
-        config: the settings under ``mask``.
-        patch_size: (height, width) of a patch in pixels, for settings given in pixels.
+        settings: its own, as registered with it; None where it has none.
+        context: what it is built for.
     """
+
+    name: ClassVar[str] = ""
+    """As registered."""
 
     needs_images: bool = False
     """Whether it looks at the images; its masks then follow from what they show, too."""
@@ -81,9 +108,10 @@ class MaskGenerator(ABC):
     is_trained: bool = False
     """Whether it has a network of its own, trained with the model (``model.mask_network``)."""
 
-    def __init__(self, config: MaskConfig, patch_size: tuple[int, int] | None = None) -> None:
-        self.config = config
-        self.patch_size = patch_size
+    def __init__(self, settings: Any, context: MaskContext) -> None:
+        self.settings = settings
+        self.ratios = context.ratios
+        self.patch_size = context.patch_size
 
     def network(self, channels: int, seed: int) -> nn.Module:
         """The network of a generator that is trained: images to logits (B, N)."""
@@ -112,7 +140,7 @@ class MaskGenerator(ABC):
 
         Args:
             grid: (rows, columns) of patches.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`; there are no masks without keys.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`; there are no masks without keys.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images, for masks that are given per image.
             images: (B, C, H, W), normalised, for generators that look at them.
@@ -125,11 +153,11 @@ class MaskGenerator(ABC):
             UserError: if the generator needs something that is not given.
         """
         if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
-            raise TypeError("masks need one int64 key an image, from mim.core.keys.image_keys")
+            raise TypeError("masks need one int64 key an image, from mim.core.rng.image_keys")
         for what, given in (("sample_ids", sample_ids), ("images", images)):
             if given is not None and len(given) != len(keys):
                 raise ValueError(f"{len(keys)} keys and {len(given)} {what}: one each is needed")
-        low, high = self.config.ratio_at(epoch)
+        low, high = self.ratios.ratio_at(epoch)
         drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
         if high > low and len(keys):
             drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
@@ -139,7 +167,7 @@ class MaskGenerator(ABC):
             lacks_teacher = self.needs_attention and attention is None
             if images is None or lacks_teacher or (self.is_trained and network is None):
                 reason = "looks at the images; draw its masks with model.draw_mask(images, keys)"
-                raise setting_error("mask.name", self.config.name, reason)
+                raise setting_error("mask.name", self.name, reason)
             seen = attention(images) if self.needs_attention and attention else None
             logits = network(images) if self.is_trained and network else None
             keys, drawn = to_device(keys, images.device), to_device(drawn, images.device)
@@ -158,7 +186,7 @@ class MaskGenerator(ABC):
 
         Args:
             images: (B, N, P), for their grids.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
             epoch: see :meth:`__call__`.
             sample_ids: (B,) stable ids of the images.
 
@@ -190,7 +218,7 @@ class MaskGenerator(ABC):
         """
         if self.needs_images or self.needs_attention or self.is_trained:
             reason = "looks at images of one size, and data.aspect is keep"
-            raise setting_error("mask.name", self.config.name, reason)
+            raise setting_error("mask.name", self.name, reason)
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         """(lowest, highest) number of visible patches in a batch, where it is known beforehand.
@@ -222,7 +250,7 @@ class MaskGenerator(ABC):
         Raises:
             UserError: naming the ratio.
         """
-        for setting, ratio in self.config.all_ratios():
+        for setting, ratio in self.ratios.all_ratios():
             hidden = hidden_count(ratio, units)
             if not 0 < hidden < units:
                 which = f"no {kind}" if hidden == 0 else f"every {kind}"
@@ -251,7 +279,7 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     Args:
         score: (B, N).
         keys: (B,) int64.
-        stream: of the keys' numbers, see :func:`mim.core.keys.random_bits`.
+        stream: of the keys' numbers, see :func:`mim.core.rng.random_bits`.
 
     Returns:
         (B, N) int64, each row a permutation of 0..N-1.
@@ -261,7 +289,7 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     return order.argsort(dim=1, stable=True)
 
 
-MASKS: Registry[type[MaskGenerator]] = Registry("mask.name")
+MASKS: Registry[type[MaskGenerator]] = Registry("mask.name", MaskConfig)
 
 
 @MASKS.register("random")
@@ -281,7 +309,8 @@ def build_mask_generator(
     Raises:
         UserError: if the name is unknown or the settings do not fit the grid.
     """
-    generator = MASKS.get(config.name)(config, patch_size)
+    kind, settings = MASKS.get(config.name), MASKS.chosen(config, config.name)
+    generator = kind(settings, MaskContext(config, patch_size))
     if grid is not None:
         generator.check(grid)
     return generator

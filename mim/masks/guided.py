@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim.core.keys import seed_of, uniforms
+from mim.core.fields import Count, NonNegative, Settings
+from mim.core.rng import seed_of, uniforms
 from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
 
 
@@ -20,7 +24,17 @@ def gumbel(keys: Tensor, count: int, stream: int) -> Tensor:
     return -torch.log(-torch.log(drawn))
 
 
-@MASKS.register("attention")
+@dataclass(frozen=True)
+class AttentionSettings(Settings):
+    """Masks guided by the EMA teacher's attention (AttMask)."""
+
+    hide: Literal["most", "least"] = "most"
+    """Which patches are hidden: the most or the least attended."""
+    randomness: NonNegative = 0.5
+    """Scale of keyed Gumbel noise on the log-attention: 0 is strict, 1 samples in proportion."""
+
+
+@MASKS.register("attention", AttentionSettings)
 class AttentionMask(RankedMask):
     """Hides the most, or the least, attended patches (AttMask, Kakogeorgiou et al. 2022).
 
@@ -29,12 +43,14 @@ class AttentionMask(RankedMask):
     takes the highest, 1 samples without replacement in proportion to the attention.
     """
 
+    settings: AttentionSettings
+
     needs_images = True
     needs_attention = True
 
     def ranks(self, request: MaskRequest) -> Tensor:
         assert request.attention is not None  # the base class asks for it
-        settings = self.config.attention
+        settings = self.settings
         score = request.attention.double().clamp(min=1e-30).log()  # (B, N)
         if settings.hide == "least":
             score = -score
@@ -67,7 +83,19 @@ class PatchScorer(nn.Module):
         return logits - logits.mean(dim=1, keepdim=True)
 
 
-@MASKS.register("learned")
+@dataclass(frozen=True)
+class LearnedSettings(Settings):
+    """Masks from a small network that is trained against the reconstruction."""
+
+    objective: Literal["adamae", "adversarial"] = "adamae"
+    """adamae (show what is hard to guess) or adversarial (hide it)."""
+    sampling: Literal["gumbel", "topk"] = "gumbel"
+    """gumbel (sample without replacement by score, keyed for each image) or topk (strict)."""
+    width: Count = 64
+    """Width of the network."""
+
+
+@MASKS.register("learned", LearnedSettings)
 class LearnedMask(RankedMask):
     """A small network scores the patches and is trained against the reconstruction.
 
@@ -78,6 +106,8 @@ class LearnedMask(RankedMask):
     the spirit of ADIOS, arXiv:2201.13100, by the score function instead of soft masks).
     """
 
+    settings: LearnedSettings
+
     needs_images = True
     is_trained = True
 
@@ -86,15 +116,15 @@ class LearnedMask(RankedMask):
         assert self.patch_size is not None  # the model gives it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "mask_network"))
-            return PatchScorer(channels, self.patch_size, self.config.learned.width)
+            return PatchScorer(channels, self.patch_size, self.settings.width)
 
     def ranks(self, request: MaskRequest) -> Tensor:
         assert request.logits is not None  # the base class asks for it
         score = F.logsigmoid(request.logits.double())  # (B, N)
-        if self.config.learned.sampling == "gumbel":
+        if self.settings.sampling == "gumbel":
             score = score + gumbel(request.keys, request.num_patches, stream=2)
         # Low ranks are hidden first.
-        hide_low = self.config.learned.objective == "adamae"
+        hide_low = self.settings.objective == "adamae"
         return rank_by(score if hide_low else -score, request.keys)
 
     def objective(self, logits: Tensor, ids: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
@@ -113,7 +143,7 @@ class LearnedMask(RankedMask):
         valid = torch.ones_like(error, dtype=torch.bool) if valid is None else valid
         count = valid.sum(dim=1).clamp(min=1)
         log_score = F.logsigmoid(logits.float())  # (B, N)
-        if self.config.learned.objective == "adamae":
+        if self.settings.objective == "adamae":
             log_share = log_score - log_score.logsumexp(dim=1, keepdim=True)
             gain = error * log_share.gather(1, ids)
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mim.core.keys import mix, random_bits
+from mim.core.rng import mix, random_bits
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mim.core.errors import setting_error
-from mim.core.keys import random_bits, uniforms
+from mim.core.fields import Count, Settings, Span, SpanToOne
+from mim.core.rng import random_bits, uniforms
 from mim.masks.generators import MASKS, Grid, MaskGenerator, MaskRequest, RankedMask, rank_by
 
 _SHAPES = 4  # the keys' stream for places and shapes; 0 orders patches, 1 draws ratios
@@ -52,7 +54,20 @@ def _within(start: Tensor, length: Tensor, size: int) -> Tensor:
     return (i >= start[:, None]) & (i < (start + length)[:, None])
 
 
-@MASKS.register("block")
+@dataclass(frozen=True)
+class BlockSettings(Settings):
+    """Settings of the generator block: rectangles that pile up."""
+
+    area: SpanToOne = (16 / 196, 1.0)
+    """Share of the grid a rectangle covers, from and to; never more than is still to be hidden."""
+    aspect: Span = (0.3, 1 / 0.3)
+    """Height over width of a rectangle, from and to; drawn log-uniformly."""
+    exact: bool = True
+    """Whether the last rectangle is cut so that the number of hidden patches is exact; false
+    keeps rectangles whole, as BEiT does, and may hide fewer."""
+
+
+@MASKS.register("block", BlockSettings)
 class BlockMask(MaskGenerator):
     """Rectangles that pile up (BEiT, arXiv:2106.08254; DINOv2, arXiv:2304.07193).
 
@@ -69,6 +84,8 @@ class BlockMask(MaskGenerator):
     rectangles as long as the grid, which this allows, so that a grid of one line has some.
     """
 
+    settings: BlockSettings
+
     def draw(self, request: MaskRequest) -> Tensor:
         keys = request.keys
         missing = request.counts()  # (B,)
@@ -84,7 +101,7 @@ class BlockMask(MaskGenerator):
                 keys[going], _PARTS_STREAM + part, *state
             )
         flat = hidden.flatten(1)
-        if not self.config.block.exact:
+        if not self.settings.exact:
             missing = missing.where(~flat.any(dim=1), 0)
         short = (missing > 0).nonzero()[:, 0]
         if len(short):
@@ -107,7 +124,7 @@ class BlockMask(MaskGenerator):
         Returns:
             The last three, afterwards.
         """
-        settings = self.config.block
+        settings = self.settings
         rows, cols = hidden.shape[1:]
         low, high = (share * rows * cols for share in settings.area)
         drawn = uniforms(keys, 4 * _ATTEMPTS, stream).view(-1, _ATTEMPTS, 4)  # (B, T, 4)
@@ -171,7 +188,20 @@ class GridMask(RankedMask):
         return bayer.argsort(dim=1, descending=True).argsort(dim=1)
 
 
-@MASKS.register("aligned")
+@dataclass(frozen=True)
+class AlignedSettings(Settings):
+    """Settings of the generator aligned: units larger than a patch."""
+
+    unit: Count | tuple[Count, Count] = 32
+    """Side in pixels of the square that is hidden as one, or (height, width)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.unit, self.unit) if isinstance(self.unit, int) else self.unit
+
+
+@MASKS.register("aligned", AlignedSettings)
 class AlignedMask(MaskGenerator):
     """Random squares larger than a patch (SimMIM, arXiv:2111.09886: 32 pixels).
 
@@ -179,13 +209,15 @@ class AlignedMask(MaskGenerator):
     the count is exact in units.
     """
 
+    settings: AlignedSettings
+
     def _unit(self, grid: Grid) -> Grid:
         """(height, width) of a unit in patches.
 
         Raises:
             UserError: if the unit is no multiple of a patch, or the grid none of the unit.
         """
-        unit, size = self.config.aligned.unit, self.config.aligned.size
+        unit, size = self.settings.unit, self.settings.size
         if self.patch_size is None:
             reason = "is in pixels: build the generator with the patch size (patch_size=...)"
             raise setting_error("mask.aligned.unit", unit, reason)
@@ -210,9 +242,9 @@ class AlignedMask(MaskGenerator):
         return hidden.reshape(len(hidden), -1)  # (B, N)
 
     def check_sizes(self) -> None:
-        if self.config.aligned.size != self.patch_size:
+        if self.settings.size != self.patch_size:
             reason = "does not divide the grid of every image with data.aspect=keep"
-            unit = self.config.aligned.unit
+            unit = self.settings.unit
             raise setting_error("mask.aligned.unit", unit, f"{reason}; choose one patch")
 
     def check(self, grid: Grid) -> None:
@@ -247,7 +279,18 @@ class RowMask(MaskGenerator):
         self.check_units(grid, grid[0], "row")
 
 
-@MASKS.register("inverse_block")
+@dataclass(frozen=True)
+class InverseBlockSettings(Settings):
+    """Settings of the generator inverse_block: one visible rectangle."""
+
+    aspect: Span = (0.5, 2.0)
+    """Height over width of the rectangle, from and to; drawn log-uniformly."""
+    roll: bool = False
+    """Whether the rectangle may leave the grid on one side and come in on the other, so that
+    every patch is visible equally often."""
+
+
+@MASKS.register("inverse_block", InverseBlockSettings)
 class InverseBlockMask(MaskGenerator):
     """One visible rectangle (data2vec 2.0, arXiv:2212.07525; CAPI, arXiv:2502.08769).
 
@@ -257,8 +300,10 @@ class InverseBlockMask(MaskGenerator):
     with ``roll``, as in CAPI, over all places of a grid whose opposite sides are joined.
     """
 
+    settings: InverseBlockSettings
+
     def draw(self, request: MaskRequest) -> Tensor:
-        settings = self.config.inverse_block
+        settings = self.settings
         rows, cols = request.grid
         drawn = uniforms(request.keys, 5, _SHAPES)  # (B, 5)
         visible = request.num_patches - request.counts()  # (B,)
@@ -282,7 +327,19 @@ class InverseBlockMask(MaskGenerator):
         return (~inside | cut).flatten(1)
 
 
-@MASKS.register("multiblock")
+@dataclass(frozen=True)
+class MultiblockSettings(Settings):
+    """Settings of the generator multiblock: hidden targets inside a visible context."""
+
+    targets: Count = 4
+    """Number of target rectangles, which may overlap."""
+    aspect: Span = (0.75, 1.5)
+    """Height over width of a target, from and to."""
+    context_scale: SpanToOne = (0.85, 1.0)
+    """Share of the grid the context covers, from and to; what lies outside it is hidden first."""
+
+
+@MASKS.register("multiblock", MultiblockSettings)
 class MultiblockMask(RankedMask):
     """I-JEPA's targets and context, as a mask (arXiv:2301.08243).
 
@@ -293,8 +350,10 @@ class MultiblockMask(RankedMask):
     the context may take up the whole count.
     """
 
+    settings: MultiblockSettings
+
     def ranks(self, request: MaskRequest) -> Tensor:
-        settings, keys = self.config.multiblock, request.keys
+        settings, keys = self.settings, request.keys
         rows, cols = request.grid
         drawn = uniforms(keys, 3 * (1 + settings.targets), _SHAPES)  # (B, 3 + 3 T)
         low, high = settings.context_scale

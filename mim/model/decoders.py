@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from mim.core.config import DecoderConfig
 from mim.core.errors import setting_error
-from mim.core.keys import seed_of
+from mim.core.fields import Count, Positive, Settings, Share
 from mim.core.patches import values_at
 from mim.core.registry import Registry
+from mim.core.rng import seed_of
 from mim.model.attention import key_bias
 from mim.model.backbones import block_at, sincos_position_embedding
 from mim.model.packing import Packing
-from mim.model.regimes import Latents, Regime, place_tokens
+from mim.model.regimes import Latents, Regime, scatter_tokens
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +48,16 @@ class DecoderContext:
     num_prefix: int
 
 
-class Decoder(nn.Module, ABC):
+class Decoder(WithTerms, nn.Module, ABC):
     """Base class.
 
     Args:
-        config: the settings under ``model.decoder``.
+        settings: its own, as registered with it; None where it has none.
         context: what it is built for.
     """
 
+    name: ClassVar[str] = ""
+    """As registered."""
     needs_all_tokens: bool
     """Whether it reads a latent at every patch and so cannot follow a regime that drops some."""
     needs_layers: bool = False
@@ -62,8 +67,9 @@ class Decoder(nn.Module, ABC):
     packs: bool = False
     """Whether several images of different sizes share a sequence."""
 
-    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
+    def __init__(self, settings: Any, context: DecoderContext) -> None:
         super().__init__()
+        self.settings = settings
 
     @abstractmethod
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
@@ -82,7 +88,7 @@ class Decoder(nn.Module, ABC):
         """(..., E) -> (..., output)."""
 
 
-DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name")
+DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name", DecoderConfig)
 
 
 def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
@@ -111,7 +117,7 @@ def _latents_at(latents: Latents, ids: Tensor | None) -> Tensor:
     patches = latents.patches  # (B, T, D)
     if latents.patch_ids is not None:
         fill = patches.new_zeros(len(patches), latents.num_patches, patches.shape[-1])
-        patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+        patches = scatter_tokens(patches, latents.patch_ids, latents.valid, fill)
     return _at(patches, ids)
 
 
@@ -123,7 +129,34 @@ def _xavier(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-@DECODERS.register("transformer")
+@dataclass(frozen=True)
+class BlocksSettings(Settings):
+    """Sizes of a decoder of blocks."""
+
+    width: Count = 512
+    """Width of a token in the decoder."""
+    depth: Count = 8
+    """Number of blocks."""
+    heads: Count = 16
+    """Attention heads; must divide the width."""
+    mlp_ratio: Positive = 4.0
+    """Hidden width of a block's MLP over the decoder's width."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise self.error("width", f"is not divisible by {self.where}.heads={self.heads}")
+        if self.width % 4:
+            reason = "must be divisible by 4 for its 2-D sin-cos position embedding"
+            raise self.error("width", reason)
+
+
+@dataclass(frozen=True)
+class TransformerSettings(BlocksSettings):
+    """MAE's decoder."""
+
+
+@DECODERS.register("transformer", TransformerSettings)
 class TransformerDecoder(Decoder):
     """MAE's decoder: mask tokens where no latent is, fixed positions, transformer blocks.
 
@@ -133,9 +166,8 @@ class TransformerDecoder(Decoder):
 
     needs_all_tokens = False
 
-    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
-        super().__init__(config, context)
-        settings = config.transformer
+    def __init__(self, settings: TransformerSettings, context: DecoderContext) -> None:
+        super().__init__(settings, context)
         self.embed = nn.Linear(context.width, settings.width)
         positions = sincos_position_embedding(context.grid, settings.width, context.num_prefix)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, P + N, E)
@@ -158,7 +190,7 @@ class TransformerDecoder(Decoder):
             assert self.mask_token is not None
             prefix, patches = x[:, : latents.num_prefix], x[:, latents.num_prefix :]
             fill = self.mask_token.expand(len(x), latents.num_patches, -1).to(x.dtype)
-            patches = place_tokens(patches, latents.patch_ids, latents.valid, fill)
+            patches = scatter_tokens(patches, latents.patch_ids, latents.valid, fill)
             x = torch.cat([prefix, patches], dim=1)  # (B, P + N, E)
         x = x + _positions(self.pos_embed, latents, latents.num_prefix)
         return self.norm(self._run(x, latents, ids))
@@ -196,8 +228,8 @@ class LinearDecoder(Decoder):
 
     needs_all_tokens = True
 
-    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
-        super().__init__(config, context)
+    def __init__(self, settings: None, context: DecoderContext) -> None:
+        super().__init__(settings, context)
         self.head = nn.Linear(context.width, context.output)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -211,15 +243,24 @@ class LinearDecoder(Decoder):
         return self.head(hidden)
 
 
-@DECODERS.register("mlp")
+@dataclass(frozen=True)
+class MlpSettings(Settings):
+    """A multilayer perceptron on each latent."""
+
+    width: Count = 512
+    """Width of a hidden layer."""
+    depth: Count = 1
+    """Number of hidden layers."""
+
+
+@DECODERS.register("mlp", MlpSettings)
 class MlpDecoder(Decoder):
     """A multilayer perceptron on each latent; between SimMIM's linear map and a transformer."""
 
     needs_all_tokens = True
 
-    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
-        super().__init__(config, context)
-        settings = config.mlp
+    def __init__(self, settings: MlpSettings, context: DecoderContext) -> None:
+        super().__init__(settings, context)
         layers: list[nn.Module] = []
         for index in range(settings.depth):
             layers += [
@@ -269,7 +310,19 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-@DECODERS.register("cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionSettings(BlocksSettings):
+    """CrossMAE's decoder."""
+
+    share: Share = 0.25
+    """Share of the hidden patches that is decoded in training, drawn for each image and epoch; must
+    be 1 with model.target.loss_on=all."""
+    layers: Literal["last", "weighted"] = "weighted"
+    """What the blocks read: last (the encoder's output) or weighted (each block its own learned
+    sum of the outputs of the encoder's blocks)."""
+
+
+@DECODERS.register("cross_attention", CrossAttentionSettings)
 class CrossAttentionDecoder(Decoder):
     """Mask tokens read the latents and not each other (CrossMAE, Fu et al. 2024, 2401.14391).
 
@@ -280,9 +333,8 @@ class CrossAttentionDecoder(Decoder):
 
     needs_all_tokens = False
 
-    def __init__(self, config: DecoderConfig, context: DecoderContext) -> None:
-        super().__init__(config, context)
-        settings = config.cross_attention
+    def __init__(self, settings: CrossAttentionSettings, context: DecoderContext) -> None:
+        super().__init__(settings, context)
         self.share = settings.share
         self.needs_layers = settings.layers == "weighted"
         self.embed = nn.Linear(context.width, settings.width)
@@ -348,7 +400,7 @@ def build_decoder(
     if kind.needs_all_tokens and not regime.keeps_all_tokens:
         able = ", ".join(name for name in DECODERS if not DECODERS.get(name).needs_all_tokens)
         reason = (
-            f"needs a token at every patch, and model.regime.name={regime.config.name!r} drops "
+            f"needs a token at every patch, and model.regime.name={regime.name!r} drops "
             f"the masked ones; with that regime choose {able}"
         )
         raise setting_error("model.decoder.name", config.name, reason)
@@ -359,4 +411,5 @@ def build_decoder(
         raise setting_error("model.regime.zero.predict_share", regime.predict_share, reason)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "decoder"))
-        return kind(config, DecoderContext(width, output, grid, regime, num_prefix))
+        context = DecoderContext(width, output, grid, regime, num_prefix)
+        return kind(DECODERS.chosen(config, config.name), context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from mim.model.decoders import Decoder, build_decoder
 from mim.model.regimes import Latents, Regime, build_regime
 from mim.model.targets import TARGETS, Target, TargetContext, build_target, per_image_loss
 from mim.model.teacher import Teacher
+from mim.model.terms import Forward
 
 
 @dataclass(eq=False)
@@ -34,15 +35,17 @@ class Output:
     """What the model returns.
 
     Attributes:
-        loss: scalar, what training minimises: the weighted mean of ``loss_per_image``, and the
-            loss of the mask generator where one is trained.
+        loss: scalar, what training minimises: ``reconstruction`` and all ``terms``.
         reconstruction: scalar, the weighted mean of ``loss_per_image`` alone.
+        terms: in training, what components add to the loss, by name, each a scalar; mask_network is
+            the loss of a mask generator that is trained.
         loss_per_image: (B,).
         latents: of the encoder.
     """
 
     loss: Tensor
     reconstruction: Tensor
+    terms: dict[str, Tensor]
     loss_per_image: Tensor
     latents: Latents
     _readable: Latents = field(repr=False)
@@ -125,7 +128,7 @@ class MaskedImageModel(nn.Module):
 
         Args:
             images: (B, C, H, W), normalised, or patches of several sizes.
-            keys: (B,) int64 from :func:`mim.core.keys.image_keys`.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images.
         """
@@ -198,7 +201,7 @@ class MaskedImageModel(nn.Module):
         if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
             readable = replace(latents, tokens=norm(latents.tokens))
-        if self.target.config.loss_on == "all":
+        if self.target.context.loss_on == "all":
             ids, valid = None, mask.valid
             wanted = self.target(images, self.teacher)  # (B, N, dim)
         else:
@@ -206,18 +209,31 @@ class MaskedImageModel(nn.Module):
             ids, valid = mask.masked_share(share)
             wanted = self.target.at(images, ids, self.teacher)  # (B, M, dim)
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
-        distance = self.target.distance(predicted, wanted)  # (B, M)
-        losses = per_image_loss(distance, valid)
+        distance = self.target.distance(predicted, wanted, images=images, ids=ids, mask=mask)
+        losses = per_image_loss(distance, valid)  # of (B, M)
         reconstruction = loss = _weighted_mean(losses, weight)
-        if self.mask_network is not None and self.training:
-            if ids is None:
-                ids, valid = mask.masked_ids, mask.masked_valid
-                distance = distance.gather(1, ids)
-            logits = self.mask_network(images)  # (B, N)
-            chosen = self.mask_generator.objective(logits, ids, distance, valid)  # (B,)
-            loss = reconstruction + _weighted_mean(chosen, weight)
+        terms: dict[str, Tensor] = {}
+        if self.training:
+            forward = Forward(images, mask, latents, ids, valid, predicted, wanted, distance)
+            for name, term in self._terms(forward):
+                if name in terms:
+                    raise ValueError(f"two components give a term of the loss the name {name!r}")
+                terms[name] = term if term.ndim == 0 else _weighted_mean(term, weight)
+                loss = loss + terms[name]
         target = partial(self.target, images, self.teacher)
-        return Output(loss, reconstruction, losses, latents, readable, self.decoder, target)
+        return Output(loss, reconstruction, terms, losses, latents, readable, self.decoder, target)
+
+    def _terms(self, forward: Forward) -> Iterator[tuple[str, Tensor]]:
+        """What the parts of the model add to the loss."""
+        for part in (self.regime, self.decoder, self.target):
+            yield from part.terms(forward).items()
+        if self.mask_network is not None:
+            ids, valid, distance = forward.ids, forward.valid, forward.distance
+            if ids is None:
+                ids, valid = forward.mask.masked_ids, forward.mask.masked_valid
+                distance = distance.gather(1, ids)
+            logits = self.mask_network(forward.images)  # (B, N)
+            yield "mask_network", self.mask_generator.objective(logits, ids, distance, valid)
 
 
 def _blank(images: Images, left_out: Tensor) -> Images:
@@ -265,9 +281,9 @@ def build_model(config: Config) -> MaskedImageModel:
     )
     decoder.packs = regime.packs
     if data.keeps_aspect:
-        _check_sizes(config, family, generator, target)
+        _check_sizes(config, family, generator, regime, target)
     set_norm_eps(decoder, model.norm_eps)
-    if target.config.loss_on == "all":
+    if target.context.loss_on == "all":
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
         if decoder.share < 1:
             raise setting_error(f"model.decoder.{model.decoder.name}.share", decoder.share, reason)
@@ -306,7 +322,9 @@ def _refuse_ratios(config: Config) -> None:
             raise setting_error(setting, ratio, reason)
 
 
-def _check_sizes(config: Config, family: Family, generator: MaskGenerator, target: Target) -> None:
+def _check_sizes(
+    config: Config, family: Family, generator: MaskGenerator, regime: Regime, target: Target
+) -> None:
     """Refuse parts that take images of one size only, or that cannot share a sequence.
 
     Raises:
@@ -320,6 +338,9 @@ def _check_sizes(config: Config, family: Family, generator: MaskGenerator, targe
         reason = f"packs plain timm blocks, and {name} has others; choose padded"
         raise setting_error("data.batching", "packed", reason)
     generator.check_sizes()
+    if not regime.takes_sizes:
+        reason = "takes images of one size, and data.aspect is keep"
+        raise setting_error("model.regime.name", config.model.regime.name, reason)
     if not target.takes_sizes:
         able = ", ".join(target for target in TARGETS if TARGETS.get(target).takes_sizes)
         reason = f"is made of images of one size, and data.aspect is keep; choose {able}"

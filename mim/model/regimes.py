@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mim.core.config import RegimeConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import seed_of
+from mim.core.fields import Settings, Share
 from mim.core.patches import Images, Patches
 from mim.core.registry import Registry
+from mim.core.rng import seed_of
 from mim.masks import PatchMask
 from mim.model.attention import causal, key_bias, to_additive
 from mim.model.backbones import Embedded, Family, family_of
 from mim.model.packing import Packing
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class Latents:
         return self.tokens[:, self.num_prefix :]
 
 
-def place_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
+def scatter_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
     """Put tokens at their patches and ``fill`` everywhere else.
 
     Args:
@@ -79,33 +82,60 @@ def place_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor
     return fill.scatter(1, index, tokens.to(fill.dtype))[:, :count]
 
 
-class Regime(nn.Module, ABC):
-    """Encodes images under a mask with a backbone it does not own.
+@dataclass(frozen=True, eq=False)
+class RegimeContext:
+    """What a regime is built for.
 
-    Args:
-        config: the settings under ``model.regime``.
+    Attributes:
         vit: the backbone, for its width and shapes; not kept.
+        order: bidirectional or causal, who reads whom.
+        causal_prefix: with causal, how many first patches read each other in both directions.
         seed: own weights follow from it.
     """
 
+    vit: nn.Module
+    order: str = "bidirectional"
+    causal_prefix: int = 0
+    seed: int = 0
+
+
+class Regime(WithTerms, nn.Module, ABC):
+    """Encodes images under a mask with a backbone it does not own.
+
+    A new regime defines :meth:`inputs` and says by its flags what it does to the tokens.
+
+    Args:
+        settings: its own, as registered with it; None where it has none.
+        context: what it is built for.
+    """
+
+    name: ClassVar[str] = ""
+    """As registered."""
     keeps_all_tokens: bool
     """Whether there is a token at every patch, so that any decoder can be used."""
+    hides_keys: bool = False
+    """Whether it adds a mask of its own to the attention in every layer."""
+    hidden_by: tuple[str, object] | None = None
+    """The setting by which it does so, and its value, for messages; else it is the name."""
+    takes_sizes: bool = False
+    """Whether images may have several sizes (:class:`mim.core.patches.Patches`)."""
     predict_share: float = 1.0
     """Share of the hidden patches that have a latent in training (``PatchMask.masked_share``)."""
 
-    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
+    def __init__(self, settings: Any, context: RegimeContext) -> None:
         super().__init__()
-        self.config = config
+        self.settings = settings
+        self.order, self.causal_prefix = context.order, context.causal_prefix
         self.checkpointing = False
         self.collects_layers = False
         self.packs = False
-        family = family_of(vit)
-        family.check(config)
+        family = family_of(context.vit)
+        family.check(self)
         self.num_layers = len(family.blocks)
         patches = family.grid[0] * family.grid[1]
-        if config.causal_prefix > patches:
+        if self.causal_prefix > patches:
             reason = f"is more than the {patches} patches of the grid"
-            raise setting_error("model.regime.causal_prefix", config.causal_prefix, reason)
+            raise setting_error("model.regime.causal_prefix", self.causal_prefix, reason)
 
     def order_bias(
         self, bias: Tensor | None, tokens: Tensor, num_prefix: int, ids: Tensor | None = None
@@ -121,9 +151,9 @@ class Regime(nn.Module, ABC):
         Returns:
             (B or 1, 1, L, L), or ``bias`` as it is where tokens read in both directions.
         """
-        if self.config.order == "bidirectional":
+        if self.order == "bidirectional":
             return bias
-        both_ways = num_prefix + self.config.causal_prefix
+        both_ways = num_prefix + self.causal_prefix
         if ids is None:
             allowed = causal(tokens.shape[1], both_ways, tokens.device)
         else:
@@ -207,7 +237,7 @@ class Regime(nn.Module, ABC):
         return family.length(rows * columns if patches is None else patches)
 
 
-REGIMES: Registry[type[Regime]] = Registry("model.regime.name")
+REGIMES: Registry[type[Regime]] = Registry("model.regime.name", RegimeConfig)
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
@@ -249,6 +279,7 @@ class Drop(Regime):
     """Only visible patches are encoded (MAE's encoder, He et al. 2021, arXiv:2111.06377)."""
 
     keeps_all_tokens = False
+    takes_sizes = True
 
     def inputs(
         self, vit: nn.Module, images: Images, mask: PatchMask
@@ -284,7 +315,30 @@ class Drop(Regime):
         return family_of(vit).length(visible)
 
 
-@REGIMES.register("zero")
+@dataclass(frozen=True)
+class ZeroSettings(Settings):
+    """The zero-and-attend-mask regime."""
+
+    at: Literal["pixels", "embedding"] = "pixels"
+    """Where hidden patches are set to 0: pixels (after normalisation) or embedding."""
+    attend_mask: bool = True
+    """Whether hidden patches' keys get -inf in every layer; false is the ablation."""
+    attention: Literal["split", "dense"] = "split"
+    """split projects keys of visible tokens only and needs no mask; dense is the literal form."""
+    predict_share: Share = 1.0
+    """Share of the hidden patches, drawn by key, whose latents are computed and predicted in
+    training; the loss stays unbiased. Below 1 only with attention split and decoder linear or
+    mlp."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.predict_share < 1 and not (self.attend_mask and self.attention == "split"):
+            reason = "needs model.regime.zero.attend_mask=true and attention=split: only then do "
+            reason += "hidden patches not read each other"
+            raise self.error("predict_share", reason)
+
+
+@REGIMES.register("zero", ZeroSettings)
 class Zero(Regime):
     """Masked patches are set to zero and nobody attends to them (DeiT-style, full length).
 
@@ -296,23 +350,32 @@ class Zero(Regime):
     """
 
     keeps_all_tokens = True
+    takes_sizes = True
+    settings: ZeroSettings
+    hidden_by = ("model.regime.zero.attend_mask", True)
 
-    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
-        super().__init__(config, vit, seed)
-        self.predict_share = config.zero.predict_share
-        if config.order == "causal" and config.zero.attend_mask:
-            if config.zero.attention == "split":
+    @property
+    def hides_keys(self) -> bool:  # type: ignore[override]
+        """Whether keys of hidden patches get -inf."""
+        return self.settings.attend_mask
+
+    def __init__(self, settings: ZeroSettings, context: RegimeContext) -> None:
+        super().__init__(settings, context)
+        self.predict_share = settings.predict_share
+        family = family_of(context.vit)
+        if self.order == "causal" and settings.attend_mask:
+            if settings.attention == "split":
                 reason = "takes no order of the tokens, and model.regime.order=causal; choose dense"
                 raise setting_error("model.regime.zero.attention", "split", reason)
-            if family_of(vit).num_prefix == 0:
+            if family.num_prefix == 0:
                 reason = (
                     "needs a class or register token with zero: a hidden patch with none visible "
                     "before it would have nothing to read"
                 )
                 raise setting_error("model.regime.order", "causal", reason)
-        is_split = config.zero.attend_mask and config.zero.attention == "split"
-        if is_split and not family_of(vit).splits:
-            kind = type(family_of(vit).blocks[0]).__name__
+        self.is_split = settings.attend_mask and settings.attention == "split"
+        if self.is_split and not family.splits:
+            kind = type(family.blocks[0]).__name__
             reason = f"needs plain timm blocks and this backbone has {kind}; choose dense"
             raise setting_error("model.regime.zero.attention", "split", reason)
 
@@ -322,22 +385,21 @@ class Zero(Regime):
         """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
-        if self.config.zero.at == "pixels":
+        if self.settings.at == "pixels":
             patches = _embed(family, _hide_pixels(family, images, mask.is_masked))
         else:
             patches = _embed(family, images, mask.is_masked)
             patches = family.hide(patches, mask.is_masked, 0.0)
         embedded = _place(family, patches, images)  # (B, P + N, D)
         dtype, bias = embedded.tokens.dtype, None
-        readable = mask.is_visible if self.config.zero.attend_mask else mask.valid
+        readable = mask.is_visible if self.hides_keys else mask.valid
         if readable is not None:
             bias = key_bias(_with_prefix(readable, family.num_prefix), dtype)
         return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
     def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
         """Encode all patches; see :class:`Regime`."""
-        settings = self.config.zero
-        if not settings.attend_mask or settings.attention == "dense":
+        if not self.is_split:
             return super().forward(vit, images, mask)
         family = family_of(vit)
         embedded, _ = self.inputs(vit, images, mask)
@@ -362,7 +424,7 @@ class Zero(Regime):
         def back(ordered: Tensor) -> Tensor:
             out = ordered[:, prefix:]
             fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
-            return torch.cat([ordered[:, :prefix], place_tokens(out, ids, valid, fill)], dim=1)
+            return torch.cat([ordered[:, :prefix], scatter_tokens(out, ids, valid, fill)], dim=1)
 
         num_keys = prefix + mask.num_visible
         tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)
@@ -389,11 +451,13 @@ class Token(Regime):
     """
 
     keeps_all_tokens = True
+    takes_sizes = True
 
-    def __init__(self, config: RegimeConfig, vit: nn.Module, seed: int = 0) -> None:
-        super().__init__(config, vit, seed)
-        generator = torch.Generator().manual_seed(seed_of(seed, "regime.mask_token"))
-        values = torch.randn(1, 1, family_of(vit).token_width, generator=generator) * 0.02
+    def __init__(self, settings: None, context: RegimeContext) -> None:
+        super().__init__(settings, context)
+        generator = torch.Generator().manual_seed(seed_of(context.seed, "regime.mask_token"))
+        width = family_of(context.vit).token_width
+        values = torch.randn(1, 1, width, generator=generator) * 0.02
         self.mask_token = nn.Parameter(values)
 
     def inputs(
@@ -415,4 +479,5 @@ def build_regime(config: RegimeConfig, vit: nn.Module, seed: int = 0) -> Regime:
     Raises:
         UserError: if the name is unknown or the backbone does not fit.
     """
-    return REGIMES.get(config.name)(config, vit, seed)
+    kind, settings = REGIMES.get(config.name), REGIMES.chosen(config, config.name)
+    return kind(settings, RegimeContext(vit, config.order, config.causal_prefix, seed))

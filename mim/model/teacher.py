@@ -11,7 +11,7 @@ from mim.model.backbones import block_outputs, family_of, patch_attention
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None:
+def ema_update(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None:
     """Move all of an average's parameters and buffers by ``weight`` towards the model's.
 
     Args:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mim.report.collect import Comparison, Group, read_metrics, show_value
-from mim.report.statistics import summarize
-from mim.report.tables import Measure, evaluation_measures, time_unit
+from mim.report.measures import Measure, evaluation_measures, summarize, time_unit
+from mim.report.statistics import Analysis, Verdict
+from mim.report.tables import VERDICTS, pair_name
 
 REGIME_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
 _COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#5D3A9B", "#000000")
@@ -90,6 +92,78 @@ class Chart:
     levels: tuple[Level, ...] = ()
     x_limit: float | None = None
     """Right end of an x axis that begins at 0; None lets the data decide both."""
+    y_limits: tuple[float, float] | None = None
+    """Ends of the y axis; a level beyond them is named in the legend alone."""
+
+    def is_inside(self, level: Level) -> bool:
+        """Whether a level lies on the axis."""
+        return self.y_limits is None or self.y_limits[0] <= level.y <= self.y_limits[1]
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """A difference with its intervals; without one where there were too few seeds."""
+
+    label: str
+    mean: float
+    interval: tuple[float, float] | None
+    wide: tuple[float, float] | None
+    text: str
+    """The numbers."""
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Differences one below the other, with 0 and the margin; in printed units."""
+
+    key: str
+    title: str
+    x_label: str
+    alt: str
+    rows: tuple[ForestRow, ...]
+    margin: float = 0.0
+
+
+_MOST_ROWS = 21
+
+
+def forests(comparison: Comparison, analyses: Sequence[Analysis]) -> list[Forest]:
+    """The differences of every measure that has any, the primary one's first."""
+    found = []
+    for analysis in analyses:
+        measure = analysis.measure
+        verdicts = analysis.verdicts
+        if len(verdicts) > _MOST_ROWS:
+            verdicts = analysis.best[:_MOST_ROWS]
+        rows = tuple(_forest_row(comparison, measure, verdict) for verdict in verdicts)
+        if not rows:
+            continue
+        said = "; ".join(f"{row.label}: {row.text}, {row.verdict}" for row in rows)
+        unit = measure.points.strip() or measure.label
+        better = "right" if measure.higher else "left"
+        forest = Forest(
+            key=f"forest_{measure.key}".replace(".", "_"),
+            title=measure.plain,
+            x_label=f"difference ({unit}); better to the {better}",
+            alt=f"Differences by {measure.plain} with their 95% intervals. {said}.",
+            rows=rows,
+            margin=analysis.margin * measure.scale if analysis.primary else 0.0,
+        )
+        found.append(forest)
+    return found
+
+
+def _forest_row(comparison: Comparison, measure: Measure, verdict: Verdict) -> ForestRow:
+    found, scale = verdict.found, measure.scale
+    text = measure.number(found.mean, sign=True)
+    interval = None
+    if found.low is not None and found.high is not None:
+        interval = (found.low * scale, found.high * scale)
+        text += f" ({measure.interval(found.low, found.high)})"
+    wide = (found.wide[0] * scale, found.wide[1] * scale) if found.wide else None
+    name = pair_name(comparison, verdict)
+    return ForestRow(name, found.mean * scale, interval, wide, text, VERDICTS[verdict.kind])
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
@@ -235,13 +309,21 @@ def _quality(comparison: Comparison, measure: Measure, key: str, name: str) -> C
         )
         for label, (seeds, spent, reached) in points.items()
     ]
+    low, high = min(c.y.min() for c in clouds), max(c.y.max() for c in clouds)
+    room = max(high - low, 1e-3 * abs(high), 1e-9)
+    limits = (float(low - 0.25 * room), float(high + 0.25 * room))
     levels = []
     for reference in comparison.references:
         summary = summarize(reference.values(measure.key).values())
-        if summary:
-            colour, line = _REFERENCE_LINES[reference.kind]
-            style = Style(colour, line, "")
-            levels.append(Level(reference.label, style, summary.mean * measure.scale))
+        if summary is None:
+            continue
+        y, label = summary.mean * measure.scale, reference.label
+        if limits[0] - room <= y <= limits[1] + room:  # near enough to be drawn
+            limits = (min(limits[0], y - 0.1 * room), max(limits[1], y + 0.1 * room))
+        else:
+            where = "above" if y > limits[1] else "below"
+            label = f"{label}: {measure.number(summary.mean)} ({where})"
+        levels.append(Level(label, Style(*_REFERENCE_LINES[reference.kind], ""), y))
     said = [f"{c.label}: {c.y.mean():.4g} at {c.x.mean():.3g} {unit}" for c in clouds]
     said += [f"{level.label}: {level.y:.4g}" for level in levels]
     return Chart(
@@ -253,6 +335,7 @@ def _quality(comparison: Comparison, measure: Measure, key: str, name: str) -> C
         clouds=tuple(clouds),
         levels=tuple(levels),
         x_limit=largest / per_unit * 1.1,
+        y_limits=limits,
     )
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mim.core.errors import UserError, setting_error
 from mim.report.status import (
@@ -26,6 +30,9 @@ REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 """Kinds of the reference rows and how tables call them."""
 GIVEN = "given"
 """Kind of the encoders that came from elsewhere; tables call each by its name."""
+
+RULES = ("evaluations", "primary", "margin", "against", "seeds")
+"""Keys of ``comparison.json`` that say how a comparison is decided."""
 
 LOSSES = ("train_loss", "val_loss")
 COSTS = (
@@ -67,6 +74,8 @@ class Run:
     """Finite numbers only; evaluations under ``evaluation.measure``."""
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    protocols: dict[str, Any] = field(default_factory=dict)
+    """Evaluation -> what its numbers depend on."""
     progress: Progress | None = None
     """Of a run without a result."""
     placed: bool = True
@@ -76,6 +85,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run ended well and its measures count."""
         return self.status == "finished"
+
+    @cached_property
+    def answers(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Evaluation -> ``sample_ids``, ``labels`` and measures, an answer for each test image."""
+        return _read_answers(self.folder / "predictions.npz")
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,8 @@ class Comparison:
     """Groups of pre-training runs, in the order of the comparison."""
     references: tuple[Group, ...]
     """Groups of reference rows; at least one of each kind, perhaps without runs."""
+    rules: dict[str, Any] = field(default_factory=dict)
+    """How it is decided: :data:`RULES` and their values, as far as they were given."""
 
     @property
     def evaluation_keys(self) -> list[str]:
@@ -195,6 +211,7 @@ def read_comparison(folder: Path) -> Comparison:
         runs=runs,
         groups=tuple(groups),
         references=tuple(references),
+        rules={key: content[key] for key in RULES if content.get(key)},
     )
 
 
@@ -219,6 +236,20 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
                 break
             raise UserError(f"{path}: line {number} is not JSON ({error})") from error
     return rows
+
+
+def _read_answers(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    if not path.is_file():
+        return found
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in file.files:
+                evaluation, _, key = name.partition("/")
+                found.setdefault(evaluation, {})[key] = file[name]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as predictions ({error})") from error
+    return found
 
 
 def axis_labels(keys: Iterable[str]) -> dict[str, str]:
@@ -328,6 +359,7 @@ def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any])
         measures=read_measures(result, config or base),
         environment=result.get("environment") or {},
         data=result.get("data") or {},
+        protocols=result.get("protocols") or {},
     )
 
 

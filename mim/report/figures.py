@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mim.report.charts import Chart
+from mim.report.charts import Chart, Forest
 from mim.report.collect import REFERENCES
 
 FORMATS = ("svg", "png", "pdf")
@@ -48,7 +48,7 @@ class Picture:
 def draw(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
     """A chart as svg, png (200 dots an inch) and pdf; the same chart gives the same bytes."""
     entries = len(chart.lines) + len(chart.clouds) + len(chart.levels)
-    with _figure(entries) as (figure, axes):
+    with _figure(_panel_size(entries)) as (figure, axes):
         for line in chart.lines:
             style = line.style
             axes.plot(
@@ -67,30 +67,72 @@ def draw(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
                 label=_shown(cloud.label),
             )  # fmt: skip
         for level in chart.levels:
-            style = level.style
-            axes.axhline(
-                level.y, color=style.colour, linestyle=style.line, lw=1.2, label=_shown(level.label)
-            )
+            style, label = level.style, _shown(level.label)
+            look: Any = {"color": style.colour, "linestyle": style.line, "lw": 1.2, "label": label}
+            if chart.is_inside(level):
+                axes.axhline(level.y, **look)
+            else:
+                axes.plot([], [], **look)
         if chart.x_limit is not None:
             axes.set_xlim(0, chart.x_limit)
-            axes.margins(y=0.12)
+        if chart.y_limits is not None:
+            axes.set_ylim(*chart.y_limits)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         _legend(figure, axes)
-        found = {}
-        dates = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
-        for form in forms:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, dpi=200, metadata=dates.get(form))
-            found[form] = buffer.getvalue()
-        return found
+        return _saved(figure, forms)
+
+
+_VERDICT_COLOURS = {"different": "#0072B2", "as good": "#009E73"}
+
+
+def draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
+    """Differences as dots with intervals, the numbers and the verdict beside each.
+
+    Thick: the interval over seeds on these test images. Thin: the one for new images. Shaded: the
+    margin within which two groups are as good as each other.
+    """
+    count = len(forest.rows)
+    longest = max(len(row.label) for row in forest.rows)
+    with _figure(size=(6.4 + 0.055 * longest, 0.75 + 0.34 * count)) as (figure, axes):
+        if forest.margin:
+            axes.axvspan(-forest.margin, forest.margin, color="#009E73", alpha=0.1, lw=0)
+        axes.axvline(0, color="#1c1e21", lw=1)
+        for place, row in enumerate(forest.rows):
+            colour = _VERDICT_COLOURS.get(row.verdict, "#6B6B6B")
+            if row.wide:
+                axes.plot(row.wide, (place, place), color=colour, lw=1.1)
+            if row.interval:
+                axes.plot(row.interval, (place, place), color=colour, lw=3.4)
+            axes.plot(row.mean, place, "o", color=colour, markersize=7, mec="white", mew=0.8)
+            where: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+            axes.text(1.02, place, f"{row.text}  {row.verdict}", color=colour, **where)
+        axes.set(xlabel=forest.x_label, ylim=(count - 0.4, -0.6))
+        axes.set_yticks(range(count), [_shown(row.label) for row in forest.rows])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        return _saved(figure, forms)
+
+
+def _saved(figure: Figure, forms: tuple[str, ...]) -> dict[str, bytes]:
+    found = {}
+    dates = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}
+    for form in forms:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, dpi=200, metadata=dates.get(form))
+        found[form] = buffer.getvalue()
+    return found
+
+
+def _panel_size(entries: int) -> tuple[float, float]:
+    """Width and height in inches, with room for a legend of ``entries`` below."""
+    return 4.6, 3.1 + 0.2 * -(-entries // _legend_columns(entries))
 
 
 @contextmanager
-def _figure(entries: int) -> Iterator[tuple[Figure, Axes]]:
-    """A panel with room for a legend of so many entries below it."""
+def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_RC):
-        rows = -(-entries // _legend_columns(entries))
-        figure = Figure(figsize=(4.6, 3.1 + 0.2 * rows), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot()
 

@@ -2,275 +2,203 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mim.report.collect import LOSSES, REFERENCES, Comparison, Group, same_task
-from mim.report.statistics import Paired, paired_difference, summarize
-from mim.report.tables import (
-    Measure,
-    evaluation_measures,
-    loss_measures,
-    margin,
-)
+from mim.report.collect import LOSSES, REFERENCES, Comparison, Group
+from mim.report.measures import Measure, summarize
+from mim.report.statistics import Analysis, Verdict, against_references
 
 _NAMED = 4
 """How many groups a sentence names; the rest is counted and stands in the tables."""
-_BRIEF = 2
-"""With more groups than this the paragraph sums up how they stand to the references."""
 _PER_MEASURE = 3
-"""How many measures the one paragraph names."""
+"""How many secondary measures are named."""
 _AGAINST = {"untrained": "its untrained self", "pixels": "raw pixels"}
+_COSTS = (("train_flops", "training FLOPs"), ("wall_seconds", "wall time"))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One measure and what can be said about it."""
+    """What a comparison found."""
 
-    title: str
-    text: str
+    sentence: str
+    """The answer of the primary measure."""
     basis: str = ""
-    """On how many seeds it rests, and what stands in parentheses."""
+    """What the answer rests on: images, seeds, kind of interval."""
+    more: tuple[str, ...] = ()
+    """References, secondary measures, cost: a sentence each."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(part for part in (self.sentence, self.basis, *self.more) if part)
 
 
-def finding(comparison: Comparison) -> Finding:
-    """The finding in one paragraph: the first evaluation in full, the others in short, the cost."""
+def finding(comparison: Comparison, analyses: Sequence[Analysis]) -> Finding:
+    """The answer in one sentence, what it rests on, and what else was found."""
     groups = [group for group in comparison.groups if group.finished]
-    measures = evaluation_measures(comparison)
-    if not groups or not measures:
-        return findings(comparison)[0]
-    writer = _Writer(measures[0])
-    parts = [writer.lead(groups)]
-    if len(groups) > _BRIEF:
-        parts.append(writer.against_in_short(comparison, groups))
-    else:
-        parts += [writer.against(comparison, groups, kind) for kind in REFERENCES]
-    others = [_Writer(measure) for measure in measures[1:]]
-    if len(groups) > 1:
-        parts += [_elsewhere(others, groups), _cost_in_short(groups)]
-    basis = _basis([paired for each in (writer, *others) for paired in each.used])
-    return Finding(measures[0].plain, " ".join(part for part in parts if part), basis)
-
-
-def findings(comparison: Comparison) -> list[Finding]:
-    """The findings measure by measure, the first evaluation's first; losses and cost last."""
-    groups = [group for group in comparison.groups if group.finished]
+    primary = next((each for each in analyses if each.primary), None)
     if not groups:
-        return [Finding("No result", "No run of this comparison has finished.")]
-    found = []
-    for measure in evaluation_measures(comparison):
-        writer = _Writer(measure)
-        parts = [writer.lead(groups)]
-        parts += [writer.against(comparison, groups, kind) for kind in REFERENCES]
-        text = " ".join(part for part in parts if part)
-        found.append(Finding(measure.plain, text, writer.basis))
-    if not found:
+        return Finding("No run of this comparison has finished.")
+    if primary is None:
         text = "No evaluation was run, so what the encoders are worth is not known."
-        found.append(Finding("Evaluation", text))
-    if len(groups) > 1:
-        found.append(_loss(comparison, groups))
-        cost = _cost(groups)
-        if cost:
-            found.append(Finding("Cost", cost))
-    # What the parentheses hold is said once, until it changes.
-    bases = ["", *(finding.basis for finding in found)]
+        return Finding(text, more=_present(_cost(groups)))
+    if primary.mixed:
+        return Finding(primary.mixed)
+    more = (
+        *(_against(comparison, primary, kind) for kind in REFERENCES),
+        _elsewhere([a for a in analyses if not a.primary and a.measure.key not in LOSSES]),
+        _cost(groups),
+    )
+    return Finding(_lead(groups, primary), _basis(comparison, primary), _present(*more))
+
+
+def _present(*texts: str) -> tuple[str, ...]:
+    return tuple(text for text in texts if text)
+
+
+def _lead(groups: list[Group], analysis: Analysis) -> str:
+    """Who is ahead, as good, or not told apart."""
+    measure = analysis.measure
+    name = measure.spoken
+    if not analysis.best:
+        measured = [group for group in groups if group.values(measure.key)]
+        values = [f"{group.label} {_value(group, measure)}" for group in measured[:_NAMED]]
+        return f"By {name}: {_list(values)}; there is nothing to compare with."
+    best = analysis.best[0].first
+    sign = analysis.sign
+    sides = {
+        "better than": _of(analysis, "difference", sign),
+        "worse than": _of(analysis, "difference", -sign),
+        f"as good as, within {_amount(measure, analysis.margin)},": _of(analysis, "equal"),
+    }
+    claims = [f"{how} {_list(entries)}" for how, entries in sides.items() if entries]
+    undecided = [v for v in analysis.best if v.kind == "undecided"]
+    untested = [v for v in analysis.best if v.kind == "untested"]
+    subject = f"By {name}, {best.label} ({_value(best, measure)})"
+    parts = [f"{subject} is {_list(claims)}"] if claims else []
+    if undecided:
+        listed = _list([_entry(v, analysis) for v in undecided])
+        said = f"whether it differs from {listed} is undecided"
+        if not claims:
+            value = _value(best, measure)
+            said = f"By {name} it is undecided whether {best.label} ({value}) differs from {listed}"
+        parts.append(f"{said}: {_outlook(analysis, undecided)}")
+    if untested:
+        listed = _list([_entry(v, analysis) for v in untested])
+        n = min(v.found.n for v in untested)
+        seeds = "1 seed gives" if n == 1 else f"{n} seeds give"
+        extreme = "highest" if measure.higher else "lowest"
+        before = "" if parts else f"{subject} has the {extreme} mean; "
+        parts.append(f"{before}{seeds} no interval, so no difference can be shown from {listed}")
+    return f"{'; '.join(parts)}."
+
+
+def _of(analysis: Analysis, kind: str, sign: int = 0) -> list[str]:
     return [
-        replace(finding, basis="") if finding.basis == before else finding
-        for before, finding in zip(bases, found, strict=False)
+        _entry(verdict, analysis)
+        for verdict in analysis.best
+        if verdict.kind == kind and (not sign or verdict.found.mean * sign > 0)
     ]
 
 
-def _loss(comparison: Comparison, groups: list[Group]) -> Finding:
-    measure = next(m for m in loss_measures(comparison) if m.key == LOSSES[1])
-    if not same_task(groups):
-        text = "The losses of these groups are not comparable: their targets, masks or data differ."
-        return Finding("Loss", text)
-    writer = _Writer(measure)
-    text = writer.lead(groups) or "It was not measured."
-    return Finding("Held-out loss", text, writer.basis)
+def _entry(verdict: Verdict, analysis: Analysis) -> str:
+    """ "drop (+1.2 points, 0.4 to 2.0)"."""
+    found, measure = verdict.found, analysis.measure
+    text = f"{measure.number(found.mean, sign=True)}{measure.points}"
+    if found.low is not None:
+        text += f", {measure.interval(found.low, found.high)}"
+    return f"{verdict.second.label} ({text})"
 
 
-class _Writer:
-    """Sentences about one measure; remembers the differences it used, for the basis."""
-
-    def __init__(self, measure: Measure) -> None:
-        self.measure = measure
-        self.sign = 1 if measure.higher else -1
-        self.used: list[Paired] = []
-
-    @property
-    def basis(self) -> str:
-        """How many seeds the differences rest on, once for all of them."""
-        return _basis(self.used)
-
-    def ahead(self, groups: list[Group]) -> tuple[str, list[str]]:
-        """The group with the best mean, and those it is shown to be ahead of."""
-        measure, sign = self.measure, self.sign
-        means = {
-            group.label: summary.mean
-            for group in groups
-            if (summary := summarize(group.values(measure.key).values()))
-        }
-        ranked = sorted(
-            (group for group in groups if group.label in means),
-            key=lambda group: -sign * means[group.label],
-        )
-        shown = []
-        for other in ranked[1:]:
-            paired = paired_difference(ranked[0].values(measure.key), other.values(measure.key))
-            if paired is not None and paired.shown and paired.mean * sign > 0:
-                shown.append(f"{other.label} ({self._amount(paired)})")
-        return (ranked[0].label if len(ranked) > 1 else ""), shown
-
-    def lead(self, groups: list[Group]) -> str:
-        """Who is ahead, and of whom that is shown."""
-        measure, sign = self.measure, self.sign
-        summaries = {group.label: summarize(group.values(measure.key).values()) for group in groups}
-        means = {label: summary.mean for label, summary in summaries.items() if summary}
-        ranked = sorted(
-            (group for group in groups if group.label in means),
-            key=lambda group: -sign * means[group.label],
-        )
-        if not ranked:
-            return ""
-        best = ranked[0]
-        unit = "\u00a0%" if measure.unit == "%" else f" {measure.unit}".rstrip()
-        value = f"{measure.summary(summaries[best.label])}{unit}"
-        if len(ranked) == 1:
-            n = len(best.values(measure.key))
-            return f"{best.label} reaches {value} (n = {n})."
-        ahead: list[str] = []
-        open_: list[str] = []
-        for other in ranked[1:]:
-            paired = paired_difference(best.values(measure.key), other.values(measure.key))
-            entry = f"{other.label} ({self._amount(paired)})"
-            won = paired is not None and paired.shown and paired.mean * sign > 0
-            (ahead if won else open_).append(entry)
-        extreme = "highest" if measure.higher else "lowest"
-        if not open_:
-            return f"{best.label} is ahead with {value}: ahead of {_list(ahead)}."
-        if not ahead:
-            return (
-                f"No difference shown between {best.label}, whose mean is the {extreme} ({value}), "
-                f"and {_list(open_)}."
-            )
+def _outlook(analysis: Analysis, undecided: Sequence[Verdict]) -> str:
+    """What the design could have shown, and what would decide it."""
+    verdict = undecided[0]
+    if verdict.smallest is None:
+        return "the differences that this design shows were not worked out"
+    amount = _amount(analysis.measure, verdict.smallest)
+    if analysis.looks:
         return (
-            f"{best.label} has the {extreme} mean ({value}) and is ahead of {_list(ahead)}; "
-            f"no difference shown from {_list(open_)}."
+            f"after {analysis.looks} looks; with all its seeds this design shows {amount} or more "
+            "in 80 % of comparisons"
         )
-
-    def against(self, comparison: Comparison, groups: list[Group], kind: str) -> str:
-        """Whether each encoder beats a reference."""
-        measure, sign = self.measure, self.sign
-        sorted_: dict[str, list[str]] = {"beats": [], "open": [], "below": []}
-        for group in groups:
-            paired = margin(comparison, group, kind, measure)
-            if paired is None:
-                continue
-            which = "open" if not paired.shown else "beats" if paired.mean * sign > 0 else "below"
-            sorted_[which].append(f"{group.label} ({self._amount(paired)})")
-        beats, open_, below = sorted_["beats"], sorted_["open"], sorted_["below"]
-        name = _AGAINST[kind]
-        if not (beats or open_ or below):
-            return f"There is no value of {REFERENCES[kind]} to compare with."
-        if beats and not open_ and not below:
-            subject = "Each pre-trained encoder beats" if len(beats) > 1 else "It beats"
-            return f"{subject} {name}: {_list(beats)}."
-        parts = []
-        if beats:
-            parts.append(f"shown to beat {name}: {_list(beats)}")
-        if below:
-            parts.append(f"shown to fall short of {name}: {_list(below)}")
-        if open_:
-            parts.append(f"no difference shown from {name}: {_list(open_)}")
-        text = "; ".join(parts)
-        return f"{text[0].upper()}{text[1:]}."
-
-    def against_in_short(self, comparison: Comparison, groups: list[Group]) -> str:
-        """How many encoders beat each reference, and by how much: the range of the means."""
-        all_beat, parts = [], []
-        for kind, name in _AGAINST.items():
-            margins = [margin(comparison, group, kind, self.measure) for group in groups]
-            known = [paired for paired in margins if paired is not None]
-            if not known:
-                parts.append(f"there is no value of {REFERENCES[kind]} to compare with")
-                continue
-            self.used += known
-            beats = sum(paired.shown and paired.mean * self.sign > 0 for paired in known)
-            below = sum(paired.shown and paired.mean * self.sign < 0 for paired in known)
-            if beats == len(known):
-                means = [
-                    self.measure.number(paired.mean, sign=True)
-                    for paired in sorted(known, key=lambda paired: paired.mean)
-                ]
-                amount = f"{means[0]} to {means[-1]}{self._unit}, each interval leaves out 0"
-                all_beat.append(f"{name} ({amount})")
-                continue
-            text = f"{beats} of {len(known)} are shown to beat {name}"
-            text += f", {below} to fall short of it" if below else ""
-            left = len(known) - beats - below
-            parts.append(f"{text}; no difference shown for {left}" if left else text)
-        if all_beat:
-            parts.insert(0, f"each of the {len(groups)} encoders beats {_list(all_beat)}")
-        return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
-
-    @property
-    def _unit(self) -> str:
-        """Of a difference: " points" of per cents."""
-        return " points" if self.measure.unit == "%" else f" {self.measure.unit}".rstrip()
-
-    def _amount(self, paired: Paired | None) -> str:
-        """ "+1.2 points, 0.4 to 2.0"."""
-        if paired is None:
-            return "no seed in common"
-        self.used.append(paired)
-        amount = f"{self.measure.number(paired.mean, sign=True)}{self._unit}"
-        if paired.low is None:
-            return f"{amount}, n = {paired.n}"
-        return f"{amount}, {self.measure.interval(paired)}"
+    text = f"{verdict.found.n} seeds show {amount} or more in 80 % of comparisons"
+    if verdict.needed is None:
+        return f"{text}, and no number of seeds within reason decides a difference this small"
+    more = verdict.needed - verdict.found.n
+    return f"{text}, and about {more} more would decide it if the difference seen is the true one"
 
 
-def _basis(used: list[Paired]) -> str:
-    """On how many seeds the differences rest, and what stands in parentheses."""
-    counts = sorted({paired.n for paired in used})
-    if not counts:
+def _basis(comparison: Comparison, analysis: Analysis) -> str:
+    """What stands in parentheses, and of which population it speaks."""
+    verdict = next((v for v in analysis.best if v.found.error is not None), None)
+    if verdict is None:
         return ""
-    several = f" to {counts[-1]}" if len(counts) > 1 else ""
-    n = f"n\u00a0=\u00a0{counts[0]}{several}"
-    if counts[-1] == 1:
-        return "n = 1: one seed gives no interval, so no difference can be shown."
-    return f"In parentheses: mean difference, 95% interval; {n}."
+    counts = sorted({v.found.n for v in analysis.best})
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    kinds = {"pairs": "all pairs at once (Tukey)", "reference": "all at once (Dunnett)"}
+    held = kinds.get(analysis.family.kind, "all at once (Bonferroni)")
+    if len(comparison.groups) == 2:
+        held = "this one comparison"
+    text = f"In parentheses: mean difference and its 95% interval over n\u00a0=\u00a0{n} seeds"
+    text += f", for {held}"
+    if analysis.looks:
+        text += f" and for all {analysis.looks} looks"
+    text += "; it speaks of these test images"
+    if analysis.images and verdict.found.wide is not None:
+        wide = analysis.measure.interval(*verdict.found.wide)
+        names = f"{verdict.first.label} \u2212 {verdict.second.label}"
+        text += f" ({analysis.images:,}). For new images the interval of {names} is {wide}"
+    return f"{text}."
 
 
-def _elsewhere(writers: list[_Writer], groups: list[Group]) -> str:
-    """What the other evaluations say of who is ahead."""
+def _against(comparison: Comparison, analysis: Analysis, kind: str) -> str:
+    """Whether pre-training is worth anything: how many encoders beat a reference."""
+    found = [pair for pair in against_references(comparison, analysis, kind) if pair[1]]
+    known = [(group, result) for group, result in found if result is not None]
+    if not known:
+        return f"There is no value of {REFERENCES[kind]} to compare with."
+    measure, name = analysis.measure, _AGAINST[kind]
+    beats = [r for _, r in known if r.shown and r.mean * analysis.sign > 0]
+    below = [r for _, r in known if r.shown and r.mean * analysis.sign < 0]
+    if len(beats) == len(known):
+        ends = sorted(beats, key=lambda r: r.mean)
+        means = [measure.number(r.mean, sign=True) for r in (ends[0], ends[-1])]
+        span = means[0] if means[0] == means[1] else f"{means[0]} to {means[1]}"
+        subject = "Each encoder" if len(known) > 1 else "It"
+        return f"{subject} beats {name} ({span}{measure.points})."
+    name = name.replace("its untrained self", "their untrained selves")
+    text = f"{len(beats)} of {len(known)} encoders are shown to beat {name}"
+    text += f", {len(below)} to fall short of it" if below else ""
+    left = len(known) - len(beats) - len(below)
+    return f"{text}; no difference shown for {left}." if left else f"{text}."
+
+
+def _elsewhere(others: Sequence[Analysis]) -> str:
+    """What the secondary measures say of who is ahead."""
     found, open_ = [], []
-    for writer in writers:
-        best, ahead = writer.ahead(groups)
-        name = _lower(writer.measure.plain)
+    for analysis in others:
+        ahead = _of(analysis, "difference", analysis.sign)
+        name = analysis.measure.spoken
         if ahead:
-            found.append(f"by {name}, {best} is ahead of {_list(ahead, most=_BRIEF)}")
-        elif best:
+            best = analysis.best[0].first.label
+            found.append(f"by {name}, {best} is better than {_list(ahead, most=2)}")
+        elif analysis.best:
             open_.append(name)
     more = len(found) - _PER_MEASURE
     if more > 0:
         found = [*found[:_PER_MEASURE], f"{more} more measures show a difference"]
     if open_:
         found.append(f"no difference shown from the best mean by {_list(open_, ' or ')}")
-    text = "; ".join(found)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"Secondary measures (Holm): {'; '.join(found)}." if found else ""
 
 
-def _lower(text: str) -> str:
-    """A title inside a sentence; "k-NN" and "mAP" stay."""
-    first = text.split(" ", maxsplit=1)[0]
-    return text[0].lower() + text[1:] if first.istitle() else text
-
-
-def _cost_in_short(groups: list[Group]) -> str:
+def _cost(groups: list[Group]) -> str:
     """How far the dearest is from the cheapest."""
     parts = []
     for key, name in _COSTS:
-        means = _means(groups, key)
+        summaries = {group.label: summarize(group.values(key).values()) for group in groups}
+        means = {label: summary.mean for label, summary in summaries.items() if summary}
         if len(means) < 2 or min(means.values()) <= 0:
             continue
         cheapest, dearest = (end(means, key=lambda label: means[label]) for end in (min, max))
@@ -281,33 +209,21 @@ def _cost_in_short(groups: list[Group]) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-_COSTS = (("train_flops", "training FLOPs"), ("wall_seconds", "wall time"))
+def _value(group: Group, measure: Measure) -> str:
+    unit = "\u00a0%" if measure.unit == "%" else f" {measure.unit}".rstrip()
+    return f"{measure.summary(summarize(group.values(measure.key).values()))}{unit}"
 
 
-def _means(groups: list[Group], key: str) -> dict[str, float]:
-    summaries = {group.label: summarize(group.values(key).values()) for group in groups}
-    return {label: summary.mean for label, summary in summaries.items() if summary}
-
-
-def _cost(groups: list[Group]) -> str:
-    """What the groups cost, in multiples of the cheapest."""
-    parts = []
-    for key, name in _COSTS:
-        means = _means(groups, key)
-        if len(means) < 2 or min(means.values()) <= 0:
-            continue
-        cheapest = min(means, key=lambda label: means[label])
-        times = {label: f"{mean / means[cheapest]:.2f}" for label, mean in means.items()}
-        alike = [label for label in means if times[label] == "1.00"]
-        others = [f"{label} {times[label]} times" for label in means if label not in alike]
-        verb = "takes" if len(alike) == 1 else "take"
-        rest = f"; {_list(others)} as much" if others else ""
-        parts.append(f"{_list(alike)} {verb} the least {name}{rest}.")
-    return " ".join(parts)
+def _amount(measure: Measure, size: float) -> str:
+    """ "1 point", "2.3 points"."""
+    number = measure.number(size).removesuffix(".0")
+    return (
+        f"{number} point" if measure.unit == "%" and number == "1" else f"{number}{measure.points}"
+    )
 
 
 def _list(entries: list[str], last: str = " and ", most: int = _NAMED) -> str:
-    """ "a, b and c"; beyond so many the rest is counted."""
+    """ "a, b and c"; beyond ``most`` the rest is counted."""
     if len(entries) > most:
         entries = [*entries[: most - 1], f"{len(entries) - most + 1} more"]
     if len(entries) < 2:

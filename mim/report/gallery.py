@@ -65,7 +65,7 @@ def _files(comparison: Comparison) -> list[tuple[Run, Path]]:
 def _shrunk(path: Path) -> tuple[str, bytes]:
     """(media type, content): a plot is smaller as PNG of few colours, photographs as JPEG."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=["PNG", "JPEG"]) as opened:
             image = opened.convert("RGB")
     except OSError as error:
         raise UserError(f"{path}: is no picture ({error})") from error

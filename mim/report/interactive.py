@@ -43,7 +43,9 @@ def plotly_figure(chart: Chart) -> dict[str, Any]:
     x_axis: dict[str, Any] = {"title": {"text": _text(chart.x_label)}}
     if chart.x_limit is not None:
         x_axis["range"] = [0, chart.x_limit]
-    y_axis = {"title": {"text": _text(chart.y_label)}}
+    y_axis: dict[str, Any] = {"title": {"text": _text(chart.y_label)}}
+    if chart.y_limits is not None:
+        y_axis["range"] = list(chart.y_limits)
     return {"data": data, "layout": {"xaxis": x_axis, "yaxis": y_axis}}
 
 

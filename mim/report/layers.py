@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from mim.core.errors import UserError
 from mim.report.collect import Comparison, Group, Run
-from mim.report.statistics import summarize
-from mim.report.tables import MISSING, Cell, Column, Row, Table
+from mim.report.measures import MISSING, summarize
+from mim.report.tables import Cell, Column, Row, Table
 
 _LAYER = re.compile(r"analysis\.layer_(\d+)_(\w+)")
 # Name -> (heading, printed number over stored number, decimals).

@@ -16,10 +16,10 @@ from rich.table import Table as Grid
 from mim.core.progress import clock
 from mim.core.terminal import grid
 from mim.report.collect import Comparison, Run, read_comparison, read_measures
-from mim.report.tables import Table, comparison_table, evaluation_measures, runs_table
+from mim.report.measures import cost_measures, evaluation_measures, loss_measures
+from mim.report.tables import means_table, runs_table
 
 _SECONDS = 2.0
-_SHOWN = ("held-out loss", "wall time")
 
 
 @dataclass
@@ -120,15 +120,11 @@ def evaluations_table(
 
 def closing_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of what matters at the end: held-out loss, the evaluations, the time."""
-    table: Table = comparison_table(comparison)
-    own = ("", "Loss", "Per image", "On this machine")
-    places = [
-        place
-        for place, column in enumerate(table.columns)
-        if place < 2 or column.section not in own or column.label.startswith(_SHOWN)
-    ]
-    heads = [table.heads[place] for place in places]
-    return heads, [[row.cells[place].text for place in places] for row in table.rows]
+    loss = [measure for measure in loss_measures(comparison) if measure.key == "val_loss"]
+    time = [measure for measure in cost_measures(comparison) if measure.key == "wall_seconds"]
+    measures = [*loss, *evaluation_measures(comparison), *time]
+    table = means_table(comparison, measures, [], "closing")
+    return table.heads, [[cell.text for cell in row.cells] for row in table.rows]
 
 
 def as_json(comparison: Comparison, report: Path) -> dict[str, Any]:

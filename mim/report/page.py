@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from importlib import resources
+from itertools import combinations, starmap
 from pathlib import Path
 
 import yaml
@@ -17,11 +20,21 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.core.errors import UserError
-from mim.report import figures, interactive, layers, robustness, tables
-from mim.report.charts import Chart, loss_charts, quality_charts, robustness_charts
+from mim.core.fingerprints import same_images
+from mim.report import disagreement, figures, interactive, layers, robustness, tables
+from mim.report.charts import (
+    Chart,
+    Forest,
+    forests,
+    loss_charts,
+    quality_charts,
+    robustness_charts,
+)
 from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
-from mim.report.finding import Finding, finding, findings
+from mim.report.finding import finding
 from mim.report.gallery import gallery
+from mim.report.recipe import recipe_table
+from mim.report.statistics import MOST_PAIRED, Analysis, analyse
 from mim.report.tables import Table
 from mim.report.tiles import reconstructions, viewer
 
@@ -45,24 +58,71 @@ def write_report(folder: Path) -> Path:
             written to.
     """
     folder = Path(folder)
-    comparison = read_comparison(folder)
+    report = Report(read_comparison(folder))
     contents: dict[str, str | bytes] = {
-        "results.csv": tables.results_csv(comparison),
-        "report.md": report_markdown(comparison),
+        "results.csv": tables.results_csv(report.comparison),
+        "report.md": report_markdown(report),
     }
-    for _, table in _tables(comparison):
+    for _, table in report.tables:
         for form, write in _TABLE_FORMS.items():
             contents[f"tables/{table.key}.{form}"] = write(table)
     stills = {}
-    for chart in _charts(comparison):
-        drawn = figures.draw(chart, figures.FORMATS)
+    for chart in report.figures:
+        drawn = _draw(chart, figures.FORMATS)
         stills[chart.key] = drawn["svg"]
         contents |= {f"figures/{chart.key}.{form}": content for form, content in drawn.items()}
     # Last: who sees the page finds the others.
-    contents["report.html"] = report_html(comparison, stills=stills)
+    contents["report.html"] = report_html(report, stills=stills)
     for name, written in contents.items():
         _write(folder / name, written)
     return folder / "report.html"
+
+
+class Report:
+    """A comparison and all that its page is made of, each worked out once."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.few = tables.drawn(comparison)
+        self.analyses = analyse(comparison)
+        self.finding = finding(comparison, self.analyses)
+        self.forests = forests(comparison, self.analyses)
+        self.charts: list[Chart] = [
+            *loss_charts(self.few),
+            *quality_charts(self.few),
+            *robustness_charts(self.few),
+        ]
+
+    @property
+    def figures(self) -> list[Chart | Forest]:
+        """All that is drawn."""
+        return [*self.forests, *self.charts]
+
+    @cached_property
+    def tables(self) -> list[tuple[str, Table]]:
+        """(heading, table) of all that have rows."""
+        comparison, analyses = self.comparison, self.analyses
+        found = [
+            ("Results", tables.comparison_table(comparison, analyses)),
+            ("Loss and cost", tables.cost_table(comparison, analyses)),
+            ("Runs without a result", tables.failures_table(comparison)),
+            ("Worth of pre-training", tables.margin_table(comparison, analyses)),
+            ("Differences", tables.difference_table(comparison, analyses)),
+            ("Classes", disagreement.class_table(comparison, analyses)),
+            ("Robustness", robustness.robustness_table(comparison)),
+            ("Layers", layers.layers_table(comparison)),
+            ("Likeness of the encoders", layers.alignment_table(self.few)),
+            ("Recipes", recipe_table(comparison)),
+            ("Settings", tables.settings_table(comparison)),
+            ("Data and environment", tables.facts_table(comparison)),
+        ]
+        return [(title, table) for title, table in found if table is not None]
+
+
+def _draw(chart: Chart | Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
+    if isinstance(chart, Forest):
+        return figures.draw_forest(chart, forms)
+    return figures.draw(chart, forms)
 
 
 _TABLE_FORMS: dict[str, Callable[[Table], str]] = {
@@ -85,17 +145,8 @@ def _downloads(table: Table) -> list[dict[str, str]]:
     ]
 
 
-def _charts(comparison: Comparison) -> list[Chart]:
-    comparison = tables.drawn(comparison)
-    return [
-        *loss_charts(comparison),
-        *quality_charts(comparison),
-        *robustness_charts(comparison),
-    ]
-
-
 def report_html(
-    comparison: Comparison, live: bool = False, stills: Mapping[str, bytes] | None = None
+    report: Report, live: bool = False, stills: Mapping[str, bytes] | None = None
 ) -> str:
     """The page: one file that loads nothing.
 
@@ -103,49 +154,41 @@ def report_html(
     that no other can run.
 
     Args:
-        comparison: what it shows.
+        report: what it shows.
         live: whether the page asks its server for news and renews itself.
         stills: the charts as SVG, by key, where they are drawn already.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    charts, few = _charts(comparison), tables.drawn(comparison)
+    comparison, few, charts = report.comparison, report.few, report.charts
     if stills is None:
-        stills = {chart.key: figures.draw(chart, ("svg",))["svg"] for chart in charts}
+        stills = {chart.key: _draw(chart, ("svg",))["svg"] for chart in report.figures}
     pictures = {
         chart.key: figures.Picture(figures.data_uri("image/svg+xml", stills[chart.key]), chart.alt)
-        for chart in charts
+        for chart in report.figures
     }
     plotly = interactive.plotly_script() if charts else ""
     scripts = [script for script in (plotly, _asset("report.js")) if script]
     if live:
         scripts.append(_asset("live.js"))
     shown, left_out = gallery(comparison)
-    data = {
-        "charts": {chart.key: interactive.plotly_figure(chart) for chart in charts},
-        "viewer": viewer(few),
-    }
+    seen = viewer(few)
+    data = {"charts": {c.key: interactive.plotly_figure(c) for c in charts}, "viewer": seen}
     return environment.from_string(_asset("template.html")).render(
         comparison=comparison,
         summary=summary_line(comparison),
-        finding=finding(comparison),
-        findings=findings(comparison),
+        finding=report.finding,
+        forests=[(chart, pictures[chart.key]) for chart in report.forests],
+        has_primary=any(each.primary and each.verdicts for each in report.analyses),
+        tables=defaultdict(lambda: None, {table.key: table for _, table in report.tables}),
         runs_table=tables.runs_table(comparison) if live else None,
-        comparison_table=tables.comparison_table(comparison),
-        difference_table=tables.difference_table(comparison),
-        margin_table=tables.margin_table(comparison),
-        layers_table=layers.layers_table(comparison),
-        robustness_table=robustness.robustness_table(comparison),
-        alignment_table=layers.alignment_table(few),
-        settings_table=tables.settings_table(comparison),
-        facts_table=tables.facts_table(comparison),
-        failures_table=tables.failures_table(comparison),
         downloads=_downloads,
-        notes=notes(comparison),
-        warnings=warnings(comparison),
+        notes=notes(comparison, report.analyses),
+        warnings=warnings(comparison, report.analyses),
+        disagreement=disagreement.disagreement(comparison, report.analyses),
         tiles=reconstructions(few),
-        viewer=data["viewer"],
+        viewer=seen,
         curves=[(c, pictures[c.key]) for c in charts if c.lines and c.key != "robustness"],
         robustness=[(c, pictures[c.key]) for c in charts if c.key == "robustness"],
         quality=[(chart, pictures[chart.key]) for chart in charts if chart.clouds],
@@ -194,32 +237,18 @@ def _json(data: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
-    """(heading, table) of all that have rows."""
-    found = [
-        ("Results", tables.comparison_table(comparison)),
-        ("Runs without a result", tables.failures_table(comparison)),
-        ("Worth of pre-training", tables.margin_table(comparison)),
-        ("Paired differences", tables.difference_table(comparison)),
-        ("Robustness", robustness.robustness_table(comparison)),
-        ("Layers", layers.layers_table(comparison)),
-        ("Likeness of the encoders", layers.alignment_table(tables.drawn(comparison))),
-        ("Settings", tables.settings_table(comparison)),
-        ("Data and environment", tables.facts_table(comparison)),
-    ]
-    return [(title, table) for title, table in found if table is not None]
-
-
-def report_markdown(comparison: Comparison) -> str:
+def report_markdown(report: Report) -> str:
     """The page's text and tables in Markdown; the figures stand in the HTML page."""
-    escape = tables.escape_markdown
+    escape, comparison = tables.escape_markdown, report.comparison
+    said = report.finding
     parts = [f"# {escape(comparison.name)}", escape(summary_line(comparison)), "## Finding"]
-    parts.append(_markdown_finding(finding(comparison)))
-    parts += [f"**Warning.** {escape(warning)}" for warning in warnings(comparison)]
-    for title, table in _tables(comparison):
+    parts += [f"**{escape(said.sentence)}**", *map(escape, filter(None, (said.basis, *said.more)))]
+    warned = warnings(comparison, report.analyses)
+    parts += [f"**Warning.** {escape(warning)}" for warning in warned]
+    for title, table in report.tables:
         parts += [f"## {title}", f"{table.caption}.", tables.markdown(table)]
-    parts += ["## Measure by measure", *map(_markdown_finding, findings(comparison))]
-    parts += ["## How to read it", "\n".join(f"- {escape(note)}" for note in notes(comparison))]
+    noted = notes(comparison, report.analyses)
+    parts += ["## How to read it", "\n".join(f"- {escape(note)}" for note in noted)]
     if comparison.command:
         longest = max(map(len, re.findall("`+", comparison.command)), default=0)
         fence = "`" * max(3, longest + 1)
@@ -241,15 +270,14 @@ def summary_line(comparison: Comparison) -> str:
     return f"{'; '.join(values)}. {count}." if values else f"{count}."
 
 
-def notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
     """What a reader must know to read the tables right."""
     found = [
         "± is the sample standard deviation over seeds, n the number of finished runs. A dash "
         "stands for what was not measured.",
         "Runs with the same seed share their initial weights, order of data, augmentation and "
-        "masks, so differences are paired by seed. Intervals are 95% Student t intervals of the "
-        "mean paired difference, not adjusted for the number of comparisons; a difference counts "
-        "as shown when its interval leaves out 0 (bold). One seed gives no interval.",
+        "masks, so differences are paired by seed. Fewer than three seeds give no interval.",
+        *_on_intervals(analyses),
         "The untrained encoder is the same architecture at its initial weights; raw pixels are "
         "the images themselves. Both are evaluated like the pre-trained encoders, on full images.",
         "FLOPs are of one training image; training compute multiplies forward and backward by "
@@ -257,8 +285,9 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if any("_per_class" in key for key in comparison.evaluation_keys):
         found.append(
-            "Few-shot accuracies are means over several draws of the labelled images; their "
-            "spread over draws is in results.csv."
+            "Few-shot accuracies are means over several draws of the labelled images. The draws "
+            "are the same for every run, and their spread is part of the interval where runs have "
+            "kept their answers."
         )
     if "robustness.mean_error" in comparison.evaluation_keys:
         found.append(
@@ -273,9 +302,9 @@ def notes(comparison: Comparison) -> list[str]:
             f"{total} with the best mean of the first measure; tables and results.csv hold all."
         )
     axes = {key: values for key, values in comparison.axes.items() if key != "seed"}
-    if any(len(values) > tables.MOST_PAIRED for values in axes.values()):
+    if any(len(values) > MOST_PAIRED for values in axes.values()):
         found.append(
-            f"Of an axis with more than {tables.MOST_PAIRED} values, each is set against the first "
+            f"Of an axis with more than {MOST_PAIRED} values, each is set against the first "
             "alone; results.csv holds what other differences are made of."
         )
     if not same_task(comparison.groups):
@@ -286,10 +315,48 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def warnings(comparison: Comparison) -> list[str]:
+def _on_intervals(analyses: Sequence[Analysis]) -> list[str]:
+    """How the intervals were made, as far as there are any."""
+    primary = next((each for each in analyses if each.primary and each.verdicts), None)
+    if primary is None:
+        return []
+    found = [
+        f"{primary.measure.plain} is the primary measure and decides. Its intervals hold with 95% "
+        "for all differences at once. All other measures are secondary: their intervals stand by "
+        "themselves, and a difference counts as shown after Holm's correction over all of them."
+    ]
+    margin = primary.measure.number(primary.margin).removesuffix(".0")
+    found.append(
+        f"As good: two one-sided tests show the difference to lie within {margin} points (the "
+        "shaded band), at 5%. Undecided: neither that nor a difference was shown."
+    )
+    if primary.pooled:
+        found.append(
+            "The standard error is pooled over all groups: the residual of the table of groups and "
+            "seeds."
+        )
+    elif primary.pooled is False:
+        found.append(
+            "The groups clearly spread unequally over seeds, so that no spread is pooled: each "
+            "difference has its own, and Bonferroni's correction."
+        )
+    if primary.images:
+        found.append(
+            "The thick interval speaks of these test images and new seeds, and verdicts rest on "
+            "it; the thin one of new images too, by the crossed model of seeds and images."
+        )
+    if primary.looks:
+        found.append(
+            f"Seeds were added until decided: {primary.looks} looks were taken, and the intervals "
+            "hold at all of them at once."
+        )
+    return found
+
+
+def warnings(comparison: Comparison, analyses: Sequence[Analysis] = ()) -> list[str]:
     """What makes the comparison less than fair or complete."""
     runs = [run for run in comparison.runs if run.kind == "run"]
-    found = []
+    found = list(dict.fromkeys(each.mixed for each in analyses if each.mixed))
     unfinished = [run for run in comparison.runs if not run.finished]
     if unfinished:
         found.append(
@@ -298,7 +365,8 @@ def warnings(comparison: Comparison) -> list[str]:
         )
     varies_data = any(key.startswith("data") for key in comparison.axes)
     prints = {str(run.data["fingerprint"]) for run in runs if "fingerprint" in run.data}
-    if len(prints) > 1 and not varies_data:
+    differ = not all(starmap(same_images, combinations(sorted(prints), 2)))
+    if differ and not varies_data:
         found.append("The runs did not see the same data: their fingerprints differ.")
     machines = {str(sorted(run.environment.items())) for run in runs if run.environment}
     if len(machines) > 1:
@@ -306,12 +374,6 @@ def warnings(comparison: Comparison) -> list[str]:
             "The runs did not share one environment: do not compare their speed, memory or time."
         )
     return found
-
-
-def _markdown_finding(said: Finding) -> str:
-    escape = tables.escape_markdown
-    basis = f" {escape(said.basis)}" if said.basis else ""
-    return f"**{escape(said.title)}.** {escape(said.text)}{basis}"
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from mim.report.collect import Comparison, Group
-from mim.report.statistics import summarize
-from mim.report.tables import MISSING, Cell, Column, Row, Table
+from mim.report.measures import MISSING, summarize
+from mim.report.tables import Cell, Column, Row, Table
 
 _ERROR = re.compile(r"robustness\.error_(\w+)_severity_(\d+)")
 

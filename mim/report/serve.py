@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mim.core.errors import UserError, setting_error
 from mim.report.collect import read_comparison
-from mim.report.page import report_html
+from mim.report.page import Report, report_html
 
 _FILES = (
     "config.yaml",
@@ -52,7 +52,7 @@ class LiveReport:
         with self._lock:
             version = self._look()
             if self._page[0] != version:
-                html = report_html(read_comparison(self.folder), live=True)
+                html = report_html(Report(read_comparison(self.folder)), live=True)
                 self._page = (version, html.encode("utf-8"))
             return self._page[1]
 

@@ -120,8 +120,7 @@ def reconstructions(comparison: Comparison) -> Tiles | None:
         for label, key in columns:
             image = (arrays[label] if label else first)[key][index]
             alt = f"Image {index + 1}, {f'{label}, ' if label else ''}{_NAMES.get(key, key)}"
-            source, small = _encode(image[None])
-            row.append(Picture(source, alt, small))
+            row.append(encode_image(image, alt))
         rows.append(tuple(row))
     same = len(common) == 2
     what = "The same images under the same masks" if same else "Masks or images differ by group"
@@ -206,12 +205,35 @@ def _pictures_of(run: Run) -> Path:
 
 def _load(run: Run) -> Mapping[str, NDArray[Any]]:
     keys = ("original", "masked", "prediction", "composite", "is_masked")
-    return _read(_pictures_of(run), keys)
+    arrays = dict(_read(_pictures_of(run), keys))
+    grey = _is_grey(arrays["original"])
+    return arrays | {key: _as_grey(arrays[key], grey) for key in keys[1:-1]}
+
+
+def _is_grey(images: Pixels) -> NDArray[np.bool_]:
+    """(n,) which images have the same values in all channels, but for a rounding."""
+    reach = images.max(-1).astype(np.int64) - images.min(-1)
+    return np.asarray(reach.reshape(len(images), -1).max(1) <= 2)
+
+
+def _as_grey(images: Pixels, grey: NDArray[np.bool_]) -> Pixels:
+    """What is made of grey images, (..., n, H, W, C), as the mean of its channels.
+
+    The decoder predicts every channel by itself, so that its error would be seen as a tint.
+    """
+    mean = images.mean(-1, keepdims=True).round().astype(np.uint8)
+    return np.asarray(np.where(grey[:, None, None, None], mean, images))
 
 
 def _load_ratios(run: Run) -> Mapping[str, NDArray[Any]]:
     path = run.folder / "reconstructions_ratios.npz"
-    return _read(path, ("ratio", "prediction", "is_masked")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    arrays = dict(_read(path, ("ratio", "prediction", "is_masked")))
+    grey = _is_grey(_read(_pictures_of(run), ("original",))["original"])
+    if arrays["prediction"].shape[1] == len(grey):
+        arrays["prediction"] = _as_grey(arrays["prediction"], grey)
+    return arrays
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> Mapping[str, NDArray[Any]]:
@@ -230,6 +252,12 @@ def _size(height: int, width: int) -> tuple[int, int]:
     factor = min(1.0, _LARGE / side)
     # Whole units of JPEG, so that neighbours in a sheet do not bleed into each other.
     return (max(round(height * factor / 16), 1) * 16, max(round(width * factor / 16), 1) * 16)
+
+
+def encode_image(image: Pixels, alt: str) -> Picture:
+    """One image (H, W, C) for the page."""
+    source, small = _encode(image[None])
+    return Picture(source, alt, small)
 
 
 def _encode(images: Pixels, columns: int = 1) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mim.core.config import Config
 from mim.core.errors import TrainingError, UserError
+from mim.core.fields import is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
     prepare_folder,
     write_atomic,
     write_json_atomic,
     write_text_atomic,
 )
-from mim.core.settings import flatten, import_plugin, read_args, to_dict
+from mim.core.plugins import identity, keep_plugins
+from mim.core.settings import flatten, to_dict, to_yaml
 from mim.training.results import read_result  # noqa: F401  (part of this module's interface)
+from mim.training.settings import Config, read_tree
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +44,32 @@ TASK = "mim_task"
 """Under what name a file of weights says for which evaluation its head is."""
 _NAME = re.compile(r"step_(\d+)\.pt")
 _MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
-# What may differ when a run goes on: it does not change what is computed, but for rounding and,
-# as another number of processes does, dropout (accumulate).
-_FREE = re.compile(
-    r"output|resume|plugins|log\..*"
-    r"|data\.(path|val_path|download|workers|fingerprint|max_unreadable)"
-    r"|data\.(cache|cache_path|index_cache)"
-    r"|train\.(log_every|picture_every|keep_checkpoints|checkpoint_every|milestone_every)"
-    r"|train\.(accumulate|deterministic|on_nonfinite|max_nonfinite|spike_deviations)"
-    r"|train\.(timeout|shard|async_save|compile|linear)"
-)
 
 
-def read_config(run: str | Path) -> Config:
-    """The config of a run folder.
+def write_config(run: Path, config: Config) -> None:
+    """Write ``config.yaml`` into a run folder, and copies of the plug-ins that it names.
 
     Raises:
-        UserError: if there is none.
+        UserError: if a plug-in differs from the copy that is there already.
+    """
+    kept = keep_plugins(config.plugins, run)
+    write_text_atomic(run / "config.yaml", to_yaml(replace(config, plugins=kept)))
+
+
+def read_config(run: str | Path, trust: bool = False) -> Config:
+    """The config of a run folder; its plug-ins are imported.
+
+    Args:
+        run: the folder.
+        trust: whether they may run though they never have on this machine.
+
+    Raises:
+        UserError: if there is none, or its plug-ins are not to be trusted.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
-    config = read_args(Config, ["--config", str(path)])
-    for plugin in config.plugins:
-        import_plugin(plugin)
+    config = read_tree(Config, [path], trust=trust)
     # What only training needs (a file of masks, a teacher's weights) may be gone by now.
     return config
 
@@ -380,7 +385,8 @@ def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]
 def fingerprint(config: Config) -> dict[str, Any]:
     """Dotted settings that decide what is computed."""
     flat = flatten(to_dict(config))
-    return {key: value for key, value in flat.items() if not _FREE.fullmatch(key)}
+    flat["plugins"] = [identity(plugin) for plugin in config.plugins]
+    return {key: value for key, value in flat.items() if not is_free(Config, key)}
 
 
 def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
@@ -396,10 +402,17 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     """
     now = fingerprint(config)
     # A setting that did not exist yet had what is the default now.
-    defaults = fingerprint(Config())
+    defaults = {**fingerprint(Config()), "plugins": now["plugins"]}
     # One that a later version found to change nothing may differ.
-    told = {key: value for key, value in saved.items() if not _FREE.fullmatch(key)}
+    told = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
+    code = [{name.split()[0]: name for name in side.pop("plugins")} for side in (saved, now)]
+    edited = [name for name in code[0] if code[1].get(name, code[0][name]) != code[0][name]]
+    if edited:
+        raise UserError(
+            f"resume: {str(run)!r} was begun with other code: plug-in {', '.join(edited)} was "
+            f"edited since; its copy is in {str(run / 'plugins')!r}. Choose another output"
+        )
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*saved, *now})

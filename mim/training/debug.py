@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, seed_of
 from mim.core.patches import Patches
+from mim.core.rng import image_keys, seed_of
 from mim.data import Batch, normalize, open_source, open_weights, steps_per_epoch, train_loader
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel

@@ -23,7 +23,6 @@ from mim.core.registry import Registry
 from mim.data import Batch, ImageSource, eval_loader, normalize
 from mim.model import MaskedImageModel
 from mim.training.checkpoint import Saver, snapshot
-from mim.training.online import OnlineProbe
 from mim.training.pictures import (
     fixed_masks,
     reconstruct,
@@ -77,43 +76,15 @@ class Log(Hook):
         self._progress.update(state.step, state.train_loss, images / seconds)
 
 
-@torch.no_grad()
-def held_out_loss(trainer: Trainer, config: Config, source: ImageSource) -> float:
-    """The mean loss over the held-out images, each under its one fixed mask, not augmented."""
-    model, accelerator = trainer.task.model_to_evaluate(), trainer.accelerator
-    assert isinstance(model, MaskedImageModel)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    size = max(1, config.data.batch_size // world // config.train.accumulate)
-    for batch in eval_loader(
-        source,
-        config.data,
-        batch_size=size,
-        rank=rank,
-        world=world,
-        patch_size=model.patch_size,
-    ):
-        images = normalize(to_device(batch.images, device), source.mean, source.std)
-        mask = fixed_masks(model, images, batch.sample_ids)
-        with autocast(config.train.precision, device):
-            losses = model(images, mask).loss_per_image
-        total += torch.stack([losses.double().sum(), total.new_full((), len(losses))])
-    model.train(training)
-    loss, count = accelerator.reduce(total, "sum").tolist()
-    return loss / count
-
-
 class HeldOut(Hook):
-    """The loss of images that are not trained on.
+    """The mean loss of held-out images, each under its one fixed mask, not augmented.
 
     Args:
         config: of the run.
         source: the images.
     """
 
-    name = "held_out"
+    name, kept = "held_out", ("loss",)
 
     def __init__(self, config: Config, source: ImageSource) -> None:
         self.config, self.source = config, source
@@ -122,52 +93,31 @@ class HeldOut(Hook):
     def due(self, trainer: Trainer) -> bool:
         return trainer.passed(self.config.train.validate_every) or trainer.done
 
+    @torch.no_grad()
     def run(self, trainer: Trainer) -> None:
-        self.loss = held_out_loss(trainer, self.config, self.source)
+        model: Any = trainer.task.model_to_evaluate()
+        config, source, accelerator = self.config, self.source, trainer.accelerator
+        device, world = accelerator.device, accelerator.num_processes
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        training = model.training
+        model.eval()
+        for batch in eval_loader(
+            source,
+            config.data,
+            max(1, config.data.batch_size // world // config.train.accumulate),
+            trainer.rank,
+            world,
+            patch_size=model.patch_size,
+        ):
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
+            mask = fixed_masks(model, images, batch.sample_ids)
+            with autocast(config.train.precision, device):
+                losses = model(images, mask).loss_per_image
+            total += torch.stack([losses.double().sum(), total.new_full((), len(losses))])
+        model.train(training)
+        loss, count = accelerator.reduce(total, "sum").tolist()
+        self.loss = loss / count
         trainer.log(val_loss=self.loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss = state["loss"]
-
-
-class Online(Hook):
-    """A linear probe that learns beside the pre-training, measured with the held-out loss.
-
-    Args:
-        probe: what learns.
-        every: epochs between two measurements.
-        source: images to measure on.
-    """
-
-    name = "online"
-
-    def __init__(self, probe: OnlineProbe, every: float, source: ImageSource) -> None:
-        self.probe, self.every, self.source = probe, every, source
-        self.accuracy = math.nan
-
-    def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        assert batch.labels is not None
-        self.probe.step(inputs.images, batch.labels)
-
-    def due(self, trainer: Trainer) -> bool:
-        return trainer.passed(self.every) or trainer.done
-
-    def run(self, trainer: Trainer) -> None:
-        self.accuracy = self.probe.accuracy(self.source)
-        trainer.log(online_val_accuracy=self.accuracy)
-
-    def metrics(self, trainer: Trainer) -> dict[str, float]:
-        return self.probe.take()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.probe.state_dict(), "accuracy": self.accuracy}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.probe.load_state_dict(state)
-        self.accuracy = state["accuracy"]
 
 
 class Pictures(Hook):
@@ -247,6 +197,7 @@ class BestEpoch(Hook):
     """
 
     name = "best"
+    kept = ("weights", "epoch", "head", "score", "loss", "history")
 
     def __init__(self, measure: Callable[[nn.Module], Tensor], every: int, called: str) -> None:
         self.measure, self.every, self.called = measure, every, called
@@ -284,11 +235,3 @@ class BestEpoch(Hook):
             "chosen_epoch": float(self.epoch),
             f"chosen_{called}": self.score,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        kept = ("weights", "epoch", "head", "score", "loss", "history")
-        return {name: getattr(self, name) for name in kept}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mim.core.config import Config, DataConfig
 from mim.core.files import write_atomic
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import (
     ImageSource,
     Split,

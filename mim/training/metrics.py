@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mim.core.beside import Beside
+from mim.core.background_writer import BackgroundWriter
 from mim.core.errors import TrainingError
 from mim.core.files import write_text_atomic
 from mim.training.runtime.trackers import Trackers
@@ -28,7 +28,7 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self._lines: deque[str] = deque()
-        self._writer = Beside("mim-metrics")
+        self._writer = BackgroundWriter("mim-metrics")
         if path.is_file():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():

@@ -21,10 +21,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mim.core.files import write_atomic, write_json_atomic
-from mim.core.keys import image_keys
 from mim.core.progress import note
+from mim.core.rng import image_keys
 from mim.training import checkpoint
-from mim.training.runtime.sharding import whole
+from mim.training.runtime.sharding import gather_full
 
 RECORD = "nonfinite.json"
 """In the run folder: the newest step that was not finite."""
@@ -273,7 +273,7 @@ class Watch:
             return
         ids = [int(i) for i in gather_object(taken.sample_ids.tolist())]
         starts = untouched and began
-        weights = whole(self.model.state_dict()) if starts else {}
+        weights = gather_full(self.model.state_dict()) if starts else {}
         if not self.accelerator.is_main_process:
             return
         run, kept = self.folder, untouched and (self.folder / WEIGHTS).is_file()
@@ -307,7 +307,7 @@ class Watch:
         if not self.limit:
             return
         names, weights = zip(*self.model.named_parameters(), strict=True)
-        finite = torch.stack([whole(weight.detach()).isfinite().all() for weight in weights])
+        finite = torch.stack([gather_full(w.detach()).isfinite().all() for w in weights])
         for name, is_finite in zip(names, finite.tolist(), strict=True):  # waits once
             if not is_finite:
                 self._record(last, math.nan, False, False)

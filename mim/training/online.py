@@ -9,6 +9,7 @@ Shapes: B images of this process's share of the batch, D width, K classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,14 +21,15 @@ from mim.core.config import Config
 from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Images
-from mim.data import ImageSource, eval_loader, normalize
+from mim.data import Batch, ImageSource, eval_loader, normalize
 from mim.model import MaskedImageModel, encode
 from mim.model.backbones import family_of
 from mim.model.standardize import Standardize
 from mim.training.runtime.precision import autocast
+from mim.training.trainer import Hook, Trainer
 
 
-class OnlineProbe:
+class OnlineProbe(Hook):
     """A linear layer on standardised features, with an optimizer of its own.
 
     Args:
@@ -35,10 +37,13 @@ class OnlineProbe:
         train: labelled images.
         config: of the run.
         accelerator: of the run.
+        val: images to measure on, when the held-out loss is measured.
 
     Raises:
         UserError: if the images have no labels.
     """
+
+    name = "online"
 
     def __init__(
         self,
@@ -46,11 +51,13 @@ class OnlineProbe:
         train: ImageSource,
         config: Config,
         accelerator: Accelerator,
+        val: ImageSource,
     ) -> None:
         if train.labels is None:
             reason = f"needs labels, and data.source {train.name!r} has none"
             raise setting_error("online_probe.enabled", True, reason)
-        self.model, self.config, self.accelerator = model, config, accelerator
+        self.model, self.config, self.accelerator, self.val = model, config, accelerator, val
+        self.val_accuracy = math.nan
         width = family_of(model.backbone).width
         classes = max(len(train.classes), int(train.labels.max()) + 1)
         with torch.random.fork_rng(devices=[]):  # a linear layer draws when it is made
@@ -73,10 +80,11 @@ class OnlineProbe:
         self.model.train(training)
         return features.float()
 
-    def step(self, images: Images, labels: Tensor) -> None:
-        """Learns from (B, C, H, W) normalised images and (B,) labels."""
-        labels = to_device(labels, images.device)
-        features = self._features(images)
+    def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
+        """Learns from the images of a step."""
+        assert batch.labels is not None
+        labels = to_device(batch.labels, inputs.images.device)
+        features = self._features(inputs.images)
         logits = self.head(features)  # (B, K)
         loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +98,14 @@ class OnlineProbe:
             [loss.detach().double() * count, right.double(), self.sums.new_full((), count)]
         )
 
-    def take(self) -> dict[str, float]:
+    def due(self, trainer: Trainer) -> bool:
+        return trainer.passed(self.config.train.validate_every) or trainer.done
+
+    def run(self, trainer: Trainer) -> None:
+        self.val_accuracy = self._accuracy(self.val)
+        trainer.log(online_val_accuracy=self.val_accuracy)
+
+    def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Mean loss and accuracy on training images since the last call, before learning them."""
         loss, right, count = self.accelerator.reduce(self.sums.clone(), "sum").tolist()
         self.sums.zero_()
@@ -99,7 +114,7 @@ class OnlineProbe:
         return {"online_loss": loss / count, "online_accuracy": right / count}
 
     @torch.no_grad()
-    def accuracy(self, source: ImageSource) -> float:
+    def _accuracy(self, source: ImageSource) -> float:
         """On held-out images."""
         device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -123,10 +138,12 @@ class OnlineProbe:
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sums": self.accelerator.reduce(self.sums.clone(), "sum").cpu(),
+            "accuracy": self.val_accuracy,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state_dict`, with any number of processes."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.val_accuracy = state["accuracy"]
         self.sums = state["sums"].to(self.accelerator.device) / self.accelerator.num_processes

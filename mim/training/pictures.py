@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mim.core.config import Config, MaskScheduleConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
 from mim.core.patches import Images, Patches, patchify, unpatchify
+from mim.core.rng import image_keys
 from mim.data import ImageSource, denormalize, eval_loader, normalize
 from mim.masks import PatchMask
 from mim.masks.generators import build_mask_generator

@@ -24,11 +24,12 @@ from mim.core.cpu.process import tune_process
 from mim.core.device import to_device
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
-from mim.core.keys import image_keys
+from mim.core.fingerprints import same_images
 from mim.core.lock import sole_use
 from mim.core.patches import Images
 from mim.core.progress import note
-from mim.core.settings import to_dict, to_yaml
+from mim.core.rng import image_keys
+from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
 from mim.data import (
     Batch,
@@ -45,7 +46,7 @@ from mim.data.weights import Weigh
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel
 from mim.training import checkpoint
-from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Online, Pictures
+from mim.training.hooks import HOOKS, Checkpoints, HeldOut, Log, Pictures
 from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
@@ -56,7 +57,7 @@ from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
 from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
 from mim.training.runtime.processes import gathering, together
-from mim.training.runtime.sharding import Sharded, whole
+from mim.training.runtime.sharding import Sharded, gather_full
 from mim.training.runtime.trackers import start_trackers, tracker_names
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, TrainState, parts
 
@@ -160,7 +161,10 @@ class PretrainTask(Task):
     def loss(self, learner: nn.Module, part: Inputs) -> Loss:
         with autocast(self.config.train.precision, self.accelerator.device):
             output = learner(part.images, part.mask, part.weight)
-        return Loss(output.loss, {"loss": output.reconstruction.detach()})
+        # Of a sharded model FSDP lets through the two losses alone.
+        terms: dict[str, Tensor] = getattr(output, "terms", {})
+        named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes, or shards it in place."""
@@ -182,7 +186,7 @@ class PretrainTask(Task):
         ):
             return super().model_to_evaluate()
         copy = model_on(self.config, self.accelerator.device)
-        copy.load_state_dict(whole(self.model.state_dict()))
+        copy.load_state_dict(gather_full(self.model.state_dict()))
         return copy
 
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
@@ -220,10 +224,12 @@ def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
         UserError: if it, or the checkpoint, asks for other images.
     """
     wanted = config.data.fingerprint
-    if saved is not None and saved.get("data") not in (None, seen):
-        reason = "is over other images than those that are there now: names or labels have changed"
+    earlier = None if saved is None else saved.get("data")
+    if earlier is not None and not same_images(earlier, seen):
+        reason = "is over other images than those that are there now: their names, labels or "
+        reason += "contents have changed"
         raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if wanted not in (None, seen):
+    if wanted is not None and not same_images(wanted, seen):
         reason = f"asks for other images than there are, which have {seen}; null takes these"
         raise setting_error("data.fingerprint", wanted, reason)
     return replace(config, data=replace(config.data, fingerprint=seen))
@@ -292,8 +298,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     task, online, flops = _build_task(config, images, accelerator)
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
-    if online is not None:
-        hooks.append(Online(online, config.train.validate_every, images.val))
+    hooks += [online] if online is not None else []
     hooks += [Pictures(config, images.val), *(hook(config) for hook in plugged)]
     trainer = _build_trainer(task, hooks, saved, start)
     memory_before = resident_bytes()
@@ -306,9 +311,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         raise
     result = _result(config, images, trainer, state, memory_before)
     result |= {"val_loss": held_out.loss, **flops}
-    for hook in hooks:
-        if isinstance(hook, Online):
-            result["evaluations"] = {ONLINE: {"accuracy": hook.accuracy}}
+    if online is not None:
+        result["evaluations"] = {ONLINE: {"accuracy": online.val_accuracy}}
     weights = checkpoint.backbone_state(task.model_to_evaluate().state_dict())
     if accelerator.is_main_process:
         details = {"backbone": config.model.backbone, "source": images.train.name}
@@ -355,7 +359,7 @@ def _build_task(
     task = PretrainTask(model, images, config, accelerator)  # its average stays in float32
     online = None
     if config.online_probe.enabled:
-        online = OnlineProbe(model, images.train, config, accelerator)
+        online = OnlineProbe(model, images.train, config, accelerator, images.val)
     flops = _measure_flops(model, config, images.val, device)
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
@@ -405,7 +409,7 @@ def _build_trainer(
     if main:
         trainer.curves.metrics = Metrics(run / "metrics.jsonl", start)
         if saved is None:
-            checkpoint.write_text_atomic(run / "config.yaml", to_yaml(config))
+            checkpoint.write_config(run, config)
             if config.data.subset.chooses:
                 write_list(run / "subset_train.txt", images.train)
                 write_list(run / "subset_val.txt", images.val)
@@ -434,7 +438,7 @@ def _result(
         "images_per_second": state.images / max(state.train_seconds, 1e-9),
         "peak_memory_bytes": peak,
         "wall_seconds": state.elapsed,
-        "environment": environment(device, trainer.accelerator.num_processes),
+        "environment": environment(device, trainer.accelerator.num_processes, config.plugins),
         "data": {
             "source": images.train.name,
             "train_images": len(images.train),

@@ -26,15 +26,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from mim.core.keys import seed_of
+from mim.core.rng import seed_of
 from mim.core.signals import Interrupted, Signals
 from mim.data import Batch, worker_deaths
-from mim.model.teacher import follow
+from mim.model.teacher import ema_update
 from mim.training.checkpoint import FileStore, RunStore
 from mim.training.metrics import Curves
 from mim.training.nonfinite import Guard, StepRecord, Watch, strict
 from mim.training.optim import Schedule
-from mim.training.runtime.sharding import load_model, load_optimizer, whole
+from mim.training.runtime.sharding import gather_full, load_model, load_optimizer
 
 
 class Loss(NamedTuple):
@@ -95,7 +95,7 @@ class Task(ABC):
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Lets teacher and average follow; ``taken`` is 0 where the step changed nothing."""
         if self.average is not None:
-            follow(self.average, self.model, (1 - self.decay) * taken)
+            ema_update(self.average, self.model, (1 - self.decay) * taken)
 
     def model_to_evaluate(self) -> nn.Module:
         """Returns the weights that count, whole; all processes ask for it together."""
@@ -109,10 +109,12 @@ class Hook:
 
     Attributes:
         name: under which a checkpoint keeps its state.
+        kept: attributes that are its state.
         at_stop: whether it runs, too, when a signal ends the training.
     """
 
     name: ClassVar[str] = ""
+    kept: ClassVar[tuple[str, ...]] = ()
     at_stop: ClassVar[bool] = False
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
@@ -135,10 +137,12 @@ class Hook:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns its state for a checkpoint; all processes ask for it together."""
-        return {}
+        return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the state of a checkpoint."""
+        for name in self.kept:
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)
@@ -371,8 +375,8 @@ class Trainer:
         """Returns all from which the training goes on; all processes ask for it together."""
         average = self.task.average
         return {
-            "model": whole(self.task.model.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": gather_full(self.task.model.state_dict()),
+            "optimizer": gather_full(self.optimizer.state_dict()),
             "ema": {} if average is None else average.state_dict(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "watch": self.watch.state_dict(),
@@ -418,8 +422,8 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm: Tensor = whole(clip_grad_norm_(self.learner.parameters(), limit))
-        return norm
+        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
+        return norm.float()
 
     def _read(self) -> None:
         """Brings what was reported to the host, as the mean over the processes, and judges it."""

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from mim.core.config import Config
-from mim.training.hooks import Online
 from mim.training.metrics import Curves
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
@@ -39,7 +38,7 @@ def trainer_of(config: Config, *, fp16: bool = False) -> Trainer:
     task = PretrainTask(model, images, config, accelerator)
     hooks: list[Hook] = []
     if config.online_probe.enabled:
-        hooks.append(Online(OnlineProbe(model, images.train, config, accelerator), 0, images.val))
+        hooks.append(OnlineProbe(model, images.train, config, accelerator, images.val))
     narrow_weights(model, config.train)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
     plan = Plan(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mim import build_model, load_config
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.model.regimes import REGIMES
 
 Step = Callable[[int], Tensor]

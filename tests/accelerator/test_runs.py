@@ -15,7 +15,7 @@ from tests.accelerator.pretend import Pretend
 
 LINE = {  # of the curves
     "mim/training/trainer.py Trainer._read": 1,
-    "mim/training/online.py OnlineProbe.take": 1,
+    "mim/training/online.py OnlineProbe.metrics": 1,
 }
 
 

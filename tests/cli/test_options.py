@@ -80,26 +80,19 @@ def test_evaluate_prints_per_cent_and_gives_every_number_as_json(
     assert found == {str(run): {"knn": read_result(run)["evaluations"]["knn"]}}
 
 
-FAILS = """
-from mim.evaluate.base import EVALUATIONS
-from mim.evaluate.probes.knn import Knn
-
-@EVALUATIONS.register("fails")
-class Fails(Knn):
-    def run(self, train, val):
-        raise RuntimeError("it fails")
-"""
-
-
 def test_an_evaluation_that_fails_loses_none_before_it(
-    tmp_path: Path, mim: Mim, tiny: Tiny
+    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plugin, run, file = tmp_path / "fails.py", tmp_path / "run", tmp_path / "numbers.json"
-    plugin.write_text(FAILS)
-    config = tiny({"plugins": [str(plugin)]})
-    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    run, file, settings = tmp_path / "run", tmp_path / "numbers.json", tmp_path / "settings.yaml"
+    assert mim("pretrain", "--config", tiny(), "--output", run).code == 0
+    settings.write_text("knn: {k: [5], few_shot: [], temperature: [0.1]}")
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr("mim.evaluate.probes.linear.Linear.run", fail)
     with pytest.raises(RuntimeError, match="it fails"):
-        mim("evaluate", "knn,fails", run, *QUICK, "--json", file)
+        mim("evaluate", "knn,linear", run, "--settings", settings, "--json", file)
     kept = read_result(run)["evaluations"]
     assert list(kept) == ["knn"]
     assert json.loads(file.read_text()) == {str(run): kept}

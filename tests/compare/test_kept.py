@@ -38,7 +38,13 @@ class Here:
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mim.compare.runner, "LocalJobs", Here)
-    monkeypatch.setattr("mim.report.page._charts", lambda comparison: [])
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests are about the report, which takes longer than the runs."""
+    for name in ("write_report", "_track"):
+        monkeypatch.setattr(f"mim.api.{name}", lambda *args: None)
 
 
 def draw_images(folder: Path, seed: int) -> None:
@@ -84,6 +90,7 @@ def states(outcome: Any) -> dict[str, str]:
     return dict(line.partition("] ")[2].split(": ") for line in lines)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_an_evaluation_repeated_by_hand_is_measured_again(
     tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
@@ -110,6 +117,7 @@ def test_an_evaluation_repeated_by_hand_is_measured_again(
     assert states(mim("compare", "--config", config))["seed=0"] == "evaluate"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_numbers_in_a_column_have_one_protocol(
     tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
@@ -121,16 +129,16 @@ def test_numbers_in_a_column_have_one_protocol(
     assert len({protocol["encoder"] for protocol in protocols}) == 3
 
 
+@pytest.mark.usefixtures("no_report")
 def test_other_weights_are_measured_again(
     tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
     """In a run's own folder, and in a reference that now stands for another one."""
     run, given = tmp_path / "cmp" / "seed=0", tmp_path / "lent" / "a"
     assert mim("compare", "--config", write()).code == 0
-    for seed in (1, 2):
-        other = ("--output", tmp_path / f"of {seed}", "--axes", f'{{"seed": [{seed}]}}')
-        assert mim("compare", "--config", write(), *other).code == 0
-    first, second = (tmp_path / f"of {seed}" / f"seed={seed}" for seed in (1, 2))
+    others = write(evaluations={}, axes={"seed": [1, 2]}, output=str(tmp_path / "others"))
+    assert mim("compare", "--config", others).code == 0
+    first, second = (tmp_path / "others" / f"seed={seed}" for seed in (1, 2))
     shutil.copytree(first, given)
     config = write(references=[str(given)])
     assert states(mim("compare", "--config", config))["given,a"] == "train"
@@ -156,6 +164,7 @@ def test_other_weights_are_measured_again(
     assert states(outcome)["seed=0"] == "evaluate"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_training_on_other_files_is_refused_and_references_are_measured_again(
     tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
@@ -185,40 +194,30 @@ def test_a_training_on_other_files_is_refused_and_references_are_measured_again(
     assert "pixels: knn is measured again: other images\n" in outcome.err
 
 
-FLAKY = """
-from pathlib import Path
-from mim.evaluate.base import EVALUATIONS
-from mim.evaluate.probes.knn import Knn
-
-@EVALUATIONS.register("flaky_here")
-class Flaky(Knn):
-    def run(self, train, val):
-        if not Path({mended!r}).exists():
-            raise RuntimeError("flaky")
-        return super().run(train, val)
-"""
-
-
+@pytest.mark.usefixtures("no_report")
 def test_evaluations_that_ended_before_one_fails_are_kept(
-    tmp_path: Path, mim: Mim, write: Callable[..., Path]
+    tmp_path: Path, mim: Mim, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plugin, run = tmp_path / "flaky_here.py", tmp_path / "cmp" / "seed=0"
-    plugin.write_text(FLAKY.format(mended=str(tmp_path / "mended")))
-    evaluations = {"knn": KNN, "flaky_here": KNN}
-    config = write({"plugins": [str(plugin)]}, evaluations=evaluations)
-    assert mim("compare", "--config", config).code == 1
+    config, run = write(evaluations={"knn": KNN, "linear": LINEAR}), tmp_path / "cmp" / "seed=0"
+    with monkeypatch.context() as broken:
+        broken.setattr("mim.evaluate.probes.linear.Linear.run", fail)
+        assert mim("compare", "--config", config).code == 1
     failed = read_result(run)
     assert failed["status"] == "failed" and list(failed["evaluations"]) == ["knn"]
     update_result(run, lambda result: {**result, "evaluations": {"knn": {"accuracy": -1.0}}})
-    (tmp_path / "mended").touch()
     outcome = mim("compare", "--config", config)
     assert states(outcome)["seed=0"] == "evaluate", "its training is kept too"
     mended = read_result(run)
     assert mended["status"] == "finished" and "error" not in mended
     assert mended["evaluations"]["knn"] == {"accuracy": -1.0}, "not measured again"
-    assert mended["evaluations"]["flaky_here"]["accuracy"] > 0
+    assert mended["evaluations"]["linear"]["accuracy"] > 0
 
 
+def fail(*args: Any) -> None:
+    raise RuntimeError("it fails")
+
+
+@pytest.mark.usefixtures("no_report")
 def test_results_of_an_older_version_are_kept(
     tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
@@ -239,6 +238,7 @@ def test_results_of_an_older_version_are_kept(
     assert states(mim("compare", "--config", config))["seed=0"] == "evaluate"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_several_processes_are_refused(
     mim: Mim, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -249,6 +249,7 @@ def test_several_processes_are_refused(
     assert not (tmp_path / "cmp").exists()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_full_disk_is_a_line_for_each_run(
     tmp_path: Path, mim: Mim, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +273,7 @@ def test_from_python_under_the_names_of_before(tmp_path: Path, write: Callable[.
     assert report == tmp_path / "cmp" / "report.html" and report.is_file()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_long_names_of_any_script_fit_a_file_system(write: Callable[..., Path]) -> None:
     from mim.compare import read_compare_config
     from mim.compare.plan import plan

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from timm.models.vision_transformer import ParallelThingsBlock
 
-from mim.core import config as config_module
 from mim.core.config import (
+    BlockMaskConfig,
     Config,
     DataConfig,
     DecoderConfig,
     LogConfig,
     MaskConfig,
+    MixConfig,
     ModelConfig,
     OptimConfig,
     RegimeConfig,
@@ -27,6 +25,8 @@ from mim.core.config import (
     ZeroConfig,
 )
 from mim.core.errors import UserError
+from mim.core.fields import hints
+from mim.core.settings import explanations, leaves
 from mim.model import check_config
 
 NAN = float("nan")
@@ -174,22 +174,26 @@ def test_size() -> None:
     assert DataConfig(image_size=(32, 64)).size == (32, 64)
 
 
-CLASSES = [
-    value
-    for _, value in inspect.getmembers(config_module, inspect.isclass)
-    if dataclasses.is_dataclass(value)
-]
+CLASSES = sorted({owner for owner, _ in leaves(Config).values()}, key=lambda kind: kind.__name__)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [*CLASSES, MixConfig])
 def test_settings_are_frozen_and_every_one_is_explained(kind: type[Any]) -> None:
-    instance = kind(source="embedded") if kind is config_module.MixConfig else kind()
-    source = inspect.getsource(kind)
+    instance = kind(source="embedded") if kind is MixConfig else kind()
+    explained = explanations(kind)
     for field in dataclasses.fields(kind):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(instance, field.name, None)
-        # The help of the CLI is the string below the field.
-        assert re.search(rf'^    {field.name}: [^\n]*\n    """', source, re.MULTILINE), field.name
+        # The help of the CLI is the string below the field; of a component's block, its docstring.
+        assert explained.get(field.name) or hints(kind)[field.name].__doc__, field.name
+
+
+def test_the_settings_of_components_stand_beside_them() -> None:
+    assert {kind.__module__ for kind in CLASSES} > {"mim.masks.patterns", "mim.model.regimes"}
+    assert Config().mask.block == BlockMaskConfig() and BlockMaskConfig.where == "mask.block"
+    assert (
+        dataclasses.replace(MaskConfig(), block=BlockMaskConfig(exact=False)).block.exact is False
+    )
 
 
 def test_the_default_config_fits_together() -> None:
@@ -291,7 +295,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
         ["model.regime.name: 'zeros'", "drop, token, zero", "did you mean 'zero'"],
     ),
     "split on other blocks": (
-        make(args={"block_fn": ParallelThingsBlock}, regime=RegimeConfig("zero")),
+        make("vit_small_patch16_18x2_224", regime=RegimeConfig("zero")),
         ["model.regime.zero.attention: 'split'", "ParallelThingsBlock", "choose dense"],
     ),
     "unknown decoder": (

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import train_transform
 from mim.data.images.batched import crop_resize
 from mim.data.images.decode import UnreadableImage, decode

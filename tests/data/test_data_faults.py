@@ -15,7 +15,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, WorkerError
-from mim.core.keys import image_keys, uniforms
+from mim.core.rng import image_keys, uniforms
 from mim.data import (
     ImageSource,
     UnreadableImage,
@@ -156,7 +156,7 @@ BAD = {
     "truncated": (truncated(), "truncated"),
     "huge": (huge(), ""),
     "float": (floats(), "pixels of mode F have no range"),
-    "pickle": (objects(), "allow_pickle"),
+    "pickle": (objects(), "of object is no image"),
 }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError
-from mim.core.keys import name_to_int
+from mim.core.rng import name_to_int
 from mim.data import Batch, ImageSource, eval_loader, open_source, train_loader
 from mim.data.places import fetch
 from mim.data.places.places import expand

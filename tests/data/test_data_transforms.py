@@ -10,7 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import (
     crop_parameters,
     denormalize,

@@ -154,6 +154,7 @@ def test_run_gets_its_numbers_merged(run: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == [
         "config.yaml",
         "encoder.safetensors",
+        "predictions.npz",
         "result.json",
     ]
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 import mim as package
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import Subset, eval_loader, normalize, open_source
 from mim.evaluate import Encoder, Finetune, FinetuneSettings, evaluate, open_encoder
 from mim.evaluate.base import low_shot
@@ -29,7 +29,7 @@ from mim.evaluate.finetune import (
     build_classifier,
     erase,
     fit,
-    mix,
+    mix_images,
     parameter_groups,
 )
 from mim.evaluate.training import split
@@ -139,7 +139,7 @@ def test_mixed_labels_are_soft_and_sum_to_one(mixup: float, cutmix: float) -> No
     images = labels[:, None, None, None].expand(-1, 1, 32, 32).float()
     kinds = set()
     for step in range(12):
-        mixed, targets = mix(images.clone(), labels, 2, settings, step)
+        mixed, targets = mix_images(images.clone(), labels, 2, settings, step)
         assert torch.allclose(targets.sum(1), torch.ones(6))
         assert ((targets > 0) & (targets < 1)).all()
         share = mixed.mean((1, 2, 3))  # of class 1
@@ -151,11 +151,13 @@ def test_mixed_labels_are_soft_and_sum_to_one(mixup: float, cutmix: float) -> No
 
 def test_label_smoothing_by_hand() -> None:
     images, labels = torch.zeros(2, 1, 4, 4), torch.tensor([2, 0])
-    same, targets = mix(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.2}), 0)
+    same, targets = mix_images(
+        images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.2}), 0
+    )
     assert torch.equal(same, images)
     expected = torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
     assert torch.allclose(targets, expected)
-    _, hard = mix(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.0}), 0)
+    _, hard = mix_images(images, labels, 4, FinetuneSettings(**{**PLAIN, "smoothing": 0.0}), 0)
     assert torch.equal(hard, F.one_hot(labels, 4).float())
 
 
@@ -347,19 +349,19 @@ def test_low_shot_takes_a_share_of_each_class() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, r"finetune\.epochs: 0 must be above 0"),
+        ({"epochs": 0}, r"finetune\.epochs: 0 must be at least 1"),
         ({"layer_decay": 1.5}, r"finetune\.layer_decay: 1\.5 must be above 0 and at most 1"),
         ({"layer_decay": 0}, r"finetune\.layer_decay"),
         ({"drop_path": 1}, r"finetune\.drop_path: 1\.0 must be at least 0 and below 1"),
-        ({"mixup": -1}, r"finetune\.mixup: -1\.0 must not be below 0"),
+        ({"mixup": -1}, r"finetune\.mixup: -1\.0 must be at least 0"),
         ({"rand_augment": "m9"}, r"finetune\.rand_augment: 'm9' is no policy"),
         ({"pool": "both"}, r"finetune\.pool: 'both' is not one of cls, mean"),
-        ({"betas": [0.9]}, r"finetune\.betas: \(0\.9,\) must be two numbers"),
+        ({"betas": [0.9]}, r"finetune\.betas: \[0\.9\] must have 2 values"),
         ({"crop_scale": [0.5, 0.1]}, r"finetune\.crop_scale"),
         ({"smoothing": 1}, r"finetune\.smoothing"),
         ({"batch_size": 1}, r"finetune\.batch_size: 1 must be at least 2"),
         ({"learning_rate": 1.0}, r"finetune: 'learning_rate' is not one of"),
-        ({"epochs": "many"}, r"finetune\.epochs: 'many' must be of type int"),
+        ({"epochs": "many"}, r"finetune\.epochs: 'many' must be a whole number"),
         ({"held_out": 0.001}, r"finetune\.held_out: 0\.001 of each class holds none of the 1617"),
     ],
 )
@@ -439,7 +441,7 @@ def test_from_the_command_line(
     run = tmp_path / "run"
     assert mim("pretrain", "--config", tiny(), "--output", run).code == 0
     done = mim("evaluate", "finetune", run, "--set", *QUICK, "--device", "cpu")
-    assert done.code == 0 and "chosen_epoch 1" in done.out
+    assert done.code == 0 and "Fine-tuning, accuracy (%)" in done.out
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["evaluations"]["finetune"]["accuracy"] <= 1
     assert result["evaluation_settings"]["finetune"]["layer_decay"] == 0.65

@@ -7,7 +7,7 @@ import torch
 
 from mim.core.errors import UserError
 from mim.evaluate import ProbeSettings, build_evaluation
-from mim.evaluate.base import check_few_shot, few_shot_draw, few_shot_folds, holdout
+from mim.evaluate.base import check_few_shot, few_shot_draw, few_shot_folds, stratified_holdout
 
 IDS = torch.arange(300) * 13 + 5
 LABELS = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0))
@@ -18,13 +18,13 @@ def ids_of(mask_or_index: torch.Tensor, ids: torch.Tensor) -> set[int]:
 
 
 def test_holdout_is_a_fifth_of_each_class_and_keyed() -> None:
-    held = holdout(IDS, LABELS, 0)
+    held = stratified_holdout(IDS, LABELS, 0)
     for label in range(5):
         of_class = label == LABELS
         assert int(held[of_class].sum()) == round(0.2 * int(of_class.sum()))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    assert ids_of(held, IDS) == ids_of(holdout(IDS[order], LABELS[order], 0), IDS[order])
-    assert ids_of(held, IDS) != ids_of(holdout(IDS, LABELS, 1), IDS)
+    assert ids_of(held, IDS) == ids_of(stratified_holdout(IDS[order], LABELS[order], 0), IDS[order])
+    assert ids_of(held, IDS) != ids_of(stratified_holdout(IDS, LABELS, 1), IDS)
 
 
 def test_few_shot_sets_are_balanced_keyed_and_nested() -> None:
@@ -62,11 +62,11 @@ def test_a_class_too_small_is_named() -> None:
         ("nearest", {}, r"evaluations: 'nearest' is not one of .*finetune, knn, linear"),
         ("knn", {"poool": "mean"}, r"evaluations.knn: 'poool' is not one of .*did you mean 'pool'"),
         ("linear", {"pool": "max"}, r"evaluations.linear.pool: 'max' is not one of both, cls"),
-        ("linear", {"draws": 0}, r"evaluations.linear.draws: 0 must be above 0"),
+        ("linear", {"draws": 0}, r"evaluations.linear.draws: 0 must be at least 1"),
         ("linear", {"few_shot": [10, 0]}, r"evaluations.linear.few_shot"),
         ("linear", {"few_shot": 10}, r"evaluations.linear.few_shot: 10 must be a list"),
-        ("linear", {"seed": "one"}, r"evaluations.linear.seed: 'one' must be of type int"),
-        ("linear", {"draws": True}, r"must be of type int"),
+        ("linear", {"seed": "one"}, r"evaluations.linear.seed: 'one' must be a whole number"),
+        ("linear", {"draws": True}, r"True must be a whole number"),
     ],
 )
 def test_bad_settings(name: str, settings: dict[str, object], words: str) -> None:

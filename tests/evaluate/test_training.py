@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from mim.compare.runner import SERVER_MODULES
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
 from mim.core.signals import Interrupted
-from mim.data import open_source
+from mim.data import Subset, open_source
 from mim.evaluate import (
     Attentive,
     AttentiveSettings,
@@ -34,7 +35,7 @@ from mim.evaluate import (
     open_encoder,
 )
 from mim.evaluate.finetune import KeyedDropPath, build_classifier, fit
-from mim.evaluate.training import global_batch
+from mim.evaluate.training import accuracies, global_batch
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)
@@ -158,6 +159,29 @@ def test_a_step_that_is_not_finite_is_skipped(encoder: Encoder) -> None:
             fit(encoder, train, recipe)
         skipped = fit(encoder, train, replace(recipe, max_nonfinite=2))
     assert weights(skipped.model).isfinite().all()
+
+
+def test_a_process_without_images_takes_part_in_what_all_do(encoder: Encoder) -> None:
+    """One image among two processes: both reduce tensors of one shape."""
+    train = open_source(DATA, "train")
+    alone = Subset(train, torch.arange(1))
+    shapes: list[list[torch.Size]] = []
+
+    def reduce(value: torch.Tensor, how: str) -> torch.Tensor:
+        shapes[-1].append(value.shape)
+        return value
+
+    for rank in (0, 1):
+        shapes.append([])
+        given = {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")}
+        task = SimpleNamespace(
+            accelerator=SimpleNamespace(reduce=reduce, **given),
+            data=DATA,
+            heads=3,
+            logits=lambda model, images: torch.zeros(3, len(images), 10),
+        )
+        accuracies(task, torch.nn.Identity(), alone)  # type: ignore[arg-type]
+    assert shapes[0] == shapes[1] == [(2, 3), ()]
 
 
 def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Path) -> None:

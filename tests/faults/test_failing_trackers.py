@@ -376,14 +376,14 @@ def test_a_tracker_that_cannot_start_again(
             "cannot write in " if fault == "raises" else "True does not start: no answer for 0.3"
         )
         assert f"log.tensorboard: {wrong}" in outcome.line
-    real = hooks.held_out_loss
+    real = hooks.HeldOut.run
 
-    def interrupt(*args: Any) -> float:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hooks, "held_out_loss", interrupt)  # at the end
+    monkeypatch.setattr(hooks.HeldOut, "run", interrupt)  # at the end
     assert mim(*train).code == 130
-    monkeypatch.setattr(hooks, "held_out_loss", real)
+    monkeypatch.setattr(hooks.HeldOut, "run", real)
     monkeypatch.setattr(TensorBoardTracker, "start", start)
     outcome = mim(*train)
     assert outcome.code == 0 and len(warnings(outcome.err)) == 1

@@ -14,11 +14,9 @@ from PIL import Image
 from mim import load_config
 from mim.core.config import DataConfig, FileMaskConfig, MaskConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys, name_to_int
-from mim.data.images import decode
+from mim.core.rng import image_keys, name_to_int
 from mim.data.sources.folder import ImageFolder
 from mim.masks import PatchMask, build_mask_generator, sample_masks
-from mim.masks.file import IMAGE_EXTENSIONS
 from mim.model import build_model
 
 GRID = (2, 3)
@@ -146,10 +144,6 @@ def test_a_folder_mirrors_the_image_folder(tmp_path: Path, divided: bool) -> Non
     unknown = name_to_int("train/cat/none.jpg")
     with pytest.raises(UserError, match=rf"has no mask for the image with id {unknown}$"):
         draw(masks, [int(source.sample_ids[0]), unknown])
-
-
-def test_image_extensions_are_those_of_image_folders() -> None:
-    assert IMAGE_EXTENSIONS == decode.EXTENSIONS
 
 
 def test_files_are_read_once(tmp_path: Path) -> None:

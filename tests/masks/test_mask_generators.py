@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mim.core.config import MaskConfig, MaskScheduleConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys, random_bits
+from mim.core.rng import image_keys, random_bits
 from mim.masks import (
     MaskGenerator,
     PatchMask,

@@ -21,7 +21,7 @@ from mim.core.config import (
     TransformerDecoderConfig,
 )
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.masks import PatchMask, build_mask_generator, sample_masks
 from mim.masks.guided import gumbel
 from mim.model import MaskedImageModel, build_model

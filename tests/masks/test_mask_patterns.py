@@ -21,7 +21,7 @@ from mim.core.config import (
     MultiblockMaskConfig,
 )
 from mim.core.errors import UserError
-from mim.core.keys import image_keys, uniforms
+from mim.core.rng import image_keys, uniforms
 from mim.core.settings import read_args
 from mim.masks import (
     MASKS,

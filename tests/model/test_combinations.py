@@ -13,7 +13,7 @@ import torch
 
 from mim import load_config
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.masks import MASKS
 from mim.model import build_model, check_config
 from mim.model.decoders import DECODERS

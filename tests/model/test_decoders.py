@@ -21,14 +21,14 @@ from mim.core.config import (
     ZeroConfig,
 )
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.masks import PatchMask, sample_masks
 from mim.model import MaskedImageModel, build_model
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
     "zero split": RegimeConfig("zero"),
-    "zero dense": RegimeConfig("zero", ZeroConfig(attention="dense")),
+    "zero dense": RegimeConfig("zero", zero=ZeroConfig(attention="dense")),
     "token": RegimeConfig("token"),
 }
 ANY_REGIME = pytest.mark.parametrize("regime", REGIMES)

@@ -84,7 +84,8 @@ ANY = pytest.mark.parametrize("name", [*SWINS, *HIERAS])
 
 TOKEN = RegimeConfig("token")
 ATTENDED = {
-    at: RegimeConfig("zero", ZeroConfig(at=at, attend_mask=False)) for at in ("pixels", "embedding")
+    at: RegimeConfig("zero", zero=ZeroConfig(at=at, attend_mask=False))
+    for at in ("pixels", "embedding")
 }
 
 
@@ -475,3 +476,15 @@ def test_a_run_is_trained_evaluated_shown_and_exported(
     for to, suffix in (("hf", ""), ("mae", ".pth")):
         refused = mim("export", run, "--to", to, "--output", tmp_path / f"other{suffix}")
         assert refused.code == 2 and "plain ViTs" in refused.line
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224"])
+def test_what_was_taken_can_be_taken_from_again(name: str) -> None:
+    args = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    family = family_of(build_backbone(ModelConfig(name, args), (16, 16), 3))
+    whole = family.place(family.embed(torch.randn(2, 3, 16, 16)))
+    first, second = torch.tensor([[3, 1, 7, 9], [0, 2, 5, 8]]), torch.tensor([[2, 0], [1, 3]])
+    once = family.take(whole, first.gather(1, second))
+    twice = family.take(family.take(whole, first), second)
+    assert once.rotation is not None and twice.rotation is not None
+    assert torch.equal(once.tokens, twice.tokens) and torch.equal(once.rotation, twice.rotation)

@@ -30,11 +30,15 @@ from mim.model import MaskedImageModel, build_model, check_config
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
-    "zero pixels split": RegimeConfig("zero", ZeroConfig(at="pixels", attention="split")),
-    "zero pixels dense": RegimeConfig("zero", ZeroConfig(at="pixels", attention="dense")),
-    "zero embedding split": RegimeConfig("zero", ZeroConfig(at="embedding", attention="split")),
-    "zero embedding dense": RegimeConfig("zero", ZeroConfig(at="embedding", attention="dense")),
-    "zero pixels attended": RegimeConfig("zero", ZeroConfig(at="pixels", attend_mask=False)),
+    "zero pixels split": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="split")),
+    "zero pixels dense": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="dense")),
+    "zero embedding split": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="split")
+    ),
+    "zero embedding dense": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="dense")
+    ),
+    "zero pixels attended": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attend_mask=False)),
     "token": RegimeConfig("token"),
 }
 DECODERS = ("transformer", "cross_attention", "linear", "mlp")
@@ -67,9 +71,9 @@ def make_config(
             regime=REGIMES[regime],
             decoder=DecoderConfig(
                 decoder,
-                TransformerDecoderConfig(16, 2, 2),
-                CrossDecoderConfig(16, 2, 2, share=1.0),
-                MlpDecoderConfig(16),
+                transformer=TransformerDecoderConfig(16, 2, 2),
+                cross_attention=CrossDecoderConfig(16, 2, 2, share=1.0),
+                mlp=MlpDecoderConfig(16),
             ),
             target=target,
             **model,

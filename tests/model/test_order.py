@@ -22,7 +22,7 @@ def make(regime: str, prefix: int = 0, zero: ZeroConfig = DENSE, **args: Any) ->
         data=DataConfig(image_size=16),
         model=ModelConfig(
             backbone_args=vit,
-            regime=RegimeConfig(regime, zero, order="causal", causal_prefix=prefix),
+            regime=RegimeConfig(regime, zero=zero, order="causal", causal_prefix=prefix),
         ),
     )
     return build_model(config).double().eval()

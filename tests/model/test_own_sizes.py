@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
 from mim.core.patches import Patches, patchify
+from mim.core.rng import image_keys
 from mim.evaluate.features import image_tokens, pool_tokens
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel, Output, build_model, check_config

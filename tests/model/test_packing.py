@@ -7,8 +7,8 @@ import torch
 
 from mim.core.config import MaskConfig
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
 from mim.core.patches import Patches
+from mim.core.rng import image_keys
 from mim.masks import MASKS, PatchMask, build_mask_generator, sample_masks
 from mim.model.attention import causal, key_bias, to_additive
 from mim.model.packing import Packing, first_fit

@@ -36,7 +36,7 @@ def model(share: float = SHARE, decoder: str = "linear", **zero: Any) -> MaskedI
         data=DataConfig(image_size=32),
         model=ModelConfig(
             backbone_args={"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2},
-            regime=RegimeConfig("zero", ZeroConfig(predict_share=share, **zero)),
+            regime=RegimeConfig("zero", zero=ZeroConfig(predict_share=share, **zero)),
             decoder=DecoderConfig(decoder, transformer=TransformerDecoderConfig(16, 2, 2)),
         ),
     )
@@ -163,7 +163,7 @@ def test_what_cannot_be(zero: dict[str, Any], change: dict[str, Any], parts: lis
     with pytest.raises(UserError) as caught:
         part = ModelConfig(
             backbone_args={"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
-            regime=RegimeConfig("zero", ZeroConfig(**zero)),
+            regime=RegimeConfig("zero", zero=ZeroConfig(**zero)),
             decoder=DecoderConfig("linear"),
         )
         config = Config(data=DataConfig(image_size=32), model=dataclasses.replace(part, **change))

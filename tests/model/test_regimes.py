@@ -16,16 +16,22 @@ from mim.core.errors import UserError
 from mim.core.patches import patchify, unpatchify
 from mim.masks import PatchMask
 from mim.model.backbones import build_backbone, grid_of, patch_size_of, supports_split
-from mim.model.regimes import Latents, Regime, build_regime, place_tokens
+from mim.model.regimes import Latents, Regime, build_regime, scatter_tokens
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
-    "zero pixels split": RegimeConfig("zero", ZeroConfig(at="pixels", attention="split")),
-    "zero pixels dense": RegimeConfig("zero", ZeroConfig(at="pixels", attention="dense")),
-    "zero embedding split": RegimeConfig("zero", ZeroConfig(at="embedding", attention="split")),
-    "zero embedding dense": RegimeConfig("zero", ZeroConfig(at="embedding", attention="dense")),
-    "zero pixels attended": RegimeConfig("zero", ZeroConfig(at="pixels", attend_mask=False)),
-    "zero embedding attended": RegimeConfig("zero", ZeroConfig(at="embedding", attend_mask=False)),
+    "zero pixels split": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="split")),
+    "zero pixels dense": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="dense")),
+    "zero embedding split": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="split")
+    ),
+    "zero embedding dense": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attention="dense")
+    ),
+    "zero pixels attended": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attend_mask=False)),
+    "zero embedding attended": RegimeConfig(
+        "zero", zero=ZeroConfig(at="embedding", attend_mask=False)
+    ),
     "token": RegimeConfig("token"),
 }
 MASKING_ZEROS = [name for name in REGIMES if name.endswith(("split", "dense"))]
@@ -417,10 +423,10 @@ def test_place_tokens_by_hand() -> None:
     tokens = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
     ids = torch.tensor([[2, 0], [1, 0]])
     fill = torch.tensor([[[-1.0], [-2.0], [-3.0]]]).expand(2, -1, -1)
-    placed = place_tokens(tokens, ids, None, fill)
+    placed = scatter_tokens(tokens, ids, None, fill)
     assert placed[..., 0].tolist() == [[2, -2, 1], [4, 3, -3]]
     valid = torch.tensor([[True, True], [True, False]])  # padding goes nowhere
-    placed = place_tokens(tokens, ids, valid, fill)
+    placed = scatter_tokens(tokens, ids, valid, fill)
     assert placed[..., 0].tolist() == [[2, -2, 1], [-1, 3, -3]]
 
 
@@ -457,9 +463,7 @@ def test_blocks_that_norm_behind_are_run_dense() -> None:
 
 
 def test_split_needs_plain_blocks() -> None:
-    config = ModelConfig(
-        backbone="vit_tiny_patch16_224", backbone_args={**SMALL, "block_fn": _parallel_block()}
-    )
+    config = ModelConfig(backbone="vit_small_patch16_18x2_224", backbone_args=SMALL)
     vit = build_backbone(config, (16, 16), 3)
     assert not supports_split(vit)
     with pytest.raises(UserError, match=r"model\.regime\.zero\.attention: 'split'.*choose dense"):
@@ -469,12 +473,6 @@ def test_split_needs_plain_blocks() -> None:
     dropped = at_visible(make_regime("drop", vit)(vit, images, mask), mask)
     zeroed = at_visible(make_regime("zero pixels dense", vit)(vit, images, mask), mask)
     assert_same(zeroed, dropped, torch.float32)
-
-
-def _parallel_block() -> type[nn.Module]:
-    from timm.models.vision_transformer import ParallelThingsBlock
-
-    return ParallelThingsBlock
 
 
 def test_the_mask_token_follows_from_the_seed() -> None:

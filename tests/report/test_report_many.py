@@ -10,7 +10,8 @@ from typing import Any
 from mim.report import read_comparison, write_report
 from mim.report.collect import Comparison, Group
 from mim.report.page import notes
-from mim.report.tables import MOST_DRAWN, MOST_PAIRED, drawn, pairs
+from mim.report.statistics import MOST_PAIRED, pairs
+from mim.report.tables import MOST_DRAWN, drawn
 
 Fake = Callable[..., Path]
 
@@ -46,7 +47,7 @@ def test_many_values_of_an_axis_are_set_against_the_first(fake_comparison: Fake)
     found = pairs(comparison)
     assert [second.axes["mask.ratio"] for _, _, second in found] == [ratios[0]] * MOST_PAIRED
     assert [first.axes["mask.ratio"] for _, first, _ in found] == ratios[1:]
-    assert any("against the first alone" in note for note in notes(comparison))
+    assert any("against the first alone" in note for note in notes(comparison, []))
 
 
 def test_a_page_draws_the_best_and_says_so(fake_comparison: Fake) -> None:
@@ -59,11 +60,11 @@ def test_a_page_draws_the_best_and_says_so(fake_comparison: Fake) -> None:
     comparison = read_comparison(folder)
     shown = [group.axes["mask.ratio"] for group in drawn(comparison).groups]
     assert shown == ratios[:MOST_DRAWN], "0.46 to 0.48 are farthest from 0.25"
-    assert any(f"show the {MOST_DRAWN} groups" in note for note in notes(comparison))
+    assert any(f"show the {MOST_DRAWN} groups" in note for note in notes(comparison, []))
     page = write_report(folder).read_text()
     assert "mask ratio 0.48" in page, "the tables hold all"
     few = read_comparison(fake_comparison(folder=folder.parent / "few", metrics=False))
-    assert drawn(few) is few and not any("groups of" in note for note in notes(few))
+    assert drawn(few) is few and not any("groups of" in note for note in notes(few, []))
 
 
 def test_the_reference_of_each_group(fake_comparison: Fake) -> None:

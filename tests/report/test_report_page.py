@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import time
@@ -20,21 +21,22 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scipy import stats
 
+from mim.compare.statistics import holm
 from mim.core.errors import UserError
 from mim.report import write_report
-from mim.report.charts import loss_charts, mean_curve, styles
+from mim.report.charts import loss_charts, mean_curve, quality_charts, styles
 from mim.report.collect import axis_labels, read_comparison
-from mim.report.finding import finding, findings
-from mim.report.page import report_html, report_markdown
-from mim.report.statistics import Paired
+from mim.report.finding import Finding, finding
+from mim.report.measures import Measure
+from mim.report.page import Report, report_html, report_markdown
+from mim.report.statistics import against_references, analyse
 from mim.report.tables import (
-    Measure,
     comparison_table,
+    cost_table,
     difference_table,
-    evaluation_measures,
     latex,
-    margin,
     margin_table,
     markdown,
     table_csv,
@@ -83,22 +85,26 @@ def without_plotly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
 
 
+def html_of(folder: Path, live: bool = False) -> str:
+    return report_html(Report(read_comparison(folder)), live=live)
+
+
 def report(folder: Path) -> Page:
-    return Page(report_html(read_comparison(folder)))
+    return Page(html_of(folder))
 
 
 def by_regime(values: dict[str, list[float]]) -> Callable[[dict[str, Any], int], float]:
     return lambda axes, seed: values[axes["model.regime.name"]][seed]
 
 
-def first_finding(folder: Path) -> str:
-    finding = findings(read_comparison(folder))[0]
-    return f"{finding.text} {finding.basis}"
+def finding_of(folder: Path) -> Finding:
+    comparison = read_comparison(folder)
+    return finding(comparison, analyse(comparison))
 
 
 def test_page_loads_nothing_and_runs_only_its_own_scripts(fake_comparison: Write) -> None:
     folder = fake_comparison()
-    content = report_html(read_comparison(folder))
+    content = html_of(folder)
     page = Page(content)
     for tag, attributes in page.tags:
         assert tag not in ("iframe", "object", "embed", "base", "form")
@@ -109,7 +115,7 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts(fake_comparison: Write
     (policy,) = (tag["content"] for _, tag in page.tags if "http-equiv" in tag)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "connect-src" not in policy and "*" not in policy, "only a live page asks its server"
-    live = report_html(read_comparison(folder), live=True)
+    live = html_of(folder, live=True)
     assert "; connect-src 'self'; " in live.replace("&#39;", "'")
     runs = [text for attributes, text in page.scripts if attributes.get("type") is None]
     assert len(runs) == 1
@@ -120,7 +126,7 @@ def test_page_loads_nothing_and_runs_only_its_own_scripts(fake_comparison: Write
 
 def test_plotly_stands_inside_the_page_and_is_named_by_its_hash(fake_comparison: Write) -> None:
     pytest.importorskip("plotly")
-    content = report_html(read_comparison(fake_comparison(axes={"seed": [0]})))
+    content = html_of(fake_comparison(axes={"seed": [0]}))
     page = Page(content)
     policy = next(tag["content"] for _, tag in page.tags if "http-equiv" in tag)
     runs = [text for attributes, text in page.scripts if attributes.get("type") is None]
@@ -132,8 +138,9 @@ def test_plotly_stands_inside_the_page_and_is_named_by_its_hash(fake_comparison:
 
 def test_every_picture_has_words(fake_comparison: Write) -> None:
     pictures = [attributes for tag, attributes in report(fake_comparison()).tags if tag == "img"]
-    # 6 images x (original, masked, 3 x 2), 2 evaluations x 2 costs, 2 losses.
-    assert len(pictures) == 6 * 8 + 4 + 2
+    # 6 images x (original, masked, 3 x 2), 2 evaluations x 2 costs, 2 losses; differences by 3
+    # qualities and 2 losses.
+    assert len(pictures) == 6 * 8 + 4 + 2 + 5
     assert all(len(picture["alt"]) > 10 for picture in pictures)
     assert any("zero ends at" in picture["alt"] for picture in pictures)
 
@@ -167,67 +174,81 @@ def test_hostile_names_are_text(fake_comparison: Write) -> None:
         assert next(csv.DictReader(file))["model.regime.name"] == evil
 
 
-def test_interval_that_leaves_out_zero_names_who_is_ahead(fake_comparison: Write) -> None:
+def test_interval_that_leaves_out_zero_names_who_is_better(fake_comparison: Write) -> None:
     values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95]}
-    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
-    text = first_finding(folder)
+    found = finding_of(fake_comparison(axes=REGIMES, linear=by_regime(values)))
     # Differences 3.0, 3.2, 3.0 points: mean 3.067, sd 0.11547, half 4.302653 * sd / sqrt(3).
-    assert text.startswith("zero is ahead with 94.1")
-    assert "drop (+3.1 points, 2.8 to 3.4)" in text and "n\u00a0=\u00a03" in text
-    assert "no difference shown" not in text.lower()
+    assert found.sentence == (
+        "By linear probe accuracy, zero (94.1\u00a0±\u00a01.0\u00a0%) is better than drop "
+        "(+3.1 points, 2.8 to 3.4)."
+    )
+    assert "n\u00a0=\u00a03 seeds" in found.basis
 
 
-def test_interval_that_contains_zero_shows_no_difference(fake_comparison: Write) -> None:
+def test_interval_that_contains_zero_is_undecided_and_says_what_would_decide(
+    fake_comparison: Write,
+) -> None:
     values = {"drop": [0.90, 0.95, 0.92], "zero": [0.94, 0.93, 0.95]}
-    text = first_finding(fake_comparison(axes=REGIMES, linear=by_regime(values)))
-    assert text.startswith("No difference shown between zero")
-    assert "ahead" not in text
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    found = finding_of(folder)
+    # Differences 4, -2, 3 points: sd 3.2146, error 1.8559. With two degrees of freedom the
+    # noncentral t passes 4.302653 in 80 % of cases for a shift of 6.6.
+    (verdict,) = analyse(read_comparison(folder))[0].verdicts
+    assert verdict.smallest is not None
+    assert "it is undecided whether zero" in found.sentence and "better" not in found.sentence
+    smallest = float(re.findall(r"3 seeds show ([\d.]+) points", found.sentence)[0])
+    error = 0.018559
+    power = stats.nct.sf(4.302653, 2, verdict.smallest / error)
+    assert power == pytest.approx(0.8, abs=0.002)
+    assert smallest == pytest.approx(100 * verdict.smallest, abs=0.05)
+    more = int(re.findall(r"about (\d+) more", found.sentence)[0])
+    assert verdict.needed == 3 + more
+
+
+def test_groups_that_are_close_are_as_good_as_each_other(fake_comparison: Write) -> None:
+    values = {"drop": [0.900, 0.912, 0.905], "zero": [0.901, 0.911, 0.906]}
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    assert "is as good as, within 1 point, drop (+0.0 points" in finding_of(folder).sentence
+    path = folder / "comparison.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"margin": 0.05}))
+    assert "undecided" in finding_of(folder).sentence
 
 
 def test_one_seed_shows_no_difference(fake_comparison: Write) -> None:
     axes = {"model.regime.name": ["drop", "zero"], "seed": [0]}
     values = {"drop": [0.5], "zero": [0.99]}
     folder = fake_comparison(axes=axes, linear=by_regime(values))
-    text = first_finding(folder)
-    assert text.startswith("No difference shown between zero") and "n = 1" in text
-    assert "beat" not in text
+    text = finding_of(folder).text
+    assert "zero (99.0\u00a0%) has the highest mean; 1 seed gives no interval" in text
+    assert "better" not in text
     table = difference_table(read_comparison(folder))
     assert table is not None
-    assert [cell.note for cell in table.rows[0].cells[1:]] == ["n = 1"] * 5
+    assert [cell.note for cell in table.rows[0].cells[1:]] == ["n = 1, no interval"] * 5
     assert not any(cell.strong for cell in table.rows[0].cells)
-    assert "±" not in comparison_table(read_comparison(folder)).rows[0].cells[4].text
-
-
-def test_lower_loss_is_ahead(fake_comparison: Write) -> None:
-    texts = {item.title: item.text for item in findings(read_comparison(fake_comparison()))}
-    assert texts["Held-out loss"].startswith("drop is ahead")
-    assert texts["Cost"].startswith("drop takes the least training FLOPs; zero 2.29 times")
+    assert "±" not in comparison_table(read_comparison(folder)).rows[0].cells[2].text
 
 
 def test_references_are_beaten_or_not(fake_comparison: Write) -> None:
     # Untrained reaches 0.76, 0.764, 0.768; raw pixels 0.872.
     values = {"drop": [0.860, 0.861, 0.862], "zero": [0.76, 0.77, 0.76]}
     folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
-    text = first_finding(folder)
-    assert "Shown to beat its untrained self: drop (+9.7 points" in text
-    assert "no difference shown from its untrained self: zero" in text
-    assert "Shown to fall short of raw pixels: drop (\u22121.1 points" in text
+    text = finding_of(folder).text
+    assert "1 of 2 encoders are shown to beat their untrained selves; no difference" in text
+    assert "0 of 2 encoders are shown to beat raw pixels, 2 to fall short of it." in text
 
 
 def test_raw_pixels_are_compared_with_every_seed(fake_comparison: Write) -> None:
     values = {"drop": [0.882, 0.892, 0.902], "zero": [0.9, 0.9, 0.9]}
     comparison = read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values)))
-    measure = evaluation_measures(comparison)[0]
-    paired = margin(comparison, comparison.groups[0], "pixels", measure)
+    (_, paired), _ = against_references(comparison, analyse(comparison)[0], "pixels")
     assert paired is not None and paired.n == 3
     assert paired.mean == pytest.approx(0.02)
 
 
 def test_table_holds_mean_spread_and_references(fake_comparison: Write) -> None:
     values = {"drop": [0.90, 0.92, 0.91], "zero": [0.9, 0.9, 0.9]}
-    table = comparison_table(
-        read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values)))
-    )
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    table = comparison_table(read_comparison(folder))
     heads = [(column.section, column.label) for column in table.columns]
     rows = {row.cells[0].text: [cell.text for cell in row.cells] for row in table.rows}
     assert list(rows) == ["drop", "zero", "untrained encoder", "raw pixels"]
@@ -235,9 +256,12 @@ def test_table_holds_mean_spread_and_references(fake_comparison: Write) -> None:
     assert rows["drop"][linear] == "91.0\u00a0±\u00a01.0"
     assert rows["raw pixels"][linear] == "87.2"
     assert rows["drop"][1] == "3" and rows["raw pixels"][1] == "1"
+    table = cost_table(read_comparison(folder))
+    heads = [(column.section, column.label) for column in table.columns]
+    rows = {row.cells[0].text: [cell.text for cell in row.cells] for row in table.rows}
+    assert list(rows) == ["drop", "zero"], "references cost nothing"
     assert rows["drop"][heads.index(("On this machine", "peak memory (MiB)"))] == "\u2013"
     assert rows["drop"][heads.index(("Per image", "forward GFLOPs"))] == "0.0224"
-    assert rows["untrained encoder"][heads.index(("Per image", "forward GFLOPs"))] == "\u2013"
 
 
 def test_failed_runs_are_shown_and_not_averaged(fake_comparison: Write) -> None:
@@ -247,7 +271,7 @@ def test_failed_runs_are_shown_and_not_averaged(fake_comparison: Write) -> None:
     )
     row = comparison_table(read_comparison(folder)).rows[0]
     assert row.cells[1].text == "2 of 3"
-    assert row.cells[4].text.startswith("90.5")
+    assert row.cells[2].text.startswith("90.5")
     page = report(folder)
     write_report(folder)
     assert "it blew up" in page.text and "regime=drop,seed=1" in page.text
@@ -294,15 +318,14 @@ def test_pairs_differ_in_one_axis(fake_comparison: Write) -> None:
     folder = fake_comparison(axes=axes)
     table = difference_table(read_comparison(folder))
     assert table is not None
-    names = [(row.cells[0].text, row.cells[0].note) for row in table.rows]
-    assert names == [
-        ("regime: zero \u2212 drop", "mask ratio 0.5"),
-        ("regime: zero \u2212 drop", "mask ratio 0.75"),
-        ("mask ratio: 0.75 \u2212 0.5", "regime drop"),
-        ("mask ratio: 0.75 \u2212 0.5", "regime zero"),
+    assert [row.cells[0].text for row in table.rows] == [
+        "zero \u2212 drop (mask ratio 0.5)",
+        "zero \u2212 drop (mask ratio 0.75)",
+        "mask ratio 0.75 \u2212 0.5 (regime drop)",
+        "mask ratio 0.75 \u2212 0.5 (regime zero)",
     ]
     # Losses under other masks do not measure the same thing.
-    assert [row.cells[1].note == "not comparable" for row in table.rows] == [False] * 2 + [True] * 2
+    assert [row.cells[-1].text == "\u2013" for row in table.rows] == [False] * 2 + [True] * 2
     assert "drop · mask ratio 0.5" in report(folder).text
     looks = styles(read_comparison(folder))
     assert looks["drop · mask ratio 0.5"].colour == looks["drop · mask ratio 0.75"].colour
@@ -310,11 +333,10 @@ def test_pairs_differ_in_one_axis(fake_comparison: Write) -> None:
 
 
 def test_other_targets_make_losses_incomparable(fake_comparison: Write) -> None:
-    axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1]}
-    texts = {
-        item.title: item.text for item in findings(read_comparison(fake_comparison(axes=axes)))
-    }
-    assert "not comparable" in texts["Loss"] and "Held-out loss" not in texts
+    axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1, 2]}
+    comparison = read_comparison(fake_comparison(axes=axes))
+    assert not any(each.measure.section == "Loss" for each in analyse(comparison))
+    assert not any(cell.strong for row in cost_table(comparison).rows for cell in row.cells)
 
 
 def test_unlabelled_data(fake_comparison: Write) -> None:
@@ -327,8 +349,8 @@ def test_unlabelled_data(fake_comparison: Write) -> None:
 
 def test_single_run(fake_comparison: Write) -> None:
     folder = fake_comparison(axes={"seed": [0]})
-    text = first_finding(folder)
-    assert text.startswith("drop reaches 9") and "(n = 1)" in text
+    text = finding_of(folder).sentence
+    assert text.startswith("By linear probe accuracy: drop 9") and "nothing to compare" in text
     assert difference_table(read_comparison(folder)) is None
     report(folder)
 
@@ -471,6 +493,11 @@ def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(fake_compari
     assert {path for path in folder.rglob("*") if path.is_file()} == before | set(new)
     names = [path.relative_to(folder).as_posix() for path in new]
     charts = [
+        "forest_knn_accuracy",
+        "forest_linear_accuracy",
+        "forest_linear_accuracy_10_per_class",
+        "forest_train_loss",
+        "forest_val_loss",
         "held_out_loss",
         "knn_accuracy_against_train_flops",
         "knn_accuracy_against_wall_seconds",
@@ -478,7 +505,7 @@ def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(fake_compari
         "linear_accuracy_against_wall_seconds",
         "training_loss",
     ]
-    tables = ["differences", "facts", "margins", "results", "settings"]
+    tables = ["cost", "differences", "facts", "margins", "recipes", "results", "settings"]
     expected = [f"figures/{name}.{form}" for name in charts for form in ("pdf", "png", "svg")]
     expected += ["report.html", "report.md", "results.csv"]
     expected += [f"tables/{name}.{form}" for name in tables for form in ("csv", "md", "tex")]
@@ -524,7 +551,9 @@ def test_bold_only_where_every_interval_supports_it(fake_comparison: Write, tmp_
     folder = fake_comparison(axes=one, linear=by_regime(ahead), folder=tmp_path / "one")
     assert bold(folder) == [], "one seed gives no interval"
     # Less is better: drop's held-out loss is the lowest, by the same amount in each seed.
-    assert bold(tmp_path / "ahead", ("Loss", "held-out loss")) == ["drop"]
+    costs = cost_table(read_comparison(tmp_path / "ahead"))
+    place = [column.label for column in costs.columns].index("held-out loss")
+    assert [row.cells[0].text for row in costs.rows if row.cells[place].strong] == ["drop"]
 
 
 def test_cells_carry_what_they_are_sorted_by(fake_comparison: Write) -> None:
@@ -535,7 +564,6 @@ def test_cells_carry_what_they_are_sorted_by(fake_comparison: Write) -> None:
     place = [column.section for column in table.columns].index("Linear probe")
     means = [row.cells[place].value for row in table.rows]
     assert means == pytest.approx([0.91, 0.9, 0.764, 0.872])
-    assert [row.cells[2].value for row in table.rows[2:]] == [None, None]
 
 
 def test_exports_hold_the_same_cells(fake_comparison: Write) -> None:
@@ -543,8 +571,7 @@ def test_exports_hold_the_same_cells(fake_comparison: Write) -> None:
     axes = {"model.regime.name": ["drop", evil], "seed": [0, 1, 2]}
     table = comparison_table(read_comparison(fake_comparison(axes=axes)))
     rows = list(csv.reader(io.StringIO(table_csv(table))))
-    assert rows[0][:3] == ["Encoder", "n", "training loss"]
-    assert rows[0][4] == "Linear probe: accuracy (%)"
+    assert rows[0][:3] == ["Encoder", "n", "Linear probe: accuracy (%)"]
     assert [row[0] for row in rows[1:]] == ["drop", evil, "untrained encoder", "raw pixels"]
     text = latex(table)
     assert (
@@ -638,7 +665,7 @@ def test_thirty_runs_of_large_images_stay_below_ten_megabytes_with_plotly(
             more |= {"ratio": np.array([0.25, 0.5, 0.7, 0.9])}
             more |= {"is_masked": rng.random((4, 8, 14, 14)) < 0.5}
             np.savez(run / "reconstructions_ratios.npz", **more)
-    page = report_html(read_comparison(folder))
+    page = html_of(folder)
     assert "data:image/jpeg" in page
     assert 4e6 * bool(find_spec("plotly")) < len(page.encode()) < 10e6
 
@@ -733,42 +760,171 @@ def test_photographs_are_kept_as_jpeg(fake_comparison: Write) -> None:
     assert sources[-1].startswith("data:image/jpeg;base64,")
 
 
-def test_the_finding_is_one_paragraph_from_the_numbers(fake_comparison: Write) -> None:
-    values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95], "token": [0.89, 0.92, 0.90]}
+def test_the_page_begins_with_one_sentence_and_its_figure(fake_comparison: Write) -> None:
+    values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95], "token": [0.88, 0.89, 0.901]}
     axes = {**REGIMES, "model.regime.name": ["drop", "zero", "token"]}
     folder = fake_comparison(axes=axes, linear=by_regime(values))
-    html = report_html(read_comparison(folder))
+    html = html_of(folder)
     section = html.partition('<section class="finding"')[2].partition("</section>")[0]
-    assert section.count("<p>") == 1
+    assert section.count('class="lead"') == 1
     text = re.sub("<.*?>", "", section)
-    # By hand, in points: differences 3.0, 3.2, 3.0 and 4.0, 2.2, 5.0 (sd 1.4189, half 3.525).
-    assert "zero is ahead with 94.1" in text and "drop (+3.1 points, 2.8 to 3.4)" in text
-    assert "token (+3.7 points, 0.2 to 7.3)" in text
-    # Untrained: 0.76, 0.764, 0.768. Means of the differences: 14.6, 17.67, 13.93.
-    assert "beats its untrained self (+13.9 to +17.7 points, each interval leaves out 0)" in text
-    assert "Training FLOPs: token takes 2.86 times as much as drop" in text
-    assert "n\u00a0=\u00a03" in text
-    assert "## Measure by measure" in report_markdown(read_comparison(folder))
+    # By hand: the residuals of the two-way table have the sum of squares 0.1089 (points squared)
+    # and 4 degrees of freedom, so that every pair has the error sd sqrt(2 / 3) and Tukey's range
+    # 5.040 / sqrt(2) for three groups.
+    table = np.array([values[name] for name in ("drop", "zero", "token")]) * 100
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    half = 5.040 / math.sqrt(2) * math.sqrt(np.square(rest).sum() / 4) * math.sqrt(2 / 3)
+    mean = (table[1] - table[0]).mean()
+    assert f"drop (+{mean:.1f} points, {mean - half:.1f} to {mean + half:.1f})" in text
+    assert "zero (94.1" in text and "is better than drop" in text and "all pairs at once" in text
+    after = html.partition("</section>")[2]
+    assert after.index('class="forest"') < after.index("<h2")
+    # Untrained: 0.76, 0.764, 0.768. Means of the differences: 14.6, 17.67, 12.63.
+    assert "Each encoder beats its untrained self (+12.6 to +17.7 points)." in html
+    assert "Training FLOPs: token takes 2.86 times as much as drop" in html
+    assert "Measure by measure" not in report_markdown(Report(read_comparison(folder)))
 
 
-def test_the_finding_counts_who_does_not_beat_a_reference(fake_comparison: Write) -> None:
-    # Raw pixels reach 0.872, untrained encoders 0.76, 0.764, 0.768.
-    values = {
-        "drop": [0.860, 0.861, 0.862], "zero": [0.76, 0.77, 0.76], "token": [0.88, 0.881, 0.882],
-    }  # fmt: skip
+def test_secondary_measures_carry_holms_correction(fake_comparison: Write) -> None:
+    values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95]}
+    comparison = read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values)))
+    first, *others = analyse(comparison)
+    assert first.primary and not any(each.primary for each in others)
+    raw = [
+        stats.ttest_rel(*(list(g.values(each.measure.key).values()) for g in comparison.groups))
+        for each in others
+    ]
+    expected = [p < 0.05 for p in holm([float(test.pvalue) for test in raw])]
+    assert [each.verdicts[0].kind == "difference" for each in others] == expected
+    # The k-NN accuracy is the linear one less a constant here: p = 0.0005, times four.
+    assert expected[:2] == [True, True]
+
+
+def test_the_config_may_name_the_measure_and_the_group_that_decide(fake_comparison: Write) -> None:
     axes = {**REGIMES, "model.regime.name": ["drop", "zero", "token"]}
-    folder = fake_comparison(axes=axes, linear=by_regime(values))
-    text = finding(read_comparison(folder)).text
-    assert "2 of 3 are shown to beat its untrained self; no difference shown for 1." in text
-    assert "1 of 3 are shown to beat raw pixels, 2 to fall short of it." in text
+    folder = fake_comparison(axes=axes)
+    path = folder / "comparison.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"primary": "knn", "against": "token"}))
+    first = analyse(read_comparison(folder))[0]
+    assert first.measure.key == "knn.accuracy" and first.family.kind == "reference"
+    assert [verdict.key for verdict in first.verdicts] == [("drop", "token"), ("zero", "token")]
+    assert finding_of(folder).sentence.startswith("By k-NN accuracy, token (")
+    path.write_text(json.dumps(content | {"primary": "nothing"}))
+    with pytest.raises(UserError, match="primary: 'nothing'"):
+        analyse(read_comparison(folder))
 
 
-def test_the_finding_shows_no_difference_elsewhere_either(fake_comparison: Write) -> None:
-    values = {"drop": [0.90, 0.95, 0.92], "zero": [0.94, 0.93, 0.95]}
-    found = finding(read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values))))
-    assert found.text.startswith("No difference shown between zero")
-    assert "No difference shown from the best mean by linear probe" in found.text
-    assert "k-NN, accuracy" in found.text and " ahead" not in found.text
+def test_columns_of_two_protocols_are_not_compared(fake_comparison: Write) -> None:
+    values = {"drop": [0.90, 0.91, 0.92], "zero": [0.93, 0.942, 0.95]}
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    for run in folder.glob("regime=*"):
+        path = run / "result.json"
+        content = json.loads(path.read_text())
+        digest = "aa" if "seed=1" in run.name else "bb"
+        content["protocols"] = {"linear": {"protocol": digest}, "knn": {"protocol": "cc"}}
+        path.write_text(json.dumps(content))
+    first, *others = analyse(read_comparison(folder))
+    assert "2 protocols" in first.mixed and not first.verdicts
+    assert any(each.measure.key == "knn.accuracy" and each.verdicts for each in others)
+    text = report(folder).text
+    assert "is not compared" not in text and "its columns are not compared" in text
+    assert bold(folder) == []
+
+
+def answers(folder: Path, right: Callable[[str, int], np.ndarray]) -> None:
+    """Writes what each run answered."""
+    for run in folder.glob("regime=*"):
+        regime, seed = run.name[7:].split(",seed=")
+        values = right(regime, int(seed))
+        labels = np.arange(len(values)) % 4
+        np.savez(run / "predictions.npz", **{
+            "linear/sample_ids": np.arange(len(values)), "linear/labels": labels,
+            "linear/accuracy": values,
+        })  # fmt: skip
+
+
+def test_both_populations_have_their_interval(fake_comparison: Write) -> None:
+    rng = np.random.default_rng(0)
+    easy = rng.random(400) < 0.9
+    flipped = {regime: easy ^ (rng.random(400) < 0.1) for regime in ("drop", "zero")}
+
+    def right(regime: str, seed: int) -> np.ndarray:
+        noise = np.random.default_rng([seed, len(regime)]).random(400) < 0.02
+        return np.asarray(flipped[regime] ^ noise)
+
+    def linear(axes: dict[str, Any], seed: int) -> float:
+        return float(right(axes["model.regime.name"], seed).mean())
+
+    folder = fake_comparison(axes=REGIMES, linear=linear)
+    answers(folder, right)
+    first = analyse(read_comparison(folder))[0]
+    found = first.verdicts[0].found
+    assert first.images == 400 and found.wide is not None and found.low is not None
+    # By hand: MS_image - MS_both of the table (3, 400) of differences, over 3 * 400.
+    each = np.stack([right("zero", s).astype(float) - right("drop", s) for s in range(3)])
+    rest = each - each.mean(0) - each.mean(1, keepdims=True) + each.mean()
+    own = 3 * np.square(each.mean(0) - each.mean()).sum() / 399
+    added = (own - np.square(rest).sum() / (2 * 399)) / (3 * 400)
+    assert added > 0 and found.error is not None
+    assert found.wide[1] - found.mean < 4.31 * math.sqrt(found.error**2 + added)
+    assert found.wide[0] < found.low, "for new images it is wider here"
+    assert "For new images the interval" in finding_of(folder).basis
+
+
+def test_the_images_on_which_encoders_disagree(fake_comparison: Write) -> None:
+    def right(regime: str, seed: int) -> np.ndarray:
+        values = np.arange(8) % 4 != 1  # class 1 is answered wrong
+        values[5] = regime == "zero"
+        return values
+
+    folder = fake_comparison(axes=REGIMES)
+    answers(folder, right)
+    np.savez(
+        folder / "disagreement.npz", evaluation="linear", sample_ids=np.array([5]),
+        images=np.full((1, 8, 8, 3), 7, np.uint8), classes=np.array(["a", "dog", "c", "d"]),
+    )  # fmt: skip
+    page = report(folder)
+    tag = next(tag for name, tag in page.tags if tag.get("alt", "").startswith("Test image 5"))
+    assert tag["alt"] == "Test image 5, dog: right by drop 0 of 3, zero 3 of 3 seeds"
+    table = dict(Report(read_comparison(folder)).tables)["Classes"]
+    assert [cell.text for cell in table.rows[0].cells] == ["dog", "2", "0.0", "50.0"]
+
+
+def test_raw_pixels_far_below_do_not_squeeze_the_axis(fake_comparison: Write) -> None:
+    values = {"drop": [0.960, 0.961, 0.962], "zero": [0.970, 0.972, 0.971]}
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    chart = quality_charts(read_comparison(folder))[0]
+    assert chart.y_limits is not None and chart.y_limits[0] > 95
+    labels = [level.label for level in chart.levels]
+    assert "raw pixels: 87.2 (below)" in labels
+    assert not any(chart.is_inside(level) for level in chart.levels)
+
+
+def test_a_row_is_told_in_words(fake_comparison: Write) -> None:
+    table = dict(Report(read_comparison(fake_comparison(axes=REGIMES))).tables)["Recipes"]
+    assert table.rows[1].cells[1].text == (
+        "vit_tiny_patch16_224 (patch 4) under the regime zero; random masks hide 75 % of the "
+        "patches; normalized pixels are predicted; trained for 20 epochs, 64 images a step; on "
+        "mnist5k at 28 pixels."
+    )
+
+
+def test_predictions_of_grey_images_have_no_tint(fake_comparison: Write) -> None:
+    folder = fake_comparison(axes={"seed": [0]}, channels=3)
+    path = folder / "seed=0" / "reconstructions.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["original"][0] = arrays["original"][0][..., :1]
+    np.savez(path, **arrays)
+    shown = reconstructions(read_comparison(folder))
+    assert shown is not None
+    tinted = []
+    for row in shown.rows[:2]:
+        content = base64.b64decode(row[-2].source.partition(",")[2])
+        pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+        tinted.append(bool((pixels.max(-1) - pixels.min(-1)).max() > 3))
+    assert tinted == [False, True]
 
 
 def test_every_group_has_a_look_of_its_own(fake_comparison: Write) -> None:
@@ -782,11 +938,11 @@ def test_every_group_has_a_look_of_its_own(fake_comparison: Write) -> None:
 
 def test_an_interval_says_on_which_side_of_zero_it_lies() -> None:
     points = Measure("linear.accuracy", "Linear probe", "accuracy", 100.0, "%")
-    assert points.interval(Paired(0.012, 0.0002, 0.0238, 3)) == "0.02 to 2.38"
-    assert points.interval(Paired(0.012, -0.0002, 0.0242, 3)) == "\u22120.02 to 2.42"
-    assert points.interval(Paired(0.012, 0.003, 0.021, 3)) == "0.3 to 2.1"
-    assert points.interval(Paired(0.0, 0.0, 0.0, 3)) == "0.0 to 0.0", "an end that is 0 says so"
-    assert points.interval(Paired(0.0, 1e-12, 0.5, 3)) == "0.0000 to 50.0000", "it ends somewhere"
+    assert points.interval(0.0002, 0.0238) == "0.02 to 2.38"
+    assert points.interval(-0.0002, 0.0242) == "\u22120.02 to 2.42"
+    assert points.interval(0.003, 0.021) == "0.3 to 2.1"
+    assert points.interval(0.0, 0.0) == "0.0 to 0.0", "an end that is 0 says so"
+    assert points.interval(1e-12, 0.5) == "0.0000 to 50.0000", "it ends somewhere"
 
 
 def test_losses_that_nobody_may_compare_have_no_columns(fake_comparison: Write) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mim.report.statistics import paired_difference, summarize
+from mim.compare.statistics import difference as paired_difference
+from mim.report.measures import summarize
 
 
 def test_summary_uses_the_sample_standard_deviation() -> None:
@@ -37,7 +38,7 @@ def test_paired_interval_by_hand() -> None:
 def test_paired_interval_is_scipys() -> None:
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=7), generator.normal(size=7) - 2
-    paired = paired_difference(dict(enumerate(first)), dict(enumerate(second)), confidence=0.9)
+    paired = paired_difference(dict(enumerate(first)), dict(enumerate(second)), level=0.1)
     expected = stats.ttest_rel(first, second).confidence_interval(0.9)
     assert paired is not None and paired.shown
     assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
@@ -50,13 +51,15 @@ def test_only_common_seeds_are_paired() -> None:
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
-def test_one_seed_shows_no_difference_however_large() -> None:
-    paired = paired_difference({0: 100.0}, {0: 0.0})
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_show_no_difference_however_large(seeds: int) -> None:
+    paired = paired_difference(dict.fromkeys(range(seeds), 9.0), dict.fromkeys(range(seeds), 0.0))
     assert paired is not None and paired.low is None and not paired.shown
 
 
 def test_equal_differences_make_an_interval_of_no_width() -> None:
-    paired = paired_difference({0: 3.0, 1: 4.0}, {0: 1.0, 1: 2.0})
+    first, second = {0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}
+    paired = paired_difference(first, second)
     assert paired is not None and (paired.low, paired.high) == (2.0, 2.0)
-    same = paired_difference({0: 3.0, 1: 4.0}, {0: 3.0, 1: 4.0})
+    same = paired_difference(first, first)
     assert same is not None and not same.shown

@@ -128,7 +128,7 @@ def test_what_spoiled_a_step_is_found(spoiled: Path, mim: Mim, tmp_path: Path) -
 
 
 def test_the_sheet_shows_the_spoiled_images_and_their_masks(spoiled: Path) -> None:
-    from mim.core.keys import image_keys
+    from mim.core.rng import image_keys
     from mim.core.settings import load_config
     from mim.data import open_source, train_loader
 

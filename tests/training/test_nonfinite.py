@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mim as package
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import open_source, train_loader
 from mim.model import MaskedImageModel
-from mim.model.teacher import follow
+from mim.model.teacher import ema_update
 from mim.training import checkpoint, trainer
 from mim.training.debug import debug_batch
 from mim.training.nonfinite import LEAST, WINDOW, Guard, Spikes, strict
@@ -274,7 +274,7 @@ def test_no_step_waits_for_the_device() -> None:
         for value in (1.0, math.nan):
             give_gradient(model, value)
             flag = guard.step(optimizer)
-            follow(average, model, 0.1 * (flag == 0).float())
+            ema_update(average, model, 0.1 * (flag == 0).float())
         assert reads.count == 0
         float(flag)
         assert reads.count == 1
@@ -318,9 +318,9 @@ def test_a_follower_follows() -> None:
     average, model = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     nn.init.constant_(model.weight, 3.0)
     model.num_batches_tracked += 5
-    follow(average, model, torch.tensor(0.0))
+    ema_update(average, model, torch.tensor(0.0))
     assert torch.equal(average.weight, torch.ones(2))
-    follow(average, model, torch.tensor(0.25))
+    ema_update(average, model, torch.tensor(0.25))
     assert torch.equal(average.weight, torch.full((2,), 1.5))
     assert average.num_batches_tracked == 5
 

@@ -79,16 +79,16 @@ def test_it_goes_on_after_a_stop(
     config = tiny({**CHANGES, **ON, "train.log_every": 5})
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    real, calls = OnlineProbe.step, []
+    real, calls = OnlineProbe.after_step, []
 
-    def step(self: OnlineProbe, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(self: OnlineProbe, *args: Any) -> None:
         calls.append(1)
         if len(calls) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        real(self, images, labels)
+        real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineProbe, "step", step)
+        patch.setattr(OnlineProbe, "after_step", step)
         assert mim("pretrain", "--config", config, "--output", two).code == 143
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
     assert rows(two) == rows(one)

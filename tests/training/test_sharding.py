@@ -137,7 +137,7 @@ def test_what_cannot_be_sharded_is_refused(
 
 def test_a_tensor_is_whole_again() -> None:
     """A state without shards stays what it is."""
-    from mim.training.runtime.sharding import whole
+    from mim.training.runtime.sharding import gather_full
 
     state = {"a": [torch.arange(3), 1], "b": {"c": "text"}}
-    assert whole(state)["a"][0] is state["a"][0] and whole(state) == state
+    assert gather_full(state)["a"][0] is state["a"][0] and gather_full(state) == state

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from mim import load_config, sample_masks
 from mim.core.errors import UserError
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.data import eval_loader, normalize, open_source
 from mim.evaluate.visualize import (
     algebra_figure,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from mim.core.config import Config, DataConfig
 from mim.core.cpu.process import tune_process
 from mim.core.errors import setting_error
-from mim.core.keys import image_keys, permutation
+from mim.core.rng import image_keys, permutation
 from mim.data import (
     Batch,
     ImageSource,

@@ -30,8 +30,7 @@ from mim.core.config import Config
 from mim.core.cpu.linear import has_onednn, onednn_linear
 from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import image_keys
-from mim.core.settings import checked
+from mim.core.rng import image_keys
 from mim.core.signals import end_at_once
 from mim.model.regimes import REGIMES
 from mim.training.checkpoint import write_text_atomic
@@ -39,6 +38,7 @@ from mim.training.optim import build_optimizer
 from mim.training.pretrain import parts
 from mim.training.runtime.cost import count_flops, environment, flops_of, wait_for
 from mim.training.runtime.precision import autocast, autocast_dtype, model_on, narrow_weights
+from mim.training.settings import checked
 
 _WARM_UP = 3  # the first steps pay for page faults and allocation
 _COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model

@@ -5,7 +5,7 @@ What is odd and still an image is taken as it is meant:
 - grayscale, black and white, CMYK, palette, alpha: turned to ``data.channels`` channels by
   :func:`mim.data.images.transforms.prepare`; alpha is left out (kept with 4 channels);
 - 16-bit: the upper 8 bits;
-- rotated by EXIF: upright; damaged EXIF: as stored;
+- rotated by EXIF, or by XMP alone: upright; damaged EXIF: as stored;
 - animated: the first picture;
 - tiny: enlarged, down to 1 x 1;
 - misnamed (a PNG called .jpg): by its content, never by its name.
@@ -15,7 +15,10 @@ reduced sizes of libjpeg save nothing (benchmarks/README.md).
 
 What cannot be decoded whole is :class:`UnreadableImage`, and its reason says why: an empty file,
 one that holds no image, one cut short or damaged (never half an image), one of more than
-``data.max_pixels``, one of pixels that have no range (floats).
+``data.max_pixels``, one of pixels that have no range (floats), what is no regular file.
+
+Everything that opens an image of the user's opens it here. Only the formats of :data:`FORMATS` are
+looked for: others of PIL's start programs (Ghostscript for EPS).
 """
 
 from __future__ import annotations
@@ -23,36 +26,27 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mim.core.errors import UserError
-from mim.core.files import NPY_ERRORS
+from mim.core.files import IMAGE_EXTENSIONS, NPY_ERRORS
 from mim.data.images.transforms import Picture
 
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".npy",
-)
-"""Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
-uint16, for channels that no image format has."""
+EXTENSIONS = IMAGE_EXTENSIONS
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""PIL's names of the formats that are looked for in a file, whatever it is called."""
 
 # What PIL's decoders are known to raise on damaged files, and numpy.
 DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -67,6 +61,9 @@ _READABLE_MODES = {
     *("I", "I;16", "I;16L", "I;16B", "I;16N"),
 }
 _NUMPY = b"\x93NUMPY"
+_MOST_BYTES = 1 << 31  # of an image's file
+_MOST_TEXT = 1 << 26  # bytes of a PNG's text or colour profile; PIL refuses 1 MB, which some have
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MOST_TEXT
 
 
 class UnreadableImage(UserError):
@@ -95,31 +92,83 @@ def decoding(name: str) -> Iterator[None]:
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _open(file: Path | io.BytesIO, max_pixels: int) -> Image.Image:
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, opened for reading; a link may lead to it.
+
+    Raises:
+        OSError: if it cannot be opened, or is a pipe, a device or the like, which might never end.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError("it is no regular file")
+        yield file
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image's file.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: if it is larger than 2 GB.
+    """
+    with open_regular(path) as file:
+        check_size(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def check_size(size: int) -> None:
+    """Raises ValueError for more bytes than an image's file may have."""
+    if size > _MOST_BYTES:
+        raise ValueError(f"a file of {size:,} bytes is larger than {_MOST_BYTES:,}")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed PIL reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(file: BinaryIO, max_pixels: int | None = None) -> Image.Image:
     """Reads the header alone.
+
+    Args:
+        file: where the image begins.
+        max_pixels: width times height at most; by default the limit of PIL.
 
     Raises:
         ValueError: if it begins no image, or one of too many pixels.
     """
     # PIL has a limit of its own, for all of the process; it must not lie below the setting.
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+    limit = Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None and limit is not None and max_pixels > limit:
         Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_formats())
     except Image.UnidentifiedImageError as error:
         raise ValueError("the file holds no image") from error
-    if image.width * image.height > max_pixels:
+    if max_pixels is not None and image.width * image.height > max_pixels:
         reason = f"{image.width} x {image.height} pixels are more than data.max_pixels={max_pixels}"
         raise ValueError(reason)
     return image
 
 
-def _array(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    values = np.load(io.BytesIO(data), allow_pickle=False)
-    if values.ndim not in (2, 3) or values.dtype not in (np.uint8, np.uint16) or not values.size:
-        raise ValueError(f"an array {values.shape} of {values.dtype} is no image")
-    if values.shape[0] * values.shape[1] > max_pixels:
+def _array_shape(file: BinaryIO, max_pixels: int) -> None:
+    """Raises ValueError where the header of an ``.npy`` promises no image, or too large a one."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    if len(shape) not in (2, 3) or dtype not in (np.uint8, np.uint16) or 0 in shape:
+        raise ValueError(f"an array {shape} of {dtype} is no image")
+    if shape[0] * shape[1] > max_pixels:
         raise ValueError(f"more pixels than data.max_pixels={max_pixels}")
+
+
+def _array(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    _array_shape(io.BytesIO(data), max_pixels)
+    values = np.load(io.BytesIO(data), allow_pickle=False)
     if values.dtype == np.uint16:
         values = (values >> 8).astype(np.uint8)
     return values if values.ndim == 3 else values[:, :, None]
@@ -131,14 +180,15 @@ def check_header(path: Path, name: str, max_pixels: int) -> None:
     Raises:
         UnreadableImage: if it begins no image, or one that is too large.
     """
-    with decoding(name):
-        if not path.stat().st_size:
+    with decoding(name), open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
             raise ValueError("the file is empty")
-        if path.suffix.lower() == ".npy":
-            np.load(path, mmap_mode="r", allow_pickle=False)
-            return
-        with _open(path, max_pixels):
-            pass
+        starts = file.read(len(_NUMPY))
+        file.seek(0)
+        if starts == _NUMPY:
+            _array_shape(file, max_pixels)
+        else:
+            open_image(file, max_pixels)
 
 
 @functools.cache
@@ -160,6 +210,7 @@ def _has_nvjpeg() -> bool:
 def _jpeg(data: bytes, image: Image.Image, decoder: str) -> NDArray[np.uint8] | None:
     """(h, w, 3) of an upright RGB JPEG; None leaves the file to PIL, which knows why it is odd."""
     plain = image.format == "JPEG" and image.mode == "RGB" and "exif" not in image.info
+    plain = plain and b"Orientation" not in image.info.get("xmp", b"")
     if decoder == "pil" or not plain:
         return None
     try:
@@ -195,7 +246,7 @@ def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Pi
             return _array(data, max_pixels)
         if not data:
             raise ValueError("the file is empty")
-        image = _open(io.BytesIO(data), max_pixels)
+        image = open_image(io.BytesIO(data), max_pixels)
         pixels = _jpeg(data, image, decoder)
         if pixels is not None:
             return pixels
@@ -203,3 +254,14 @@ def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Pi
         if image.mode not in _READABLE_MODES:
             raise ValueError(f"pixels of mode {image.mode} have no range to bring to 0 to 255")
         return image
+
+
+def read_picture(path: str | Path, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
+    """The image in a file on disk, by the same rules as those of a source.
+
+    Raises:
+        UnreadableImage: see the head of this file.
+    """
+    with decoding(name):
+        data = read_file(Path(path))
+    return decode(data, name, max_pixels, decoder)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import setting_error
-from mim.core.keys import uniforms
 from mim.core.patches import Grid, Images, Patches, patchify
+from mim.core.rng import uniforms
 from mim.data.images.transforms import Picture, cut_out, prepare, resize, resizer, size_of
 
 

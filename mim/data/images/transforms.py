@@ -24,8 +24,8 @@ from torch.nn import functional
 from mim.core.config import DataConfig
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import uniforms
 from mim.core.patches import Images, Patches
+from mim.core.rng import uniforms
 from mim.data.images.batched import crop_resize
 
 Picture: TypeAlias = Image.Image | NDArray[np.uint8]
@@ -35,6 +35,7 @@ _TRIES = 10
 _TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
 _ALONE_FROM = 65  # pixels; below, the calls for each image cost more than dense products
 _AT_ONCE = 1 << 17  # numbers; what is normalised at once stays in a core's cache
+_LONGEST = 16  # times the wanted size; of a longer image the ends are cut off before it is scaled
 _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -100,7 +101,7 @@ def crop_parameters(
     central crop of an allowed ratio is taken. A key always spends the same count of numbers.
 
     Args:
-        keys: (B,) int64, from :func:`mim.core.keys.image_keys` with purpose "augment".
+        keys: (B,) int64, from :func:`mim.core.rng.image_keys` with purpose "augment".
         heights: (B,) int64, of the images.
         widths: (B,) int64, of the images.
         scale: share of the area, from and to, drawn uniformly.
@@ -251,21 +252,39 @@ def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def covering_size(
+def covering(
     given: tuple[int, int], size: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) of an image scaled until it just covers ``size``, and (top, left) of its
-    centre."""
+) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
+    """How an image is scaled until it just covers ``size``, and cut about its centre.
+
+    Of a long thin image only the middle is scaled: the whole would be as much larger as it is long.
+
+    Args:
+        given: (height, width) of the image.
+        size: (height, width) of the result.
+
+    Returns:
+        The box (top, left, height, width) that is scaled, the (height, width) it is scaled to, and
+        (top, left) of the centre in that.
+    """
     scale = max(size[0] / given[0], size[1] / given[1])
-    # Rounding must not leave a side one pixel short.
-    height, width = max(round(given[0] * scale), size[0]), max(round(given[1] * scale), size[1])
-    return (height, width), ((height - size[0]) // 2, (width - size[1]) // 2)
+    kept, corner, scaled, centre = [], [], [], []
+    for whole, wanted in zip(given, size, strict=True):
+        most = math.ceil(_LONGEST * wanted / scale)
+        # As much at either end, so that the centre stays where it is.
+        away = max(0, (whole - most) // 2)
+        kept.append(whole - 2 * away)
+        corner.append(away)
+        # Rounding must not leave a side one pixel short.
+        scaled.append(max(round(kept[-1] * scale), wanted))
+        centre.append((scaled[-1] - wanted) // 2)
+    return (corner[0], corner[1], kept[0], kept[1]), (scaled[0], scaled[1]), (centre[0], centre[1])
 
 
 def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
     """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
-    covering, (top, left) = covering_size(size_of(image), size)
-    return resize(image, covering, how)[top : top + size[0], left : left + size[1]]
+    box, scaled, (top, left) = covering(size_of(image), size)
+    return resize(cut_out(image, box), scaled, how)[top : top + size[0], left : left + size[1]]
 
 
 def eval_transform(

@@ -3,24 +3,34 @@
 A failed request is tried again after a pause that doubles, and goes on where it stopped if the
 server can. A file counts as fetched when it has as many bytes as the server said, and the SHA-256
 that a file ``SHA256SUMS`` beside it gives, where there is one.
+
+A server may be wrong, or hostile: a page in the place of a file is none, what is larger than the
+disk is not begun, and a redirect leads to no address of this machine or its network that the URL
+did not name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import ipaddress
 import os
+import re
+import shutil
+import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from mim.core.errors import UserError
+from mim.core.files import decode_text
 
 T = TypeVar("T")
 
@@ -31,6 +41,9 @@ _PASSING = (408, 425, 429)  # refusals that mean "later"
 _CHUNK = 1 << 20
 SECONDS = 60.0
 """Without any byte, after which a request counts as failed."""
+_MOST_TEXT = 1 << 24  # bytes of checksums, or of names of classes
+_KEPT_FREE = 1 << 30  # bytes of the disk that are left to others
+_DIGEST = re.compile(r"([0-9a-fA-F]{64})\s+\*?(.+)")
 _FAILURES = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
@@ -57,6 +70,69 @@ def cache_folder(part: str) -> Path:
 def is_url(place: str) -> bool:
     """Whether a place is fetched rather than read."""
     return place.startswith(("http://", "https://"))
+
+
+class Refused(UserError):
+    """What a server answers with is not taken, now or later."""
+
+
+class Page(Refused):
+    """It is a page for people: as a rule what was asked for is not there."""
+
+
+def _reach(url: str) -> str:
+    """How far away a URL's server is: this machine, a network of its own, or the world.
+
+    Raises:
+        OSError: if its name is unknown.
+    """
+    parts = urllib.parse.urlsplit(url)
+    found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
+    if any(address.is_loopback or address.is_unspecified for address in addresses):
+        return "this machine"
+    if any(address.is_link_local for address in addresses):
+        return "the link"
+    return "a private network" if any(a.is_private for a in addresses) else "the world"
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect within a server, to the world, or within a private network.
+
+    Args:
+        trusted: whether the server, a hub, may refer to others that are as near as itself.
+    """
+
+    def __init__(self, trusted: bool) -> None:
+        self.trusted = trusted
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        reach = _reach(newurl) if new.scheme in ("http", "https") else "another protocol"
+        near = ("a private network", "this machine") if self.trusted else ("a private network",)
+        inside = reach in near and reach == _reach(req.full_url)
+        if old.netloc != new.netloc and reach != "the world" and not inside:
+            raise Refused(f"{req.full_url}: refers to {newurl}, which leads to {reach}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def open_url(request: str | urllib.request.Request, trusted: bool = False) -> Any:
+    """The answer to a request, as ``urlopen`` gives it.
+
+    Args:
+        request: what is asked for.
+        trusted: whether the server may refer to others of this machine.
+
+    Raises:
+        Refused: if it is a page, or refers to where it should not.
+    """
+    answer = urllib.request.build_opener(_Redirects(trusted)).open(request, timeout=SECONDS)
+    if answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+        answer.close()
+        raise Page(f"{answer.url}: the server answers with a page, not with a file")
+    return answer
 
 
 def retry(url: str, attempt: Callable[[], T]) -> T:
@@ -90,20 +166,26 @@ def text_at(url: str) -> str | None:
     """
 
     def get() -> str:
-        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-            return answer.read().decode()
+        with open_url(url) as answer:
+            data: bytes = answer.read(_MOST_TEXT + 1)
+            if len(data) > _MOST_TEXT:
+                raise Refused(f"{url}: has more than {_MOST_TEXT:,} bytes")
+            try:
+                return decode_text(data)
+            except UnicodeDecodeError as error:
+                raise Refused(f"{url}: is no text: {error}") from error
 
     try:
         return retry(url, get)
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, Page):
         return None
 
 
 def _digests(folder: str) -> dict[str, str]:
     """Name -> SHA-256 of the SHA256SUMS in a folder of a server; empty where there is none."""
     text = text_at(f"{folder}/SHA256SUMS") or ""
-    pairs = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
-    return {name.strip().lstrip("*"): digest for digest, name in pairs}
+    found = (_DIGEST.fullmatch(line.strip()) for line in text.splitlines())
+    return {match[2]: match[1].lower() for match in found if match is not None}
 
 
 def _append(url: str, part: Path) -> None:
@@ -115,7 +197,7 @@ def _append(url: str, part: Path) -> None:
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        answer = urllib.request.urlopen(request, timeout=SECONDS)
+        answer = open_url(request)
     except urllib.error.HTTPError as error:
         if have and error.code == 416:  # nothing is missing, or the file is another one now
             part.unlink()
@@ -125,9 +207,17 @@ def _append(url: str, part: Path) -> None:
         if have and answer.status != 206:  # the server sends all of it
             have = 0
         length = answer.headers.get("Content-Length")
+        needed = 0 if length is None else int(length)
         with part.open("ab" if have else "wb") as file:
             while chunk := answer.read(_CHUNK):
+                free = shutil.disk_usage(part.parent).free - _KEPT_FREE
+                if free < max(needed, len(chunk)):
+                    what = f"{needed / 1e9:.1f} GB are" if needed else "no end is"
+                    raise Refused(f"{url}: {what} still to come, and the disk has no room for it")
+                if not have and file.tell() == 0 and chunk.lstrip()[:1] == b"<":
+                    raise Page(f"{url}: the server answers with a page, not with a file")
                 file.write(chunk)
+                needed = max(0, needed - len(chunk))
         size = part.stat().st_size
     if length is not None and size != have + int(length):
         raise OSError(f"ended after {size} of {have + int(length)} bytes")
@@ -155,6 +245,8 @@ def fetch(urls: Sequence[str]) -> list[Path]:
     digests: dict[str, dict[str, str]] = {}
     for url in urls:
         folder, _, name = url.rpartition("/")
+        if name in ("", ".", ".."):
+            raise UserError(f"{url}: names no file")
         place = cache_folder("shards") / hashlib.blake2b(folder.encode(), digest_size=8).hexdigest()
         place.mkdir(exist_ok=True)
         path, part = place / name, place / f"{name}.part"
@@ -173,6 +265,9 @@ def fetch(urls: Sequence[str]) -> list[Path]:
                     retry(url, get)
                 except urllib.error.HTTPError as error:
                     raise UserError(f"{url}: {error}") from error
+                except Refused:
+                    part.unlink(missing_ok=True)
+                    raise
                 part.replace(path)
         found.append(path)
     return found

@@ -20,19 +20,26 @@ def shown(place: Place) -> str:
     return place.url if isinstance(place, RemoteFile) else str(place)
 
 
+def version_of(place: Place) -> str | None:
+    """What tells this version of a file from any other; None if nothing does.
+
+    Raises:
+        UserError: if the file is missing.
+    """
+    if isinstance(place, RemoteFile):
+        return f"{place.url}/{place.size}/{place.version}" if place.version else None
+    try:
+        status = place.stat()
+    except OSError as error:
+        raise UserError(f"{shown(place)!r} is missing") from error
+    return f"{place.resolve()}/{status.st_size}/{status.st_mtime_ns}"
+
+
 def _path(place: Place, what: str) -> Path | None:
     """Where it is kept; None if nothing tells one version of the file from the next."""
-    if isinstance(place, RemoteFile):
-        if not place.version:
-            return None
-        state = f"{what}/{place.url}/{place.size}/{place.version}"
-    else:
-        try:
-            status = place.stat()
-        except OSError as error:
-            raise UserError(f"{shown(place)!r} is missing") from error
-        state = f"{what}/{place.resolve()}/{status.st_size}/{status.st_mtime_ns}"
-    digest = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+    if (version := version_of(place)) is None:
+        return None
+    digest = hashlib.blake2b(f"{what}/{version}".encode(), digest_size=16).hexdigest()
     return cache_folder("index") / f"{digest}.npz"
 
 

@@ -8,14 +8,17 @@ change when an entry is added, removed or renamed: the check is one ``stat`` a f
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import time
 import warnings
 import zipfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,15 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim.core.errors import UserError
-from mim.core.files import write_atomic
-from mim.core.keys import name_to_int
-from mim.data.images.decode import EXTENSIONS
+from mim.core.files import IMAGE_EXTENSIONS, walk, write_atomic
+from mim.core.rng import name_to_int
 from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.places.names import Names
 
 KEPT_FROM = 20_000
 """Images from which on a list is kept; a smaller one is made in less than a second."""
-_FORMAT = 1
+_NO_IMAGES = (
+    *(".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".py"),
+    *(".cls", ".db", ".ini", ".log", ".pdf", ".sha256", ".md5"),
+)
+_FORMAT = 2
 _SETTLED = 2.0  # seconds; a file system's clock may tick so coarsely that a change leaves no trace
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
@@ -47,6 +53,8 @@ class Listing:
     """(n,) int64, the sample ids of these paths."""
     counts: Tensor
     """(folders,) int64, how many lie below each."""
+    left_out: dict[str, int]
+    """Ending, or nothing -> files below the folders that may be images and are not read."""
 
 
 def list_images(root: Path, part: str, folders: Sequence[str], *, keep: bool) -> Listing:
@@ -64,7 +72,7 @@ def list_images(root: Path, part: str, folders: Sequence[str], *, keep: bool) ->
     """
     if not keep:
         return _walk(root, folders)[0]
-    asked = f"{_FORMAT}/{','.join(EXTENSIONS)}/{root.resolve()}/{part}"
+    asked = f"{_FORMAT}/{','.join(IMAGE_EXTENSIONS)}/{root.resolve()}/{part}"
     name = f"{hashlib.blake2b(os.fsencode(asked), digest_size=16).hexdigest()}.npz"
     found = _read(cache_place("listings") / name, root, folders)
     if found is not None:
@@ -81,30 +89,39 @@ def list_images(root: Path, part: str, folders: Sequence[str], *, keep: bool) ->
     return listing
 
 
-def _raise(error: OSError) -> None:
-    """For os.walk, which would pass over a folder that it may not read."""
-    raise error
+def ending_left_out(name: str) -> str | None:
+    """The ending of a file that may be an image and is not read as one; else None."""
+    ending = PurePosixPath(name).suffix.lower()
+    return None if ending in (*IMAGE_EXTENSIONS, *_NO_IMAGES) else ending
 
 
-def _times(path: Path) -> tuple[int, int]:
+def tell_left_out(where: str, left_out: dict[str, int]) -> None:
+    """Says which files are not read, if there are any."""
+    if left_out:
+        kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+        told = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in kinds)
+        logging.getLogger("mim").warning("%s: files left out: %s", where, told)
+
+
+def _times(status: os.stat_result) -> tuple[int, int]:
     """When entries of a folder last changed; the second time cannot be set back by a copy."""
-    status = path.stat()
     return status.st_mtime_ns, status.st_ctime_ns
 
 
-def _files(root: Path, folder: str, places: list[str], times: list[tuple[int, int]]) -> list[str]:
-    """POSIX paths of the images below ``root/folder``, sorted; notes folders and their times."""
+def _files(
+    root: Path, start: str, places: list[str], times: list[tuple[int, int]], left_out: Counter[str]
+) -> list[str]:
+    """POSIX paths of the images below ``root/start``, sorted; notes folders and their times, and
+    the endings of files that are left out."""
     found = []
-    for place, folders, names in os.walk(root / folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(root).as_posix()
-        places.append(relative)
-        times.append(_times(Path(place)))
-        found += [
-            f"{relative}/{name}"
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+    for folder in walk(root, start):
+        places.append(folder.path)
+        times.append(_times(folder.status))
+        for name in folder.files:
+            if name.lower().endswith(IMAGE_EXTENSIONS):
+                found.append(name if folder.path == "." else f"{folder.path}/{name}")
+            elif (ending := ending_left_out(name)) is not None:
+                left_out[ending] += 1
     return sorted(found)
 
 
@@ -113,10 +130,11 @@ def _walk(root: Path, folders: Sequence[str]) -> tuple[Listing, Names, NDArray[n
     ids, counts = array("q"), []
     places: list[str] = []
     times: list[tuple[int, int]] = []
+    left_out: Counter[str] = Counter()
 
     def names() -> Iterator[str]:
         for folder in folders:
-            found = _files(root, folder, places, times)
+            found = _files(root, folder, places, times, left_out)
             ids.extend(name_to_int(name) for name in found)
             counts.append(len(found))
             yield from found
@@ -125,6 +143,7 @@ def _walk(root: Path, folders: Sequence[str]) -> tuple[Listing, Names, NDArray[n
         names=Names.of(names()),
         ids=torch.from_numpy(np.frombuffer(ids, dtype=np.int64)),
         counts=torch.tensor(counts, dtype=torch.int64),
+        left_out=left_out,
     )
     return listing, Names.of(places), np.array(times, dtype=np.int64).reshape(-1, 2)
 
@@ -152,7 +171,7 @@ def _write(
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(file, **arrays)
+            np.savez(file, left_out=np.array(json.dumps(listing.left_out)), **arrays)
 
     write_atomic(path, write)
 
@@ -163,13 +182,16 @@ def _read(path: Path, root: Path, folders: Sequence[str]) -> Listing | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            kept = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            left_out = json.loads(str(arrays["left_out"]))
+            files = [name for name in arrays.files if name != "left_out"]
+            kept = {name: torch.from_numpy(arrays[name]) for name in files}
         if list(Names(kept["asked_text"], kept["asked_ends"])) != list(folders):
             return None
         places = Names(kept["places_text"], kept["places_ends"])
         for place, told in zip(places, kept["times"].tolist(), strict=True):
-            if _times(root / place) != tuple(told):
+            if _times((root / place).stat()) != tuple(told):
                 return None
-        return Listing(Names(kept["text"], kept["ends"]), kept["ids"], kept["counts"])
+        names = Names(kept["text"], kept["ends"])
+        return Listing(names, kept["ids"], kept["counts"], left_out)
     except _DAMAGED:  # listed anew, and written over
         return None

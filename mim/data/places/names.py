@@ -49,9 +49,5 @@ class Names:
             begin = end
 
 
-VAL_NAMES = ("val", "valid", "test")
-"""Folders that hold a val split, the first that is there."""
-
-
 def _tensor(values: bytearray | array[int], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.frombuffer(values, dtype=dtype))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from mim.core.config import DataConfig
-from mim.core.errors import setting_error
+from mim.core.errors import UserError, setting_error
 from mim.data.places.fetch import fetch, is_url
-from mim.data.places.names import VAL_NAMES
 from mim.data.places.remote import Headers, RemoteFile, in_parallel, open_remote
+from mim.data.places.splits import find_splits, split_of, split_of_file
 
 Place: TypeAlias = Path | RemoteFile
 """A file on disk, or one that is read by URL."""
 
+_MOST_FILES = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -25,24 +27,32 @@ def expand(pattern: str) -> list[str]:
     """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
 
     Raises:
-        ValueError: for a range whose ends are not whole numbers.
+        ValueError: for a range whose ends are not whole numbers, or more than 100,000 names.
     """
+    found = list(itertools.islice(_expand(pattern), _MOST_FILES + 1))
+    if len(found) > _MOST_FILES:
+        raise ValueError(f"stands for more than {_MOST_FILES:,} files")
+    return found
+
+
+def _expand(pattern: str) -> Iterator[str]:
     match = _BRACES.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     inside = match[1]
+    choices: Iterable[str] = inside.split(",")
     if ".." in inside:
         first, _, last = inside.partition("..")
-        if not (first.isdigit() and last.isdigit()):
+        if not (first.isdecimal() and last.isdecimal()):
             raise ValueError(f"{{{inside}}} is no range of whole numbers")
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         low, high = int(first), int(last)
         step = 1 if low <= high else -1
-        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
-    else:
-        choices = inside.split(",")
+        choices = (f"{number:0{width}d}" for number in range(low, high + step, step))
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [whole for choice in choices for whole in expand(f"{head}{choice}{tail}")]
+    for choice in choices:
+        yield from _expand(f"{head}{choice}{tail}")
 
 
 def is_local(given: str, ending: str) -> bool:
@@ -104,7 +114,8 @@ def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[P
     """Files of train, and of val, which may be none.
 
     ``data.val_path`` names those of val; else a folder does in which ``train/`` stands beside
-    ``val/``, ``valid/`` or ``test/``; else the beginnings of the files' names.
+    ``val/`` or ``test/``; else the files' names, see :func:`split_of_file`. Files of test are used
+    where there are none of val.
 
     Raises:
         UserError: see :func:`find`.
@@ -115,12 +126,20 @@ def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[P
         val = find("data.val_path", config.val_path, ending, streaming)
         return find("data.path", config.path, ending, streaming), val
     root = Path(config.path)
-    if root.is_dir() and (root / "train").is_dir():
-        names = [name for name in VAL_NAMES if (root / name).is_dir()]
-        val = find("data.path", str(root / names[0]), ending) if names else []
-        return find("data.path", str(root / "train"), ending), val
+    try:
+        if root.is_dir():
+            folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+            train, held_out = find_splits(name for name in folders if split_of(name))
+            if train is not None:
+                found = find("data.path", str(root / held_out), ending) if held_out else []
+                return find("data.path", str(root / train), ending), found
+    except UserError as error:
+        raise setting_error("data.path", config.path, str(error)) from error
     files = find("data.path", config.path, ending, streaming)
-    val = [path for path in files if path.name.startswith(VAL_NAMES)]
-    if len(val) == len(files):
+    splits = [split_of_file(place.name) for place in files]
+    named = "val" if "val" in splits else "test"
+    if not {None, "train"} & {*splits}:
         return files, []
-    return [path for path in files if path not in val], val
+    val = [place for place, split in zip(files, splits, strict=True) if split == named]
+    train_files = zip(files, splits, strict=True)
+    return [place for place, split in train_files if split in (None, "train")], val

@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
 from mim.core.errors import UserError
-from mim.data.places.fetch import SECONDS, retry
+from mim.data.places.fetch import open_url, retry
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -109,9 +109,9 @@ def _request(url: str, offset: int, size: int, headers: Headers = ()) -> tuple[i
     request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
     for name, value in headers:
         request.add_unredirected_header(name, value)
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        # An answer with all of the file is not read.
-        return answer.status, answer.headers, answer.read() if answer.status == 206 else b""
+    with open_url(request, trusted=bool(headers)) as answer:
+        # An answer with all of the file is not read, nor more than was asked for.
+        return answer.status, answer.headers, answer.read(size + 1) if answer.status == 206 else b""
 
 
 def _told(headers: Message) -> tuple[int, str]:

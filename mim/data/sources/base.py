@@ -1,11 +1,14 @@
 """Where images come from: the base of every source, and their registry.
 
 A source gives images by position and names each by a stable id, from which masks and
-augmentations follow. A new source is one class and its registration, in a file of its own::
+augmentations follow. A new source is one class, its settings and its registration, in a file of its
+own::
 
-    @SOURCES.register("mine")
+    @SOURCES.register("mine", MySettings)
     class Mine(ImageSource):
-        def __init__(self, config: DataConfig, split: Split) -> None: ...
+        def __init__(self, settings: MySettings, config: DataConfig, split: Split) -> None: ...
+
+One without settings is given ``config`` and ``split`` alone.
 
 It sets the attributes of :class:`ImageSource`. One without a val split of its own sets
 ``has_val = False`` and gives all its images; ``open_source`` then holds a keyed share out.
@@ -26,8 +29,9 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, permutation
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, permutation
+from mim.data.images.decode import UnreadableImage
 from mim.data.images.transforms import Picture
 from mim.data.unreadable import Fault, Ledger
 
@@ -35,6 +39,8 @@ Split: TypeAlias = Literal["train", "val"]
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's channels."""
+_GLANCES = 128  # images of which a fingerprint reads some bytes
+_GLANCED = 1 << 16  # bytes read at the beginning, in the middle and at the end of a larger file
 
 
 class ImageSource(ABC):
@@ -42,15 +48,15 @@ class ImageSource(ABC):
 
     name: str
     """As in ``data.source``."""
-    labels: Tensor | None
+    labels: Tensor | None = None
     """(n,) int64 positions in ``classes``, or None."""
     classes: list[str]
     """Names of the classes; empty without labels."""
     sample_ids: Tensor
     """(n,) int64, unique, the same on every machine."""
-    mean: tuple[float, ...]
+    mean: tuple[float, ...] = IMAGENET[0]
     """Mean of each channel on the scale 0 to 1. ``open_source`` fits it to the config."""
-    std: tuple[float, ...]
+    std: tuple[float, ...] = IMAGENET[1]
     """Standard deviation of each channel, likewise."""
     reads_path: bool = True
     """Whether ``data.path`` says where its images are; if not, a path is refused."""
@@ -105,6 +111,36 @@ class ImageSource(ABC):
         """What a message calls the image at a position."""
         return f"image {int(self.sample_ids[index])}"
 
+    def encoded(self, index: int) -> bytes | None:
+        """The content of an image's file; None where images are not files.
+
+        Raises:
+            UnreadableImage: if it cannot be read.
+        """
+        return None
+
+    def glance(self, index: int) -> bytes:
+        """Bytes that change, as a rule, when the image does: some of its file, or its pixels.
+
+        The same on every machine.
+
+        Raises:
+            UnreadableImage: if it cannot be read.
+        """
+        return np.asarray(self.image(index)).tobytes()
+
+    def file_sizes(self) -> Sequence[int] | None:
+        """Bytes of each image's file, where this takes no long look; else None."""
+        return None
+
+    def stamp(self, index: int) -> str:
+        """What tells this version of an image from any other, without reading it.
+
+        Such as path, size and time of its file: on another machine it may be another one. Empty
+        where the images cannot change.
+        """
+        return ""
+
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Looks cheaply for images that cannot be read; ``open_source`` calls this.
 
@@ -114,14 +150,54 @@ class ImageSource(ABC):
         return []
 
     def fingerprint(self) -> str:
-        """Digest of ids and labels: two runs with the same one saw the same images."""
+        """Digest of ids and labels, and after a dot one of what the images hold.
+
+        Two runs with the same one saw the same images. The second part reads the sizes of all files
+        where that is cheap, and some bytes of 128 images, spread over the set.
+        """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.name.encode())
         for values in (self.sample_ids, self.labels):
             digest.update(b"/")
             if values is not None:
                 digest.update(np.ascontiguousarray(values.numpy(), dtype="<i8"))
+        return f"{digest.hexdigest()}.{self.content_digest()}"
+
+    def content_digest(self) -> str:
+        """Digest of what the images hold, see :meth:`fingerprint`."""
+        digest = hashlib.blake2b(digest_size=8)
+        sizes = self.file_sizes()
+        if sizes is not None:
+            digest.update(np.asarray(sizes, dtype="<i8"))
+        chosen = torch.linspace(0, len(self) - 1, min(len(self), _GLANCES)).long()
+        self.ahead(chosen)
+        for index in chosen.tolist():
+            try:
+                digest.update(hashlib.blake2b(self.glance(index), digest_size=16).digest())
+            except UnreadableImage:
+                digest.update(b"unreadable")
         return digest.hexdigest()
+
+    def stamps(self) -> str:
+        """Digest of the stamps of all images and of what a glance at them shows."""
+        digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
+        for index in range(len(self)):
+            digest.update(f"{self.stamp(index)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def some_bytes(size: int, read: Callable[[int, int], bytes]) -> bytes:
+    """The size of a file, and its beginning, middle and end.
+
+    Args:
+        size: of the file.
+        read: gives the bytes at an offset, so many.
+    """
+    told = size.to_bytes(8, "little")
+    if size <= 3 * _GLANCED:
+        return told + read(0, size)
+    places = (0, (size - _GLANCED) // 2, size - _GLANCED)
+    return told + b"".join(read(place, _GLANCED) for place in places)
 
 
 class Subset(ImageSource):
@@ -154,12 +230,25 @@ class Subset(ImageSource):
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
 
+    def encoded(self, index: int) -> bytes | None:
+        return self.source.encoded(int(self.indices[index]))
+
+    def glance(self, index: int) -> bytes:
+        return self.source.glance(int(self.indices[index]))
+
+    def file_sizes(self) -> Sequence[int] | None:
+        sizes = self.source.file_sizes()
+        return None if sizes is None else [sizes[index] for index in self.indices.tolist()]
+
+    def stamp(self, index: int) -> str:
+        return self.source.stamp(int(self.indices[index]))
+
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         return self.source.check(self.indices if indices is None else self.indices[indices])
 
 
-SourceFactory: TypeAlias = Callable[[DataConfig, Split], ImageSource]
-SOURCES: Registry[SourceFactory] = Registry("data.source")
+SourceFactory: TypeAlias = Callable[..., ImageSource]
+SOURCES: Registry[SourceFactory] = Registry("data.source", DataConfig)
 
 
 def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:

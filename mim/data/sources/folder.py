@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from mim.core.config import DataConfig
-from mim.core.errors import setting_error
-from mim.data.images.decode import UnreadableImage, check_header, decode, decoding
+from mim.core.errors import UserError, setting_error
+from mim.core.files import is_hidden
+from mim.data.images.decode import (
+    UnreadableImage,
+    check_header,
+    decode,
+    decoding,
+    open_regular,
+    read_file,
+)
 from mim.data.images.transforms import Picture
-from mim.data.places.listing import list_images
-from mim.data.places.names import VAL_NAMES
-from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split
+from mim.data.labels import label_table
+from mim.data.places.listing import list_images, tell_left_out
+from mim.data.places.splits import find_splits
+from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split, some_bytes
 from mim.data.unreadable import Fault, Ledger
 
 # Reading so many headers takes a second or two; above that a bad file shows when it is decoded.
@@ -25,9 +34,16 @@ HEADERS_CHECKED = 20_000
 
 
 def _folders(path: Path) -> list[str]:
-    """Names of the visible sub-folders, sorted."""
+    """Names of the visible sub-folders, sorted, without links to a folder above."""
+    real = path.resolve()
     with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.is_dir()
+            and not is_hidden(entry.name)
+            and not (entry.is_symlink() and real.is_relative_to(Path(entry.path).resolve()))
+        )
 
 
 class Files(ImageSource):
@@ -47,6 +63,7 @@ class Files(ImageSource):
             raise setting_error(self.setting, config.path, "is not a folder")
         self.name = config.source
         self._given = config.path
+        self._resolved = self.root.resolve()
         self._max_pixels = config.max_pixels
         self._decoder = config.decode
         self._keeps_list = config.index_cache
@@ -55,7 +72,15 @@ class Files(ImageSource):
         """Takes the images below folders of a part; returns how many lie below each."""
         listing = list_images(self.root, part, folders, keep=self._keeps_list)
         self._names, self.sample_ids = listing.names, listing.ids
+        tell_left_out((self.root / part).as_posix(), listing.left_out)
         return listing.counts
+
+    def _splits(self) -> tuple[str | None, str | None]:
+        """The folders of train and val below the root, see :func:`find_splits`."""
+        try:
+            return find_splits(_folders(self.root))
+        except UserError as error:
+            raise setting_error(self.setting, self._given, str(error)) from error
 
     def describe(self, index: int) -> str:
         return self._names[index]
@@ -67,10 +92,36 @@ class Files(ImageSource):
     def encoded(self, index: int) -> bytes:
         """The content of an image's file."""
         with decoding(self.describe(index)):
-            return self.path(index).read_bytes()
+            return read_file(self.path(index))
 
     def image(self, index: int) -> Picture:
         return decode(self.encoded(index), self.describe(index), self._max_pixels, self._decoder)
+
+    def glance(self, index: int) -> bytes:
+        with decoding(self.describe(index)), open_regular(self.path(index)) as file:
+
+            def read(offset: int, size: int) -> bytes:
+                file.seek(offset)
+                return file.read(size)
+
+            return some_bytes(os.fstat(file.fileno()).st_size, read)
+
+    def file_sizes(self) -> Sequence[int] | None:
+        if len(self) > HEADERS_CHECKED:
+            return None
+        stats = (self._stat(index) for index in range(len(self)))
+        return [0 if told is None else told.st_size for told in stats]
+
+    def stamp(self, index: int) -> str:
+        if (told := self._stat(index)) is None:
+            return ""
+        return f"{self._resolved}/{self._names[index]}/{told.st_size}/{told.st_mtime_ns}"
+
+    def _stat(self, index: int) -> os.stat_result | None:
+        try:
+            return self.path(index).stat()
+        except OSError:
+            return None
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         """Reads the header of each file, if they are 20,000 at most."""
@@ -91,35 +142,32 @@ class Files(ImageSource):
 class ImageFolder(Files):
     """Images in one folder a class: ``data.path/train/CLASS/...`` and ``data.path/val/CLASS/...``.
 
-    ``valid/`` or ``test/`` stand in for a missing ``val/``; with neither, or with the class folders
-    directly in ``data.path``, a share of the images is held out. Ids come from the paths relative
-    to ``data.path``, with forward slashes.
+    ``training/``, ``valid/`` and ``validation/`` are other names of these, in any case; ``test/``
+    or ``testing/`` stand in for a missing ``val/``. Without it, or with the class folders directly
+    in ``data.path``, a share of the images is held out. Ids come from the paths relative to
+    ``data.path``, with forward slashes.
     """
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         super().__init__(config)
         try:
             train, part = self._divide(split)
-            self.classes = self._class_folders(train)
-            if part != train:
-                self._check_classes(part)
-            self.labels = self._list(part)
+            folders = self._class_folders(part)
+            names = folders if part == train else self._class_folders(train)
+            try:
+                labels, self.classes = label_table(folders, names)
+            except UserError as error:
+                raise setting_error(self.setting, config.path, str(error)) from error
+            assert labels is not None
+            self.labels = self._list(part, folders, labels)
         except (OSError, UnicodeEncodeError) as error:
             raise setting_error(self.setting, config.path, f"cannot be read: {error}") from error
 
     def _divide(self, split: Split) -> tuple[str, str]:
         """Folders, relative to the root, of the training images and of the wanted ones."""
-        if not (self.root / "train").is_dir():
-            folders = _folders(self.root)
-            if folders and set(folders) <= set(VAL_NAMES):
-                raise setting_error(self.setting, self._given, f"has {folders[0]}/ but no train/")
-            self.has_val = False
-            return ".", "."
-        for name in VAL_NAMES:
-            if (self.root / name).is_dir():
-                return "train", "train" if split == "train" else name
-        self.has_val = False
-        return "train", "train"
+        train, val = self._splits()
+        self.has_val = val is not None
+        return train or ".", (train if split == "train" else val) or train or "."
 
     def _class_folders(self, part: str) -> list[str]:
         classes = _folders(self.root / part)
@@ -128,24 +176,23 @@ class ImageFolder(Files):
             raise setting_error(self.setting, self._given, reason)
         return classes
 
-    def _check_classes(self, part: str) -> None:
-        unknown = sorted(set(self._class_folders(part)) - set(self.classes))
-        if unknown:
-            reason = f"has the class {unknown[0]!r} in {part} but not in train"
-            raise setting_error(self.setting, self._given, reason)
+    def _list(self, part: str, folders: Sequence[str], labels: Tensor) -> Tensor:
+        """Takes the files of one part; returns the position of each one's class.
 
-    def _list(self, part: str) -> Tensor:
-        """Takes the files of one part; returns the position of each one's class."""
-        folders = [name if part == "." else f"{part}/{name}" for name in self.classes]
-        # A class may be missing in val.
-        there = [label for label, name in enumerate(folders) if (self.root / name).is_dir()]
-        counts = self._find(part, [folders[label] for label in there])
-        for label, count in zip(there, counts.tolist(), strict=True):
+        Args:
+            part: folder relative to the root.
+            folders: names of its class folders.
+            labels: (f,) of each.
+        """
+        order = torch.argsort(labels, stable=True)
+        paths = [name if part == "." else f"{part}/{name}" for name in folders]
+        chosen = [paths[place] for place in order.tolist()]
+        counts = self._find(part, chosen)
+        for path, count in zip(chosen, counts.tolist(), strict=True):
             if not count:
-                where = (self.root / folders[label]).as_posix()
-                reason = f"has an empty class: no image in {where}"
+                reason = f"has an empty class: no image in {(self.root / path).as_posix()}"
                 raise setting_error(self.setting, self._given, reason)
-        return torch.tensor(there, dtype=torch.int64).repeat_interleave(counts)
+        return labels[order].repeat_interleave(counts)
 
 
 class ClassFolders(ImageFolder):
@@ -184,8 +231,8 @@ class ClassFolders(ImageFolder):
 class FlatFolder(Files):
     """Unlabelled images at any depth below ``data.path``.
 
-    If it holds ``train/``, training images are those below, and ``val/``, ``valid/`` or ``test/``
-    holds the val images; else a share is held out. Ids are as those of ``imagefolder``.
+    If it holds ``train/``, training images are those below, and ``val/`` holds the val images, both
+    by the names of ``imagefolder``; else a share is held out. Ids are as those of ``imagefolder``.
     """
 
     labels = None
@@ -194,12 +241,9 @@ class FlatFolder(Files):
         super().__init__(config)
         self.classes = []
         try:
-            folders = _folders(self.root)
-            val = next((name for name in VAL_NAMES if name in folders), None)
-            part = "."
-            if "train" in folders:
-                part = val if split == "val" and val is not None else "train"
-            self.has_val = part != "." and val is not None
+            train, val = self._splits()
+            self.has_val = val is not None
+            part = (train if split == "train" else val) or train or "."
             self._find(part, [part])
         except (OSError, UnicodeEncodeError) as error:
             raise setting_error(self.setting, config.path, f"cannot be read: {error}") from error

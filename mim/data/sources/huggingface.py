@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.data.places.names import VAL_NAMES
 from mim.data.places.places import Place, divide, is_local, open_urls
+from mim.data.places.splits import find_splits
 from mim.data.sources.base import SOURCES, ImageSource, Split, needs_package
-from mim.data.sources.row_groups import RowGroups
-from mim.data.sources.tables import TableSource, image_column, label_column
+from mim.data.sources.row_groups import RowGroups, check_tables
+from mim.data.sources.tables import HuggingFaceSettings, TableSource, image_column, label_column
 
-_VAL_SPLITS = ("validation", *VAL_NAMES)
 _SCHEME = re.compile(r"hf://datasets/(?P<name>[^/@]+(/[^/@]+)?)(@(?P<revision>[^/]+))?/?")
 
 
-@SOURCES.register("huggingface")
-def huggingface(config: DataConfig, split: Split) -> ImageSource:
+@SOURCES.register("huggingface", HuggingFaceSettings)
+def huggingface(settings: HuggingFaceSettings, config: DataConfig, split: Split) -> ImageSource:
     """A data set of parquet files, or one that the package ``datasets`` reads.
 
     ``data.path`` names parquet files (a file, a folder, a pattern or URLs, as for shards) or a data
-    set on the hub, USER/NAME or hf://datasets/USER/NAME. Files whose names begin with val, valid or
-    test, or ``data.val_path``, are val; of the hub, the split validation, else val, valid or test;
-    with none, a share is held out. The id of an image is that of its split and row.
+    set on the hub, USER/NAME or hf://datasets/USER/NAME. Files whose names say val or
+    test, or ``data.val_path``, are val; of the hub, the split so named; with none, a share is held
+    out. The id of an image is that of its split and row.
 
     With ``data.streaming`` parquet files are read where they are, a row group at a time; without,
     the package makes memory-mapped tables of them first.
@@ -41,29 +41,36 @@ def huggingface(config: DataConfig, split: Split) -> ImageSource:
     except ImportError as error:
         raise needs_package("huggingface", "datasets") from error
     if not config.streaming:
-        return HuggingFace(config, split)
+        return HuggingFace(settings, config, split)
     if is_local(config.path, ".parquet"):
         train, val = divide(config, ".parquet")
-        return RowGroups(config, split, train, val)
-    return RowGroups(config, split, *_hub_files(config))
+        return RowGroups(settings, config, split, train, val)
+    return RowGroups(settings, config, split, *_hub_files(settings, config))
 
 
 class HuggingFace(TableSource):
     """Rows that the package ``datasets`` reads from memory-mapped tables."""
 
-    def __init__(self, config: DataConfig, split: Split) -> None:
-        parts = _load(config)
+    def __init__(self, settings: HuggingFaceSettings, config: DataConfig, split: Split) -> None:
+        import datasets
+
+        parts = _load(settings, config)
         self.has_val = "val" in parts
         part = "val" if split == "val" and self.has_val else "train"
         dataset = parts[part]
         super().__init__(config, part, len(dataset))
-        self._image = image_column(config.huggingface, dataset.column_names)
-        label = label_column(config.huggingface, dataset.column_names)
+        if config.path is not None and not is_local(config.path, ".parquet"):
+            self._folder = Path(datasets.config.HF_CACHE_HOME).resolve()
+        self._image = image_column(settings, dataset.column_names)
+        label = label_column(settings, dataset.column_names)
         if label is not None:
             names = getattr(parts["train"].features[label], "names", None)
             values, train = (_values(table, label) for table in (dataset, parts["train"]))
             self._label(label, values, train, names)
         self.dataset = _undecoded(dataset.select_columns([self._image]), self._image)
+
+    def stamp(self, index: int) -> str:
+        return f"{self.dataset._fingerprint}/{index}"
 
     def _value(self, index: int) -> Any:
         return self.dataset[index][self._image]
@@ -80,16 +87,16 @@ def _undecoded(dataset: Any, column: str) -> Any:
 
 def _values(dataset: Any, column: str) -> Any:
     """(n,) of a column, without decoding anything."""
-    return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
+    return np.asarray(dataset.select_columns([column])[:][column], dtype=object)
 
 
-def _hub_name(config: DataConfig) -> tuple[str, str | None]:
+def _hub_name(settings: HuggingFaceSettings, config: DataConfig) -> tuple[str, str | None]:
     """Name and revision of a data set on the hub."""
     assert config.path is not None
     given = _SCHEME.fullmatch(config.path)
     if given is None:
-        return config.path, config.huggingface.revision
-    return given["name"], config.huggingface.revision or given["revision"]
+        return config.path, settings.revision
+    return given["name"], settings.revision or given["revision"]
 
 
 def _unloadable(config: DataConfig, error: Exception) -> UserError:
@@ -97,55 +104,63 @@ def _unloadable(config: DataConfig, error: Exception) -> UserError:
     return setting_error("data.path", config.path, f"cannot be loaded: {reason}")
 
 
-def _val_split(config: DataConfig, splits: Any) -> str | None:
-    """The name of the split that is val, if there is one.
+def _splits(config: DataConfig, names: Any) -> tuple[str, str | None]:
+    """The names of the splits of train, and of val if there is one.
 
     Raises:
         UserError: if there is no split train.
     """
-    if "train" not in splits:
-        reason = f"has no split train, but {', '.join(splits)}"
+    try:
+        train, val = find_splits(names)
+    except UserError as error:
+        raise setting_error("data.path", config.path, str(error)) from error
+    if train is None:
+        reason = f"has no split train, but {', '.join(names)}"
         raise setting_error("data.path", config.path, reason)
-    return next((name for name in _VAL_SPLITS if name in splits), None)
+    return train, val
 
 
-def _load(config: DataConfig) -> dict[str, Any]:
+def _load(settings: HuggingFaceSettings, config: DataConfig) -> dict[str, Any]:
     """The tables of train, and of val where there is one."""
     import datasets
 
     assert config.path is not None
-    name, revision = _hub_name(config)
+    name, revision = _hub_name(settings, config)
     try:
         if is_local(config.path, ".parquet"):
             train, val = divide(config, ".parquet")
+            check_tables([*train, *val])
             files = {"train": [str(path) for path in train]}
             if val:
                 files["val"] = [str(path) for path in val]
             return dict(datasets.load_dataset("parquet", data_files=files))
-        loaded = datasets.load_dataset(name, config.huggingface.name, revision=revision)
+        loaded = datasets.load_dataset(name, settings.name, revision=revision)
     except UserError:
         raise
     except Exception as error:  # datasets and the hub raise many kinds
         raise _unloadable(config, error) from error
-    val_name = _val_split(config, loaded)
-    parts = {"train": loaded["train"]}
+    loaded = {str(name): table for name, table in loaded.items()}
+    train_name, val_name = _splits(config, loaded)
+    parts = {"train": loaded[train_name]}
     if val_name is not None:
         parts["val"] = loaded[val_name]
     return parts
 
 
-def _hub_files(config: DataConfig) -> tuple[list[Place], list[Place], Any]:
+def _hub_files(
+    settings: HuggingFaceSettings, config: DataConfig
+) -> tuple[list[Place], list[Place], Any]:
     """The parquet files of a data set on the hub: train, val and what its card says of columns."""
     import datasets
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import build_hf_headers
 
-    name, revision = _hub_name(config)
+    name, revision = _hub_name(settings, config)
     try:
-        builder = datasets.load_dataset_builder(name, config.huggingface.name, revision=revision)
+        builder = datasets.load_dataset_builder(name, settings.name, revision=revision)
         files = builder.config.data_files or {}
         hub = HfFileSystem()
-        urls = {part: [hub.url(str(place)) for place in files[part]] for part in files}
+        urls = {str(part): [hub.url(str(place)) for place in files[part]] for part in files}
     except Exception as error:  # datasets and the hub raise many kinds
         raise _unloadable(config, error) from error
     if any(not url.endswith(".parquet") for places in urls.values() for url in places):
@@ -154,8 +169,8 @@ def _hub_files(config: DataConfig) -> tuple[list[Place], list[Place], Any]:
             "such a copy: data.huggingface.revision=refs/convert/parquet"
         )
         raise setting_error("data.path", config.path, reason)
-    val_name = _val_split(config, urls)
+    train_name, val_name = _splits(config, urls)
     headers = tuple(build_hf_headers().items())  # who asks: some sets are not for everybody
-    train = open_urls(urls["train"], headers)
+    train = open_urls(urls[train_name], headers)
     val = [] if val_name is None else open_urls(urls[val_name], headers)
     return train, val, builder.info.features

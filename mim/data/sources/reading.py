@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mim.core.errors import UserError
-from mim.core.keys import image_keys, uniforms
+from mim.core.rng import image_keys, uniforms
 from mim.data.images.decode import UnreadableImage
 from mim.data.images.transforms import Picture
 from mim.data.sources.base import ImageSource

@@ -11,6 +11,7 @@ Footers and labels are read when a run starts, and kept for later runs on the sa
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mim.core.config import DataConfig, HuggingFaceConfig
+from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.data.images.decode import DECODE_ERRORS
-from mim.data.places.kept import keep, recall, shown
+from mim.data.places.kept import keep, recall, shown, version_of
 from mim.data.places.places import Place
 from mim.data.places.remote import RemoteFile, in_parallel
 from mim.data.sources.base import Split
-from mim.data.sources.tables import TableSource, image_column, label_column
+from mim.data.sources.tables import (
+    HuggingFaceSettings,
+    TableSource,
+    image_column,
+    label_column,
+)
+
+_ROWS = 8  # of a table read at once
+_MOST_BYTES = 1 << 32  # that a row group may unpack to
+_FREE_BYTES, _MOST_RATIO = 1 << 28, 100  # and in a small file, this and so many times its size
+_MOST_ROWS = 64  # for each byte of a file
+_MOST_WORD = 1_000  # bytes of a label
+_SOUND = "parquet sizes 1"
 
 
 @dataclass
@@ -72,25 +85,95 @@ def _source(place: Place) -> Any:
 
 
 def _column(place: Place, footer: Any, group: int, column: str) -> Any:
-    """A column of a row group, as pyarrow's ChunkedArray."""
+    """A column of a row group, as pyarrow's ChunkedArray, read a few rows at a time.
+
+    Raises:
+        ValueError: if it unpacks to far more than lies in the file.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    lies = place.size if isinstance(place, RemoteFile) else place.stat().st_size
+    most = min(_MOST_BYTES, _FREE_BYTES + _MOST_RATIO * lies)
+    told = footer.row_group(group)
+    size = sum(told.column(number).total_uncompressed_size for number in range(told.num_columns))
+    batches, unpacked = [], 0
     with pq.ParquetFile(_source(place), metadata=footer) as file:
-        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+        for batch in file.iter_batches(
+            _ROWS, row_groups=[group] if size <= most else [], columns=[column], use_threads=False
+        ):
+            values = batch.column(0)
+            if pa.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            batches.append(values)
+            size = unpacked = unpacked + values.nbytes
+            if size > most:
+                break
+    if size > most:
+        raise ValueError(f"row group {group} unpacks to more than {most:,} bytes")
+    kind = None if batches else footer.schema.to_arrow_schema().field(column.split(".")[0]).type
+    return pa.chunked_array(batches, kind)
+
+
+def _read_footer(place: Place) -> Any:
+    """Raises UserError for a file that is damaged, or promises more rows than it can hold."""
+    import pyarrow.parquet as pq
+
+    with _damage(place):
+        footer = pq.read_metadata(place.open() if isinstance(place, RemoteFile) else str(place))
+        lies = place.size if isinstance(place, RemoteFile) else place.stat().st_size
+        if footer.num_rows > _MOST_ROWS * lies:
+            raise ValueError(f"it promises {footer.num_rows:,} rows in {lies:,} bytes")
+    return footer
+
+
+def check_tables(places: Sequence[Place]) -> None:
+    """Looks once through parquet files for rows that unpack to far more than lies there.
+
+    Raises:
+        UserError: for such a file, or one that is damaged.
+    """
+    for place in places:
+        if recall(place, _SOUND) is not None:
+            continue
+        footer = _read_footer(place)
+        names = footer.schema.to_arrow_schema().names
+        for group in range(footer.num_row_groups):
+            for column in names:
+                with _damage(place):
+                    _column(place, footer, group, column)
+        keep(place, _SOUND, {})
 
 
 def _labels(part: tuple[Place, Any, int, str]) -> NDArray[Any]:
+    """(n,) numbers or words; -1 where all of a row group are missing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     place, _, _, column = part
     with _damage(place):
         values = _column(*part)
+        kind = values.type
+    where = f"in a row group of {shown(place)!r}"
+    if values.null_count == len(values):
+        return np.full(len(values), -1)
     if values.null_count:
-        reason = f"lacks {values.null_count} labels in a row group of {shown(place)!r}"
+        reason = f"lacks {values.null_count} labels {where}"
         raise setting_error("data.huggingface.label", column, reason)
-    found = values.to_numpy()
+    is_word = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (
+        is_word or pa.types.is_integer(kind) or pa.types.is_floating(kind) or kind == pa.bool_()
+    ):
+        reason = f"holds {kind} {where}; a label is one number or word"
+        raise setting_error("data.huggingface.label", column, reason)
+    if is_word and pc.max(pc.binary_length(values)).as_py() > _MOST_WORD:
+        reason = f"holds a label of more than {_MOST_WORD:,} bytes {where}"
+        raise setting_error("data.huggingface.label", column, reason)
+    found: NDArray[Any] = values.to_numpy()
     return found.astype(np.str_) if found.dtype.kind == "O" else found
 
 
-def read_tables(places: Sequence[Place], settings: HuggingFaceConfig) -> list[Table]:
+def read_tables(places: Sequence[Place], settings: HuggingFaceSettings) -> list[Table]:
     """Footers and labels of parquet files: kept from an earlier look, or read now.
 
     Raises:
@@ -99,16 +182,14 @@ def read_tables(places: Sequence[Place], settings: HuggingFaceConfig) -> list[Ta
     """
     import pyarrow.parquet as pq
 
-    what = f"parquet 1/{settings.label}"
+    what = f"parquet 2/{settings.label}"
 
     def look(place: Place) -> tuple[Table, bool]:
         known = recall(place, what)
         if known is not None:
             footer = pq.read_metadata(io.BytesIO(known.pop("footer").tobytes()))
             return Table(place, footer, known.get("labels")), False
-        with _damage(place):
-            source = place.open() if isinstance(place, RemoteFile) else str(place)
-            return Table(place, pq.read_metadata(source), None), True
+        return Table(place, _read_footer(place), None), True
 
     looked = in_parallel(look, places)
     new = [
@@ -137,7 +218,8 @@ class RowGroups(TableSource):
     """The rows of parquet files; see the head of this file.
 
     Args:
-        config: huggingface, max_pixels and decode are read.
+        settings: of the source huggingface.
+        config: max_pixels and decode are read.
         split: "train" or "val".
         train: files of train, in order.
         val: files of val; with none, ``has_val`` is False.
@@ -146,13 +228,14 @@ class RowGroups(TableSource):
 
     def __init__(
         self,
+        settings: HuggingFaceSettings,
         config: DataConfig,
         split: Split,
         train: Sequence[Place],
         val: Sequence[Place],
         features: Any = None,
     ) -> None:
-        tables = read_tables([*train, *val], config.huggingface)
+        tables = read_tables([*train, *val], settings)
         self.has_val = bool(val)
         part = "val" if split == "val" and self.has_val else "train"
         chosen = tables[len(train) :] if part == "val" else tables[: len(train)]
@@ -165,14 +248,14 @@ class RowGroups(TableSource):
         self._group = torch.arange(len(rows)).repeat_interleave(rows)  # of each row
         self.groups = self._group
         mean_rows = max(1, len(self) // max(1, len(rows)))
-        self.groups_mixed = -(-config.huggingface.pool // mean_rows)
-        self._set_columns(config.huggingface, tables, tables[: len(train)], chosen, features)
+        self.groups_mixed = -(-settings.pool // mean_rows)
+        self._set_columns(settings, tables, tables[: len(train)], chosen, features)
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._next: list[int] = []
 
     def _set_columns(
         self,
-        settings: HuggingFaceConfig,
+        settings: HuggingFaceSettings,
         tables: list[Table],
         train: list[Table],
         chosen: list[Table],
@@ -218,6 +301,25 @@ class RowGroups(TableSource):
             raise column
         value: bytes | None = column[index - int(self._begins[group])].as_py()
         return value
+
+    def content_digest(self) -> str:
+        """Digest of the sizes that the footers tell: a look at images would read row groups."""
+        digest = hashlib.blake2b(digest_size=8)
+        for file, number in self._where.tolist():
+            told = self._tables[file][1].row_group(number)
+            column = next(
+                told.column(place)
+                for place in range(told.num_columns)
+                if told.column(place).path_in_schema in (self._leaf, f"{self._leaf}.bytes")
+            )
+            sizes = (told.num_rows, column.total_compressed_size, column.total_uncompressed_size)
+            digest.update(np.array(sizes, dtype="<i8"))
+        return digest.hexdigest()
+
+    def stamp(self, index: int) -> str:
+        group = int(self._group[index])
+        place = self._tables[int(self._where[group, 0])][0]
+        return f"{version_of(place)}/{index - int(self._begins[group])}"
 
     def _hold(self, group: int) -> None:
         """Reads a row group, and at once those that are wanted after it, as many as are mixed."""

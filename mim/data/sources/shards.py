@@ -13,21 +13,28 @@ What a shard may hold:
   ``{"label": number}``; ``classes.txt`` beside the shards names the classes, one a line;
 - ``KEY.jpg`` alone: no labels.
 
+A key may have dots in it (``photo_1.0.jpg``). What a word tells from an image of the same key is
+no image of its own: ``KEY.seg.png`` beside ``KEY.jpg`` is left out, and of ``KEY.image.png`` and
+``KEY.depth.png`` with ``KEY.cls`` the first is the image. A link is the member that it leads to.
+
 The id of an image is that of its name in the shard; where two shards hold the same name, that of
 ``SHARD/NAME``. A shard that ends early is refused with the place where it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import posixpath
 import tarfile
 import urllib.parse
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -35,20 +42,28 @@ from numpy.typing import NDArray
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import name_to_int
-from mim.data.images.decode import EXTENSIONS, decode, decoding
+from mim.core.files import decode_text, is_hidden
+from mim.core.rng import name_to_int
+from mim.data.images.decode import EXTENSIONS, check_size, decode, decoding, open_regular
 from mim.data.images.transforms import Picture
+from mim.data.labels import label_table
 from mim.data.places.fetch import text_at
-from mim.data.places.kept import keep, recall, shown
-from mim.data.places.names import VAL_NAMES, Names
+from mim.data.places.kept import keep, recall, shown, version_of
+from mim.data.places.listing import ending_left_out, tell_left_out
+from mim.data.places.names import Names
 from mim.data.places.places import Place, divide
 from mim.data.places.remote import RemoteFile, in_parallel
-from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split
+from mim.data.places.splits import find_splits, split_of
+from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split, some_bytes
 
 _OPEN_SHARDS = 64
 _BLOCK = 512  # bytes of a tar block
-_NO_LABEL = -1
-_INDEX = "1"
+_NO_LABEL = np.iinfo(np.int64).min
+_SPARSE = -1  # offset of a sparse file, whose bytes are not those that it stands for
+_MOST_NOTE = 1 << 24  # bytes of a .cls or .json
+_NOTES = (".cls", ".json")
+_IMAGES = ("image", "img", "input", "rgb", "photo")  # what tells the image of a sample from others
+_INDEX = "2"
 
 
 @dataclass
@@ -62,13 +77,137 @@ class ShardIndex:
     sizes: NDArray[np.int64]
     """(n,) how many there are."""
     labels: NDArray[np.int64]
-    """(n,) of .cls or .json, -1 without."""
+    """(n,) of .cls or .json, the least int64 without."""
+    left_out: NDArray[np.str_]
+    """0-d, JSON: what is left out -> how many."""
 
 
 def _stem(name: str) -> str:
-    """What the members of one WebDataset sample share: the path up to the first dot of its name."""
+    """A path without its last ending."""
     folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.partition('.')[0]}"
+    return f"{folder}{slash}{base.rpartition('.')[0] or base}"
+
+
+def _keys(stem: str) -> Iterator[tuple[str, str]]:
+    """Keys of samples that an image may belong to, less one word each, and the words."""
+    folder, slash, base = stem.rpartition("/")
+    while True:
+        base, dot, word = base.rpartition(".")
+        if not dot or not base or not word[:1].isalpha():
+            return
+        yield f"{folder}{slash}{base}", word
+
+
+class _Scan:
+    """The members of one tar file, as they come."""
+
+    def __init__(self, called: str) -> None:
+        self.called = called
+        self.images: dict[str, tuple[int, int]] = {}
+        self.twice: list[tuple[str, tuple[int, int]]] = []
+        self.labels: dict[str, int | None] = {}
+        self.links: dict[str, str] = {}
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, member: tarfile.TarInfo, file: IO[bytes]) -> None:
+        """Takes a member.
+
+        Raises:
+            UserError: if it points out of the archive, or holds no label where one should be.
+        """
+        name = posixpath.normpath(member.name)
+        if name.startswith("/") or ".." in member.name.split("/"):
+            reason = "which points out of the folder it would be unpacked into"
+            raise UserError(f"{self.called} has a member {member.name!r}, {reason}")
+        if member.isdir() or any(map(is_hidden, name.split("/"))):
+            return
+        ending = PurePosixPath(name).suffix.lower()
+        if member.islnk() or member.issym():
+            base = "" if member.islnk() else posixpath.dirname(name)
+            if ending in (*EXTENSIONS, *_NOTES):
+                self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
+            else:
+                self.left_out["links to folders"] += 1
+        elif ending in EXTENSIONS:
+            if not member.isfile():
+                self.left_out["pipes and devices"] += 1
+                return
+            place = _SPARSE if member.issparse() else member.offset_data, member.size
+            if name in self.images:
+                self.twice.append((name, place))
+            else:
+                self.images[name] = place
+        elif ending in _NOTES and member.isfile():
+            if member.size > _MOST_NOTE:
+                raise UserError(f"{self.called}: {name} holds no label: {member.size:,} bytes")
+            file.seek(member.offset_data)
+            self.labels[name] = _read_label(file.read(member.size), f"{self.called}: {name}")
+        elif (other := ending_left_out(name)) is not None:
+            self.left_out[other] += 1
+
+    def _follow(self, name: str) -> str:
+        """Where a chain of links ends."""
+        seen = set()
+        while name in self.links and name not in seen:
+            seen.add(name)
+            name = self.links[name]
+        return name
+
+    def index(self) -> ShardIndex:
+        """The images with their labels.
+
+        Raises:
+            UserError: if a sample holds several images, of which none is the one.
+        """
+        for name in self.links:
+            target = self._follow(name)
+            if name.lower().endswith(_NOTES):
+                self.labels[name] = self.labels.get(target)
+            elif target in self.images:
+                self.images[name] = self.images[target]
+            else:
+                self.left_out["links to what is not in the shard"] += 1
+        labels = {_stem(name): label for name, label in self.labels.items() if label is not None}
+        stems = Counter(map(_stem, self.images))
+        if len(stems) > 1 and min(stems.values()) > 1:
+            one, other = [name for name in self.images if _stem(name) == next(iter(stems))][:2]
+            reason = "in each sample: nothing tells the image from its mask"
+            raise UserError(f"{self.called} has two images such as {one} and {other} {reason}")
+        found: dict[str, int] = {}
+        several: dict[str, list[tuple[str, str]]] = {}
+        for name in self.images:
+            stem = _stem(name)
+            if stem in labels:
+                found[name] = labels[stem]
+                continue
+            keys = list(_keys(stem))
+            if any(key in stems for key, _ in keys):
+                self.left_out["companions of images"] += 1
+                continue
+            key, word = next(((k, w) for k, w in keys if k in labels), (stem, ""))
+            found[name] = labels.get(key, _NO_LABEL)
+            if word:
+                several.setdefault(key, []).append((name, word.lower()))
+        for key, members in several.items():
+            usual = [name for name, word in members if word in _IMAGES]
+            if len(members) > 1 and len(usual) != 1:
+                which = ", ".join(name for name, _ in members)
+                raise UserError(
+                    f"{self.called}: which of {which} is the image of the sample {key}?"
+                )
+            for name, _ in members if len(members) > 1 else ():
+                if name not in usual:
+                    self.left_out["companions of images"] += 1
+                    del found[name]
+        images = [(name, *self.images[name], label) for name, label in found.items()]
+        images += [(name, *place, found.get(name, _NO_LABEL)) for name, place in self.twice]
+        return ShardIndex(
+            names=np.array([os.fsencode(image[0]) for image in images], dtype=np.bytes_),
+            offsets=np.array([image[1] for image in images], dtype=np.int64),
+            sizes=np.array([image[2] for image in images], dtype=np.int64),
+            labels=np.array([image[3] for image in images], dtype=np.int64),
+            left_out=np.array(json.dumps(self.left_out)),
+        )
 
 
 def scan(place: Place) -> ShardIndex:
@@ -77,11 +216,12 @@ def scan(place: Place) -> ShardIndex:
     Raises:
         UserError: if it is compressed, damaged or ends early.
     """
-    images: list[tuple[str, int, int]] = []
-    labels: dict[str, int] = {}
     called = f"shard {shown(place)!r}"
+    found = _Scan(called)
     try:
-        with place.open() if isinstance(place, RemoteFile) else place.open("rb") as file:
+        with contextlib.ExitStack() as stack:
+            opened = place.open() if isinstance(place, RemoteFile) else open_regular(place)
+            file = stack.enter_context(opened)
             if file.read(2) == b"\x1f\x8b":
                 reason = "is compressed, and images in it cannot be reached: unpack it with gunzip"
                 raise UserError(f"{called} {reason}")
@@ -89,46 +229,36 @@ def scan(place: Place) -> ShardIndex:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps a million
-                    name = member.name.removeprefix("./")
-                    base = name.rpartition("/")[2]
-                    if not member.isfile() or base.startswith("."):
-                        continue
-                    if name.startswith("/") or ".." in name.split("/"):
-                        reason = "which points out of the folder it would be unpacked into"
-                        raise UserError(f"{called} has a member {name!r}, {reason}")
-                    if base.lower().endswith(EXTENSIONS):
-                        images.append((name, member.offset_data, member.size))
-                    elif base.endswith((".cls", ".json")):
-                        file.seek(member.offset_data)
-                        text = file.read(member.size)
-                        found = _read_label(text, base, f"{called}: {name}")
-                        if found is not None:
-                            labels[_stem(name)] = found
+                    found.add(member, file)
                 file.seek(tar.offset)
                 # tarfile takes a cut between members, or in a header, for the end.
                 if file.read(_BLOCK) != bytes(_BLOCK):
                     raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         if isinstance(place, Path) and not place.is_file():
             raise UserError(f"{called} is missing") from error
-        reason = f"ends early or is damaged, after {len(images)} whole images ({error})"
+        reason = f"ends early or is damaged, after {len(found.images)} whole images ({error})"
         raise UserError(f"{called} {reason}: fetch or write it again") from error
-    return ShardIndex(
-        names=np.array([os.fsencode(name) for name, _, _ in images], dtype=np.bytes_),
-        offsets=np.array([offset for _, offset, _ in images], dtype=np.int64),
-        sizes=np.array([size for _, _, size in images], dtype=np.int64),
-        labels=np.array([labels.get(_stem(n), _NO_LABEL) for n, _, _ in images], dtype=np.int64),
-    )
+    return found.index()
 
 
-def _read_label(text: bytes, name: str, shown: str) -> int | None:
+def _read_label(text: bytes, name: str) -> int | None:
+    """The label in a .cls or .json; None where the latter has none."""
     try:
-        if name.endswith(".cls"):
-            return int(text)
-        label = json.loads(text).get("label")
-        return None if label is None else int(label)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{shown} holds no label: {error}") from error
+        content = decode_text(text)
+        label = int(content) if name.lower().endswith(".cls") else json.loads(content).get("label")
+        if label is None:
+            return None
+        number = int(label)
+        if isinstance(label, bool) or (isinstance(label, float) and number != label):
+            raise ValueError(f"{label} is no number of a class")
+        if abs(number) >= 1 << 63:
+            raise ValueError(f"{number} is no number of a class")
+        return number
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{name} holds no label: {error}") from error
 
 
 def read_index(place: Place) -> ShardIndex:
@@ -149,8 +279,8 @@ class Shards(ImageSource):
     """Images in tar files, local or by URL; see the head of this file.
 
     ``data.path`` is a file, a folder, a pattern with ``*`` or ``{000..146}``, or a URL with braces;
-    ``data.val_path`` likewise for val. Without it, shards in a folder whose names begin with val,
-    valid or test are val, as are such folders inside the tars; else a share is held out.
+    ``data.val_path`` likewise for val. Without it, shards whose names say
+    val or test are val, as are such folders around or inside the tars; else a share is held out.
     """
 
     mean, std = IMAGENET
@@ -167,6 +297,7 @@ class Shards(ImageSource):
         self._take(everything, len(train), split)
         self._handles: OrderedDict[int, int] = OrderedDict()
         self._ahead: dict[int, bytes] = {}
+        self._versions: dict[int, str] = {}
 
     def _gather(self, places: list[Place]) -> list[ShardIndex]:
         self._shards = places
@@ -184,63 +315,102 @@ class Shards(ImageSource):
             "offset": np.concatenate([x.offsets for x in indices]),
             "size": np.concatenate([x.sizes for x in indices]),
         }
-        known: dict[tuple[str, str], int] = {}  # folders -> a number: never a string an image
-        codes = (known.setdefault(_folders(os.fsdecode(name)), len(known)) for name in names)
+        folders: dict[str, int] = {}  # -> a number: never a string an image
+        codes = (
+            folders.setdefault(os.fsdecode(name).rpartition("/")[0], len(folders)) for name in names
+        )
         code = np.fromiter(codes, dtype=np.int64, count=len(names))
-        in_val = np.array([part in VAL_NAMES for part, _ in known])[code]
-        in_train = np.array([part == "train" for part, _ in known])[code]
+        splits, classes = self._divide_folders(list(folders), apart=trains < len(indices))
+        in_train, in_val = (
+            np.array([part == s for part in splits])[code] for s in ("train", "val")
+        )
         if trains < len(indices):
-            is_val = shard >= trains
-            self.has_val = True
-        else:
-            is_val = in_val & in_train.any()
-            self.has_val = bool(is_val.any())
-        labels = self._label(given, [name for _, name in known], code, is_val)
-        chosen = is_val if self.has_val and split == "val" else ~is_val
-        keys: list[Any] = [] if labels is None else [labels[chosen]]
+            in_val, in_train = shard >= trains, shard < trains
+        self.has_val = bool(in_val.any())
+        chosen = in_val if self.has_val and split == "val" else in_train
+        labels = self._label(given, classes, code, in_train, chosen)
+        keys: list[Any] = [] if labels is None else [labels]
         # By label and name, as a folder is listed: how images were packed does not matter.
-        order = np.flatnonzero(chosen)[np.lexsort((shard[chosen], names[chosen], *keys))]
+        place_in_chosen = np.lexsort((shard[chosen], names[chosen], *keys))
+        order = np.flatnonzero(chosen)[place_in_chosen]
         self._names = Names.of(os.fsdecode(name) for name in names[order])
         self._place = {key: values[order] for key, values in place.items()}
-        self.labels = None if labels is None else torch.from_numpy(labels[order])
+        self.labels = None if labels is None else torch.from_numpy(labels[place_in_chosen])
         self.sample_ids = self._ids(names, shard, order)
+        left_out: Counter[str] = Counter()
+        for index in indices:
+            left_out.update(json.loads(str(index.left_out)))
+        tell_left_out(self._given, left_out)
+
+    def _divide_folders(
+        self, folders: Sequence[str], apart: bool
+    ) -> tuple[list[str | None], list[str]]:
+        """Split and class of each folder in the shards; no class is empty.
+
+        Args:
+            folders: paths.
+            apart: whether val has shards of its own.
+        """
+        parts = [tuple(folder.split("/")) if folder else () for folder in folders]
+        tops = {part[:1] for part in parts}
+        if len(tops) == 1 and any(split_of(part[1]) == "train" for part in parts if len(part) > 1):
+            parts = [part[1:] for part in parts]  # a folder was packed with its own name
+        if apart:
+            rest = [part[1:] if part and split_of(part[0]) else part for part in parts]
+            return [None] * len(parts), [part[0] if part else "" for part in rest]
+        try:
+            train, val = find_splits(sorted({part[0] for part in parts if part}))
+        except UserError as error:
+            raise setting_error("data.path", self._given, str(error)) from error
+        if train is None:
+            return ["train"] * len(parts), [part[0] if part else "" for part in parts]
+        names: dict[tuple[str | None, ...], str] = {(train,): "train", (val,): "val"}
+        splits = [names.get(part[:1]) for part in parts]
+        return splits, [part[1] if len(part) > 1 else "" for part in parts]
 
     def _label(
         self,
         given: NDArray[np.int64],
-        folders: Sequence[str],
+        classes: Sequence[str],
         code: NDArray[np.int64],
-        is_val: NDArray[np.bool_],
+        train: NDArray[np.bool_],
+        chosen: NDArray[np.bool_],
     ) -> NDArray[np.int64] | None:
-        """(n,) labels, of .cls or .json, else of class folders ``folders[code]``, else None."""
-        if (given != _NO_LABEL).any():
-            if (given == _NO_LABEL).any():
-                count = int((given == _NO_LABEL).sum())
-                reason = f"has {count} images without .cls or .json, and {len(given) - count} with"
-                raise setting_error("data.path", self._given, reason)
-            self.classes = self._class_names(int(given.max()) + 1)
-            return given
-        if not all(folders):
-            self.classes = []
-            return None
-        self.classes = sorted({folders[number] for number in np.unique(code[~is_val])})
-        position = {name: label for label, name in enumerate(self.classes)}
-        unknown = sorted(set(folders) - set(position))
-        if unknown:
-            reason = f"has the class {unknown[0]!r} in val but not in train"
-            raise setting_error("data.path", self._given, reason)
-        return np.array([position[name] for name in folders], dtype=np.int64)[code]
+        """Labels of the chosen images, of .cls or .json, else of their folders, else None.
 
-    def _class_names(self, least: int) -> list[str]:
+        Args:
+            given: (n,) of all images.
+            classes: of each folder.
+            code: (n,) the folder of each.
+            train: (n,) which are of train.
+            chosen: (n,) which are wanted.
+        """
+        used = train | chosen
+        missing = given[used] == _NO_LABEL
+        self.classes = []
+        try:
+            if not missing.all():
+                if missing.any():
+                    count = int(missing.sum())
+                    reason = f"has {count} images without .cls or .json, and {len(missing) - count}"
+                    raise UserError(f"{reason} with")
+                labels, self.classes = label_table(given[chosen], given[train], self._class_names())
+                return None if labels is None else labels.numpy()
+            if not all(classes[number] for number in np.unique(code[used])):
+                return None
+            there = np.unique(code[chosen])
+            of_train = [classes[number] for number in np.unique(code[train])]
+            labels, self.classes = label_table([classes[number] for number in there], of_train)
+            assert labels is not None
+            return labels.numpy()[np.searchsorted(there, code[chosen])]
+        except UserError as error:
+            raise setting_error("data.path", self._given, str(error)) from error
+
+    def _class_names(self) -> list[str] | None:
+        """The lines of ``classes.txt`` beside the shards, if it is there."""
         text = _beside(self._shards[0], "classes.txt")
-        if text is None:
-            return [str(label) for label in range(least)]
-        names = text.split("\n")
-        names = names[:-1] if names[-1] == "" else names
-        if len(names) < least:
-            reason = f"names {len(names)} classes, and there are labels up to {least - 1}"
-            raise setting_error("data.path", self._given, f"has a classes.txt that {reason}")
-        return names
+        names = None if text is None else text.replace("\r\n", "\n").split("\n")
+        return names[:-1] if names and names[-1] == "" else names
 
     def _ids(
         self, names: NDArray[np.bytes_], shard: NDArray[np.int64], order: NDArray[np.int64]
@@ -270,26 +440,48 @@ class Shards(ImageSource):
         wanted = {}
         for index in indices.tolist():
             shard, offset, size = self._where(index)
-            if isinstance(place := self._shards[shard], RemoteFile):
+            if isinstance(place := self._shards[shard], RemoteFile) and offset != _SPARSE:
                 wanted[index] = place, offset, size
         self._ahead = dict(zip(wanted, in_parallel(_read, list(wanted.values())), strict=True))
 
-    def read(self, index: int) -> bytes:
-        """The bytes of an image's file."""
-        shard, offset, size = self._where(index)
+    def _bytes(self, index: int, begin: int, size: int) -> bytes:
+        """So many bytes of an image's file, from one of its bytes on."""
+        shard, offset, whole = self._where(index)
+        if offset == _SPARSE:
+            raise OSError("it is a sparse file in its shard")
+        check_size(whole)
         place = self._shards[shard]
         if isinstance(place, RemoteFile):
-            return self._ahead.pop(index, None) or place.read(offset, size)
+            data = self._ahead.pop(index, None) if size == whole else None
+            return data or place.read(offset + begin, size)
         handle = self._handles.pop(shard, None)
         if handle is None:
             handle = os.open(place, os.O_RDONLY)
         self._handles[shard] = handle  # the newest stands last
         if len(self._handles) > _OPEN_SHARDS:
             os.close(self._handles.popitem(last=False)[1])
-        data = os.pread(handle, size, offset)
+        data = os.pread(handle, size, offset + begin)
         if len(data) < size:
             raise OSError(f"shard {place.name} ends after {len(data)} of {size} bytes of the image")
         return data
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image's file."""
+        return self._bytes(index, 0, self._where(index)[2])
+
+    def glance(self, index: int) -> bytes:
+        with decoding(self.describe(index)):
+            return some_bytes(self._where(index)[2], partial(self._bytes, index))
+
+    def file_sizes(self) -> Sequence[int]:
+        sizes: list[int] = self._place["size"].tolist()
+        return sizes
+
+    def stamp(self, index: int) -> str:
+        shard, offset, size = self._where(index)
+        if shard not in self._versions:
+            self._versions[shard] = version_of(self._shards[shard]) or ""
+        return f"{self._versions[shard]}/{offset}/{size}"
 
     def encoded(self, index: int) -> bytes:
         """:meth:`read`, where an image that cannot be read is one."""
@@ -311,12 +503,4 @@ def _beside(place: Place, name: str) -> str | None:
     if isinstance(place, RemoteFile):
         return text_at(urllib.parse.urljoin(place.url, name))
     path = place.parent / name
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _folders(name: str) -> tuple[str, str]:
-    """The split folder and the class folder of a member; empty where there is none."""
-    parts = name.split("/")[:-1]
-    split = parts[0] if parts and parts[0] in ("train", *VAL_NAMES) else ""
-    rest = parts[1:] if split else parts
-    return split, rest[0] if rest else ""
+    return decode_text(path.read_bytes()) if path.is_file() else None

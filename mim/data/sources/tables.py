@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mim.core.config import DataConfig, HuggingFaceConfig
-from mim.core.errors import choice_error, setting_error
-from mim.core.keys import name_to_int
-from mim.data.images.decode import UnreadableImage, decode, decoding
+from mim.core.config import DataConfig
+from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import Count, Settings
+from mim.core.rng import name_to_int
+from mim.data.images.decode import UnreadableImage, decode, decoding, read_file
 from mim.data.images.transforms import Picture
-from mim.data.sources.base import IMAGENET, ImageSource
+from mim.data.labels import label_table
+from mim.data.places.fetch import is_url
+from mim.data.sources.base import IMAGENET, ImageSource, some_bytes
 
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "fine_label", "class", "cls")
 
 
-def image_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class HuggingFaceSettings(Settings):
+    """Settings of the source huggingface."""
+
+    name: str | None = None
+    """Which configuration of a data set on the hub."""
+    revision: str | None = None
+    """Its commit, branch or tag."""
+    image: str | None = None
+    """The column of images; by default image, img, jpg or what is there of that kind."""
+    label: str | None = None
+    """The column of labels; by default label, labels or fine_label, if there is one."""
+    pool: Count = 1024
+    """With data.streaming: about so many rows, of row groups drawn by key, are shuffled together.
+    More mix a set better that is sorted by class; each loader process holds so many files."""
+
+
+def image_column(settings: HuggingFaceSettings, columns: Sequence[str]) -> str:
     """The column of images: the one that the settings name, else the first usual one.
 
     Raises:
@@ -35,7 +56,7 @@ def image_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str:
     return found
 
 
-def label_column(settings: HuggingFaceConfig, columns: Sequence[str]) -> str | None:
+def label_column(settings: HuggingFaceSettings, columns: Sequence[str]) -> str | None:
     """The column of labels, likewise, or None where there is none."""
     return _column("label", settings.label, _LABELS, columns)
 
@@ -62,6 +83,7 @@ class TableSource(ImageSource):
         self.name = "huggingface"
         self._max_pixels, self._decoder = config.max_pixels, config.decode
         self._part = part
+        self._folder = _folder(config)
         ids = (name_to_int(self.describe(row)) for row in range(count))
         self.sample_ids = torch.from_numpy(np.fromiter(ids, np.int64, count))
         self.labels, self.classes = None, []
@@ -73,32 +95,11 @@ class TableSource(ImageSource):
         train: NDArray[Any],
         names: Sequence[str] | None,
     ) -> None:
-        """Sets labels and classes.
-
-        Args:
-            column: for messages.
-            values: (n,) of this part: numbers, or words that name the classes.
-            train: (m,) of train, whose classes count.
-            names: of the classes, where the table tells them.
-
-        Raises:
-            UserError: for a class that train has not.
-        """
-        if values.dtype.kind in "iu":
-            if len(values) and values.min() < 0:  # -1 is an unknown label, as in test splits
-                return
-            count = int(train.max(initial=-1)) + 1
-            self.classes = list(names) if names else [str(label) for label in range(count)]
-            self.labels = torch.from_numpy(values.astype(np.int64))
-            return
-        known = sorted(set(train.tolist()))
-        place = {name: label for label, name in enumerate(known)}
-        unknown = sorted(set(values.tolist()) - set(known))
-        if unknown:
-            reason = f"has the class {unknown[0]!r} in val but not in train"
-            raise setting_error("data.huggingface.label", column, reason)
-        self.classes = [str(name) for name in known]
-        self.labels = torch.tensor([place[value] for value in values.tolist()], dtype=torch.int64)
+        """Sets labels and classes, see :func:`label_table`; ``column`` is for messages."""
+        try:
+            self.labels, self.classes = label_table(values, train, names)
+        except UserError as error:
+            raise setting_error("data.huggingface.label", column, str(error)) from error
 
     def describe(self, index: int) -> str:
         return f"{self._part}/{index}"
@@ -111,7 +112,7 @@ class TableSource(ImageSource):
         """The bytes of an image's file."""
         name = self.describe(index)
         with decoding(name):
-            data = _bytes(self._value(index))
+            data = _bytes(self._value(index), self._folder)
         if data is None:
             raise UnreadableImage(name, "the row holds no image")
         return data
@@ -120,12 +121,36 @@ class TableSource(ImageSource):
         data = self.encoded(index)
         return decode(data, self.describe(index), self._max_pixels, self._decoder)
 
+    def glance(self, index: int) -> bytes:
+        data = self.encoded(index)
+        return some_bytes(len(data), lambda offset, size: data[offset : offset + size])
 
-def _bytes(value: Any) -> bytes | None:
-    """What a row holds: bytes, bytes beside a path, or a path alone."""
+
+def _folder(config: DataConfig) -> Path | None:
+    """The folder of tables on disk."""
+    if config.path is None or is_url(config.path):
+        return None
+    path = Path(config.path)
+    return next(place for place in (path, *path.parents) if place.is_dir()).resolve()
+
+
+def _bytes(value: Any, folder: Path | None) -> bytes | None:
+    """What a row holds: bytes, bytes beside a path, or a path alone.
+
+    Args:
+        value: of the image column.
+        folder: below which a path must lead; None where no path may.
+
+    Raises:
+        ValueError: for a path that leads elsewhere.
+    """
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         path = value.get("path")
-        return None if path is None else Path(path).read_bytes()
+        if path is None:
+            return None
+        if folder is None or not (folder / path).resolve().is_relative_to(folder):
+            raise ValueError(f"its path {str(path)!r} leads out of the folder of the table")
+        return read_file(folder / path)
     return value if isinstance(value, bytes) else None

@@ -7,10 +7,8 @@ the same bytes whatever the cache. An image that cannot be decoded stays one tha
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import prepare_folder
+from mim.core.files import prepare_folder, remove_leftovers
 from mim.data.images.batched import crop_resize
 from mim.data.images.decode import UnreadableImage
-from mim.data.images.transforms import Picture, covering_size, crop_parameters, resizer
+from mim.data.images.transforms import Picture, covering, crop_parameters, resizer
 from mim.data.sources.base import ImageSource, Subset
-from mim.data.storage.packed import Packed, Recipe, pack_split, read_spans
+from mim.data.storage.packed import Packed, Recipe, content_key, pack_split, read_spans
 from mim.data.unreadable import Fault
 
 _SHARED = Path("/dev/shm")
@@ -61,6 +59,15 @@ class CachedSource(ImageSource):
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         return []
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.source.encoded(index)
+
+    def content_digest(self) -> str:
+        return self.source.content_digest()
+
+    def stamp(self, index: int) -> str:
+        return self.source.stamp(index)
 
     def _unreadable(self, index: int) -> UnreadableImage:
         return UnreadableImage(self.describe(index), "it could not be read when it was cached")
@@ -195,31 +202,15 @@ def _check_room(config: DataConfig, needed: int) -> None:
         raise setting_error("data.cache", config.cache, reason)
 
 
-def _content(source: ImageSource) -> str:
-    """Digest of what the images are: ids, labels, and size and time of each file, if they are."""
-    digest = hashlib.blake2b(source.fingerprint().encode(), digest_size=16)
-    below: ImageSource = source
-    indices: Sequence[int] | Tensor = range(len(source))
-    while isinstance(below, Subset):
-        indices, below = below.indices[torch.as_tensor(indices)], below.source
-    path = getattr(below, "path", None)
-    if path is not None:
-        for index in torch.as_tensor(indices).tolist():
-            place = path(index)
-            told = place.stat() if place.is_file() else None
-            size, time = (0, 0) if told is None else (told.st_size, told.st_mtime_ns)
-            digest.update(f"{place.resolve()}/{size}/{time}\n".encode())
-    return digest.hexdigest()
-
-
 def _memory_mapped(source: ImageSource, config: DataConfig, recipe: Recipe) -> MemoryMapped:
     root = Path(config.cache_path or Path.home() / ".cache/mim/decoded")
-    folder = root / f"{_content(source)}-{config.channels}"
+    folder = root / content_key(source, recipe, config)
     prepare_folder(folder, "data.cache_path")
     with FileLock(folder / "lock"):  # one process decodes, the others of a run wait for it
+        remove_leftovers(folder)
         if not (folder / "all.npy").is_file():
             try:
-                entry = pack_split(source, folder, "all", recipe, config.workers)
+                entry = pack_split(source, folder, "all", recipe, config.workers, folder.name)
             except OSError as error:
                 reason = f"cannot hold the cache: {os.strerror(error.errno or 0)}"
                 raise setting_error("data.cache_path", str(root), reason) from error
@@ -267,10 +258,10 @@ class DeviceReader:
     def eval(self, part: Tensor, config: DataConfig) -> Tensor:
         """What ``eval_transform`` gives, byte for byte."""
         given = self.images.shape[2], self.images.shape[3]
-        covering, (top, left) = covering_size(given, config.size)
-        boxes = torch.tensor([0, 0, *given]).expand(len(part), 4)
+        box, scaled, (top, left) = covering(given, config.size)
+        boxes = torch.tensor(box).expand(len(part), 4)
         plain = torch.zeros(len(part), dtype=torch.bool)
-        whole = self._cut(part, boxes, plain, covering, resizer(config))
+        whole = self._cut(part, boxes, plain, scaled, resizer(config))
         return whole[:, :, top : top + config.size[0], left : left + config.size[1]].contiguous()
 
     def _cut(

@@ -20,7 +20,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,11 +39,12 @@ from mim.core.files import write_atomic, write_json_atomic
 from mim.core.signals import end_at_once, start_server
 from mim.data.images.decode import UnreadableImage, decode, decoding
 from mim.data.images.transforms import Picture, cover, prepare, resize
-from mim.data.sources.base import SOURCES, ImageSource, Split, Subset
+from mim.data.sources.base import SOURCES, ImageSource, Split, some_bytes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 24  # bytes hashed at once
+_READER = 2  # raised where an image comes to be read otherwise, so that nothing stored is used
 _AHEAD = 64  # images of a source far away fetched at once
 ROW = np.dtype(
     [
@@ -110,12 +111,8 @@ def _read_in_worker(span: range) -> tuple[bytes, NDArray[Any], list[tuple[str, s
 
 def _encoded(source: ImageSource, index: int) -> bytes:
     """The file of an image as it is, or a PNG of its pixels; checked to be readable."""
-    while isinstance(source, Subset):
-        index = int(source.indices[index])
-        source = source.source
-    read: Callable[[int], bytes] | None = getattr(source, "encoded", None)
-    if read is not None:
-        data = read(index)
+    data = source.encoded(index)
+    if data is not None:
         decode(data, source.describe(index), 1 << 62)
         return data
     picture = source.image(index)
@@ -209,15 +206,32 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_key(source: ImageSource, recipe: Recipe, config: DataConfig) -> str:
+    """Digest of everything that the stored bytes follow from: images, recipe, how they are read."""
+    parts = (source.stamps(), recipe, config.max_pixels, config.decode, _READER)
+    return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def spans_of(source: ImageSource, recipe: Recipe) -> list[range]:
+    """The images of each part."""
+    starts = range(0, len(source), recipe.part_images)
+    return [range(at, min(at + recipe.part_images, len(source))) for at in starts]
+
+
 def pack_split(
-    source: ImageSource, folder: Path, split: str, recipe: Recipe, workers: int = 0
+    source: ImageSource, folder: Path, split: str, recipe: Recipe, workers: int, key: str
 ) -> dict[str, Any]:
-    """Pack one split, going on from the parts that are there; returns its entry in the manifest."""
-    key = hashlib.blake2b(f"{source.fingerprint()}/{recipe}".encode(), digest_size=16).hexdigest()
-    spans = [
-        range(at, min(at + recipe.part_images, len(source)))
-        for at in range(0, len(source), recipe.part_images)
-    ]
+    """Pack one split, going on from the parts that are there; returns its entry in the manifest.
+
+    Args:
+        source: the images.
+        folder: where they go.
+        split: what the names of the files begin with.
+        recipe: what is kept of them.
+        workers: processes that read.
+        key: of :func:`content_key`; parts with another one are written again.
+    """
+    spans = spans_of(source, recipe)
     suffix = "bin" if recipe.kind == "pixels" else "tar"
     notes = [folder / f"{split}-{number:05d}.json" for number in range(len(spans))]
     missing = [n for n, note in enumerate(notes) if not _is_done(note, key)]
@@ -237,6 +251,7 @@ def pack_split(
     return {
         "images": len(source),
         "source": source.fingerprint(),
+        "key": key,
         "parts": [note["entry"] for note in told],
         "unreadable": [fault for note in told for fault in note["unreadable"]],
         "rows": _digest(folder / f"{split}.npy"),
@@ -256,8 +271,11 @@ def _is_done(note: Path, key: str) -> bool:
     """Whether a part is there, whole, and of the same images and recipe."""
     if not note.is_file() or not note.with_suffix(".rows").is_file():
         return False
-    told = json.loads(note.read_text(encoding="utf-8"))
-    path = note.parent / told["entry"]["name"]
+    try:
+        told = json.loads(note.read_text(encoding="utf-8"))
+        path = note.parent / told["entry"]["name"]
+    except (ValueError, KeyError, TypeError):
+        return False
     return (
         told["key"] == key
         and path.is_file()
@@ -332,7 +350,7 @@ class Packed(ImageSource):
         row = self.rows[index]
         return f"{self.parts[row['part']]} image {int(row['id'])}"
 
-    def content(self, index: int) -> NDArray[np.uint8]:
+    def stored(self, index: int) -> NDArray[np.uint8]:
         """The bytes of an image as they stand in the set."""
         row = self.rows[index]
         part = int(row["part"])
@@ -342,12 +360,21 @@ class Packed(ImageSource):
         begin = int(row["offset"])
         return self._open[part][begin : begin + int(row["bytes"])]
 
+    def glance(self, index: int) -> bytes:
+        with decoding(self.describe(index)):
+            data = self.stored(index)
+        return some_bytes(len(data), lambda offset, size: data[offset : offset + size].tobytes())
+
+    def file_sizes(self) -> Sequence[int]:
+        sizes: list[int] = self.rows["bytes"].tolist()
+        return sizes
+
     def image(self, index: int) -> Picture:
         row, name = self.rows[index], self.describe(index)
         if not row["bytes"]:
             raise UnreadableImage(name, "it could not be read when the set was packed")
         with decoding(name):
-            data = self.content(index)
+            data = self.stored(index)
         if self.kind == "shards":
             return decode(data.tobytes(), name, self._max_pixels, self._decoder)
         return data.reshape(int(row["height"]), int(row["width"]), self.channels)
@@ -371,9 +398,14 @@ class PackedSet(Packed):
         rows = np.load(folder / f"{split}.npy", mmap_mode="r")
         parts = [part["name"] for part in entry["parts"]]
         super().__init__(folder, rows, parts, manifest["kind"], manifest["channels"])
+        self._digests = [part["blake2b"] for part in entry["parts"]]
         self.classes = manifest["classes"]
         self.mean, self.std = tuple(manifest["mean"]), tuple(manifest["std"])
         self._max_pixels, self._decoder = config.max_pixels, config.decode
+
+    def stamp(self, index: int) -> str:
+        row = self.rows[index]
+        return f"{self._digests[row['part']]}/{row['offset']}/{row['bytes']}"
 
 
 def default_workers() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mim.core.config import DataConfig
 from mim.core.device import to_device
-from mim.core.errors import choice_error
-from mim.core.keys import image_keys, seed_of
+from mim.core.fields import Count, Positive, Span
+from mim.core.rng import image_keys, seed_of
 from mim.data import Batch, holdout
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.detection_data import (
@@ -74,30 +74,21 @@ class DetectSettings(DenseSettings):
 
     source: str = "coco"
     """coco (JSON) or voc (XML); the layouts are those of COCO and Pascal VOC."""
-    bad_boxes: str = "refuse"
+    bad_boxes: Literal["refuse", "mend"] = "refuse"
     """What to do with boxes outside their image or without an area: refuse, or mend (cut them at
     the rim, leave out what has no area)."""
     masks: bool = True
     """Whether masks are learnt and measured too (Mask R-CNN), where every object has one."""
-    anchor: float = 8.0
+    anchor: Positive = 8.0
     """Side of the anchors over the pixels between two places of their map."""
-    proposals: int = 1000
+    proposals: Count = 1000
     """Regions of an image that reach the second stage; twice as many in training."""
-    samples: int = 512
+    samples: Count = 512
     """Regions of an image on which the second stage is trained."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
-    scale: tuple[float, ...] = (0.5, 1.5)
+    scale: Span = (0.5, 1.5)
     """From and to of the random scale of a training image; at 1 it just fits into image_size."""
-
-    name: ClassVar[str] = "detect"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("anchor", "proposals", "samples"):
-            self._positive(setting, getattr(self, setting))
-        if self.bad_boxes not in ("refuse", "mend"):
-            raise choice_error("evaluations.detect.bad_boxes", self.bad_boxes, ("refuse", "mend"))
 
     @property
     def spec(self) -> DetectionSpec:
@@ -299,11 +290,10 @@ def _original(found: dict[str, Tensor], view: View, size: tuple[int, int]) -> di
     return result
 
 
-@EVALUATIONS.register("detect")
+@EVALUATIONS.register("detect", DetectSettings)
 class Detect(TaskEvaluation):
     """Boxes around objects, and masks; COCO's mAP."""
 
-    Settings = DetectSettings
     settings: DetectSettings
     _sources: tuple[DetectionSource, DetectionSource] | None = None
 
@@ -322,9 +312,9 @@ class Detect(TaskEvaluation):
             spec = self.settings.spec
             own, other = open_detection(spec, "train"), open_detection(spec, "val")
             if len(own) < 2:
-                self.settings.refuse("path", "holds fewer than 2 training images")
+                raise self.settings.error("path", "holds fewer than 2 training images")
             if not own.classes:
-                self.settings.refuse("path", "has training images in which nothing is marked")
+                raise self.settings.error("path", "has training images in which nothing is marked")
             return own, other
         return self._sources
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
+from mim.core.rng import image_keys, name_to_int, permutation
 from mim.data.images.transforms import prepare
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split

@@ -11,9 +11,9 @@ Shapes: B images, C channels, H x W pixels of a window, K classes, D width of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from mim.core.config import FREE
 from mim.core.device import to_device
-from mim.core.errors import choice_error
-from mim.core.keys import seed_of
+from mim.core.fields import Natural, Share
+from mim.core.rng import seed_of
 from mim.data import Batch, holdout, normalize
 from mim.evaluate.base import EVALUATIONS, TaskEvaluation
 from mim.evaluate.dense.pictures import segmentation_picture
@@ -76,30 +77,22 @@ class SegmentSettings(DenseSettings):
     source: str = "folders"
     """folders (path/images/{train,val} and path/masks/{train,val}, of equal stems),
     torchvision/VOCSegmentation or torchvision/OxfordIIITPet."""
-    download: bool = True
+    download: bool = field(default=True, metadata=FREE)
     """Whether torchvision may download."""
     void: int = 255
     """Label in the masks of pixels that never count (folders)."""
-    head: str = "upernet"
+    head: Literal["upernet", "linear"] = "upernet"
     """upernet, or linear: one linear layer on the last block."""
-    resize: int = 0
+    resize: Natural = 0
     """Short side in pixels to which images are brought before windows are cut from them; 0: until
     they just cover image_size."""
-    stride: float = 0.67
+    stride: Share = 0.67
     """Step of the sliding window over its side."""
-
-    name: ClassVar[str] = "segment"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head not in HEADS:
-            raise choice_error("evaluations.segment.head", self.head, HEADS)
-        if not 0 < self.stride <= 1:
-            self.refuse("stride", "must be above 0 and at most 1")
-        if self.resize < 0:
-            self.refuse("resize", "must not be below 0")
         if self.head == "upernet" and len(self.scales) != 4:
-            self.refuse("scales", "must be 4, one for each quarter of the depth")
+            raise self.error("scales", "must be 4, one for each quarter of the depth")
 
     @property
     def spec(self) -> SegmentationSpec:
@@ -325,11 +318,10 @@ def _numbers(confusion: Tensor, classes: list[str]) -> dict[str, float]:
     return numbers
 
 
-@EVALUATIONS.register("segment")
+@EVALUATIONS.register("segment", SegmentSettings)
 class Segment(TaskEvaluation):
     """A label for each pixel; mIoU."""
 
-    Settings = SegmentSettings
     settings: SegmentSettings
     _sources: tuple[SegmentationSource, SegmentationSource] | None = None
 
@@ -347,7 +339,7 @@ class Segment(TaskEvaluation):
             spec = self.settings.spec
             own, other = open_segmentation(spec, "train"), open_segmentation(spec, "val")
             if len(own) < 2:
-                self.settings.refuse("path", "holds fewer than 2 training images")
+                raise self.settings.error("path", "holds fewer than 2 training images")
             return own, other
         return self._sources
 

@@ -22,9 +22,17 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import image_keys, name_to_int, permutation
 from mim.core.registry import Registry
-from mim.data.images.decode import DECODE_ERRORS, EXTENSIONS
+from mim.core.rng import image_keys, name_to_int, permutation
+from mim.data.images.decode import (
+    DECODE_ERRORS,
+    EXTENSIONS,
+    UnreadableImage,
+    decoding,
+    open_image,
+    open_regular,
+    read_picture,
+)
 from mim.data.images.transforms import prepare, upright
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource, Split
@@ -64,6 +72,10 @@ class SegmentationSource(ImageSource):
     @abstractmethod
     def read_mask(self, index: int) -> NDArray[np.integer[Any]]:
         """(height, width), the labels as they stand in the file."""
+
+    def glance(self, index: int) -> bytes:
+        """Of the image and its mask: a state is not used over other masks either."""
+        return super().glance(index) + self.read_mask(index).tobytes()
 
     def describe_mask(self, index: int) -> str:
         """What a message calls the mask at a position."""
@@ -139,8 +151,12 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: if it cannot be read; names the file.
     """
-    with opened(path) as image:
-        image.load()
+    try:
+        image = read_picture(path, str(path), DataConfig().max_pixels, "pil")
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{path} is an array, which has no masks or boxes")
     return image
 
 
@@ -148,11 +164,10 @@ def read_image(path: Path) -> Image.Image:
 def opened(path: Path) -> Iterator[Image.Image]:
     """An image of which the header has been read; see :func:`read_image`."""
     try:
-        with Image.open(path) as image:
-            yield image
-    except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+        with decoding(str(path)), open_regular(path) as file:
+            yield open_image(file)
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
 
 
 def check_file(path: Path, size: tuple[int, int], annotation: str) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +23,21 @@ from safetensors import SafetensorError
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from mim.core.config import DataConfig
+from mim.core.config import FREE, DataConfig
 from mim.core.cpu.kernels import tune
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
+from mim.core.fields import (
+    BelowOne,
+    Between,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Span,
+    is_free,
+)
 from mim.data import Batch, BatchLoader, ImageSource, open_source
 from mim.evaluate.dense.detection_data import DetectionBatches
 from mim.evaluate.dense.pyramid import SCALES
@@ -34,15 +45,12 @@ from mim.evaluate.dense.segmentation_data import SegmentationBatches
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.features import check_precision
 from mim.evaluate.training import (
-    FREE,
     StepSettings,
     SupervisedTask,
     identity_of,
     train_epochs,
 )
 from mim.model.backbones import (
-    PlainViT,
-    RotaryViT,
     build_backbone,
     family_of,
     load_backbone,
@@ -63,91 +71,69 @@ if TYPE_CHECKING:
 class DenseSettings(StepSettings):
     """Settings that segmentation and detection share."""
 
-    path: str = ""
+    path: str = field(default="", metadata=FREE)
     """Folder of the images; see ``source``."""
     classes: tuple[str, ...] = ()
     """Names of the classes."""
-    image_size: tuple[int, ...] = (512, 512)
+    image_size: tuple[Count, Count] = (512, 512)
     """(height, width) of what the encoder reads; position embeddings are interpolated to it."""
     freeze: bool = False
     """Whether the encoder stays as it is and only the head is trained."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training images."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images a step; all where there are fewer training images."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate of the head; half a cosine to 0. Not scaled with the batch."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: NonNegative = 1.0
     """Epochs of linear warm-up, at most half of all."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's; vectors, tokens and position embeddings have none."""
-    layer_decay: float = 0.75
+    layer_decay: Share = 0.75
     """Factor of the learning rate from each layer of the encoder to the one before it."""
-    drop_path: float = 0.1
+    drop_path: BelowOne = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 in the first. None if frozen."""
-    scale: tuple[float, ...] = (0.5, 2.0)
+    scale: Span = (0.5, 2.0)
     """From and to of the random scale of a training image."""
     flip: bool = True
     """Whether half of the training images are mirrored left to right."""
-    width: int = 256
+    width: Count = 256
     """Channels of the head."""
     scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
     """Sizes of the pyramid's maps over that of the grid of patches, descending."""
-    held_out: float = 0.1
+    held_out: Between = 0.1
     """Share of the training images on which the best epoch is chosen."""
-    measure_every: int = 1
+    measure_every: Count = 1
     """Epochs between two measurements on them; the last epoch is always measured."""
     mean: tuple[float, ...] = ()
     """Mean of each channel by which images are normalised; by default as in pre-training."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, likewise."""
-    weights: str = ""
+    weights: str = field(default="", metadata=FREE)
     """File of a trained model of the same settings: it is measured on val, nothing is trained."""
-    save: bool = True
+    save: bool = field(default=True, metadata=FREE)
     """Whether the trained model is written into the run folder."""
-    pictures: int = 4
+    pictures: Natural = field(default=4, metadata=FREE)
     """Images of val that are drawn with truth and prediction into the run folder."""
 
     def __post_init__(self) -> None:
-        self._check_steps()
-        for setting in ("epochs", "batch_size", "lr", "width", "measure_every"):
-            self._positive(setting, getattr(self, setting))
-        for setting in ("warmup_epochs", "weight_decay", "pictures"):
-            if not getattr(self, setting) >= 0:
-                self.refuse(setting, "must not be below 0")
-        if not 0 < self.layer_decay <= 1:
-            self.refuse("layer_decay", "must be above 0 and at most 1")
-        if not 0 <= self.drop_path < 1:
-            self.refuse("drop_path", "must be at least 0 and below 1")
-        if not 0 < self.held_out < 1:
-            self.refuse("held_out", "must lie between 0 and 1")
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            self.refuse("image_size", "must be a height and a width above 0")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            self.refuse("scale", "must be 0 < from <= to")
+        super().__post_init__()
         known = all(scale in SCALES for scale in self.scales)
         if not self.scales or not known or list(self.scales) != sorted(self.scales, reverse=True):
-            self.refuse("scales", f"must be some of {SCALES}, descending")
-        if not all(isinstance(name, str) and name for name in self.classes):
-            self.refuse("classes", "must be names")
+            raise self.error("scales", f"must be some of {SCALES}, descending")
+        if not all(self.classes):
+            raise self.error("classes", "must be names")
         if len(set(self.classes)) < len(self.classes):
-            self.refuse("classes", "names a class twice")
-        for setting in ("mean", "std"):
-            if not all(isinstance(value, (int, float)) for value in getattr(self, setting)):
-                self.refuse(setting, "must be numbers")
+            raise self.error("classes", "names a class twice")
         if len(self.mean) != len(self.std):
-            self.refuse("mean", "must have as many values as std")
+            raise self.error("mean", "must have as many values as std")
         if self.weights and not Path(self.weights).is_file():
-            self.refuse("weights", "is no file")
+            raise self.error("weights", "is no file")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of what the encoder reads."""
         return self.image_size[0], self.image_size[1]
-
-    def refuse(self, setting: str, reason: str) -> NoReturn:
-        """Raises the error for a setting that cannot be used."""
-        self._refuse(setting, reason)
 
 
 def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
@@ -160,12 +146,13 @@ def encoder_at_size(encoder: Encoder, settings: DenseSettings) -> Any:
     if encoder.vit is None or encoder.model is None:
         raise UserError(f"evaluation {settings.name}: how {encoder.name} was built is not known")
     kind = family_of(encoder.vit)
-    if not isinstance(kind, (PlainViT, RotaryViT)):
+    if not kind.has_one_grid:
         reason = f"needs a ViT with one grid of patches, and {encoder.name} is a {kind.kind}"
         raise UserError(f"evaluation {settings.name} {reason}")
     patch = patch_size_of(encoder.vit)
     if settings.size[0] % patch[0] or settings.size[1] % patch[1]:
-        settings.refuse("image_size", f"is not divisible by the patch, {patch[0]} x {patch[1]}")
+        reason = f"is not divisible by the patch, {patch[0]} x {patch[1]}"
+        raise settings.error("image_size", reason)
     drop = 0.0 if settings.freeze else settings.drop_path
     model = replace(
         encoder.model, backbone_args={**encoder.model.backbone_args, "drop_path_rate": drop}
@@ -187,7 +174,7 @@ def statistics_of(
     channels = encoder.data.channels
     if settings.mean:
         if len(settings.mean) != channels:
-            settings.refuse("mean", f"must have {channels} values, one for each channel")
+            raise settings.error("mean", f"must have {channels} values, one for each channel")
         return settings.mean, settings.std
     if encoder.data.mean is not None and encoder.data.std is not None:
         return encoder.data.mean, encoder.data.std
@@ -344,7 +331,6 @@ def _cut(batch: Batch, cut: slice) -> Batch:
 
 
 # What may differ, too, when a training goes on: it does not change what is computed.
-_FREE = (*FREE, "path", "download", "weights", "save", "pictures")
 
 
 class DenseTask(SupervisedTask):
@@ -380,7 +366,7 @@ class DenseTask(SupervisedTask):
             reason = f"does not divide among {world} processes"
             if size < settings.batch_size:
                 reason += f"; the training images allow {size}"
-            settings.refuse("batch_size", reason)
+            raise settings.error("batch_size", reason)
         super().__init__(model, accelerator, settings, size, batches.per_epoch, settings.epochs)
         tune(model, accelerator.device, precision)
         self.data, self.precision = batches, precision
@@ -459,7 +445,8 @@ def store_of(
     """
     if folder is None or settings.checkpoint_every == 0 or settings.weights:
         return None
-    recipe = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    kind = type(settings)
+    recipe = {key: value for key, value in asdict(settings).items() if not is_free(kind, key)}
     parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
     path = folder / "evaluations" / f"{settings.name}.pt"
     return FileStore(path, json.dumps(parts, sort_keys=True))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from mim.core.keys import uniforms
+from mim.core.rng import uniforms
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def training_view(
     """The view of one image in one epoch.
 
     Args:
-        key: (1,) int64, of :func:`mim.core.keys.image_keys`.
+        key: (1,) int64, of :func:`mim.core.rng.image_keys`.
         original: (height, width) of the image.
         size: of the result.
         factor: by which the image is scaled where the drawn scale is 1.

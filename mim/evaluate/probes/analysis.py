@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mim.core.device import to_device
-from mim.core.errors import UserError, choice_error
-from mim.core.keys import image_keys
+from mim.core.errors import UserError
+from mim.core.fields import Count
+from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize
 from mim.evaluate.base import (
     EVALUATIONS,
@@ -46,25 +47,16 @@ FILES = "analysis"
 class AnalysisSettings(EvaluationSettings):
     """Settings of the analysis of layers."""
 
-    pool: str = "mean"
+    pool: Literal["mean", "cls"] = "mean"
     """What stands for an image in each layer: mean (of the patch tokens) or cls."""
-    train_images: int = 2000
+    train_images: Count = 2000
     """Training images of which the probe of each layer learns at most, shared among the classes."""
-    val_images: int = 1000
+    val_images: Count = 1000
     """Held-out images on which it is measured at most."""
-    attention_images: int = 64
+    attention_images: Count = 64
     """Held-out images over which the reach of attention is averaged."""
-    compared_images: int = 256
+    compared_images: Count = 256
     """Held-out images whose features are kept to compare encoders by."""
-
-    name: ClassVar[str] = "analysis"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pool == "both":
-            raise choice_error("evaluations.analysis.pool", self.pool, ("mean", "cls"))
-        for setting in ("train_images", "val_images", "attention_images", "compared_images"):
-            self._positive(setting, getattr(self, setting))
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
@@ -190,11 +182,10 @@ def _some(source: ImageSource, count: int, seed: int) -> ImageSource:
     return Subset(source, keys.argsort(stable=True)[:count].sort().values)
 
 
-@EVALUATIONS.register("analysis")
+@EVALUATIONS.register("analysis", AnalysisSettings)
 class Analysis(EncoderEvaluation):
     """Each layer's linear probe, reach of attention and effective rank."""
 
-    Settings = AnalysisSettings
     settings: AnalysisSettings
 
     def check_encoder(self, encoder: Encoder) -> None:

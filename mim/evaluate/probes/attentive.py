@@ -8,16 +8,18 @@ single vector holds it all, so that encoders trained without a global token are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim.core.errors import choice_error, setting_error
-from mim.evaluate.base import EVALUATIONS
+from mim.core.errors import setting_error
+from mim.core.fields import Count, Natural, NonNegative, Positive, SpanToOne
+from mim.evaluate.base import EVALUATIONS, NOT_EMPTY
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.probes.frozen import FrozenProbe, FrozenSettings
+from mim.evaluate.training import BatchSize
 from mim.model.backbones import family_of
 from mim.model.standardize import Standardize
 
@@ -28,30 +30,21 @@ _POOLS = ("mean", "both")
 class AttentiveSettings(FrozenSettings):
     """Settings of the attentive probe."""
 
-    pool: str = "mean"
+    pool: Literal["mean", "both"] = "mean"
     """Which tokens the query reads: mean (the patches') or both (the prefix tokens too)."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training images."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images a step, over all processes."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """AdamW's."""
-    base_lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    base_lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (1e-4, 3e-4, 1e-3, 3e-3)
     """Peak learning rates for a batch of 256, scaled with the batch size: a head is trained with
     each, and the best is chosen."""
-    crop_scale: tuple[float, ...] = (0.3, 1.0)
+    crop_scale: SpanToOne = (0.3, 1.0)
     """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
-    heads: int = 0
+    heads: Natural = 0
     """Attention heads; 0 is as many as the encoder's last block has."""
-
-    name: ClassVar[str] = "attentive"
-
-    def __post_init__(self) -> None:
-        if self.pool not in _POOLS:
-            raise choice_error("evaluations.attentive.pool", self.pool, _POOLS)
-        super().__post_init__()
-        if self.heads < 0:
-            self._refuse("heads", "must not be below 0")
 
 
 class AttentivePool(nn.Module):
@@ -85,11 +78,10 @@ class AttentivePool(nn.Module):
         return logits
 
 
-@EVALUATIONS.register("attentive")
+@EVALUATIONS.register("attentive", AttentiveSettings)
 class Attentive(FrozenProbe):
     """One cross-attention with a learned query on the tokens of a frozen encoder."""
 
-    Settings = AttentiveSettings
     settings: AttentiveSettings
 
     def _heads(self, encoder: Encoder) -> int:

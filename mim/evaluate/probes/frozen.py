@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from mim.core.config import DataConfig
 from mim.core.device import to_device
-from mim.core.keys import seed_of
+from mim.core.fields import Positive
+from mim.core.rng import seed_of
 from mim.data import Batch, ImageSource
-from mim.evaluate.base import EncoderEvaluation
+from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import check_pool, check_precision
 from mim.evaluate.training import (
@@ -44,14 +46,9 @@ from mim.training.runtime.precision import autocast
 class FrozenSettings(TrainedSettings):
     """Settings that the trained probes share."""
 
-    base_lr: tuple[float, ...] = (0.1,)
+    base_lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (0.1,)
     """Peak learning rates for a batch of 256, scaled with the batch size: a head is trained with
     each, and the best is chosen."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._not_empty("base_lr")
-        self._positive("base_lr", *self.base_lr)
 
 
 class Heads(nn.Module):
@@ -132,10 +129,10 @@ class FrozenProbe(EncoderEvaluation):
         found = accuracies(task, task.model, val)
         if state is not None and accelerator.is_main_process:
             state.unlink(missing_ok=True)
-        numbers = measured(found, best.head, classes) | best.numbers("accuracy")
+        more = dict(best.numbers("accuracy"))
         if len(s.base_lr) > 1:
-            numbers["chosen_base_lr"] = s.base_lr[best.head]
-        return numbers
+            more["chosen_base_lr"] = s.base_lr[best.head]
+        return measured(found, best.head, classes, more)
 
     def _again(self, first: nn.Module, encoder: Encoder, classes: int) -> nn.Module:
         """Another head with the same initial weights: heads differ in the learning rate alone."""

@@ -10,24 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
+from mim.evaluate.predictions import Measured
 
 _QUERIES = 1024  # images compared with the training set at once
 
@@ -36,18 +39,10 @@ _QUERIES = 1024  # images compared with the training set at once
 class KnnSettings(ProbeSettings):
     """Settings of the nearest-neighbour evaluation."""
 
-    k: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    k: Annotated[tuple[Count, ...], NOT_EMPTY] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Numbers of neighbours to choose from; those above the number of images are left out."""
-    temperature: tuple[float, ...] = (0.02, 0.07, 0.2)
+    temperature: Annotated[tuple[Positive, ...], NOT_EMPTY] = (0.02, 0.07, 0.2)
     """Temperatures of the vote to choose from."""
-
-    name: ClassVar[str] = "knn"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("k", "temperature"):
-            self._not_empty(setting)
-            self._positive(setting, *getattr(self, setting))
 
 
 def knn_predict(
@@ -89,11 +84,10 @@ def knn_predict(
     return torch.cat(parts, 2)
 
 
-@EVALUATIONS.register("knn")
+@EVALUATIONS.register("knn", KnnSettings)
 class Knn(Evaluation):
     """DINO's nearest-neighbour classifier, k and temperature chosen on a split of train."""
 
-    Settings = KnnSettings
     settings: KnnSettings
 
     def _grid(self, images: int) -> list[int]:
@@ -113,11 +107,10 @@ class Knn(Evaluation):
         val_y = labels_of(val).cpu()
         check_few_shot(y, s)
 
-        def accuracy(subset: Tensor, k: int, t: float) -> float:
-            guess = knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0]
-            return float((guess == val_y).double().mean())
+        def right(subset: Tensor, k: int, t: float) -> Tensor:
+            return knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0] == val_y
 
-        held = holdout(ids, y, s.seed)
+        held = stratified_holdout(ids, y, s.seed)
         everything = torch.arange(len(y), device=x.device)
         if held.any():
             ks = self._grid(int((~held).sum()))
@@ -125,13 +118,14 @@ class Knn(Evaluation):
             k, t = self._choose((guess == y[held].cpu()).sum(2), ks)
         else:
             k, t = 1, s.temperature[0]
+        answers = {"accuracy": right(everything, k, t)}
         numbers: dict[str, float] = {
-            "accuracy": accuracy(everything, k, t),
+            "accuracy": float(answers["accuracy"].double().mean()),
             "chosen_k": k,
             "chosen_temperature": t,
         }
         for n in s.few_shot:
-            scores, chosen_k, chosen_t = [], [], []
+            found, chosen_k, chosen_t = [], [], []
             for draw in range(s.draws):
                 part = few_shot_draw(ids, y, n, s.seed, draw)
                 folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
@@ -144,12 +138,13 @@ class Knn(Evaluation):
                         guess = knn_predict(x[ask], x[fit], y[fit], ks, s.temperature)
                         correct += (guess == y[ask].cpu()).sum(2)
                     k, t = self._choose(correct, ks)
-                scores.append(accuracy(part, k, t))
+                found.append(right(part, k, t))
                 chosen_k.append(float(k))
                 chosen_t.append(t)
-            mean, std = spread(scores)
+            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
+            mean, std = spread([float(answer.double().mean()) for answer in found])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std
             numbers[f"mean_k_{n}_per_class"] = spread(chosen_k)[0]
             numbers[f"mean_temperature_{n}_per_class"] = spread(chosen_t)[0]
-        return numbers
+        return Measured(numbers, val.sample_ids, answers, val_y)

@@ -8,25 +8,28 @@ convex problem is the measure: there is no learning rate and no schedule to favo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mim.core.errors import UserError
+from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
     FOLDS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
+from mim.evaluate.predictions import Measured
 from mim.evaluate.probes.softmax import SoftmaxFit, fit_softmax, side_by_side
 
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -38,31 +41,20 @@ _ONE_SHOT_STRENGTH = 1e-2
 class LinearSettings(ProbeSettings):
     """Settings of the linear probe."""
 
-    strengths: tuple[float, ...] = _STRENGTHS
+    strengths: Annotated[tuple[Positive, ...], NOT_EMPTY] = _STRENGTHS
     """Strengths of the L2 penalty to choose from, on the mean loss; ties go to the stronger."""
-    few_shot_strengths: tuple[float, ...] = _FEW_SHOT_STRENGTHS
+    few_shot_strengths: Annotated[tuple[Positive, ...], NOT_EMPTY] = _FEW_SHOT_STRENGTHS
     """The same for few-shot sets, which are separable: weaker penalties only cost time."""
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     """Largest component of the gradient at which a fit counts as converged."""
-    max_iterations: int = 1000
+    max_iterations: Count = 1000
     """L-BFGS iterations after which a fit stops; ``converged`` in the result then is below 1."""
 
-    name: ClassVar[str] = "linear"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in ("strengths", "few_shot_strengths"):
-            self._not_empty(setting)
-            self._positive(setting, *getattr(self, setting))
-        for setting in ("tolerance", "max_iterations"):
-            self._positive(setting, getattr(self, setting))
-
-
-@EVALUATIONS.register("linear")
+@EVALUATIONS.register("linear", LinearSettings)
 class Linear(Evaluation):
     """Logistic regression, its L2 strength chosen on a split of train."""
 
-    Settings = LinearSettings
     settings: LinearSettings
 
     def _fit(
@@ -119,11 +111,11 @@ class Linear(Evaluation):
         val_x: Tensor,
         val_y: Tensor,
         classes: int,
-    ) -> tuple[float, float, bool]:
-        """The same, and asks val once: accuracy on val, the strength, whether all converged."""
+    ) -> tuple[Tensor, float, bool]:
+        """The same, and asks val once: (n',) right or not, the strength, whether all converged."""
         final, strength, converged = self._chosen(x, y, held, strengths, classes)
         guess = final.logits(val_x)[0, 0].argmax(1)
-        return float((guess == val_y).double().mean()), strength, converged
+        return guess == val_y, strength, converged
 
     def fit(self, train: Features) -> SoftmaxFit:
         """The probe of all training images, its strength chosen on a split of them.
@@ -134,7 +126,7 @@ class Linear(Evaluation):
         y = labels_of(train)
         if len(y.unique()) < 2:
             raise UserError("evaluation linear needs at least 2 classes; train has 1")
-        held = holdout(train.sample_ids, y, self.settings.seed)[None]
+        held = stratified_holdout(train.sample_ids, y, self.settings.seed)[None]
         classes = int(y.max()) + 1
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
@@ -152,9 +144,9 @@ class Linear(Evaluation):
             raise UserError("evaluation linear needs at least 2 classes; train has 1")
         classes = int(y.max()) + 1
 
-        held = holdout(ids, y, s.seed)[None]
+        held = stratified_holdout(ids, y, s.seed)[None]
 
-        def probed(item: tuple[int, int] | None) -> tuple[float, float, bool]:
+        def probed(item: tuple[int, int] | None) -> tuple[Tensor, float, bool]:
             """Of all training images, or of a draw of so many a class."""
             if item is None:
                 return self._probe(x, y, held, s.strengths, val_x, val_y, classes)
@@ -170,16 +162,20 @@ class Linear(Evaluation):
             return folds * images * min(images, x.shape[1]) * fits * classes
 
         draws = [(n, draw) for n in s.few_shot for draw in range(s.draws)]
-        whole, *few = side_by_side(probed, [None, *draws], work, x.device)
-        numbers = dict(
-            zip(("accuracy", "chosen_strength", "converged"), map(float, whole), strict=True)
-        )
+        (right, strength, converged), *few = side_by_side(probed, [None, *draws], work, x.device)
+        answers = {"accuracy": right}
+        numbers = {
+            "accuracy": float(right.double().mean()),
+            "chosen_strength": strength,
+            "converged": float(converged),
+        }
         for n in s.few_shot:
             results = [result for item, result in zip(draws, few, strict=True) if item[0] == n]
-            mean, std = spread([r[0] for r in results])
+            answers[f"accuracy_{n}_per_class"] = torch.stack([r[0] for r in results])
+            mean, std = spread([float(r[0].double().mean()) for r in results])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std
             logs = torch.tensor([r[1] for r in results], dtype=torch.float64).log()
             numbers[f"mean_strength_{n}_per_class"] = float(logs.mean().exp())
             numbers[f"converged_{n}_per_class"] = spread([float(r[2]) for r in results])[0]
-        return numbers
+        return Measured(numbers, val.sample_ids, answers, val_y)

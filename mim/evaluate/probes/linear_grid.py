@@ -12,25 +12,28 @@ Shapes: G combinations, b images of a step, D features, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from mim.core.errors import UserError, setting_error
-from mim.core.keys import permutation
+from mim.core.errors import UserError
+from mim.core.fields import BelowOne, Count, NonNegative, Positive
+from mim.core.rng import permutation
 from mim.evaluate.base import (
     EVALUATIONS,
+    NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
     check_few_shot,
     few_shot_draw,
     few_shot_folds,
-    holdout,
     labels_of,
     spread,
+    stratified_holdout,
 )
+from mim.evaluate.predictions import Measured
 from mim.training.optim import Schedule
 
 
@@ -38,37 +41,18 @@ from mim.training.optim import Schedule
 class LinearGridSettings(ProbeSettings):
     """Settings of the linear probe by gradient descent."""
 
-    few_shot: tuple[int, ...] = ()
+    few_shot: tuple[Count, ...] = ()
     """Numbers of training images a class; each is measured beside all of the training images."""
-    lr: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    lr: Annotated[tuple[Positive, ...], NOT_EMPTY] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Learning rates to choose from, for a batch of 256; scaled with the batch size."""
-    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    weight_decay: Annotated[tuple[NonNegative, ...], NOT_EMPTY] = (0.0, 1e-4, 1e-3, 1e-2)
     """Weight decays to choose from; ties go to the first combination, learning rates outermost."""
-    epochs: int = 20
+    epochs: Count = 20
     """Passes over the training images."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images a step; all at once where there are fewer."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """Of the gradient descent."""
-
-    name: ClassVar[str] = "linear_grid"
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(n, int) for n in self.few_shot):
-            place = f"evaluations.{self.name}.few_shot"
-            raise setting_error(place, self.few_shot, "must be whole numbers")
-        super().__post_init__()
-        for setting in ("lr", "weight_decay"):
-            self._not_empty(setting)
-        self._positive("lr", *self.lr)
-        for setting in ("epochs", "batch_size"):
-            self._positive(setting, getattr(self, setting))
-        if not all(decay >= 0 for decay in self.weight_decay):
-            place = f"evaluations.{self.name}.weight_decay"
-            raise setting_error(place, self.weight_decay, "must not be below 0")
-        if not 0 <= self.momentum < 1:
-            reason = "must be at least 0 and below 1"
-            raise setting_error(f"evaluations.{self.name}.momentum", self.momentum, reason)
 
 
 @dataclass(frozen=True)
@@ -133,20 +117,19 @@ def descend(
     return LinearLayers(weight, bias - (mean @ weight)[:, None])
 
 
-@EVALUATIONS.register("linear_grid")
+@EVALUATIONS.register("linear_grid", LinearGridSettings)
 class LinearGrid(Evaluation):
     """Many linear layers trained at once, the best chosen on a split of train."""
 
-    Settings = LinearGridSettings
     settings: LinearGridSettings
 
     def _probe(
         self, x: Tensor, y: Tensor, held: Tensor, val_x: Tensor, val_y: Tensor, classes: int
-    ) -> tuple[float, float, float]:
+    ) -> tuple[Tensor, float, float]:
         """Chooses on ``held`` (F, n), trains on all of x, and asks val once.
 
         Returns:
-            accuracy on val, the learning rate and the weight decay.
+            (n',) right or not on val, the learning rate and the weight decay.
         """
         s = self.settings
         grid = [(lr, decay) for lr in s.lr for decay in s.weight_decay]
@@ -156,8 +139,7 @@ class LinearGrid(Evaluation):
             right += (layers.predict(x[out]) == y[out]).sum(1)
         chosen = grid[int(right.argmax())]
         final = descend(x, y, classes, [chosen], s)
-        accuracy = float((final.predict(val_x)[0] == val_y).double().mean())
-        return accuracy, *chosen
+        return final.predict(val_x)[0] == val_y, *chosen
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
         """See :meth:`Evaluation.run`.
@@ -172,8 +154,10 @@ class LinearGrid(Evaluation):
         if len(y.unique()) < 2:
             raise UserError("evaluation linear_grid needs at least 2 classes; train has 1")
         classes = int(y.max()) + 1
-        held = holdout(ids, y, s.seed)[None]
-        accuracy, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
+        held = stratified_holdout(ids, y, s.seed)[None]
+        right, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
+        answers = {"accuracy": right}
+        accuracy = float(right.double().mean())
         numbers = {"accuracy": accuracy, "chosen_lr": lr, "chosen_weight_decay": decay}
         for n in s.few_shot:
             found = []
@@ -181,7 +165,8 @@ class LinearGrid(Evaluation):
                 part = few_shot_draw(ids, y, n, s.seed, draw)
                 folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
                 found.append(self._probe(x[part], y[part], folds, val_x, val_y, classes)[0])
-            mean, std = spread(found)
+            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
+            mean, std = spread([float(answer.double().mean()) for answer in found])
             numbers[f"accuracy_{n}_per_class"] = mean
             numbers[f"accuracy_{n}_per_class_std"] = std
-        return numbers
+        return Measured(numbers, val.sample_ids, answers, val_y)

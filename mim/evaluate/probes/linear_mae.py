@@ -8,16 +8,18 @@ best epoch on the test images; here the epoch is chosen on a split of train.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from mim.core.fields import BelowOne, Count, NonNegative
 from mim.evaluate.base import EVALUATIONS
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import pool_tokens
 from mim.evaluate.probes.frozen import FrozenProbe, FrozenSettings
+from mim.evaluate.training import BatchSize
 from mim.model.backbones import family_of
 from mim.model.standardize import Standardize
 
@@ -26,28 +28,20 @@ from mim.model.standardize import Standardize
 class LinearMaeSettings(FrozenSettings):
     """Settings of MAE's linear probe."""
 
-    epochs: int = 90
+    epochs: Count = 90
     """Passes over the training images."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images a step, over all processes; MAE's is 16384."""
-    warmup_epochs: float = 10.0
+    warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up, at most half of all."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """Of LARS."""
 
-    name: ClassVar[str] = "linear_mae"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            self._refuse("momentum", "must be at least 0 and below 1")
-
-
-@EVALUATIONS.register("linear_mae")
+@EVALUATIONS.register("linear_mae", LinearMaeSettings)
 class LinearMae(FrozenProbe):
     """A linear layer behind a batch norm, trained on augmented images by MAE's protocol."""
 
-    Settings = LinearMaeSettings
     settings: LinearMaeSettings
 
     def tokens(self, encoder: Encoder, images: Tensor) -> Tensor:

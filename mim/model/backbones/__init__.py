@@ -6,6 +6,7 @@ model and loads its weights.
 
 from mim.model.backbones.build import (
     build_backbone,
+    check_arguments,
     grid_of,
     load_backbone,
     load_weights,
@@ -47,6 +48,7 @@ __all__ = [
     "block_at",
     "block_outputs",
     "build_backbone",
+    "check_arguments",
     "family_of",
     "grid_of",
     "load_backbone",

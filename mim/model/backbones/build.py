@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mim.core.config import ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.keys import seed_of
+from mim.core.fields import plain
+from mim.core.rng import seed_of
 from mim.model.backbones.family import FAMILIES, family_of
 
 # What the project sets itself; the value says where.
@@ -30,6 +31,11 @@ _RESERVED = {
     "checkpoint_path": "mim evaluate",
     "patch_drop_rate": "mask.ratio",
     "dynamic_img_size": "data.image_size",
+}
+# What tells timm where to load weights from, or how to call a builder of its own.
+_LOADING = {
+    *("cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "model_cfg"),
+    *("pretrained_filter_fn", "kwargs_filter", "features_only", "scriptable", "exportable"),
 }
 # Entries of a checkpoint that are no part of the encoder.
 _HEADS = ("head.", "attn_pool.")
@@ -75,10 +81,7 @@ def build_backbone(
             divide the image, a model whose patches overlap, or weights that cannot be had.
     """
     setting_name, setting_args = f"{setting}.backbone", f"{setting}.backbone_args"
-    args = dict(model.backbone_args)
-    for name, place in _RESERVED.items():
-        if name in args:
-            raise setting_error(setting_args, args, f"must not set {name}: that is {place}")
+    args = check_arguments(model.backbone_args, setting_args)
     patch = args.get("patch_size")
     if patch is not None:
         sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
@@ -146,6 +149,21 @@ def build_backbone(
         vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
     set_norm_eps(vit, model.norm_eps)
     return vit
+
+
+def check_arguments(args: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """Arguments for timm, none of which loads a file or is a setting elsewhere.
+
+    Raises:
+        UserError: for one that does, or is.
+    """
+    for name in plain(setting, args):
+        if place := _RESERVED.get(name):
+            raise setting_error(setting, dict(args), f"must not set {name}: that is {place}")
+        if name in _LOADING:
+            reason = f"must not set {name}: weights are read by mim import and mim evaluate"
+            raise setting_error(setting, dict(args), reason)
+    return dict(args)
 
 
 def set_norm_eps(module: nn.Module, eps: float | None) -> None:

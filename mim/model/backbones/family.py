@@ -12,14 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mim.core.config import RegimeConfig
 from mim.core.patches import Patches, values_at
 
 Grid = tuple[int, int]
@@ -40,6 +39,21 @@ class Embedded:
     rotation: Tensor | None = None
 
 
+class RegimeTraits(Protocol):
+    """What a kind of backbone asks of a regime; see :class:`mim.model.regimes.Regime`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def keeps_all_tokens(self) -> bool: ...
+    @property
+    def hides_keys(self) -> bool: ...
+    @property
+    def hidden_by(self) -> tuple[str, object] | None: ...
+    @property
+    def order(self) -> str: ...
+
+
 class Family(ABC):
     """A view of a timm model as an encoder of masked images.
 
@@ -51,6 +65,8 @@ class Family(ABC):
     """Whether every block returns a token for each patch, as wide as the last block does."""
     takes_padding: bool = True
     """Whether images of a batch may show different numbers of patches under ``drop``."""
+    has_one_grid: bool = False
+    """Whether it is a ViT with one grid of patches from the first block to the last."""
     takes_sizes: bool = False
     """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
@@ -119,8 +135,8 @@ class Family(ABC):
         """Why a model of this kind cannot be used after all; None where it can."""
         return None
 
-    def check(self, config: RegimeConfig) -> None:  # noqa: B027 (most refuse nothing)
-        """Refuse what this kind of backbone cannot do.
+    def check(self, regime: RegimeTraits) -> None:  # noqa: B027 (most refuse nothing)
+        """Refuse a regime that this kind of backbone cannot follow.
 
         Raises:
             UserError: naming the setting and the reason.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
 
-from mim.core.config import RegimeConfig
 from mim.core.errors import UserError, setting_error
-from mim.model.backbones.family import Embedded, Grid, Merging, register_family
+from mim.model.backbones.family import Embedded, Grid, Merging, RegimeTraits, register_family
 from mim.model.backbones.swin import spread
 
 
@@ -51,15 +50,15 @@ class HieraFamily(Merging):
             return f"has mask units of {units} that do not end as one token each"
         return None
 
-    def check(self, config: RegimeConfig) -> None:
+    def check(self, regime: RegimeTraits) -> None:
         """Its global attention takes no mask."""
-        if config.name == "zero" and config.zero.attend_mask:
+        if regime.hides_keys:
             reason = "needs keys that nobody reads, and the attention of a Hiera takes no mask; "
             reason += "choose the regime drop or token, or false"
-            raise setting_error("model.regime.zero.attend_mask", True, reason)
-        if config.order != "bidirectional":
+            raise setting_error(*(regime.hidden_by or ("model.regime.name", regime.name)), reason)
+        if regime.order != "bidirectional":
             reason = "is not possible: the attention of a Hiera takes no mask"
-            raise setting_error("model.regime.order", config.order, reason)
+            raise setting_error("model.regime.order", regime.order, reason)
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
         if is_masked is not None:

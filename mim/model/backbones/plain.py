@@ -21,6 +21,7 @@ class PlainViT(Transformer):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), DeiT, CLIP's and DINOv2's among them."""
 
     packs = True
+    has_one_grid = True
 
     def __init__(self, vit: Any) -> None:
         super().__init__(vit)

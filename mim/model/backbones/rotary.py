@@ -24,6 +24,8 @@ class RotaryViT(Transformer):
     stand elsewhere in the sequence. Prefix tokens are not turned.
     """
 
+    has_one_grid = True
+
     @property
     def splits(self) -> bool:
         kinds = (EvaAttention, AttentionRope)
@@ -37,9 +39,14 @@ class RotaryViT(Transformer):
         taken, rotation = super().take(embedded, ids, valid), embedded.rotation
         if rotation is None:
             return taken
-        if self.vit.rope_mixed:  # (blocks, heads, B, T, R) -> (blocks, B, heads, T, R)
-            return replace(taken, rotation=rotation[:, :, ids].transpose(1, 2))
-        return replace(taken, rotation=rotation[ids][:, None])  # (B, 1, T, R)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        if self.vit.rope_mixed:  # (blocks, heads, N, R) -> (blocks, B, heads, T, R)
+            if rotation.ndim == 4:
+                return replace(taken, rotation=rotation[:, :, ids].transpose(1, 2))
+            return replace(taken, rotation=rotation[:, rows, :, ids].permute(2, 0, 3, 1, 4))
+        if rotation.ndim == 2:
+            return replace(taken, rotation=rotation[ids][:, None])  # (B, 1, T, R)
+        return replace(taken, rotation=rotation[rows, :, ids].transpose(1, 2))
 
     def _rotation(self, index: int, embedded: Embedded) -> Tensor | None:
         if embedded.rotation is None or not self.vit.rope_mixed:

@@ -9,9 +9,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from mim.core.config import RegimeConfig
 from mim.core.errors import setting_error
-from mim.model.backbones.family import Embedded, Grid, Merging, register_family
+from mim.model.backbones.family import Embedded, Grid, Merging, RegimeTraits, register_family
 
 
 @register_family(SwinTransformer, SwinTransformerV2)
@@ -55,19 +54,19 @@ class Swin(Merging):
             return None
         return f"embeds patches by {type(self.vit.patch_embed).__name__}, which may mix patches"
 
-    def check(self, config: RegimeConfig) -> None:
+    def check(self, regime: RegimeTraits) -> None:
         """Windows need every token and take no mask but their own."""
-        if config.name == "drop":
+        if not regime.keeps_all_tokens:
             reason = f"leaves tokens out, and the windows of a {self.kind} need the whole grid; "
             reason += "choose token"
-            raise setting_error("model.regime.name", "drop", reason)
-        if config.name == "zero" and config.zero.attend_mask:
+            raise setting_error("model.regime.name", regime.name, reason)
+        if regime.hides_keys:
             reason = f"needs keys that nobody reads, and a window of a {self.kind} that is hidden "
             reason += "as a whole would have nothing to read; choose the regime token, or false"
-            raise setting_error("model.regime.zero.attend_mask", True, reason)
-        if config.order != "bidirectional":
+            raise setting_error(*(regime.hidden_by or ("model.regime.name", regime.name)), reason)
+        if regime.order != "bidirectional":
             reason = f"is not possible in the windows of a {self.kind}"
-            raise setting_error("model.regime.order", config.order, reason)
+            raise setting_error("model.regime.order", regime.order, reason)
 
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
         return self.vit.patch_embed(images)  # (B, rows, columns, D)

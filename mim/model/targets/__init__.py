@@ -4,7 +4,6 @@ from mim.model.targets.base import (
     TARGETS,
     Target,
     TargetContext,
-    Teacher,
     build_target,
     per_image_loss,
 )
@@ -12,6 +11,7 @@ from mim.model.targets.features import EmaFeatures, FrozenFeatures
 from mim.model.targets.frequency import Frequency
 from mim.model.targets.hog import Hog
 from mim.model.targets.pixels import LowPass, NormalizedPixels, Pixels
+from mim.model.teacher import Teacher
 
 __all__ = [
     "TARGETS",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from mim.core.config import TargetConfig
 from mim.core.patches import Images, values_at
 from mim.core.registry import Registry
+from mim.masks import PatchMask
+from mim.model.teacher import Teacher
+from mim.model.terms import WithTerms
 
 
 @dataclass(frozen=True)
 class TargetContext:
-    """What a target must know of the model and the images.
+    """What a target must know of the model, the images and the loss.
 
     Attributes:
         patch_size: (height, width) of a patch in pixels.
@@ -25,6 +28,9 @@ class TargetContext:
         grid: (rows, columns) of patches.
         width: of the encoder's tokens, D.
         depth: the encoder's number of blocks.
+        loss: ``model.target.loss``.
+        smooth_l1_beta: ``model.target.smooth_l1_beta``.
+        loss_on: ``model.target.loss_on``.
     """
 
     patch_size: tuple[int, int]
@@ -32,6 +38,9 @@ class TargetContext:
     grid: tuple[int, int]
     width: int
     depth: int
+    loss: str = "auto"
+    smooth_l1_beta: float = 2.0
+    loss_on: str = "masked"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -39,22 +48,15 @@ class TargetContext:
         return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
 
 
-class Teacher(Protocol):
-    """An encoder that follows the trained one, such as its exponential moving average."""
-
-    def layers(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
-        ...
-
-
-class Target(nn.Module, ABC):
+class Target(WithTerms, nn.Module, ABC):
     """Turns images into what the decoder must predict.
 
     Args:
-        config: the settings under ``model.target``.
+        settings: its own, as registered with it; None where it has none.
         context: the model and images it serves.
 
     Attributes:
+        name: as registered.
         dim: length of the vector to be predicted for a patch.
         needs_teacher: whether :meth:`forward` must be given a teacher.
         shows_pixels: whether a prediction holds an image, so that :meth:`to_pixels` shows it.
@@ -62,15 +64,16 @@ class Target(nn.Module, ABC):
         own_loss: the loss of ``model.target.loss: auto``.
     """
 
+    name: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     shows_pixels: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
     own_loss: ClassVar[str] = "mse"
     dim: int
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
+    def __init__(self, settings: Any, context: TargetContext) -> None:
         super().__init__()
-        self.config = config
+        self.settings = settings
         self.context = context
 
     @abstractmethod
@@ -106,19 +109,35 @@ class Target(nn.Module, ABC):
         colours = principal_colours(prediction, target, channels)  # (B, N, C)
         return colours.to(images.dtype).repeat(1, 1, height * width)  # (B, N, P)
 
-    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def distance(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        images: Images | None = None,
+        ids: Tensor | None = None,
+        mask: PatchMask | None = None,
+    ) -> Tensor:
         """(..., dim) twice -> (...), the mean over a patch's values, in float32 at least.
 
         ``cosine`` is 1 minus the cosine similarity of the two vectors; of a zero vector, 1.
+
+        Args:
+            prediction: (B, M, dim).
+            target: (B, M, dim).
+            images: (B, C, H, W), normalised; this and what follows is for targets that weigh
+                patches by what they show or where they lie.
+            ids: (B, M) int64, which patches they are; None for all N in order.
+            mask: (B, N), what is hidden.
         """
         if prediction.dtype.itemsize < 4:  # half precision loses the small differences
             prediction = prediction.float()
         target = target.to(prediction.dtype)
-        kind = self.own_loss if self.config.loss == "auto" else self.config.loss
+        kind = self.own_loss if self.context.loss == "auto" else self.context.loss
         if kind == "cosine":
             return 1 - F.cosine_similarity(prediction, target, dim=-1)
         if kind == "smooth_l1":
-            beta = self.config.smooth_l1_beta
+            beta = self.context.smooth_l1_beta
             each = F.smooth_l1_loss(prediction, target, reduction="none", beta=beta)
         elif kind == "l1":
             each = F.l1_loss(prediction, target, reduction="none")
@@ -127,7 +146,7 @@ class Target(nn.Module, ABC):
         return each.mean(dim=-1)
 
 
-TARGETS: Registry[type[Target]] = Registry("model.target.name")
+TARGETS: Registry[type[Target]] = Registry("model.target.name", TargetConfig)
 
 
 @torch.no_grad()
@@ -179,4 +198,7 @@ def build_target(config: TargetConfig, context: TargetContext) -> Target:
     Raises:
         UserError: if the name is unknown, or the target does not fit ``context``.
     """
-    return TARGETS.get(config.name)(config, context)
+    context = replace(
+        context, loss=config.loss, smooth_l1_beta=config.smooth_l1_beta, loss_on=config.loss_on
+    )
+    return TARGETS.get(config.name)(TARGETS.chosen(config, config.name), context)

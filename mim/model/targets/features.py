@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.core.config import ModelConfig, TargetConfig
+from mim.core.config import ModelConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.keys import seed_of
+from mim.core.fields import Count, Settings
+from mim.core.rng import seed_of
 from mim.model.backbones import build_backbone, family_of, grid_of, load_weights
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.teacher import Teacher
 
 
 def _normalized(tokens: Tensor) -> Tensor:
@@ -34,7 +37,33 @@ def _weights_file(checkpoint: str) -> Path:
     return file
 
 
-@TARGETS.register("features")
+@dataclass(frozen=True)
+class FeaturesSettings(Settings):
+    """Features of a frozen timm model. Without weights to load it is random, and the same always.
+
+    It reads the images as the data settings normalise them: give data.mean and data.std the
+    values it was trained with.
+    """
+
+    backbone: str = "vit_tiny_patch16_224"
+    """Name of a timm VisionTransformer; its grid must be that of model.backbone."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the timm model, as model.backbone_args."""
+    checkpoint: str | None = None
+    """Its weights: a file of timm or MAE, or a run folder whose run has ended."""
+    pretrained: bool = False
+    """Whether timm downloads the weights of that name instead."""
+    layer: int = -1
+    """The block whose output counts, from 0; negative ones count from the last."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained and self.checkpoint is not None:
+            reason = "cannot be combined with model.target.features.checkpoint: choose one"
+            raise self.error("pretrained", reason)
+
+
+@TARGETS.register("features", FeaturesSettings)
 class FrozenFeatures(Target):
     """Patch tokens of a frozen timm model, layer-normalised without weights.
 
@@ -50,9 +79,11 @@ class FrozenFeatures(Target):
 
     own_loss = "smooth_l1"
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
-        settings, place = config.features, "model.target.features"
+    settings: FeaturesSettings
+
+    def __init__(self, settings: FeaturesSettings, context: TargetContext) -> None:
+        super().__init__(settings, context)
+        place = settings.where
         vit = build_backbone(
             ModelConfig(settings.backbone, settings.backbone_args),
             context.image_size,
@@ -102,7 +133,18 @@ class FrozenFeatures(Target):
         return _normalized(cast(list[Tensor], blocks)[0])  # (B, N, D)
 
 
-@TARGETS.register("ema_features")
+@dataclass(frozen=True)
+class EmaFeaturesSettings(Settings):
+    """Features of the encoder's own moving average (data2vec)."""
+
+    top: Count | None = None
+    """How many of the last blocks are averaged; by default half of the depth, as data2vec's 6 of
+    12 for images."""
+    normalize_mean: bool = True
+    """Whether their mean is layer-normalised too, as data2vec does for images."""
+
+
+@TARGETS.register("ema_features", EmaFeaturesSettings)
 class EmaFeatures(Target):
     """The mean of the teacher's last blocks, each layer-normalised (data2vec, arXiv:2202.03555).
 
@@ -115,9 +157,11 @@ class EmaFeatures(Target):
     needs_teacher = True
     own_loss = "smooth_l1"
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
-        top, depth = config.ema_features.top, context.depth
+    settings: EmaFeaturesSettings
+
+    def __init__(self, settings: EmaFeaturesSettings, context: TargetContext) -> None:
+        super().__init__(settings, context)
+        top, depth = settings.top, context.depth
         if top is not None and top > depth:
             reason = f"is more than the {depth} blocks of model.backbone"
             raise setting_error("model.target.ema_features.top", top, reason)
@@ -131,4 +175,4 @@ class EmaFeatures(Target):
             raise ValueError("the target ema_features must be given a teacher")
         layers = teacher.layers(images)[-self.top :]  # each (B, N, D)
         mean = torch.stack([_normalized(tokens) for tokens in layers]).mean(dim=0)
-        return _normalized(mean) if self.config.ema_features.normalize_mean else mean
+        return _normalized(mean) if self.settings.normalize_mean else mean

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mim.core.config import TargetConfig
 from mim.core.errors import setting_error
+from mim.core.fields import Count, Settings
 from mim.core.patches import patchify
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.teacher import Teacher
 
 
 def cosine_basis(size: int) -> Tensor:
@@ -50,7 +52,18 @@ def filter_images(images: Tensor, vertical: Tensor, horizontal: Tensor, gain: Te
         return down.T @ (down @ x @ across.T * gain) @ across
 
 
-@TARGETS.register("frequency")
+@dataclass(frozen=True)
+class FrequencySettings(Settings):
+    """Each patch's cosine transform."""
+
+    coefficients: Count | None = None
+    """How many of a patch's coefficients per channel, lowest frequencies first; by default all."""
+    whiten: bool = True
+    """Whether a coefficient is measured against the 1 / frequency amplitudes of natural images;
+    false, with all coefficients and mse, is the loss of pixels."""
+
+
+@TARGETS.register("frequency", FrequencySettings)
 class Frequency(Target):
     """Each patch's orthonormal 2-D cosine transform (DCT-II), low frequencies first.
 
@@ -67,10 +80,12 @@ class Frequency(Target):
     _analysis: Tensor
     _synthesis: Tensor
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
+    settings: FrequencySettings
+
+    def __init__(self, settings: FrequencySettings, context: TargetContext) -> None:
+        super().__init__(settings, context)
         height, width = context.patch_size
-        pixels, settings = height * width, config.frequency
+        pixels = height * width
         count = pixels if settings.coefficients is None else settings.coefficients
         if count > pixels:
             reason = f"is more than the {pixels} pixels of a patch of {height} x {width}"

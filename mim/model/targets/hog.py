@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.core.config import TargetConfig
 from mim.core.errors import setting_error
+from mim.core.fields import Count, Settings
 from mim.core.patches import patchify
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.teacher import Teacher
 
 _EPSILON = 1e-5
 
@@ -49,7 +51,19 @@ def oriented_gradients(images: Tensor, bins: int, cell: int) -> Tensor:
     return torch.stack([histogram(bin_) for bin_ in range(bins)], dim=-1)
 
 
-@TARGETS.register("hog")
+@dataclass(frozen=True)
+class HogSettings(Settings):
+    """Histograms of oriented gradients."""
+
+    bins: Count = 9
+    """Directions a histogram tells apart, over 180 degrees."""
+    cell: Count = 8
+    """Side in pixels of the squares that have a histogram each; must divide the patch."""
+    normalize: bool = True
+    """Whether each histogram is divided by its length, so that contrast does not count."""
+
+
+@TARGETS.register("hog", HogSettings)
 class Hog(Target):
     """Histograms of oriented gradients of each channel (MaskFeat, arXiv:2112.09133).
 
@@ -60,25 +74,27 @@ class Hog(Target):
     here they are those of Dalal and Triggs without the window, as in scikit-image.
     """
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
-        cell, (height, width) = config.hog.cell, context.patch_size
+    settings: HogSettings
+
+    def __init__(self, settings: HogSettings, context: TargetContext) -> None:
+        super().__init__(settings, context)
+        cell, (height, width) = settings.cell, context.patch_size
         if height % cell or width % cell:
             reason = f"does not divide the patch of {height} x {width} pixels"
             raise setting_error("model.target.hog.cell", cell, reason)
         if min(context.image_size) < 2:
             reason = "needs images of at least 2 x 2 pixels"
-            raise setting_error("model.target.name", config.name, reason)
-        self.dim = (height // cell) * (width // cell) * context.channels * config.hog.bins
+            raise setting_error("model.target.name", self.name, reason)
+        self.dim = (height // cell) * (width // cell) * context.channels * settings.bins
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
         """Histograms of each patch's cells; see :class:`~mim.model.targets.Target`."""
-        cell, (height, width) = self.config.hog.cell, self.context.patch_size
+        cell, (height, width) = self.settings.cell, self.context.patch_size
         if images.dtype.itemsize < 4:
             images = images.float()
-        histograms = oriented_gradients(images, self.config.hog.bins, cell)  # (B, C, h, w, bins)
-        if self.config.hog.normalize:
+        histograms = oriented_gradients(images, self.settings.bins, cell)  # (B, C, h, w, bins)
+        if self.settings.normalize:
             square = histograms.square().sum(dim=-1, keepdim=True)
             histograms = histograms / (square + _EPSILON**2).sqrt()
         maps = histograms.movedim(-1, 2).flatten(1, 2)  # (B, C * bins, h, w)

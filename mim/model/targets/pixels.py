@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
 import torch
 from torch import Tensor
 
-from mim.core.config import TargetConfig
+from mim.core.fields import Bound, Settings
 from mim.core.patches import Images, Patches, patches_at, patchify, values_at
-from mim.model.targets.base import TARGETS, Target, TargetContext, Teacher
+from mim.model.targets.base import TARGETS, Target, TargetContext
 from mim.model.targets.frequency import cosine_basis, filter_images
+from mim.model.teacher import Teacher
 
 _EPSILON = 1e-6
 
@@ -34,8 +39,8 @@ class Pixels(Target):
     shows_pixels = True
     takes_sizes = True
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
+    def __init__(self, settings: Any, context: TargetContext) -> None:
+        super().__init__(settings, context)
         self.dim = context.patch_size[0] * context.patch_size[1] * context.channels
 
     def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
@@ -83,7 +88,25 @@ class NormalizedPixels(Pixels):
         return prediction * deviation + mean
 
 
-@TARGETS.register("low_pass")
+_CUTOFF = Bound(
+    lambda share: 0 < share <= math.sqrt(2),
+    "must be above 0 and at most 1.41, where every frequency stays",
+)
+
+
+@dataclass(frozen=True)
+class LowPassSettings(Settings):
+    """Pixels without their high spatial frequencies."""
+
+    cutoff: Annotated[float, _CUTOFF] = 0.36
+    """Highest frequency that stays, as a share of the Nyquist frequency; PixMIM's 40 of 112."""
+    filter: Literal["ideal", "gaussian"] = "ideal"
+    """ideal (all or nothing) or gaussian (half the power at the cutoff, no ringing)."""
+    normalize: bool = False
+    """Whether each filtered patch is brought to mean 0 and variance 1."""
+
+
+@TARGETS.register("low_pass", LowPassSettings)
 class LowPass(Pixels):
     """Pixels of the image without its high spatial frequencies (PixMIM, arXiv:2303.02416).
 
@@ -100,13 +123,15 @@ class LowPass(Pixels):
     _vertical: Tensor
     _horizontal: Tensor
 
-    def __init__(self, config: TargetConfig, context: TargetContext) -> None:
-        super().__init__(config, context)
+    settings: LowPassSettings
+
+    def __init__(self, settings: LowPassSettings, context: TargetContext) -> None:
+        super().__init__(settings, context)
         height, width = context.image_size
         rows = torch.arange(height, dtype=torch.float64)[:, None] / height
         columns = torch.arange(width, dtype=torch.float64)[None] / width
-        share = torch.hypot(rows, columns) / config.low_pass.cutoff  # (H, W), 1 at the cutoff
-        ideal = config.low_pass.filter == "ideal"
+        share = torch.hypot(rows, columns) / settings.cutoff  # (H, W), 1 at the cutoff
+        ideal = settings.filter == "ideal"
         gain = (share <= 1 + 1e-12).double() if ideal else torch.exp2(-(share**2) / 2)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_vertical", cosine_basis(height), persistent=False)
@@ -119,11 +144,11 @@ class LowPass(Pixels):
         return super()._patches(low, ids)
 
     def _of(self, patches: Tensor) -> Tensor:
-        return _normalized(patches) if self.config.low_pass.normalize else patches
+        return _normalized(patches) if self.settings.normalize else patches
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         """The prediction, un-normalised with the filtered patch's statistics where normalised."""
-        if not self.config.low_pass.normalize:
+        if not self.settings.normalize:
             return prediction
         mean, deviation = _statistics(self._patches(images))
         return prediction * deviation + mean

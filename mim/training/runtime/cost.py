@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.core.keys import image_keys
 from mim.core.patches import Images
+from mim.core.rng import image_keys
 from mim.model import MaskedImageModel
 
 
@@ -77,8 +80,11 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Hardware and versions, as results record them."""
+def environment(
+    device: torch.device, processes: int = 1, plugins: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Hardware and versions, as results record them, and the code: digests of what ran."""
+    package = Path(__file__).parents[2]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -88,4 +94,21 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
+        "code": _digest(sorted(package.rglob("*.py"))),
+        **{f"plugin {name}": _digest([_file_of(name)]) for name in plugins},
     }
+
+
+def _file_of(plugin: str) -> Path:
+    """The file of a plugin that is named as one or as a module."""
+    if plugin.endswith(".py"):
+        return Path(plugin)
+    spec = find_spec(plugin)
+    return Path(spec.origin if spec is not None and spec.origin else plugin)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:12]

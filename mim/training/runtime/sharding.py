@@ -60,14 +60,14 @@ def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
     return work(*args)
 
 
-def whole(value: Any) -> Any:
+def gather_full(value: Any) -> Any:
     """A state with every sharded tensor gathered; all processes call it, in the same order."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: gather_full(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(part) for part in value)
+        return type(value)(gather_full(part) for part in value)
     return value
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
-from mim.core.beside import Beside
+from mim.core.background_writer import BackgroundWriter
 from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
 from mim.core.progress import note
@@ -82,7 +82,9 @@ class Trackers:
     """
 
     def __init__(self, trackers: Sequence[GeneralTracker], seconds: float) -> None:
-        self._trackers = [(tracker, Beside(f"mim-{tracker.name}")) for tracker in trackers]
+        self._trackers = [
+            (tracker, BackgroundWriter(f"mim-{tracker.name}")) for tracker in trackers
+        ]
         self._seconds = seconds
 
     def __enter__(self) -> Trackers:
@@ -147,7 +149,7 @@ def _within(seconds: float, name: str, act: Callable[[], object]) -> None:
     Raises:
         TimeoutError: where that takes longer; what it itself raises.
     """
-    calls = Beside(f"mim-{name}")
+    calls = BackgroundWriter(f"mim-{name}")
     calls.ask(act)
     done = calls.wait(seconds)
     calls.end()
@@ -242,7 +244,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
     """Show a picture as ``reconstructions``."""
     for tracker in trackers:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(image)
                 tracker.writer.add_image("reconstructions", pixels, step, dataformats="HWC")

@@ -264,7 +264,7 @@ def test_from_the_command_line(
     save_encoder(run / "encoder.safetensors", encoder.vit.state_dict(), {})
     pairs = [f"{key}={json.dumps(value)}" for key, value in SHORT.items()]
     outcome = mim("evaluate", "detect", run, "--set", *pairs, f"path={squares}", "masks=false")
-    assert outcome.code == 0 and "map" in outcome.out
+    assert outcome.code == 0 and "Detection, mAP (%)" in outcome.out
     result = json.loads((run / "result.json").read_text())
     assert "map_50" in result["evaluations"]["detect"]
     assert (run / "pictures/detect.png").is_file() and (run / "detect.safetensors").is_file()

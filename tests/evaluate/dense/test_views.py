@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.core.keys import image_keys
+from mim.core.rng import image_keys
 from mim.evaluate.dense.views import (
     View,
     cover_factor,

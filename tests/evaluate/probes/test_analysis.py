@@ -23,7 +23,7 @@ from mim.evaluate.probes.analysis import (
 from mim.model.backbones import attention_maps, family_of
 from mim.report import layers as report
 from mim.report.collect import read_comparison
-from mim.report.tables import evaluation_measures
+from mim.report.measures import evaluation_measures
 
 ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64)

@@ -109,7 +109,7 @@ def test_k_above_the_images_falls_back() -> None:
         ({"k": []}, "evaluations.knn.k"),
         ({"temperature": [-1.0]}, "evaluations.knn.temperature"),
         ({"k": 5}, "must be a list"),
-        ({"k": ["five"]}, "must be of type int"),
+        ({"k": ["five"]}, "'five' must be a whole number"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], words: str) -> None:

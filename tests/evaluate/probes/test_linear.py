@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mim.core.errors import UserError
 from mim.evaluate import Features, Linear, LinearSettings, build_evaluation
-from mim.evaluate.base import few_shot_draw, holdout
+from mim.evaluate.base import few_shot_draw, stratified_holdout
 
 QUICK = {"strengths": [0.1, 1e-3], "few_shot_strengths": [1.0, 0.1], "few_shot": [5], "draws": 2}
 
@@ -42,7 +42,7 @@ def test_protocol_equals_scikit_learn() -> None:
     strengths = (1.0, 0.1, 1e-2, 1e-3)
     settings = LinearSettings(strengths=strengths, few_shot=(), tolerance=1e-6)
     numbers = Linear(settings).run(train, val)
-    held = holdout(train.sample_ids, train.labels, 0)
+    held = stratified_holdout(train.sample_ids, train.labels, 0)
     x, y = train.values, train.labels
     scores = [by_scikit_learn(x[~held], y[~held], x[held], y[held], s) for s in strengths]
     best = strengths[scores.index(max(scores))]

@@ -12,7 +12,7 @@ from timm.optim import Lars
 
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
-from mim.core.keys import permutation
+from mim.core.rng import permutation
 from mim.data import open_source
 from mim.evaluate import (
     Attentive,
@@ -198,7 +198,7 @@ def test_the_grid_chooses_on_train(seeing: Encoder) -> None:
         ("attentive", {"held_out": 0.0}, r"attentive\.held_out: 0\.0 must lie between"),
         ("attentive", {"base_lr": [1e30], "epochs": 2}, r"base_lr: .* loss is nan in"),
         ("linear_grid", {"lr": []}, r"linear_grid\.lr: \(\) must not be empty"),
-        ("linear_grid", {"weight_decay": [-1]}, r"linear_grid\.weight_decay: .* not be below 0"),
+        ("linear_grid", {"weight_decay": [-1]}, r"linear_grid\.weight_decay: .* at least 0"),
         ("linear_grid", {"few_shot": [500]}, r"linear_grid\.few_shot: .* asks for 500 images"),
     ],
 )

@@ -139,7 +139,7 @@ def test_who_changes_the_whole_of_a_target_changes_its_parts(make: Make, images_
 
     plain = make("normalized_pixels", **LONG)
     images, ids = images_of(plain), torch.tensor([[5, 0, 3], [1, 2, 2]])
-    twice = Twice(plain.config, plain.context)
+    twice = Twice(plain.settings, plain.context)
     assert torch.equal(twice.at(images, ids), 2 * plain.at(images, ids))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mim.core.keys import (
+from mim.core.rng import (
     image_keys,
     mix,
     name_to_int,

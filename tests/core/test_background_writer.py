@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from functools import partial
 
-from mim.core.beside import Beside
+from mim.core.background_writer import BackgroundWriter
 
 
 def test_calls_are_made_in_order_and_waited_for() -> None:
     made: list[int] = []
-    calls = Beside("test")
+    calls = BackgroundWriter("test")
     assert calls.wait(0) and calls.busy == 0
     free = threading.Event()
     calls.ask(free.wait)
@@ -24,7 +24,7 @@ def test_calls_are_made_in_order_and_waited_for() -> None:
 
 def test_the_first_call_that_raises_is_the_last_one() -> None:
     made: list[int] = []
-    calls = Beside("test")
+    calls = BackgroundWriter("test")
     free = threading.Event()
 
     def fail() -> None:
@@ -43,7 +43,7 @@ def test_the_first_call_that_raises_is_the_last_one() -> None:
 
 def test_nothing_is_made_after_the_end() -> None:
     made: list[int] = []
-    calls = Beside("test")
+    calls = BackgroundWriter("test")
     free = threading.Event()
     calls.ask(free.wait)
     calls.ask(lambda: made.append(1))

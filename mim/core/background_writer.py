@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 
-class Beside:
+class BackgroundWriter:
     """Makes calls in order in a thread of its own; the first that raises is the last one made.
 
     The thread never keeps the process from ending. Who wants the calls to be done waits for them.

@@ -1,0 +1,97 @@
+"""What a comparison will take and what it can show, before it runs: ``mim compare --plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mim.compare.sequential import SeedRule, family_pairs, nominal_level
+from mim.compare.statistics import LEVEL, Design, Family, Values, pooled_spread
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a comparison before it runs.
+
+    Attributes:
+        groups: how many there are.
+        seeds: of each group, or (least, most).
+        references: runs that train nothing.
+        finished: runs that have a result already.
+        seconds: what each finished run took.
+        jobs: runs at once.
+        values: group -> seed -> the primary measure, of finished runs; what spreads over seeds.
+        scale: printed over stored value: 100 for points of per cents.
+        against: whether all groups are compared with one of them.
+    """
+
+    groups: int
+    seeds: tuple[int, int]
+    references: int = 0
+    finished: int = 0
+    seconds: Sequence[float] = ()
+    jobs: int = 1
+    values: Values | None = None
+    scale: float = 100.0
+    against: bool = False
+
+    @property
+    def family(self) -> Family:
+        """The comparisons that the primary measure decides."""
+        kind: Literal["pairs", "reference"] = "reference" if self.against else "pairs"
+        names = [str(number) for number in range(self.groups)]
+        count = len(family_pairs(names, names[0] if self.against else None))
+        return Family(kind, self.groups, max(count, 1))
+
+    def design(self, sd: float) -> Design:
+        """The design at its last seed."""
+        least, most = self.seeds
+        level = LEVEL
+        if least < most:
+            level = nominal_level(most, SeedRule(least, most), self.family)
+        return Design(self.family, most, sd, level)
+
+    def lines(self) -> list[str]:
+        """What ``--plan`` prints."""
+        return [self._runs(), self._hours(), self._power()]
+
+    def _runs(self) -> str:
+        least, most = self.seeds
+        seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds, until decided"
+        count = f"{self.groups * least}"
+        if least < most:
+            count += f" to {self.groups * most}"
+        text = f"runs: {count} ({self.groups} groups, {seeds}), {self.references} references"
+        return f"{text}; {self.finished} are finished"
+
+    def _hours(self) -> str:
+        if not self.seconds:
+            return "time: not known before a run has finished"
+        each = sum(self.seconds) / len(self.seconds)
+        ends = [
+            max(self.groups * seeds - self.finished, 0) * each / self.jobs / 3600
+            for seeds in dict.fromkeys(self.seeds)
+        ]
+        span = " to ".join(f"{hours:.2g}" for hours in ends)
+        at_once = f", {self.jobs} at once" if self.jobs > 1 else ""
+        return (
+            f"time: {span} h left, {each:.3g} s a run by the mean of {len(self.seconds)} "
+            f"finished{at_once}"
+        )
+
+    def _power(self) -> str:
+        if self.groups < 2:
+            return "smallest difference shown: there is one group, and nothing to compare"
+        spread = pooled_spread(self.values) if self.values else None
+        smallest = self.design(spread.sd if spread else 1.0).smallest()
+        if smallest is None:
+            return "smallest difference shown: none; fewer than three seeds give no interval"
+        head = "smallest difference shown with 80 % power:"
+        if spread is None:
+            return f"{head} {smallest:.3g} standard deviations of a run over seeds"
+        unit = " points" if self.scale == 100 else ""
+        return (
+            f"{head} {self.scale * smallest:.3g}{unit}, by a standard deviation over seeds of "
+            f"{self.scale * spread.sd:.3g} ({spread.df} degrees of freedom so far)"
+        )

@@ -1,0 +1,51 @@
+"""Extra parts of the loss that components give by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mim.core.patches import Images
+from mim.masks import PatchMask
+
+if TYPE_CHECKING:
+    from mim.model.regimes import Latents
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward pass in training, as a component sees it that adds to the loss.
+
+    Attributes:
+        images: (B, C, H, W), normalised, or patches of several sizes.
+        mask: (B, N), what is hidden.
+        latents: of the encoder.
+        ids: (B, M) int64, the patches that were predicted; None for all N in order.
+        valid: (B, M) bool, False for padding; None where there is none.
+        prediction: (B, M, dim).
+        target: (B, M, dim), without gradient.
+        distance: (B, M), between the two.
+    """
+
+    images: Images
+    mask: PatchMask
+    latents: Latents
+    ids: Tensor | None
+    valid: Tensor | None
+    prediction: Tensor
+    target: Tensor
+    distance: Tensor
+
+
+class WithTerms:
+    """A component that may add to the loss: regime, decoder or target."""
+
+    def terms(self, forward: Forward) -> dict[str, Tensor]:
+        """Named terms, each (B,), one value for each image, or of no dimension, for the batch.
+
+        They are added to the loss in training, weighted as the component thinks right, and logged
+        by their names.
+        """
+        return {}

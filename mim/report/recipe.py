@@ -1,0 +1,85 @@
+"""A run's config as a sentence: what was pre-trained, on what, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mim.report.collect import Comparison, flatten, show_value
+from mim.report.tables import Cell, Column, Row, Table
+
+_BACKBONE = {"patch_size": "patch", "embed_dim": "width", "depth": "depth", "num_heads": "heads"}
+
+
+def recipe_table(comparison: Comparison) -> Table | None:
+    """The recipe of every row in words; None where no config is known."""
+    rows = [
+        Row((Cell(group.label), Cell(recipe(flatten(group.config)))))
+        for group in comparison.groups
+        if group.config
+    ]
+    if not rows:
+        return None
+    columns = (Column("Encoder", numeric=False), Column("Recipe", numeric=False))
+    return Table("What each row is, in words", columns, tuple(rows), "recipes")
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """One sentence of dotted settings; what a config does not say is left out."""
+    parts = [_encoder(config), _mask(config), _decoder(config), _training(config), _data(config)]
+    text = "; ".join(part for part in parts if part)
+    return f"{text}." if text else ""
+
+
+def _encoder(config: Mapping[str, Any]) -> str:
+    given = {
+        words: config[f"model.backbone_args.{key}"]
+        for key, words in _BACKBONE.items()
+        if config.get(f"model.backbone_args.{key}") is not None
+    }
+    size = ", ".join(f"{words} {show_value(value)}" for words, value in given.items())
+    text = f"{config.get('model.backbone', 'encoder')}{f' ({size})' if size else ''}"
+    regime = config.get("model.regime.name")
+    return f"{text} under the regime {regime}" if regime else text
+
+
+def _mask(config: Mapping[str, Any]) -> str:
+    ratio, name = config.get("mask.ratio"), config.get("mask.name", "random")
+    hidden = f"{100 * ratio:g} % of the patches" if isinstance(ratio, (int, float)) else "patches"
+    return f"{name} masks hide {hidden}"
+
+
+def _decoder(config: Mapping[str, Any]) -> str:
+    name, target = config.get("model.decoder.name"), config.get("model.target.name")
+    if not target:
+        return ""
+    what = str(target).replace("_", " ")
+    if not name:
+        return f"{what} are predicted"
+    inner = [
+        f"{key} {config[f'model.decoder.{name}.{key}']}"
+        for key in ("depth", "width")
+        if f"model.decoder.{name}.{key}" in config
+    ]
+    size = f" ({', '.join(inner)})" if inner else ""
+    return f"a {name} decoder{size} predicts {what}"
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    steps, epochs = config.get("train.max_steps"), config.get("train.epochs")
+    length = f"{steps} steps" if steps else f"{show_value(epochs)} epochs" if epochs else ""
+    parts = [f"trained for {length}"] if length else []
+    for key, words in (
+        ("data.batch_size", "images a step"),
+        ("optim.base_lr", "as base rate"),
+        ("optim.weight_decay", "as weight decay"),
+    ):
+        if config.get(key) is not None:
+            parts.append(f"{show_value(config[key])} {words}")
+    optimizer = config.get("optim.name")
+    return ", ".join([*parts, f"by {optimizer}"] if optimizer else parts)
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    source, size = config.get("data.source"), config.get("data.image_size")
+    return f"on {source} at {show_value(size)} pixels" if source and size else ""

@@ -1,0 +1,47 @@
+"""The images on which groups disagree: chosen by their answers, kept as a screen shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mim.compare.disagreement import FILE, most_disputed, thumbnails, write_disagreement
+from mim.core.config import DataConfig
+from mim.data import open_source
+from mim.evaluate.predictions import Measured, save_predictions
+
+
+def test_the_most_disputed_images_come_first_and_agreed_ones_not_at_all() -> None:
+    shares = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.5, 0.0]])
+    assert most_disputed(shares, np.array([4, 3, 2, 1])) == [3, 1, 2]
+
+
+def test_thumbnails_of_any_range() -> None:
+    screen = thumbnails(torch.full((1, 3, 200, 100), 0.5))
+    assert screen.shape == (1, 96, 48, 3) and np.abs(screen.astype(int) - 128).max() <= 1
+    raw = torch.linspace(-2000, 4000, 64 * 64).reshape(1, 1, 64, 64)
+    assert thumbnails(raw).min() == 0 and thumbnails(raw).max() == 255
+    assert thumbnails(torch.zeros(1, 5, 8, 8, dtype=torch.uint8)).shape == (1, 8, 8, 1)
+
+
+def test_the_pictures_are_those_of_the_test_images(tmp_path: Path) -> None:
+    data = DataConfig(source="photos", image_size=32, channels=3)
+    source = open_source(data, "val")
+    for name, wrong in (("a", 7), ("b", 20)):
+        right = torch.ones(len(source), dtype=torch.bool)
+        right[wrong] = False
+        (tmp_path / name).mkdir()
+        numbers = Measured({}, source.sample_ids, {"accuracy": right}, source.labels)
+        save_predictions(tmp_path / name, {"knn": numbers})
+    groups = {name: [tmp_path / name] for name in ("a", "b")}
+    assert write_disagreement(tmp_path, groups, "knn", data)
+    with np.load(tmp_path / FILE) as file:
+        assert sorted(file["sample_ids"]) == sorted(source.sample_ids[[7, 20]].tolist())
+        first = int((source.sample_ids == int(file["sample_ids"][0])).nonzero()[0, 0])
+        expected = np.asarray(source.image(first))
+        assert np.array_equal(file["images"][0], expected[..., :3])
+        assert file["classes"].tolist() == list(source.classes)
+    assert not write_disagreement(tmp_path, {"a": [tmp_path / "a"]}, "knn", data)
+    assert not write_disagreement(tmp_path, groups, "linear", data)

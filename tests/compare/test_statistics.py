@@ -1,0 +1,272 @@
+"""Intervals and forecasts against tables, SciPy, hand computation and simulation.
+
+Simulations are of comparisons with known truth: coverage and error rates must agree with what is
+claimed within Monte-Carlo error, three standard errors of a proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mim.compare.statistics import (
+    Design,
+    Difference,
+    Family,
+    Source,
+    Spread,
+    difference,
+    holm,
+    item_source,
+    pooled_spread,
+    power_of_difference,
+    power_of_equality,
+)
+
+Rows = dict[str, dict[int, float]]
+Draw = Callable[[np.random.Generator], Rows]
+
+
+def _table(values: np.ndarray) -> Rows:
+    """(S, G) -> group -> seed -> value."""
+    return {f"g{g}": dict(enumerate(column.tolist())) for g, column in enumerate(values.T)}
+
+
+def _close(found: float, claimed: float, n: int) -> bool:
+    return abs(found - claimed) <= 3 * math.sqrt(claimed * (1 - claimed) / n)
+
+
+def _all_pairs(rows: Rows, **more: Source) -> dict[tuple[int, int], Difference]:
+    spread = pooled_spread(rows)
+    names = list(rows)
+    pairs = [(a, b) for a in range(len(names)) for b in range(a)]
+    family = Family("pairs", len(names), len(pairs))
+    if spread is None or not spread.pooled:
+        family = Family("separate", count=len(pairs))
+    found = {}
+    for a, b in pairs:
+        result = difference(rows[names[a]], rows[names[b]], family, spread, **more)
+        assert result is not None
+        found[a, b] = result
+    return found
+
+
+def test_critical_values_are_those_of_printed_tables() -> None:
+    # Studentized range 5.04 for 3 groups and 4 degrees of freedom; Dunnett 1964, two-sided: 3.03
+    # for 2 treatments and 5 degrees, 2.76 for 3 and 10.
+    assert Family("pairs", 3).critical(4) * math.sqrt(2) == pytest.approx(5.040, abs=1e-3)
+    assert Family("reference", 3).critical(5) == pytest.approx(3.03, abs=5e-3)
+    assert Family("reference", 4).critical(10) == pytest.approx(2.76, abs=5e-3)
+    assert Family("pairs", 2).critical(2) == pytest.approx(4.302653)
+
+
+def test_dunnett_is_scipys() -> None:
+    first, second, control = np.random.default_rng(0).normal(size=(3, 6))
+    expected = stats.dunnett(first, second, control=control)
+    own = [Family("reference", 3).p(t, 15) for t in expected.statistic]
+    assert own == pytest.approx(expected.pvalue, abs=1e-3)
+
+
+def test_degrees_between_tabled_ones_are_interpolated() -> None:
+    family = Family("pairs", 3)
+    for df in (4.5, 33.3, 90.0):
+        exact = stats.studentized_range.isf(0.05, 3, df) / math.sqrt(2)
+        assert family.critical(df + 1e-9) == pytest.approx(exact, rel=3e-3)
+
+
+def test_residual_of_the_two_way_table_by_hand() -> None:
+    # Group effects 0, 1 and seed effects 0, 10, 20, and one error of 3 in the last cell, which
+    # leaves residuals of 1/2, 1/2 and 1 in each group: their squares sum to 3.
+    spread = pooled_spread(_table(np.array([[0.0, 1.0], [10.0, 11.0], [20.0, 24.0]])))
+    assert spread is not None
+    assert spread.df == 2
+    assert spread.sd == pytest.approx(math.sqrt(3 / 2))
+    # Two groups: the same as the paired t test.
+    found = difference({0: 0.0, 1: 10.0, 2: 20.0}, {0: 1.0, 1: 11.0, 2: 24.0}, None, spread)
+    paired = stats.ttest_rel([0, 10, 20], [1, 11, 24]).confidence_interval()
+    assert found is not None and (found.low, found.high) == pytest.approx((paired.low, paired.high))
+
+
+def test_a_run_that_failed_costs_one_degree_of_freedom() -> None:
+    values = np.random.default_rng(0).normal(size=(4, 3))
+    full = _table(values)
+    whole = pooled_spread(full)
+    del full["g1"][2]
+    spread = pooled_spread(full)
+    assert whole is not None and spread is not None
+    assert (whole.df, spread.df) == (6, 5)
+    found = difference(full["g0"], full["g1"], Family("pairs", 3), spread)
+    assert found is not None and found.n == 3
+    assert found.error == pytest.approx(spread.sd * math.sqrt(2 / 3))
+
+
+def test_below_three_seeds_there_is_no_interval() -> None:
+    found = difference({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0})
+    assert found is not None and found.n == 2 and found.low is None and not found.shown
+    assert found.p_equal(100.0) == 1.0
+    assert difference({0: 1.0}, {1: 1.0}) is None
+    assert Design(Family("pairs", 3, 3), 2, 1.0).smallest() is None
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_unequal_spread_is_seen_and_pairs_then_stand_alone() -> None:
+    rng = np.random.default_rng(0)
+    spreads = np.array([1.0, 1.0, 30.0])
+    spread = pooled_spread(_table(rng.normal(size=(10, 3)) * spreads))
+    assert spread is not None and not spread.pooled
+    alike = [pooled_spread(_table(rng.normal(size=(4, 4)))) for _ in range(600)]
+    refused = np.mean([spread is not None and not spread.pooled for spread in alike])
+    assert _close(float(refused), 0.01, 600)
+
+
+@pytest.mark.parametrize(("groups", "seeds"), [(3, 3), (4, 5)])
+def test_intervals_of_all_pairs_hold_at_once(groups: int, seeds: int) -> None:
+    rng, count, held = np.random.default_rng(groups), 800, 0
+    truth = np.arange(groups) / 2
+    for _ in range(count):
+        values = truth + 3 * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, groups))
+        found = _all_pairs(_table(values))
+        held += all(
+            d.low is not None and d.high is not None and d.low <= truth[a] - truth[b] <= d.high
+            for (a, b), d in found.items()
+        )
+    assert _close(held / count, 0.95, count)
+
+
+def test_intervals_against_a_reference_hold_at_once() -> None:
+    rng, count, held = np.random.default_rng(1), 800, 0
+    for _ in range(count):
+        rows = _table(rng.normal(size=(4, 1)) + rng.normal(size=(4, 4)))
+        spread = pooled_spread(rows)
+        assert spread is not None
+        found = [
+            difference(
+                rows[f"g{g}"], rows["g0"], Family("reference", 4, 3), Spread(spread.sd, 9, 1)
+            )
+            for g in (1, 2, 3)
+        ]
+        held += not any(d is None or d.shown for d in found)
+    assert _close(held / count, 0.95, count)
+
+
+def _crossed(
+    rng: np.random.Generator, seeds: int, items: int, sds: tuple[float, float, float]
+) -> np.ndarray:
+    """(2, S, I) values of two groups; ``sds`` of their difference by seed, item and both."""
+    by_seed, by_item, by_both = (
+        sd / math.sqrt(2) * rng.normal(size=shape)
+        for sd, shape in zip(sds, [(2, seeds, 1), (2, 1, items), (2, seeds, items)], strict=True)
+    )
+    return by_seed + by_item + by_both
+
+
+@pytest.mark.parametrize(
+    ("seeds", "items", "sds"),
+    [(3, 60, (0.1, 1.0, 1.0)), (5, 60, (0.5, 0.5, 1.0)), (3, 5, (0.3, 0.3, 0.3))],
+)
+def test_the_interval_for_new_images_holds(
+    seeds: int, items: int, sds: tuple[float, float, float]
+) -> None:
+    """Images as in a test set, and few items, as few-shot draws are."""
+    rng, count = np.random.default_rng(items), 1500
+    wide, narrow = 0, 0
+    for _ in range(count):
+        first, second = _crossed(rng, seeds, items, sds)
+        source = item_source(first - second)
+        rows = [dict(enumerate(part.mean(1).tolist())) for part in (first, second)]
+        found = difference(*rows, images=source)
+        assert found is not None and found.wide is not None and found.low is not None
+        wide += found.wide[0] <= 0 <= found.wide[1]
+        narrow += not found.shown
+    assert wide / count >= 0.95 - 3 * math.sqrt(0.0475 / count)
+    assert narrow < wide
+    if sds[1] > sds[0]:  # of the images' own spread the seeds know nothing
+        assert narrow / count < 0.9
+
+
+def test_items_by_hand() -> None:
+    # Two seeds, three items: the items' effects are -1, 0, 1, and nothing else varies.
+    source = item_source(np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]))
+    # MS_item = 2 * 2 / 2 = 2, MS_both = 0: the variance is 2 / (2 * 3).
+    assert source.variance == pytest.approx(1 / 3)
+    assert item_source(np.array([[1.0, 2.0], [2.0, 1.0]])).variance == 0.0
+
+
+def test_planned_power_is_simulated_power() -> None:
+    rng, count = np.random.default_rng(5), 1200
+    design = Design(Family("pairs", 3, 3), 4, sd=1.3)
+    smallest = design.smallest()
+    assert smallest is not None
+    shown = 0
+    for _ in range(count):
+        values = rng.normal(size=(4, 1)) + 1.3 * rng.normal(size=(4, 3)) + [0, 0, smallest]
+        shown += _all_pairs(_table(values))[2, 0].shown
+    assert shown / count == pytest.approx(0.8, abs=0.03)
+
+
+def test_power_to_show_equality_is_simulated_power() -> None:
+    rng, count, seeds = np.random.default_rng(6), 20_000, 5
+    each = 0.2 + math.sqrt(2) * rng.normal(size=(count, seeds))
+    mean, error = each.mean(1), each.std(1, ddof=1) / math.sqrt(seeds)
+    p = stats.t.sf((1.8 - np.abs(mean)) / error, seeds - 1)
+    planned = power_of_equality(0.2, 1.8, math.sqrt(2 / seeds), seeds - 1, 1)
+    assert planned == pytest.approx((p < 0.05).mean(), abs=0.01)
+
+
+def test_equality_is_wrongly_claimed_in_five_per_cent_at_the_most() -> None:
+    rng, count = np.random.default_rng(7), 2000
+    claims = 0
+    for _ in range(count):
+        first = 1.0 + 0.2 * rng.normal(size=6)
+        found = difference(dict(enumerate(first)), dict.fromkeys(range(6), 0.0))
+        assert found is not None
+        claims += found.p_equal(1.0) < 0.05
+    assert _close(claims / count, 0.05, count)
+
+
+def test_seeds_to_decide_are_the_first_that_do() -> None:
+    design = Design(Family("pairs", 2, 1), 3, sd=1.0)
+    needed = design.seeds_to_decide(1.5, margin=0.1)
+    assert needed is not None
+
+    def power(seeds: int) -> float:
+        later = Design(design.family, seeds, 1.0)
+        critical = float(stats.t.isf(0.025, seeds - 1))
+        return power_of_difference(1.5, later.error, seeds - 1, critical)
+
+    assert power(needed) >= 0.8 > power(needed - 1)
+    assert design.seeds_to_decide(0.001, margin=1e-6) is None
+    # The nearer to 0, the sooner equality within 1 is shown.
+    near, far = (design.seeds_to_decide(truth, margin=1.0) for truth in (0.0, 0.5))
+    assert near is not None and far is not None and near < far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [2, 3, 6])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_power_and_coverage_of_many_designs(groups: int, seeds: int) -> None:
+    rng, count = np.random.default_rng(groups * seeds), 4000
+    design = Design(Family("pairs", groups, groups * (groups - 1) // 2), seeds, sd=1.0)
+    smallest = design.smallest()
+    assert smallest is not None
+    shown, held = 0, 0
+    for _ in range(count):
+        values = rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, groups))
+        values[:, 0] += smallest
+        found = _all_pairs(_table(values))
+        shown += found[1, 0].shown
+        truths = {pair: -smallest if pair[1] == 0 else 0.0 for pair in found}
+        held += all(
+            d.low is not None and d.high is not None and d.low <= truths[pair] <= d.high
+            for pair, d in found.items()
+        )
+    assert shown / count == pytest.approx(0.8, abs=0.03)
+    assert _close(held / count, 0.95, count)
