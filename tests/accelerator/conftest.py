@@ -9,13 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mim.core.config import Config
-from mim.training.metrics import Curves
-from mim.training.online import OnlineProbe
-from mim.training.optim import build_optimizer, build_schedule
-from mim.training.pretrain import PretrainTask, _accelerator, _open_images
-from mim.training.runtime.precision import model_on, narrow_weights
-from mim.training.trainer import Hook, Plan, Trainer
+from mim.training.trainer import Trainer
 from tests.accelerator.pretend import Pretend, device, pretending
 from tests.evaluate.dense.conftest import scenes, squares  # noqa: F401  (fixtures)
 
@@ -28,35 +22,6 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     with pretending() as found:
         yield found
-
-
-def trainer_of(config: Config, *, fp16: bool = False) -> Trainer:
-    """A trainer as ``mim pretrain`` builds it, but for hooks that log and save."""
-    accelerator = _accelerator(config)
-    config, images = _open_images(config, None, accelerator)
-    model = model_on(config, accelerator.device)
-    task = PretrainTask(model, images, config, accelerator)
-    hooks: list[Hook] = []
-    if config.online_probe.enabled:
-        hooks.append(OnlineProbe(model, images.train, config, accelerator, images.val))
-    narrow_weights(model, config.train)
-    schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
-    plan = Plan(
-        seed=config.seed,
-        steps=images.steps,
-        steps_per_epoch=images.per_epoch,
-        batch_size=config.data.batch_size,
-        accumulate=config.train.accumulate,
-        clip_grad=config.optim.clip_grad,
-        read_every=10**6,
-        grad_norm=config.log.grad_norm,
-    )
-    scaler = torch.amp.GradScaler(accelerator.device.type) if fp16 else None
-    optimizer = build_optimizer(config.optim, model, schedule(0))
-    learner = task.learner().train()
-    return Trainer(
-        task, plan, optimizer, schedule, learner, hooks, Curves(None, None), None, scaler
-    )
 
 
 def steps(trainer: Trainer, count: int) -> None:

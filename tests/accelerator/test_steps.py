@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu import trainer_of
 from mim import load_config
 from mim.core.config import Config
 from mim.masks import MASKS
 from mim.model.decoders import DECODERS
 from mim.model.regimes import REGIMES
 from mim.model.targets import TARGETS
-from tests.accelerator.conftest import steps, trainer_of
+from tests.accelerator.conftest import steps
 from tests.accelerator.pretend import Pretend
 
 SMALL: dict[str, Any] = {
