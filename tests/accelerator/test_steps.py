@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.gpu import trainer_of
 from mim import load_config
@@ -86,6 +87,9 @@ def check(config: Config, noted: Pretend, allowed: Collection[str] = (), **optio
     """Two steps are taken, and neither waits but at the places that are allowed."""
     trainer = trainer_of(config, **options)
     before = [p.detach().clone() for p in trainer.task.model.parameters() if p.requires_grad]
+    model = trainer.task.model
+    held = itertools.chain(model.named_parameters(), model.named_buffers())
+    assert {name for name, values in held if values.dtype == torch.float64} <= IN_DOUBLE
     noted.waits.clear()
     steps(trainer, 2)
     found = Counter(map(str, (wait for wait in noted.waits if wait.place not in allowed)))
@@ -148,6 +152,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "data.image_size": 32,
     },
 }
+# Small tables of cosines, brought to the images' type where they are used.
+IN_DOUBLE = {f"target._{n}" for n in ("gain", "vertical", "horizontal", "analysis", "synthesis")}
 # timm asks for the size of each image's grid, and draws DINOv3's coordinates on the CPU.
 TIMM_WAITS = {
     "naflex": ["mim/model/backbones/naflex.py NaFlexViT.place_patches"],
