@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mim.core.config import DataConfig
+from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.patches import Images, Patches
 from mim.core.rng import uniforms
@@ -310,7 +311,7 @@ def eval_transform(
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     """(C, 1, 1) float32 on the device of ``like``."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+    return to_device(torch.tensor(values, dtype=torch.float32), like.device)[:, None, None]
 
 
 @overload
