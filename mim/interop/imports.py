@@ -592,17 +592,16 @@ def import_run(
     account = {**origin, **imported.account.to_dict()}
     checkpoint.write_json_atomic(output / "import.json", account)
     optimizer = build_optimizer(config.optim, imported.model, 0.0)
+    counters = {"elapsed": 0.0, "train_seconds": 0.0, "train_loss": float("nan")}
     start = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
         "model": state,
         "optimizer": optimizer.state_dict(),
         "ema": state if config.train.ema_decay else {},
         "scaler": {},
-        "pending": torch.zeros(0),
-        "elapsed": 0.0,
-        "train_seconds": 0.0,
-        "train_loss": float("nan"),
-        "val_loss": float("nan"),
+        "watch": {},
+        "state": {**counters, "images": 0, "rows": []},
+        "hooks": {},
     }
     checkpoint.save_checkpoint(output, start, 0, config.train.keep_checkpoints)
     backbone = checkpoint.backbone_state(state)
