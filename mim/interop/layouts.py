@@ -479,12 +479,14 @@ def _rename(
     Raises:
         UserError: if a weight has no new name.
     """
-    found, extra = {}, []
+    found: dict[str, Tensor] = {}
+    extra = []
     for key, value in state.items():
         part, _, name = key.partition(".")
         plain = _PLAIN_BLOCK.fullmatch(name)
         if plain and part in ("backbone", "decoder"):
-            found |= block(part, *plain.groups(), value)
+            number, layer, kind = plain.groups()
+            found |= block(part, number, layer, kind, value)
         elif part == "backbone" and name in stem:
             found[stem[name]] = value
         elif part == "decoder" and name in decoder:
