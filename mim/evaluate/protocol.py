@@ -42,8 +42,8 @@ def protocol_of(
     Args:
         name: of the evaluation.
         settings: what differs from its defaults; values that follow from the encoder are left out.
-        images: :func:`images_digest`; not read where the evaluation has images of its own.
-        encoder: :func:`encoder_digest`.
+        images: of :func:`images_digest`; unused where the evaluation has images of its own.
+        encoder: of :func:`encoder_digest`.
         precision: of the encoder.
     """
     built = build_evaluation(name, settings)
