@@ -177,11 +177,6 @@ def read_baseline(
 ) -> dict[str, float]:
     """Corruption -> the baseline's mean error over the severities.
 
-    Args:
-        given: see :attr:`RobustnessSettings.baseline`.
-        corruptions: those that are measured.
-        severities: likewise.
-
     Raises:
         UserError: if it cannot be read, or lacks one of these.
     """

@@ -188,8 +188,8 @@ def test_the_same_input_mended_is_taken(place: Path, mim: Callable[..., Any]) ->
     """So that none of the refusals above are of something else."""
     segment = ("segment", place / "run", "--settings", place / "segment.yaml", "--set")
     done = mim("evaluate", *segment, f"weights={segmenter_file(place)}", "pictures=0")
-    assert done.code == 0 and "miou" in done.out, done.err
+    assert done.code == 0 and "mIoU" in done.out, done.err
     file = classifier_file(place, ["cat", "dog"])
     few = ["corruptions=[contrast]", "severities=[1]"]
     done = mim("evaluate", "robustness", place / "run", "--set", f"classifier={file}", *few)
-    assert done.code == 0 and "mean_error" in done.out, done.err
+    assert done.code == 0 and "mean error" in done.out, done.err

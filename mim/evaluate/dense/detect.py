@@ -107,11 +107,7 @@ class _Maps(nn.Module):
 
 
 class KeyedSampler:
-    """Draws an image's regions by its key, and counts what it has drawn.
-
-    Args:
-        plain: torchvision's, which draws from torch's generator.
-    """
+    """Draws an image's regions by its key, and counts what it has drawn."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
@@ -132,16 +128,7 @@ class KeyedSampler:
 
 
 class Detector(DenseModel):
-    """Images to boxes, classes, scores and perhaps masks.
-
-    Args:
-        encoder: at the task's size.
-        settings: width, scales, anchor, proposals, samples, freeze and seed are read.
-        classes: their names.
-        mean: of each channel, by which images are normalised.
-        std: likewise.
-        masks: whether it predicts masks too.
-    """
+    """Images to boxes, classes, scores and perhaps masks."""
 
     task: ClassVar[str] = "detect"
 

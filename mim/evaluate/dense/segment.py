@@ -142,14 +142,7 @@ class LinearHead(nn.Module):
 
 
 class UperHead(nn.Module):
-    """UPerNet: pyramid pooling on the coarsest map, a top-down path, all scales fused.
-
-    Args:
-        inside: D.
-        width: channels within.
-        scales: of the four maps, descending.
-        classes: K.
-    """
+    """UPerNet: pyramid pooling on the coarsest map, a top-down path, all scales fused."""
 
     def __init__(self, inside: int, width: int, scales: tuple[float, ...], classes: int) -> None:
         super().__init__()
@@ -183,15 +176,7 @@ def _resize(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 class Segmenter(DenseModel):
-    """Images to a class for each pixel.
-
-    Args:
-        encoder: at the size of the windows.
-        settings: head, width, scales, freeze and seed are read.
-        classes: their names.
-        mean: of each channel, by which images are normalised.
-        std: likewise.
-    """
+    """Images to a class for each pixel."""
 
     task: ClassVar[str] = "segment"
 

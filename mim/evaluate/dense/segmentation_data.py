@@ -411,12 +411,7 @@ class SegmentationBatches(DenseBatches):
 
 
 class SegmentationSubset(SegmentationSource):
-    """Some images of a source.
-
-    Args:
-        source: what to choose from.
-        indices: (m,) positions in it.
-    """
+    """Some images of a source."""
 
     def __init__(self, source: SegmentationSource, indices: Tensor) -> None:
         self.source, self.indices = source, indices

@@ -330,14 +330,6 @@ def _cut(batch: Batch, cut: slice) -> Batch:
 class DenseTask(SupervisedTask):
     """Images with masks or boxes, of which each process takes its share.
 
-    Args:
-        model: on the device.
-        settings: the recipe.
-        batches: step -> batch; each process gets its share of it.
-        per_epoch: steps of an epoch.
-        accelerator: of :func:`start_accelerator`.
-        precision: fp32, bf16 or fp16 (autocast).
-
     Raises:
         UserError: for an unknown precision, or a batch that does not divide among the processes.
     """

@@ -119,13 +119,6 @@ def layer_features(
 ) -> Features:
     """Every block's output, pooled, of all readable images of a source, on the CPU.
 
-    Args:
-        encoder: with a ViT.
-        source: the images.
-        pool: mean (of the patch tokens) or cls.
-        device: where the encoder runs.
-        batch_size: images at once.
-
     Returns:
         values (layers, n, D) float32, labels (n,) and sample_ids (n,).
     """

@@ -46,13 +46,7 @@ class AttentiveSettings(FrozenSettings):
 
 
 class AttentivePool(nn.Module):
-    """A learned query reads standardised tokens, and a linear layer what it found.
-
-    Args:
-        width: of a token.
-        heads: of the attention; divides the width.
-        classes: K.
-    """
+    """A learned query reads standardised tokens, and a linear layer what it found."""
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
