@@ -59,13 +59,10 @@ class LinearMae(FrozenProbe):
         return nn.Sequential(Standardize(width), linear)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-<<<<<<< HEAD
-=======
         """LARS: the rate of a weight matrix follows its norm, that of a bias does not (MAE).
 
         timm's LARS adapts only where there is weight decay, unless told to always.
         """
->>>>>>> main
         s = self.settings
         adapted: list[dict[str, Any]] = []
         for group in groups:
