@@ -378,7 +378,7 @@ def attention_figure(
     full_tokens, _ = model.regime.inputs(vit, normalized, empty)
     full = attention_maps(vit, full_tokens)
     tokens, bias = model.regime.inputs(vit, normalized, mask)
-    under = attention_maps(vit, dataclasses.replace(tokens, bias=bias))
+    under = attention_maps(vit, replace(tokens, bias=bias))
     prefix, grid, depth = family.num_prefix, model.grid, len(family.blocks)
     blocks = list(dict.fromkeys((0, depth // 2, depth - 1)))
     ends = list(dict.fromkeys((0, depth - 1)))
