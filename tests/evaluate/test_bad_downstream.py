@@ -111,6 +111,7 @@ def segmenter_file(place: Path, change: Callable[[Weights], object] = lambda sta
 def test_numbers_of_classes_that_do_not_match(place: Path, refused: Callable[..., str]) -> None:
     segment = ("segment", place / "run", "--settings", place / "segment.yaml", "--set")
     file = segmenter_file(place)
+    picture(place / "scenes" / "masks" / "train" / "3.png", 2, "L")
     line = refused(*segment, f"weights={file}", "classes=[sky, road, car]")
     assert "segment.weights" in line and "has 2 classes (sky, road), the data 3" in line
     robustness = ("robustness", place / "run", "--set")
