@@ -123,7 +123,7 @@ def evaluate(
     Of several processes (``accelerate launch``), each calls it, within :func:`several`.
 
     Args:
-        encoder: see :func:`open_encoder`.
+        encoder: what is measured.
         evaluations: names and settings. All are checked before any feature is computed.
         train: images to fit and choose on; the train split of ``encoder.data`` by default. An
             evaluation with images of its own (segment, detect) does not read it.
@@ -131,8 +131,8 @@ def evaluate(
         batch_size: images in the encoder at once.
         device: where encoder and probes run.
         precision: fp32, bf16 or fp16, of the encoder.
-        folder: where files that an evaluation makes go, the answers to each test image
-            (:mod:`mim.evaluate.predictions`) and a fine-tuned classifier; None: none are.
+        folder: of the files that evaluations write, such as the answers to each test image
+            (:mod:`mim.evaluate.predictions`) and a fine-tuned classifier; None writes none.
         on_result: is given each evaluation's name and numbers as it ends.
 
     Returns:
@@ -171,7 +171,7 @@ def check_files(evaluations: Mapping[str, AnyEvaluation], folder: Path | None) -
     """Refuses an evaluation that reads what none of the others will have left in the folder.
 
     Raises:
-        UserError: see :meth:`EncoderEvaluation.check_files`.
+        UserError: naming the file and what writes it.
     """
     for name, evaluation in evaluations.items():
         if isinstance(evaluation, EncoderEvaluation):
@@ -246,11 +246,10 @@ def evaluate_run(
     Args:
         run: the run folder.
         names: the evaluations.
-        settings: what differs from their defaults; evaluations that are not in ``names`` may not
-            be among them.
-        batch_size: see :func:`evaluate`, as are ``device`` and ``precision``.
-        device: see there.
-        precision: see there.
+        settings: what differs from the defaults of these evaluations.
+        batch_size: images in the encoder at once.
+        device: where encoder and probes run.
+        precision: fp32, bf16 or fp16, of the encoder.
         on_result: is given each evaluation's name and numbers once they are written.
 
     Returns:
@@ -271,7 +270,7 @@ def evaluate_run(
     for name, given in chosen.items():
         build_evaluation(name, given)
     main = int(os.environ.get("RANK", "0")) == 0  # several processes hold the same numbers
-    read_result(run)  # a broken file is told before the work, not after
+    read_result(run)  # refuses a broken file before the work, not after
     encoder = run_encoder(run)
     config = read_config(run)
     weights = encoder_digest(config, run)
@@ -308,16 +307,7 @@ def record(
     numbers: dict[str, float],
     protocol: Protocol,
 ) -> None:
-    """Adds an evaluation to a run's ``result.json``.
-
-    Args:
-        run: the folder.
-        encoder: what was measured.
-        name: of the evaluation.
-        settings: what differs from its defaults.
-        numbers: what it found.
-        protocol: what they depend on.
-    """
+    """Adds the numbers of an evaluation to a run's ``result.json``, and what they depend on."""
     parts: dict[str, Any] = {
         "evaluations": numbers,
         "evaluation_settings": asdict(build_evaluation(name, settings, encoder).settings),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,11 +19,9 @@ from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import Bound, Count, Settings, build, hints
 from mim.core.registry import Registry
 from mim.core.rng import image_keys
+from mim.data import ImageSource, Subset
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
 POOLS = ("mean", "cls", "both")
@@ -64,12 +63,7 @@ class AnySettings(Settings):
 
     @classmethod
     def presets(cls, given: dict[str, Any], encoder: Encoder | None) -> dict[str, Any]:
-        """Values that take the place of defaults, but not of what was given.
-
-        Args:
-            given: the settings that were given.
-            encoder: what will be measured, where that is known.
-        """
+        """Values that replace defaults, but none of those given; the encoder may be unknown."""
         return {}
 
 
@@ -92,8 +86,7 @@ class ProbeSettings(EvaluationSettings):
 
 
 class AnyEvaluation(ABC):
-    """What all kinds, :class:`Evaluation`, :class:`EncoderEvaluation`, :class:`TaskEvaluation`,
-    share."""
+    """What all kinds of evaluations share."""
 
     name: ClassVar[str] = ""
     """As registered."""
@@ -131,11 +124,7 @@ class Evaluation(AnyEvaluation):
     settings: ProbeSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """See :meth:`AnyEvaluation.check`.
-
-        Raises:
-            UserError: also if a class is too small for ``few_shot``.
-        """
+        """Refuses a class that is too small for ``few_shot``, too."""
         super().check(train, val)
         assert train.labels is not None
         check_few_shot(torch.as_tensor(train.labels), self.settings, train.classes)
@@ -228,7 +217,7 @@ class TaskEvaluation(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`; ``train`` and ``val`` are not read."""
+        """Measures on images of its own; ``train`` and ``val`` are not read."""
 
 
 EVALUATIONS: Registry[type[Evaluation] | type[EncoderEvaluation]] = Registry("evaluations")
@@ -257,10 +246,25 @@ def build_evaluation(
 
 
 def labels_of(features: Features) -> Tensor:
-    """The labels, which the caller has checked to be there."""
+    """(n,) int64.
+
+    Raises:
+        UserError: if there are none.
+    """
     if features.labels is None:
         raise UserError("the images have no labels; this evaluation needs them")
     return features.labels.long()
+
+
+def classes_to_fit(labels: Tensor, name: str) -> int:
+    """K, for an evaluation that fits a classifier.
+
+    Raises:
+        UserError: if the training images are of one class only.
+    """
+    if len(labels.unique()) < 2:
+        raise UserError(f"evaluation {name} needs at least 2 classes; train has 1")
+    return int(labels.max()) + 1
 
 
 def check_few_shot(
@@ -310,6 +314,14 @@ def low_shot(sample_ids: Tensor, labels: Tensor, fraction: float, seed: int) -> 
     return (_rank_in_class(keys, labels) < wanted).nonzero()[:, 0]
 
 
+def keyed_subset(source: ImageSource, count: int, seed: int, purpose: str) -> ImageSource:
+    """At most ``count`` images, the same for every encoder."""
+    if len(source) <= count:
+        return source
+    keys = image_keys(seed, -1, source.sample_ids, purpose=purpose)
+    return Subset(source, keys.argsort(stable=True)[:count].sort().values)
+
+
 def few_shot_draw(sample_ids: Tensor, labels: Tensor, n: int, seed: int, draw: int) -> Tensor:
     """Positions of ``n`` images of each class, ascending; larger ``n`` holds smaller ``n``."""
     keys = image_keys(seed, draw, sample_ids, purpose="few-shot")
@@ -325,6 +337,18 @@ def few_shot_folds(sample_ids: Tensor, labels: Tensor, n: int, seed: int, draw: 
     count = min(n, FOLDS) if n > 1 else 0
     fold = _rank_in_class(keys, labels) % max(count, 1)
     return fold == torch.arange(count, device=fold.device)[:, None]
+
+
+def few_shot_sets(
+    features: Features, n: int, settings: ProbeSettings
+) -> list[tuple[Tensor, Tensor]]:
+    """For each draw the positions (m,) of its images, and which each fold holds out, (F, m)."""
+    ids, labels, sets = features.sample_ids, labels_of(features), []
+    for draw in range(settings.draws):
+        part = few_shot_draw(ids, labels, n, settings.seed, draw)
+        folds = few_shot_folds(ids[part], labels[part], n, settings.seed, draw)
+        sets.append((part, folds))
+    return sets
 
 
 def spread(values: list[float]) -> tuple[float, float]:

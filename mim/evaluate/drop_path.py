@@ -26,13 +26,7 @@ class DropPathDraws:
 
 
 class KeyedDropPath(DropPath):
-    """timm's DropPath whose draws are given; without any it is timm's own.
-
-    Args:
-        plain: what it takes the place of.
-        draws: of the model.
-        column: its place among the model's drop paths.
-    """
+    """timm's DropPath whose draws are given; without any it is timm's own."""
 
     def __init__(self, plain: DropPath, draws: DropPathDraws, column: int) -> None:
         super().__init__(plain.drop_prob, plain.scale_by_keep)

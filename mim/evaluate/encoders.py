@@ -47,17 +47,8 @@ def _build(config: Config) -> nn.Module:
     return build_backbone(config.model, config.data.size, config.data.channels, config.seed)
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
 def run_encoder(run: Path, trust: bool = False) -> Encoder:
-    """The encoder that a run pre-trained.
-
-    Args:
-        run: the folder.
-        trust: whether plug-ins of a run folder from elsewhere may run.
+    """The encoder that a run pre-trained; ``trust`` lets plug-ins of a foreign folder run.
 
     Raises:
         UserError: if the folder is missing or holds no run, or its weights do not fit its config.
@@ -95,7 +86,7 @@ def timm_encoder(
     Args:
         backbone: name of a timm model.
         checkpoint: the file.
-        data: the images it shall read.
+        data: the images it reads.
         backbone_args: arguments of the timm model; ``global_pool="avg"`` where the checkpoint
             has an ``fc_norm``.
 
@@ -108,7 +99,8 @@ def timm_encoder(
     vit = build_backbone(model, data.size, data.channels, 0)
     left_out = load_weights(vit, checkpoint, backbone)
     if left_out:
-        logger.info("%s: left out %s", checkpoint, _some(list(left_out)))
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        logger.info("%s: left out %s%s", checkpoint, ", ".join(left_out[:5]), more)
     name = f"{backbone}@{checkpoint.name}"
     return Encoder(name, "timm", data, vit, left_out, model)
 

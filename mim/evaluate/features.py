@@ -75,7 +75,7 @@ def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str, valid: Tensor | None 
         (B, D), or (B, 2 D) for ``both``, class token last.
 
     Raises:
-        UserError: see :func:`check_pool`.
+        UserError: for a pooling the encoder has no tokens for.
     """
     check_pool(vit, pool)
     family = family_of(vit)
@@ -106,7 +106,7 @@ def extract_features(
     Args:
         encoder: what computes them; it stays on ``device``.
         source: the images.
-        pool: see :func:`pool_tokens`; without meaning for raw pixels.
+        pool: of :func:`pool_tokens`; raw pixels have none.
         batch_size: images at once.
         device: where the encoder runs.
         precision: fp32, bf16 or fp16 (autocast).
@@ -116,18 +116,18 @@ def extract_features(
         source's order.
 
     Raises:
-        UserError: see :func:`check_pool`; or an unknown precision.
+        UserError: for a pooling the encoder has no tokens for, or an unknown precision.
     """
     check_pool(encoder.vit, pool)
     check_precision(precision)
     device = torch.device(device)
+    values, labels, ids, patch_size = [], [], [], None
     if encoder.vit is not None:
         tune(encoder.vit.to(device), device, precision)
-    values, labels, ids = [], [], []
-    patch_size = None
     if encoder.data.keeps_aspect and encoder.vit is not None:
-        patch_size = family_of(encoder.vit).patch_size
-        if not family_of(encoder.vit).takes_sizes:
+        family = family_of(encoder.vit)
+        patch_size = family.patch_size
+        if not family.takes_sizes:
             reason = f"and {encoder.name} takes images of one size only; choose square"
             raise setting_error("data.aspect", encoder.data.aspect, reason)
     for batch in eval_loader(source, encoder.data, batch_size=batch_size, patch_size=patch_size):

@@ -7,8 +7,8 @@ What is drawn never depends on workers, processes, batches or what was drawn bef
 RandAugment, erasing and drop path of an image follow from (seed, epoch, sample id): timm's
 transforms read the global generators of random, numpy and torch, so these are seeded from the
 image's key around each call and put back. Mixup and CutMix mix neighbours of a batch, by what
-follows from (seed, step). Hence a run that is interrupted goes on bit for bit, and several
-processes compute what one does.
+follows from (seed, step). Hence an interrupted run resumes bit for bit, and any number of
+processes computes the same.
 
 Shapes: B images, K classes, C channels, H x W pixels.
 """
@@ -52,7 +52,6 @@ from mim.data import (
     read_picture,
 )
 from mim.evaluate.base import EVALUATIONS, EncoderEvaluation, build_evaluation
-from mim.evaluate.drop_path import KeyedDropPath as KeyedDropPath
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool, check_precision
@@ -70,6 +69,7 @@ from mim.evaluate.training import (
     measured,
     split,
     start_accelerator,
+    state_file,
 )
 from mim.model.backbones import build_backbone, family_of, load_backbone
 from mim.training.checkpoint import TASK, read_safetensors, save_encoder
@@ -256,12 +256,8 @@ def mix_images(
     """
     if settings.mixup == settings.cutmix == 0:
         return images, mixup_target(labels, classes, 1.0, settings.smoothing)
-    mixing = Mixup(
-        settings.mixup,
-        settings.cutmix,
-        label_smoothing=settings.smoothing,
-        num_classes=classes,
-    )
+    shape = {"label_smoothing": settings.smoothing, "num_classes": classes}
+    mixing = Mixup(settings.mixup, settings.cutmix, **shape)
     place = torch.arange(len(images), device=images.device)
     order = torch.cat([place[::2], place[1::2].flip(0)])  # its mirror image pairs neighbours
     with _seeded(seed_of(settings.seed, "mixup", step)):
@@ -303,14 +299,9 @@ def build_classifier(encoder: Encoder, classes: int, settings: FinetuneSettings)
     if encoder.vit is None or encoder.model is None:
         raise UserError(f"evaluation finetune: how {encoder.name} was built is not known")
     mean = settings.pool == "mean"
-    arguments = {
-        **encoder.model.backbone_args,
-        **family_of(encoder.vit).classifier_args(mean),
-    }
-    model = replace(
-        encoder.model, backbone_args={**arguments, "drop_path_rate": settings.drop_path}
-    )
-    data = encoder.data
+    arguments = encoder.model.backbone_args | family_of(encoder.vit).classifier_args(mean)
+    trained = {**arguments, "drop_path_rate": settings.drop_path}
+    model, data = replace(encoder.model, backbone_args=trained), encoder.data
     vit: Any = build_backbone(model, data.size, data.channels, settings.seed)
     own, given = vit.state_dict(), encoder.vit.state_dict()
     odd = [k for k in {*own} ^ {*given} if not k.startswith(_NORMS)]
@@ -386,7 +377,7 @@ class Classifier:
     """Training loss and held-out accuracy of each epoch."""
 
     def usage(self, path: str | Path) -> str:
-        """Python that loads the file at ``path`` with timm alone."""
+        """Returns Python that loads the file at ``path`` with timm alone."""
         arguments = {
             "num_classes": self.model.num_classes,
             "img_size": self.data.image_size,
@@ -406,16 +397,11 @@ class Classifier:
     def save(self, path: str | Path) -> Path:
         """Writes safetensors with timm's keys; the file says what the classes are called."""
         path = Path(path)
-        details = {
-            "classes": self.classes,
-            "mean": self.mean,
-            "std": self.std,
-            "pool": self.pool,
-        }
+        kept = ("classes", "mean", "std", "pool", "numbers")
         metadata = {
             "backbone": self.built.backbone,
             "usage": self.usage(path.name),
-            "classifier": json.dumps({**details, "numbers": self.numbers}),
+            "classifier": json.dumps({name: getattr(self, name) for name in kept}),
         }
         save_encoder(path, self.model.state_dict(), metadata)
         return path
@@ -443,16 +429,7 @@ class Classifier:
 
 
 class FinetuneTask(ClassificationTask):
-    """The classifier trained by MAE's recipe.
-
-    Args:
-        classifier: on the device.
-        settings: the recipe.
-        train: see :class:`ClassificationTask`.
-        data: see there.
-        accelerator: see there.
-        precision: fp32, bf16 or fp16 (autocast).
-    """
+    """The classifier, on the device, trained by MAE's recipe."""
 
     settings: FinetuneSettings
 
@@ -472,7 +449,6 @@ class FinetuneTask(ClassificationTask):
         self.drop_paths = draws_of(self.model)
 
     def targets(self, batch: Batch, images: Tensor) -> Labelled:
-        """Erases and mixes."""
         s, device = self.settings, images.device
         draws = None
         if self.drop_paths is not None:
@@ -502,6 +478,7 @@ def fit(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     state: Path | None = None,
+    val: ImageSource | None = None,
 ) -> Classifier:
     """Fine-tunes; the weights of the best epoch on the held-out part of ``train``.
 
@@ -511,33 +488,22 @@ def fit(
         settings: the recipe.
         device: where it trains.
         precision: fp32, bf16 or fp16 (autocast).
-        state: file from which it goes on where it was interrupted; None keeps none.
+        state: file from which an interrupted training resumes; None keeps none.
+        val: labelled images on which the chosen epoch is measured, once.
 
     Raises:
         UserError: for an unknown precision, channels that RandAugment cannot have, a batch that
             does not divide among the processes, or a loss that is not finite.
         Interrupted: after a signal, where there is a state.
     """
-    return _fit(encoder, train, settings, torch.device(device), precision, state)[0]
-
-
-def _fit(
-    encoder: Encoder,
-    train: ImageSource,
-    settings: FinetuneSettings,
-    device: torch.device,
-    precision: str,
-    state: Path | None = None,
-) -> tuple[Classifier, FinetuneTask]:
     s = settings
     check_precision(precision)
     accelerator = start_accelerator(device)
-    device = accelerator.device
     classes = class_count(train)
     classifier = build_classifier(encoder, classes, s)
     classifier.classes = list(train.classes) or [str(label) for label in range(classes)]
     classifier.mean, classifier.std = tuple(train.mean), tuple(train.std)
-    classifier.model.to(device)
+    classifier.model.to(accelerator.device)
     size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
     data = augmented(encoder.data, s, size)
     if s.rand_augment and data.channels not in (1, 3):
@@ -551,10 +517,13 @@ def _fit(
         f"finetune {encoder.name}",
         state,
         identity_of(encoder, precision),
-        torch.amp.GradScaler(device.type) if precision == "fp16" else None,
+        torch.amp.GradScaler(accelerator.device.type) if precision == "fp16" else None,
     )
     classifier.numbers, classifier.history = best.numbers("accuracy"), best.history
-    return classifier, task
+    if val is not None:
+        found = accuracies(task, classifier.model, val)
+        classifier.numbers = measured(found, 0, classes, classifier.numbers)
+    return classifier
 
 
 @EVALUATIONS.register("finetune", FinetuneSettings)
@@ -564,11 +533,6 @@ class Finetune(EncoderEvaluation):
     settings: FinetuneSettings
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """See :meth:`AnyEvaluation.check`.
-
-        Raises:
-            UserError: see :func:`mim.evaluate.training.check_learnable`; also for low-shot sets.
-        """
         super().check(train, val)
         check_learnable(train, val, self.settings)
         for share in self.settings.low_shot:
@@ -584,13 +548,16 @@ class Finetune(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`; the classifier goes to ``finetune.safetensors``.
+        """Also writes the classifier, to ``finetune.safetensors``.
 
-        Low-shot numbers end in ``_of_1_percent``, or what their share is.
+        The names of low-shot numbers end in ``_of_1_percent``, with the share in per cent.
         """
         s = self.settings
         given: dict[str, Any] = {"device": device, "precision": precision}
-        states = {share: _state_file(folder, s, share) for share in (s.fraction, *s.low_shot)}
+        states = {
+            share: state_file(folder, s, f"{s.name}_{share:g}")
+            for share in (s.fraction, *s.low_shot)
+        }
         classifier = self.classifier(encoder, train, val, **given, state=states[s.fraction])
         numbers = copy(classifier.numbers)
         assert isinstance(numbers, Measured)
@@ -616,7 +583,7 @@ class Finetune(EncoderEvaluation):
         precision: str = "fp32",
         state: Path | None = None,
     ) -> Classifier:
-        """The fine-tuned classifier; ``val`` is asked once, when its epoch has been chosen.
+        """The fine-tuned classifier; ``val`` is used once, when its epoch has been chosen.
 
         Raises:
             UserError: see :meth:`check` and :func:`fit`.
@@ -626,19 +593,7 @@ class Finetune(EncoderEvaluation):
         self.check(train, val)
         # Its augmentation and its classifier are for images of one size.
         encoder = replace(encoder, data=encoder.data.as_square())
-        chosen = (encoder, train, self.settings, torch.device(device), precision, state)
-        classifier, task = _fit(*chosen)
-        found = accuracies(task, classifier.model, val)
-        classes = classifier.model.num_classes
-        classifier.numbers = measured(found, 0, classes, classifier.numbers)
-        return classifier
-
-
-def _state_file(folder: Path | None, settings: FinetuneSettings, share: float) -> Path | None:
-    """Where an interrupted fine-tuning is kept."""
-    if folder is None or settings.checkpoint_every == 0:
-        return None
-    return folder / "evaluations" / f"{settings.name}_{share:g}.pt"
+        return fit(encoder, train, self.settings, device, precision, state, val)
 
 
 def finetune(

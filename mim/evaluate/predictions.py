@@ -11,7 +11,7 @@ of the array is the measure. A measure over few-shot draws has one row a draw, (
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.files import write_atomic
+from mim.evaluate.base import spread
 
 FILE = "predictions.npz"
 Array = NDArray[Any]
@@ -53,6 +54,12 @@ class Measured(dict[str, float]):
             self.arrays["labels"] = labels.cpu().numpy()
         self.arrays |= {name: answer.cpu().numpy() for name, answer in answers.items()}
 
+    def add_draws(self, measure: str, answers: Sequence[Tensor]) -> None:
+        """Adds a measure over few-shot draws, (I,) bool each: its mean and its deviation."""
+        means = [float(answer.double().mean()) for answer in answers]
+        self[measure], self[f"{measure}_std"] = spread(means)
+        self.arrays[measure] = torch.stack(list(answers)).cpu().numpy()
+
     def include(self, other: Mapping[str, float], suffix: str) -> None:
         """Adds the numbers of a variant on the same test images, their names with a suffix."""
         self.update({f"{name}{suffix}": value for name, value in other.items()})
@@ -60,6 +67,16 @@ class Measured(dict[str, float]):
             own = {key: a for key, a in other.arrays.items() if key not in ("sample_ids", "labels")}
             added = {f"{key}{suffix}": array for key, array in own.items()}
             self.arrays = self.arrays | added  # a copy of these numbers may share the old one
+
+
+def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Writes arrays by name, compressed and atomically."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # savez appends .npz to a path, not to a file
+            np.savez_compressed(file, **dict[str, Any](arrays))
+
+    write_atomic(path, write)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -79,15 +96,10 @@ def save_predictions(folder: Path, measured: Mapping[str, Mapping[str, float]]) 
     if not new:
         return
     kept = {name: arrays for name, arrays in read_predictions(folder).items() if name not in new}
-    flat: dict[str, Any] = {
+    flat = {
         f"{name}/{key}": a for name, arrays in {**kept, **new}.items() for key, a in arrays.items()
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # savez appends .npz to a path, not to a file
-            np.savez_compressed(file, **flat)
-
-    write_atomic(folder / FILE, write)
+    write_npz(folder / FILE, flat)
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Array]]:

@@ -42,8 +42,8 @@ def protocol_of(
     Args:
         name: of the evaluation.
         settings: what differs from its defaults; values that follow from the encoder are left out.
-        images: :func:`images_digest`; not read where the evaluation has images of its own.
-        encoder: :func:`encoder_digest`.
+        images: of :func:`images_digest`; unused where the evaluation has images of its own.
+        encoder: of :func:`encoder_digest`.
         precision: of the encoder.
     """
     built = build_evaluation(name, settings)
@@ -60,10 +60,7 @@ def outdated(
 ) -> dict[str, str]:
     """The evaluations that are to be measured, and why: empty for one that never was.
 
-    Args:
-        result: of the run.
-        protocols: of the evaluations that are wanted.
-        legacy: whether numbers without a protocol, of an older version, are as wanted.
+    ``legacy`` accepts numbers without a protocol, which older versions wrote.
     """
     left: dict[str, str] = {}
     for name, wanted in protocols.items():
@@ -90,10 +87,7 @@ def images_digest(data: DataConfig) -> str:
 def encoder_digest(config: Config, run: Path | None = None, kind: str = "run") -> str:
     """Digest of an encoder's weights, of how it is built, and of how it reads an image.
 
-    Args:
-        config: of its model, and of the images as it reads them.
-        run: the folder with its weights.
-        kind: ``untrained`` and ``pixels`` have no weights.
+    The kinds ``untrained`` and ``pixels`` have no weights; ``run`` is the folder of those of a run.
     """
     reading = {k: v for k, v in fingerprint(config).items() if k.startswith("data.")}
     standard = fingerprint(Config())

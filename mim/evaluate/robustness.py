@@ -15,7 +15,6 @@ Shapes: B images, K classes, P classes that are present.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from mim.core.errors import choice_error, setting_error
 from mim.core.fields import Count, Natural
 from mim.core.files import parse_yaml
 from mim.core.progress import RunProgress
-from mim.core.rng import image_keys
 from mim.data import (
     ClassFolders,
     Corrupted,
@@ -50,6 +48,7 @@ from mim.evaluate.base import (
     AnyEvaluation,
     EncoderEvaluation,
     EvaluationSettings,
+    keyed_subset,
 )
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import check_precision, extract_features, image_tokens, pool_tokens
@@ -79,7 +78,6 @@ ALEXNET = {
 }
 """AlexNet's mean error over the severities of ImageNet-C, by which its mCE is normalised."""
 
-_UNKNOWN = ("refuse", "leave_out")
 Predict = Callable[[Tensor], Tensor]
 """Normalised images (B, C, H, W) -> logits (B, K)."""
 
@@ -136,28 +134,19 @@ class RobustnessSettings(EvaluationSettings):
                 raise self.error("folders", "must map names to folders")
 
 
-@dataclass(frozen=True)
-class CorruptedFolder:
-    """One corruption of a folder in ImageNet-C's layout."""
-
-    name: str
-    severities: dict[int, Path]
-
-
-def corrupted_folders(root: Path) -> dict[str, CorruptedFolder]:
-    """Corruption -> its folders, ``CORRUPTION/SEVERITY`` or ``GROUP/CORRUPTION/SEVERITY``.
+def corrupted_folders(root: Path) -> dict[str, dict[int, Path]]:
+    """Corruption -> severity -> folder, ``CORRUPTION/SEVERITY`` or ``GROUP/CORRUPTION/SEVERITY``.
 
     The second is how ImageNet-C's archives (noise, blur, ...) lie beside each other.
     """
-    found: dict[str, CorruptedFolder] = {}
+    found: dict[str, dict[int, Path]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        inside = _severities(folder)
-        if inside:
-            found[folder.name] = CorruptedFolder(folder.name, inside)
+        if inside := _severities(folder):
+            found[folder.name] = inside
             continue
         for below in sorted(p for p in folder.iterdir() if p.is_dir()):
             if inside := _severities(below):
-                found[below.name] = CorruptedFolder(below.name, inside)
+                found[below.name] = inside
     return found
 
 
@@ -188,11 +177,6 @@ def read_baseline(
     given: str, corruptions: Sequence[str], severities: Sequence[int]
 ) -> dict[str, float]:
     """Corruption -> the baseline's mean error over the severities.
-
-    Args:
-        given: see :attr:`RobustnessSettings.baseline`.
-        corruptions: those that are measured.
-        severities: likewise.
 
     Raises:
         UserError: if it cannot be read, or lacks one of these.
@@ -277,7 +261,6 @@ class Robustness(EncoderEvaluation):
     reads_others = True
 
     def check_files(self, folder: Path | None, others: Mapping[str, AnyEvaluation]) -> None:
-        """See :meth:`EncoderEvaluation.check_files`; for the fine-tuned classifier."""
         if self.settings.classifier != "finetune":
             return
         finetune = others.get("finetune")
@@ -293,12 +276,7 @@ class Robustness(EncoderEvaluation):
         raise self.settings.error("classifier", reason)
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """See :meth:`AnyEvaluation.check`.
-
-        Raises:
-            UserError: also for a folder that is missing or empty, or that has classes that train
-                has not, a corruption or severity that it lacks, or a baseline that does not fit.
-        """
+        """Refuses folders without the classes, corruptions or severities they need, too."""
         super().check(train, val)
         s = self.settings
         names = self._names()
@@ -306,7 +284,7 @@ class Robustness(EncoderEvaluation):
             folders = corrupted_folders(Path(s.imagenet_c))
             for name in names:
                 for severity in s.severities:
-                    self._known(folders[name].severities[severity], "imagenet_c", train.classes)
+                    self._known(folders[name][severity], "imagenet_c", train.classes)
         for name, path in s.folders.items():
             self._known(Path(path), f"folders.{name}", train.classes)
         if s.baseline:
@@ -334,7 +312,7 @@ class Robustness(EncoderEvaluation):
                 raise choice_error("evaluations.robustness.corruptions", name, folders)
         names = list(s.corruptions) or [n for n in BENCHMARK if n in folders] or list(folders)
         for name in names:
-            lacks = [str(k) for k in s.severities if k not in folders[name].severities]
+            lacks = [str(k) for k in s.severities if k not in folders[name]]
             if lacks:
                 raise s.error("imagenet_c", f"lacks {name}/{lacks[0]}")
         return names
@@ -379,7 +357,6 @@ class Robustness(EncoderEvaluation):
         assert source.labels is not None
         is_known = torch.tensor([place is not None for place in known])
         kept = Subset(source, is_known[source.labels].nonzero()[:, 0])
-        kept.mean, kept.std = source.mean, source.std
         assert kept.labels is not None
         kept.labels = (is_known.cumsum(0) - 1)[kept.labels]
         return kept, places
@@ -394,7 +371,7 @@ class Robustness(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`; a figure goes to ``pictures/robustness.png``.
+        """Also draws the errors, to ``pictures/robustness.png``.
 
         Returns:
             mce with a baseline, mean_error, clean_accuracy, accuracy_FOLDER; error_CORRUPTION, the
@@ -408,7 +385,7 @@ class Robustness(EncoderEvaluation):
         val = _normalised_as(val, *statistics)
         given: dict[str, Any] = {"batch_size": s.batch_size, "accelerator": accelerator}
         clean = right_answers(predict, val, encoder.data, **given)
-        few = _some(val, s.images, s.seed) if s.images else val
+        few = keyed_subset(val, s.images, s.seed, s.name) if s.images else val
         folders = corrupted_folders(Path(s.imagenet_c)) if s.imagenet_c else {}
 
         names = self._names()
@@ -422,19 +399,16 @@ class Robustness(EncoderEvaluation):
                 for severity in s.severities:
                     source: ImageSource
                     if folders:
-                        images = folders[name].severities[severity]
-                        source, places = self._opened(
+                        images = folders[name][severity]
+                        source, known = self._opened(
                             images, "imagenet_c", classes, val, encoder.data
                         )
-                        right = right_answers(
-                            predict, source, encoder.data, **given, classes=places
-                        )
                     else:
-                        source = Corrupted(few, encoder.data, name, severity, s.seed)
-                        right = right_answers(predict, source, encoder.data, **given)
+                        source, known = Corrupted(few, encoder.data, name, severity, s.seed), None
+                    right = right_answers(predict, source, encoder.data, **given, classes=known)
                     errors[name].append(1 - right)
                     done += 1
-                    progress.update(done, errors[name][-1])
+                    progress.update(done, 1 - right)
         numbers: dict[str, float] = {}
         baseline = read_baseline(s.baseline, names, s.severities) if s.baseline else {}
         if baseline:
@@ -443,10 +417,9 @@ class Robustness(EncoderEvaluation):
         numbers["mean_error"] = sum(means.values()) / len(means)
         numbers["clean_accuracy"] = clean
         for name, path in s.folders.items():
-            source, places = self._opened(Path(path), f"folders.{name}", classes, val, encoder.data)
-            numbers[f"accuracy_{name}"] = right_answers(
-                predict, source, encoder.data, **given, classes=places
-            )
+            source, known = self._opened(Path(path), f"folders.{name}", classes, val, encoder.data)
+            right = right_answers(predict, source, encoder.data, **given, classes=known)
+            numbers[f"accuracy_{name}"] = right
         for name in names:
             numbers[f"error_{name}"] = means[name]
             if baseline:
@@ -520,14 +493,6 @@ def _normalised_as(
     return same
 
 
-def _some(source: ImageSource, count: int, seed: int) -> ImageSource:
-    """At most so many images, the same for every encoder."""
-    keys = image_keys(seed, -1, source.sample_ids, purpose="robustness")
-    some = Subset(source, keys.argsort(stable=True)[:count].sort().values)
-    some.mean, some.std = source.mean, source.std
-    return some
-
-
 def _save_figure(
     path: Path, errors: Mapping[str, Sequence[float]], severities: Sequence[int], clean: float
 ) -> None:
@@ -553,22 +518,12 @@ def _save_figure(
                 y = [100 * clean, *(100 * errors[name][place] for place in order)]
                 colour, line = colours[number % 6], ("-", "--", ":")[number // 6 % 3]
                 look = {"marker": "os^DvP"[number % 6], "markersize": 4, "color": colour}
-                axes.plot(x, y, line, label=_words(name), **look)
+                axes.plot(x, y, line, label=name.replace("_", " "), **look)
             axes.set(title=family, xlabel="severity", xticks=[0, *sorted(severities)])
             axes.grid(True, color="#E3E3E3", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
             axes.legend(frameon=False, fontsize=8, **below)
         panels[0].set_ylabel("error (%)")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-    prepare_folder(path.parent)
-    write_atomic(path, lambda temporary: _write(temporary, buffer.getvalue()))
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+        prepare_folder(path.parent)
+        write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

@@ -164,12 +164,9 @@ TIMEOUT = 600.0
 def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> Accelerator:
     """The processes that ``accelerate launch`` started, or this one, on ``device``.
 
-    Precision is the caller's: an evaluation may autocast a part of what it computes only.
-
-    Args:
-        device: where it computes.
-        timeout: seconds that an operation of all processes waits; those that work in
-            :func:`several` have begun with theirs.
+    Precision is the caller's: an evaluation may autocast a part of what it computes only. The
+    timeout, in seconds, is that of an operation of all processes, unless they work in
+    :func:`several`, which has set its own.
     """
     device = torch.device(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -185,12 +182,8 @@ def several(device: torch.device | str, timeout: float = TIMEOUT) -> Iterator[No
 
     All of them enter it, and wait for each other at its end.
 
-    Args:
-        device: where it computes.
-        timeout: seconds after which a process that others wait for is lost.
-
     Raises:
-        LostProcess: see :func:`mim.training.runtime.processes.together`.
+        LostProcess: for a process that the others waited for longer than ``timeout`` seconds.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -224,17 +217,7 @@ def augmented(data: DataConfig, settings: TrainedSettings, batch_size: int) -> D
 
 
 class SupervisedTask(Task):
-    """What the tasks of evaluations share.
-
-    Args:
-        model: what is trained and kept, on the device.
-        accelerator: of :func:`start_accelerator`.
-        settings: how long, in what steps.
-        batch_size: images a step, over all processes.
-        per_epoch: steps of an epoch.
-        epochs: passes over the images.
-        decay: see :class:`Task`.
-    """
+    """What the tasks of evaluations share; a batch is that of all processes together."""
 
     rate = "base_lr"
     """The setting to lower where it diverges."""
@@ -256,10 +239,17 @@ class SupervisedTask(Task):
         self.per_epoch, self.steps = per_epoch, epochs * per_epoch
 
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
-        """Names the learning rate."""
         value, epoch = getattr(self.settings, self.rate), record.epoch + 1
         setting = f"evaluations.{self.settings.name}.{self.rate}"
         return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; lower it")
+
+
+def warmup_and_cosine(
+    task: SupervisedTask, peak: float, least: float, warmup_epochs: float
+) -> Schedule:
+    """Linear warm-up, at most half of all steps, then half a cosine."""
+    warmup = min(warmup_epochs * task.per_epoch, task.steps / 2)
+    return Schedule(peak, least, warmup, task.steps)
 
 
 def train_epochs(
@@ -279,8 +269,8 @@ def train_epochs(
         schedule: learning rate of each step, for an ``lr_scale`` of 1.
         best: measures, and keeps the best.
         label: what the progress is called.
-        store: file from which it goes on where it was interrupted; the caller removes it. The
-            curves stand beside it.
+        store: file from which an interrupted training resumes; the caller removes it. The curves
+            stand beside it.
         scaler: of the gradients in fp16.
 
     Raises:
@@ -350,10 +340,6 @@ class ClassificationTask(SupervisedTask):
         data: how they are read; its batch size is that of a step.
         augment: of the cut images.
         heads: H.
-        model: see :class:`SupervisedTask`, as are the others.
-        settings: see there.
-        accelerator: see there.
-        ema: see there.
     """
 
     settings: TrainedSettings
@@ -387,8 +373,7 @@ class ClassificationTask(SupervisedTask):
     def schedule(self, base_lr: float) -> Schedule:
         """Linear warm-up and half a cosine, from a learning rate for a batch of 256."""
         s = self.settings
-        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
-        return Schedule(base_lr * self.batch_size / 256, s.min_lr, warmup, self.steps)
+        return warmup_and_cosine(self, base_lr * self.batch_size / 256, s.min_lr, s.warmup_epochs)
 
     def batches(self, start: int) -> Iterable[Batch]:
         return train_loader(
@@ -413,7 +398,7 @@ class ClassificationTask(SupervisedTask):
             yield part, len(part.images) / len(inputs.images)
 
     def loss(self, learner: nn.Module, part: Labelled) -> Loss:
-        """See :meth:`Task.loss`; the losses of all heads are minimised together."""
+        """Minimises the losses of all heads together."""
         logits = self.logits(learner, part.images)  # (H, B, K)
         each = -(part.targets * logits.float().log_softmax(2)).sum(2).mean(1)  # (H,)
         names = ["loss", *(f"loss_{head}" for head in range(1, len(each)))]
@@ -428,16 +413,15 @@ class ClassificationTask(SupervisedTask):
         identity: str,
         scaler: torch.amp.GradScaler | None = None,
     ) -> BestEpoch:
-        """Trains; returns the best epoch, whose weights the model has afterwards.
+        """Trains, by :func:`train_epochs`, and returns the best epoch.
 
         Args:
-            optimizer: see :func:`train_epochs`, as are ``schedule``, ``label`` and ``scaler``.
-            schedule: see there.
-            label: see there.
-            state: file from which it goes on where it was interrupted.
-            identity: what else, besides settings and images, decides what is computed: the
-                encoder, above all.
-            scaler: see there.
+            optimizer: its groups have an ``lr_scale``.
+            schedule: of the learning rate, for an ``lr_scale`` of 1.
+            label: what the progress is called.
+            state: file from which an interrupted training resumes.
+            identity: what decides what is computed besides settings and images: the encoder.
+            scaler: of the gradients in fp16.
         """
         store = None
         if state is not None:
@@ -450,6 +434,13 @@ class ClassificationTask(SupervisedTask):
         )
         train_epochs(self, optimizer, schedule, best, label, store, scaler)
         return best
+
+
+def state_file(folder: Path | None, settings: StepSettings, name: str) -> Path | None:
+    """Where an interrupted training is kept; None where none is."""
+    if folder is None or settings.checkpoint_every == 0:
+        return None
+    return folder / "evaluations" / f"{name}.pt"
 
 
 def identity_of(encoder: Encoder, precision: str) -> str:
@@ -480,9 +471,9 @@ class Answered(NamedTuple):
 
 @torch.no_grad()
 def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) -> Answered:
-    """Asks every head about every image of a source; unreadable images are left out.
+    """Classifies every readable image of a source with every head.
 
-    All processes call it together; each answers for its share of the images, which may be none.
+    All processes call it together; each reads its share of the images, which may be none.
     """
     model.eval()
     accelerator = task.accelerator

@@ -6,9 +6,8 @@ it as PNG.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -55,13 +55,7 @@ def save_figure(figure: Figure, output: Path, dpi: int = 130) -> Path:
 def _read(
     config: Config, split: Split, images: int, indices: Sequence[int] | None = None
 ) -> tuple[ImageSource, list[int], Batch, Tensor]:
-    """Images that are not augmented, all of one size.
-
-    Args:
-        config: of a run.
-        split: "train" or "val".
-        images: how many, spread over the split.
-        indices: which, instead.
+    """Images of one size, not augmented: ``images`` spread over the split, or ``indices`` of it.
 
     Returns:
         The source, positions in it, and the images as uint8 and normalised (B, C, H, W).
@@ -110,8 +104,8 @@ def _show(axis: Axes, pixels: NDArray[Any], **options: Any) -> None:
     axis.imshow(pixels, interpolation="nearest", **options)
 
 
-def _title(axis: Axes, text: str) -> None:
-    axis.set_title(text, fontsize=8, pad=3)
+def _title(axis: Axes, text: str, **options: Any) -> None:
+    axis.set_title(text, **{"fontsize": 8, "pad": 3, **options})
 
 
 def _row_label(axis: Axes, text: str) -> None:
@@ -133,29 +127,18 @@ def _mask_model(config: Config, model: MaskedImageModel | None) -> MaskedImageMo
 
 
 def _masked_config(config: Config, name: str, ratio: float | None) -> Config:
-    changes: dict[str, Any] = {"name": name}
-    if ratio is not None:
-        changes["ratio"] = ratio
-    return dataclasses.replace(config, mask=dataclasses.replace(config.mask, **changes))
+    hidden = config.mask.ratio if ratio is None else ratio
+    return replace(config, mask=replace(config.mask, name=name, ratio=hidden))
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnMasks:
-    """Masks of one generator at one ratio over real images.
-
-    Attributes:
-        generator: its name.
-        ratio: as asked for.
-        images: (B, C, H, W) uint8.
-        mask: of all images; None where the generator refuses.
-        refusal: why it refuses.
-        statistics: of ``mask``.
-    """
+    """Masks of one generator at one ratio over real images."""
 
     generator: str
     ratio: float
-    images: Tensor
-    mask: PatchMask | None
+    images: Tensor  # (B, C, H, W) uint8
+    mask: PatchMask | None  # None where the generator refuses
     refusal: str = ""
     statistics: MaskStatistics | None = None
 
@@ -264,22 +247,18 @@ def mask_figure(
     pixels = _pixels(drawn[0].images)
     shown = spread_indices(len(pixels), images)
     images = len(shown)
-    text_columns = 2
-    figure, axes = _grid_of_axes(
-        len(names), len(ratios) * (images + 1) + text_columns, left=1.0, top=0.35
-    )
+    # Two more columns hold the words.
+    figure, axes = _grid_of_axes(len(names), len(ratios) * (images + 1) + 2, left=1.0, top=0.35)
     for item in drawn:
         row, place = names.index(item.generator), ratios.index(item.ratio)
         line = axes[row]
         first = place * images
         heat = line[len(ratios) * images + place]
-        words = line[-text_columns]
         if place == 0:
             _row_label(line[0], item.generator)
         if row == 0:
             _title(line[first], f"ratio {item.ratio:g}")
             _title(heat, f"hidden, {item.ratio:g}")
-        height = 0.95 - 0.3 * place
         if item.mask is None or item.statistics is None:
             if place == 0:
                 reason = f"does not fit this config: {item.refusal}"
@@ -292,14 +271,9 @@ def mask_figure(
         _show(heat, hidden, cmap="gray", vmin=0, vmax=1)
         s = item.statistics
         low, middle, high = _block_quantiles(s)
-        words.text(
-            0.05,
-            height,
-            f"{item.ratio:g}: hides {s['ratio_mean']:.3f} ({s['ratio_min']:.2f} to "
-            f"{s['ratio_max']:.2f})\n      blocks of {middle} patches ({low} to {high})",
-            fontsize=7,
-            va="top",
-        )
+        words = f"{item.ratio:g}: hides {s['ratio_mean']:.3f} ({s['ratio_min']:.2f} to "
+        words += f"{s['ratio_max']:.2f})\n      blocks of {middle} patches ({low} to {high})"
+        line[-2].text(0.05, 0.95 - 0.3 * place, words, fontsize=7, va="top")
     return figure
 
 
@@ -353,8 +327,7 @@ def reconstruction_figure(
     for place, (label, _) in enumerate(conditions):
         for offset, part in enumerate(parts):
             head = f"{label}\n" if offset == 0 else "\n"
-            axis = axes[0][1 + place * len(parts) + offset]
-            axis.set_title(head + part, fontsize=8, pad=3, loc="left")
+            _title(axes[0][1 + place * len(parts) + offset], head + part, loc="left")
     return figure
 
 
@@ -363,18 +336,12 @@ def batch_figure(
     masked: Sequence[NDArray[np.uint8]],
     titles: Sequence[str],
 ) -> Figure:
-    """Images of a step, and under them the same with their masks.
-
-    Args:
-        original: (H, W, C) each.
-        masked: the same under their masks.
-        titles: of each.
-    """
+    """Images of a step, (H, W, C) each, and under them the same with their masks."""
     figure, axes = _grid_of_axes(2, len(titles), left=0.1, top=0.5)
     for column, title in enumerate(titles):
         _show(axes[0][column], as_rgb(original[column]))
         _show(axes[1][column], as_rgb(masked[column]))
-        axes[0][column].set_title(title, fontsize=5, pad=3)
+        _title(axes[0][column], title, fontsize=5)
     return figure
 
 
@@ -411,7 +378,7 @@ def attention_figure(
     full_tokens, _ = model.regime.inputs(vit, normalized, empty)
     full = attention_maps(vit, full_tokens)
     tokens, bias = model.regime.inputs(vit, normalized, mask)
-    under = attention_maps(vit, dataclasses.replace(tokens, bias=bias))
+    under = attention_maps(vit, replace(tokens, bias=bias))
     prefix, grid, depth = family.num_prefix, model.grid, len(family.blocks)
     blocks = list(dict.fromkeys((0, depth // 2, depth - 1)))
     ends = list(dict.fromkeys((0, depth - 1)))
@@ -420,9 +387,8 @@ def attention_figure(
     figure, axes = _grid_of_axes(len(chosen), 2 + len(blocks) + len(ends), left=0.5, top=0.55)
     keeps_all = model.regime.keeps_all_tokens
     reader = "class token" if family.has_class_token else "mean query"
-    for row in range(len(chosen)):
-        line = axes[row]
-        _row_label(line[0], f"{chosen[row]}")
+    for row, (index, line) in enumerate(zip(chosen, axes, strict=True)):
+        _row_label(line[0], f"{index}")
         _show(line[0], pixels[row])
         for place, block in enumerate(blocks):
             weights = _attended(full[block][row], prefix, None, family.has_class_token)
@@ -456,10 +422,6 @@ def algebra_figure(config: Config, index: int = 0) -> Figure:
     """Each attention mask of the algebra as a matrix, for one training image under its mask.
 
     A row is a query, a column a key; dark means that the query reads the key.
-
-    Args:
-        config: of a run.
-        index: which training image.
     """
     model = build_model(config).eval()
     _, _, batch, normalized = _read(config, "train", 1, [index])
@@ -496,11 +458,10 @@ def algebra_figure(config: Config, index: int = 0) -> Figure:
         side = allowed.shape[-1]
         matrix = allowed[0, 0].expand(side, side).numpy()
         axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=8)
         axis.set_xlabel("key", fontsize=7)
         axis.set_ylabel("query", fontsize=7)
-        axis.set_xticks([])
-        axis.set_yticks([])
     return figure
 
 
@@ -530,8 +491,6 @@ def _central(is_masked: Tensor, grid: tuple[int, int]) -> int | None:
 
 
 def _frame(axis: Axes, patch: int, grid: tuple[int, int], size: Sequence[int]) -> None:
-    from matplotlib.patches import Rectangle
-
     height, width = size[0] / grid[0], size[1] / grid[1]
     corner = (patch % grid[1] * width - 0.5, patch // grid[1] * height - 0.5)
     axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#D55E00", linewidth=2))

@@ -449,8 +449,11 @@ def test_from_the_command_line(
     assert "epochs: 0 must be" in mim("evaluate", "finetune", run, "--set", "epochs=0").line
     refused = mim("evaluate", "finetune", "pixels", "--like", run)
     assert refused.code == 2 and "needs an encoder" in refused.line
-    scratch = mim("evaluate", "finetune", "untrained", "--like", run, "--set", *QUICK)
-    assert scratch.code == 0
+    file = tmp_path / "numbers.json"
+    scratch = ("evaluate", "finetune", "untrained", "--like", run, "--json", file)
+    assert mim(*scratch, "--set", *QUICK).code == 0
+    (found,) = json.loads(file.read_text()).values()
+    assert found["finetune"]["chosen_epoch"] == 1  # what the table leaves out
 
 
 def test_in_a_comparison(

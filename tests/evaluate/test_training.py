@@ -34,7 +34,8 @@ from mim.evaluate import (
     build_evaluation,
     open_encoder,
 )
-from mim.evaluate.finetune import KeyedDropPath, build_classifier, fit
+from mim.evaluate.drop_path import KeyedDropPath
+from mim.evaluate.finetune import build_classifier, fit
 from mim.evaluate.training import accuracies, global_batch
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -63,7 +64,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 def at_call(number: int, do: Callable[[], None], patch: pytest.MonkeyPatch) -> list[int]:
     """``do`` happens in the step of that number; returns the steps that were computed."""
-    real, steps = mim.evaluate.finetune.mix, []
+    real, steps = mim.evaluate.finetune.mix_images, []
 
     def mix(images: Any, labels: Any, classes: Any, settings: Any, step: int) -> Any:
         if len(steps) + 1 == number:
@@ -71,7 +72,7 @@ def at_call(number: int, do: Callable[[], None], patch: pytest.MonkeyPatch) -> l
         steps.append(step)
         return real(images, labels, classes, settings, step)
 
-    patch.setattr(mim.evaluate.finetune, "mix", mix)
+    patch.setattr(mim.evaluate.finetune, "mix_images", mix)
     return steps
 
 
@@ -147,41 +148,42 @@ def test_parts_of_a_batch_are_the_batch(encoder: Encoder) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped(encoder: Encoder) -> None:
     train, recipe = open_source(DATA, "train"), replace(RECIPE, epochs=1)
-    real = mim.evaluate.finetune.mix
+    real = mim.evaluate.finetune.mix_images
 
     def mix(images: Any, labels: Any, classes: Any, settings: Any, step: int) -> Any:
         mixed, targets = real(images, labels, classes, settings, step)
         return (mixed * float("nan") if step == 1 else mixed), targets
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mim.evaluate.finetune, "mix", mix)
+        patch.setattr(mim.evaluate.finetune, "mix_images", mix)
         with pytest.raises(UserError, match=r"finetune.base_lr: .* loss is nan in epoch 1"):
             fit(encoder, train, recipe)
         skipped = fit(encoder, train, replace(recipe, max_nonfinite=2))
     assert weights(skipped.model).isfinite().all()
 
 
-def test_a_process_without_images_takes_part_in_what_all_do(encoder: Encoder) -> None:
-    """One image among two processes: both reduce tensors of one shape."""
-    train = open_source(DATA, "train")
-    alone = Subset(train, torch.arange(1))
-    shapes: list[list[torch.Size]] = []
-
-    def reduce(value: torch.Tensor, how: str) -> torch.Tensor:
-        shapes[-1].append(value.shape)
-        return value
-
+def test_a_process_without_images_takes_part_in_what_all_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One image among two processes: the rows that both gather fit together."""
+    alone = Subset(open_source(DATA, "train"), torch.arange(1))
+    gathered: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        "mim.evaluate.training.gather_rows", lambda rows: (gathered.append(rows), rows)[1]
+    )
     for rank in (0, 1):
-        shapes.append([])
         given = {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")}
         task = SimpleNamespace(
-            accelerator=SimpleNamespace(reduce=reduce, **given),
+            accelerator=SimpleNamespace(**given),
             data=DATA,
             heads=3,
             logits=lambda model, images: torch.zeros(3, len(images), 10),
         )
         accuracies(task, torch.nn.Identity(), alone)  # type: ignore[arg-type]
-    assert shapes[0] == shapes[1] == [(2, 3), ()]
+    rows, others = gathered[:3], gathered[3:]
+    assert len(rows) == len(others) and {len(rows[0]), len(others[0])} == {0, 1}
+    for row, other in zip(rows, others, strict=True):
+        assert torch.cat([row, other]).dtype == row.dtype == other.dtype
 
 
 def test_the_state_goes_when_the_evaluation_ends(encoder: Encoder, tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ from mim.core.config import DataConfig
 from mim.core.device import to_device
 from mim.core.fields import Count, Positive, Span
 from mim.core.rng import image_keys, seed_of
-from mim.data import Batch, holdout
-from mim.evaluate.base import EVALUATIONS, TaskEvaluation
+from mim.data import Batch
+from mim.data.sources.base import Split
+from mim.evaluate.base import EVALUATIONS
 from mim.evaluate.dense.detection_data import (
     DetectionBatches,
     DetectionSource,
     DetectionSpec,
-    DetectionSubset,
     ObjectBatch,
     Objects,
     coco_tools,
@@ -43,29 +43,23 @@ from mim.evaluate.dense.detection_data import (
 from mim.evaluate.dense.pictures import detection_picture
 from mim.evaluate.dense.pyramid import Pyramid, layer_maps
 from mim.evaluate.dense.training import (
+    DenseEvaluation,
     DenseModel,
     DenseSettings,
-    DenseTask,
-    data_of,
     encoder_at_size,
     fill_of,
     share_of,
     statistics_of,
-    store_of,
 )
 from mim.evaluate.dense.views import View
-from mim.evaluate.training import start_accelerator
 from mim.model.backbones import patch_size_of
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
-    from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
 _ASPECTS = (0.5, 1.0, 2.0)
 _DRAWN_ABOVE = 0.5  # score of the predictions that pictures show
-FILE = "detect.safetensors"
-"""Name of the trained model in a run folder."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +108,7 @@ class _Maps(nn.Module):
 
 
 class KeyedSampler:
-    """Draws an image's regions by its key, and counts what it has drawn.
-
-    Args:
-        plain: torchvision's, which draws from torch's generator.
-    """
+    """Draws an image's regions by its key, and counts what it has drawn."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
@@ -139,16 +129,7 @@ class KeyedSampler:
 
 
 class Detector(DenseModel):
-    """Images to boxes, classes, scores and perhaps masks.
-
-    Args:
-        encoder: at the task's size.
-        settings: width, scales, anchor, proposals, samples, freeze and seed are read.
-        classes: their names.
-        mean: of each channel, by which images are normalised.
-        std: likewise.
-        masks: whether it predicts masks too.
-    """
+    """Images to boxes, classes, scores and perhaps masks."""
 
     task: ClassVar[str] = "detect"
 
@@ -163,7 +144,7 @@ class Detector(DenseModel):
     ) -> None:
         super().__init__()
         self.frozen, self.classes, self.masks = settings.freeze, classes, masks
-        self.seed = settings.seed
+        self.mean, self.seed = mean, settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(settings.seed, "head"))
             self.network = _network(encoder, settings, len(classes), mean, std, masks)
@@ -281,96 +262,42 @@ def _original(found: dict[str, Tensor], view: View, size: tuple[int, int]) -> di
     if "masks" in found:
         rows, columns = view.kept
         kept = found["masks"][..., :rows, :columns].float()
-        grown = (
-            F.interpolate(kept, size=size, mode="bilinear", align_corners=False)
-            if len(kept)
-            else kept.new_zeros(0, 1, *size)
-        )
+        grown = kept.new_zeros(0, 1, *size)
+        if len(kept):
+            grown = F.interpolate(kept, size=size, mode="bilinear", align_corners=False)
         result["masks"] = (grown[:, 0] > 0.5).cpu()
     return result
 
 
 @EVALUATIONS.register("detect", DetectSettings)
-class Detect(TaskEvaluation):
+class Detect(DenseEvaluation):
     """Boxes around objects, and masks; COCO's mAP."""
 
     settings: DetectSettings
-    _sources: tuple[DetectionSource, DetectionSource] | None = None
+    chosen_by = "map"
 
-    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
-        """Opens the images and boxes of the settings.
-
-        Raises:
-            UserError: see :func:`open_detection`; also if pycocotools is
-                missing, or there are too few images to hold some out.
-        """
+    def open(self, split: Split) -> DetectionSource:
         coco_tools()
-        self._sources = self._opened()
+        source = open_detection(self.settings.spec, split)
+        if not source.classes:
+            raise self.settings.error("path", "has training images in which nothing is marked")
+        return source
 
-    def _opened(self) -> tuple[DetectionSource, DetectionSource]:
-        if self._sources is None:
-            spec = self.settings.spec
-            own, other = open_detection(spec, "train"), open_detection(spec, "val")
-            if len(own) < 2:
-                raise self.settings.error("path", "holds fewer than 2 training images")
-            if not own.classes:
-                raise self.settings.error("path", "has training images in which nothing is marked")
-            return own, other
-        return self._sources
-
-    def run(
-        self,
-        encoder: Encoder,
-        train: ImageSource | None = None,
-        val: ImageSource | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        precision: str = "fp32",
-        folder: Path | None = None,
-    ) -> dict[str, float]:
-        """See :meth:`TaskEvaluation.run`.
-
-        The model goes to ``detect.safetensors``, pictures to ``pictures/detect.png``.
-
-        Returns:
-            map (over IoU 0.5 to 0.95), map_50, map_75, those of sizes that are there, mar_100,
-            map_class_NAME; the same under ``mask_`` with masks; what was chosen on the held-out
-            images; mended_boxes where boxes were mended.
-        """
-        s, accelerator = self.settings, start_accelerator(device)
-        own, other = self._opened()
-        mean, std = statistics_of(encoder, s)
+    def build(self, encoder: Encoder) -> Detector:
+        s, (own, other) = self.settings, self.sources
         masks = s.masks and own.has_masks and other.has_masks
-        model = Detector(encoder_at_size(encoder, s), s, list(own.classes), mean, std, masks)
-        store = store_of(folder, s, encoder, own, precision)
-        chosen: dict[str, float] = {}
-        if s.weights:
-            model.load(Path(s.weights))
-        model.to(accelerator.device).eval()
-        if not s.weights:
-            held, rest = (
-                DetectionSubset(own, holdout(own.sample_ids, s.held_out, part))
-                for part in ("val", "train")
-            )
-            data, scale = data_of(encoder, s, len(rest)), (s.scale[0], s.scale[1])
-            batches = DetectionBatches(rest, data, s.seed, scale, fill_of(mean), masks)
-            best = DenseTask(model, s, batches, accelerator, precision).fit(
-                lambda: self._measure(model, held, mean, accelerator, precision)["map"],
-                f"detect {encoder.name}",
-                store,
-            )
-            chosen = best.numbers("map")
-        numbers = {**self._measure(model, other, mean, accelerator, precision), **chosen}
-        if own.mended + other.mended:
-            numbers["mended_boxes"] = float(own.mended + other.mended)
-        if folder is not None and accelerator.is_main_process:
-            if s.save and not s.weights:
-                model.save(folder / FILE, numbers)
-            if s.pictures:
-                self._draw(model, other, mean, accelerator.device, precision, folder)
-            if store is not None:
-                store.remove()
-        return numbers
+        mean, std = statistics_of(encoder, s)
+        return Detector(encoder_at_size(encoder, s), s, list(own.classes), mean, std, masks)
+
+    def batches(
+        self, model: Detector, source: DetectionSource, data: DataConfig
+    ) -> DetectionBatches:
+        s = self.settings
+        return DetectionBatches(source, data, s.seed, s.scale, fill_of(model.mean), model.masks)
+
+    def data_numbers(self) -> dict[str, float]:
+        mended = sum(source.mended for source in self.sources)
+        return {"mended_boxes": float(mended)} if mended else {}
 
     @torch.no_grad()
     def predict(
@@ -378,14 +305,13 @@ class Detect(TaskEvaluation):
         model: Detector,
         source: DetectionSource,
         indices: list[int],
-        mean: tuple[float, ...],
         device: torch.device,
         precision: str = "fp32",
     ) -> list[dict[str, Tensor]]:
         """Boxes, labels from 0, scores and masks of images, in their own pixels."""
         model.eval()
-        data = DataConfig(image_size=self.settings.size, channels=len(mean))
-        images, views = whole_images(source, indices, data, fill_of(mean))
+        data = DataConfig(image_size=self.settings.size, channels=len(model.mean))
+        images, views = whole_images(source, indices, data, fill_of(model.mean))
         with autocast(precision, device):
             found = model(images)
         return [
@@ -393,15 +319,11 @@ class Detect(TaskEvaluation):
             for f, view, index in zip(found, views, indices, strict=True)
         ]
 
-    def _measure(
-        self,
-        model: Detector,
-        source: DetectionSource,
-        mean: tuple[float, ...],
-        accelerator: Accelerator,
-        precision: str,
+    def measure(
+        self, model: Detector, source: DetectionSource, accelerator: Accelerator, precision: str
     ) -> dict[str, float]:
-        """COCO's numbers over all images, of which each process reads its share."""
+        """map (over IoU 0.5 to 0.95), map_50, map_75, those of the sizes that there are, mar_100
+        and map_class_NAME; the same under ``mask_`` with masks."""
         from torchmetrics.detection import MeanAveragePrecision  # slow to import
 
         kinds: Any = ("bbox", "segm") if model.masks else ("bbox",)
@@ -409,9 +331,8 @@ class Detect(TaskEvaluation):
         share, size = share_of(len(source), accelerator), self.settings.batch_size
         for start in range(0, len(share), size):
             indices = list(share[start : start + size])
-            found = self.predict(model, source, indices, mean, accelerator.device, precision)
-            truth = [_truth(source.objects[index], model.masks) for index in indices]
-            metric.update(found, truth)
+            found = self.predict(model, source, indices, accelerator.device, precision)
+            metric.update(found, [_truth(source.objects[i], model.masks) for i in indices])
         if accelerator.num_processes > 1:
             kept = {name: getattr(metric, name) for name in metric._defaults}
             states = gather_object([kept])
@@ -420,38 +341,29 @@ class Detect(TaskEvaluation):
             metric._update_count = 1  # those of a process without images came from the others
         return _numbers(metric.compute(), model.classes, model.masks)
 
-    def _draw(
+    def draw(
         self,
         model: Detector,
         source: DetectionSource,
-        mean: tuple[float, ...],
+        indices: list[int],
         device: torch.device,
         precision: str,
-        folder: Path,
+        path: Path,
     ) -> None:
-        step = max(len(source) // self.settings.pictures, 1)
-        indices = list(range(0, len(source), step))[: self.settings.pictures]
         rows = []
-        found = self.predict(model, source, indices, mean, device, precision)
+        found = self.predict(model, source, indices, device, precision)
         for index, prediction in zip(indices, found, strict=True):
             keep = prediction["scores"] >= _DRAWN_ABOVE
-            objects = source.objects[index]
-            truth = {"boxes": objects.boxes, "labels": objects.labels}
-            if model.masks:
-                truth["masks"] = objects.masks()
             shown = {key: value[keep].numpy() for key, value in prediction.items()}
-            image = picture_of(source, index, len(mean))
+            truth = _truth(source.objects[index], model.masks)
+            image = picture_of(source, index, len(model.mean))
             rows.append((image, {key: value.numpy() for key, value in truth.items()}, shown))
-        detection_picture(rows, model.classes, folder / "pictures" / "detect.png")
+        detection_picture(rows, model.classes, path)
 
 
 def _truth(objects: Objects, masks: bool) -> dict[str, Tensor]:
-    """What is marked in an image, as torchmetrics reads it."""
-    truth = {
-        "boxes": objects.boxes,
-        "labels": objects.labels,
-        "iscrowd": objects.crowd.long(),
-    }
+    """The objects of an image, as torchmetrics reads them."""
+    truth = {"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.crowd.long()}
     return {**truth, "masks": objects.masks()} if masks else truth
 
 

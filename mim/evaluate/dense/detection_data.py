@@ -13,6 +13,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,12 +27,12 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.registry import Registry
-from mim.core.rng import image_keys, name_to_int, permutation
+from mim.core.rng import name_to_int
 from mim.data.images.transforms import prepare
-from mim.data.loader import Batch, StepBatches, steps_per_epoch
+from mim.data.loader import Batch
 from mim.data.sources.base import ImageSource, Split
 from mim.evaluate.dense.segmentation_data import check_annotation, check_file, opened, read_image
-from mim.evaluate.dense.views import View, fit_factor, fitted_view, stack_pixels, training_view
+from mim.evaluate.dense.views import DenseBatches, View, fit_factor, fitted_view, stack_pixels
 
 _SETTING = "evaluations.detect"
 _FILES_CHECKED = 2_000
@@ -123,6 +124,14 @@ class DetectionSource(ImageSource):
 
     def describe(self, index: int) -> str:
         return str(self.files[index])
+
+    def subset(self, indices: Tensor) -> DetectionSource:
+        """The images at some positions."""
+        part = copy(self)
+        part.files = [self.files[i] for i in indices.tolist()]
+        part.objects = [self.objects[i] for i in indices.tolist()]
+        part.sample_ids = self.sample_ids[indices]
+        return part
 
     def verify(self) -> None:
         """See that the files are there and, of 2,000 at most, that the annotations fit them."""
@@ -433,17 +442,16 @@ def target_of(objects: Objects, view: View, with_masks: bool) -> dict[str, Tenso
     return target
 
 
-class DetectionBatches(StepBatches):
-    """Step -> training views with their objects, a pure function.
+class DetectionBatches(DenseBatches):
+    """Training views with their objects.
 
     Args:
-        source: the training images.
-        data: size, channels, batch_size and flip are read.
-        seed: order and views follow from it.
+        source: see :class:`DenseBatches`, as are ``data``, ``seed`` and ``fill``.
         scale: from and to of the scale; at 1 the image fits into the size (large-scale jitter).
-        fill: value of each channel, 0 to 255, of the padding.
         masks: whether masks of the objects are wanted.
     """
+
+    source: DetectionSource
 
     def __init__(
         self,
@@ -451,64 +459,30 @@ class DetectionBatches(StepBatches):
         data: DataConfig,
         seed: int,
         scale: tuple[float, float],
-        fill: Sequence[int],
+        fill: int | tuple[int, ...],
         masks: bool,
     ) -> None:
-        super().__init__(source, data)
-        self.marked, self.seed, self.scale, self.masks = source, seed, scale, masks
-        self.fill = tuple(fill) if len(fill) > 1 else fill[0]
-        self.per_epoch = steps_per_epoch(source, data)
-        self.share = slice(None)  # of a batch, for one of several processes
+        super().__init__(source, data, seed, scale, fill)
+        self.masks = masks
 
-    def batch(self, number: int) -> ObjectBatch:
-        epoch, position = divmod(number, self.per_epoch)
-        order = permutation(self.seed, epoch, len(self.marked))
-        size, count = self.config.size, self.config.batch_size
-        indices = order[position * count : (position + 1) * count][self.share]
-        ids = self.marked.sample_ids[indices]
-        keys = image_keys(self.seed, epoch, ids, purpose="augment")
-        images, targets = [], []
-        for index, key in zip(indices.tolist(), keys, strict=True):
-            image = picture_of(self.marked, index, self.config.channels)
-            original = image.height, image.width
-            factor = fit_factor(original, size)
-            view = training_view(key[None], original, size, factor, self.scale, self.config.flip)
-            images.append(view.pixels(image, self.fill))
-            targets.append(target_of(self.marked.objects[index], view, self.masks))
-        return ObjectBatch(
-            images=stack_pixels(images),
-            labels=None,
-            sample_ids=ids,
-            epoch=epoch,
-            step=number,
-            targets=targets,
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], dict[str, Tensor]]:
+        image = picture_of(self.source, index, self.config.channels)
+        view = self.view(image, key, fit_factor((image.height, image.width), self.config.size))
+        return view.pixels(image, self.fill), target_of(
+            self.source.objects[index], view, self.masks
         )
+
+    def collate(self, marks: Sequence[dict[str, Tensor]], **images: Any) -> ObjectBatch:
+        return ObjectBatch(**images, targets=list(marks))
 
 
 def whole_images(
-    source: DetectionSource, indices: Sequence[int], data: DataConfig, fill: Sequence[int]
+    source: DetectionSource, indices: Sequence[int], data: DataConfig, fill: int | tuple[int, ...]
 ) -> tuple[Tensor, list[View]]:
     """Whole images, scaled until they fit, as (B, C, H, W) uint8, and how each was moved."""
     pixels, views = [], []
     for index in indices:
         image = picture_of(source, index, data.channels)
-        view = fitted_view((image.height, image.width), data.size)
-        views.append(view)
-        pixels.append(view.pixels(image, tuple(fill) if len(fill) > 1 else fill[0]))
+        views.append(fitted_view((image.height, image.width), data.size))
+        pixels.append(views[-1].pixels(image, fill))
     return stack_pixels(pixels), views
-
-
-class DetectionSubset(DetectionSource):
-    """Some images of a source.
-
-    Args:
-        source: what to choose from.
-        indices: (m,) positions in it.
-    """
-
-    def __init__(self, source: DetectionSource, indices: Tensor) -> None:
-        chosen = indices.tolist()
-        self.name, self.classes = source.name, source.classes
-        self.files = [source.files[i] for i in chosen]
-        self.objects = [source.objects[i] for i in chosen]
-        self.sample_ids = source.sample_ids[indices]

@@ -11,6 +11,7 @@ Shapes: B images, C channels, H x W pixels of a window, K classes, D width of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,12 +24,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from mim.core.config import FREE
+from mim.core.config import FREE, DataConfig
 from mim.core.device import to_device
 from mim.core.fields import Natural, Share
 from mim.core.rng import seed_of
-from mim.data import Batch, holdout, normalize
-from mim.evaluate.base import EVALUATIONS, TaskEvaluation
+from mim.data import Batch, normalize
+from mim.data.sources.base import Split
+from mim.evaluate.base import EVALUATIONS
 from mim.evaluate.dense.pictures import segmentation_picture
 from mim.evaluate.dense.pyramid import Pyramid, layer_maps, quarter_layers
 from mim.evaluate.dense.segmentation_data import (
@@ -37,37 +39,29 @@ from mim.evaluate.dense.segmentation_data import (
     SegmentationBatches,
     SegmentationSource,
     SegmentationSpec,
-    SegmentationSubset,
     base_factor,
     open_segmentation,
     pair,
 )
 from mim.evaluate.dense.training import (
+    DenseEvaluation,
     DenseModel,
     DenseSettings,
-    DenseTask,
-    data_of,
     encoder_at_size,
     fill_of,
     share_of,
     statistics_of,
-    store_of,
 )
 from mim.evaluate.dense.views import stack_pixels, whole_view
-from mim.evaluate.training import start_accelerator
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
-HEADS = ("linear", "upernet")
 _POOLS = (1, 2, 3, 6)
 _WINDOWS_AT_ONCE = 16
-FILE = "segment.safetensors"
-"""Name of the trained model in a run folder."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +143,7 @@ class LinearHead(nn.Module):
 
 
 class UperHead(nn.Module):
-    """UPerNet: pyramid pooling on the coarsest map, a top-down path, all scales fused.
-
-    Args:
-        inside: D.
-        width: channels within.
-        scales: of the four maps, descending.
-        classes: K.
-    """
+    """UPerNet: pyramid pooling on the coarsest map, a top-down path, all scales fused."""
 
     def __init__(self, inside: int, width: int, scales: tuple[float, ...], classes: int) -> None:
         super().__init__()
@@ -190,15 +177,7 @@ def _resize(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 class Segmenter(DenseModel):
-    """Images to a class for each pixel.
-
-    Args:
-        encoder: at the size of the windows.
-        settings: head, width, scales, freeze and seed are read.
-        classes: their names.
-        mean: of each channel, by which images are normalised.
-        std: likewise.
-    """
+    """Images to a class for each pixel."""
 
     task: ClassVar[str] = "segment"
 
@@ -300,99 +279,25 @@ def _confusion_metric(classes: int) -> Metric:
     )
 
 
-def _miou(confusion: Tensor) -> Tensor:
-    return intersection_over_union(confusion).nanmean()
-
-
-def _numbers(confusion: Tensor, classes: list[str]) -> dict[str, float]:
-    each = intersection_over_union(confusion)
-    recall = confusion.diagonal().double() / confusion.sum(1)
-    numbers = {
-        "miou": float(each.nanmean()),
-        "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum()),
-        "class_accuracy": float(recall.nanmean()),
-    }
-    for name, value in zip(classes, each.tolist(), strict=True):
-        if value == value:  # NaN: in neither truth nor prediction
-            numbers[f"iou_{name}"] = value
-    return numbers
-
-
 @EVALUATIONS.register("segment", SegmentSettings)
-class Segment(TaskEvaluation):
+class Segment(DenseEvaluation):
     """A label for each pixel; mIoU."""
 
     settings: SegmentSettings
-    _sources: tuple[SegmentationSource, SegmentationSource] | None = None
+    chosen_by = "miou"
 
-    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
-        """Opens the images and masks of the settings.
+    def open(self, split: Split) -> SegmentationSource:
+        return open_segmentation(self.settings.spec, split)
 
-        Raises:
-            UserError: see :func:`open_segmentation`; also if there are too
-                few images to hold some out.
-        """
-        self._sources = self._opened()
+    def build(self, encoder: Encoder) -> Segmenter:
+        s, classes = self.settings, list(self.sources[0].classes)
+        return Segmenter(encoder_at_size(encoder, s), s, classes, *statistics_of(encoder, s))
 
-    def _opened(self) -> tuple[SegmentationSource, SegmentationSource]:
-        if self._sources is None:
-            spec = self.settings.spec
-            own, other = open_segmentation(spec, "train"), open_segmentation(spec, "val")
-            if len(own) < 2:
-                raise self.settings.error("path", "holds fewer than 2 training images")
-            return own, other
-        return self._sources
-
-    def run(
-        self,
-        encoder: Encoder,
-        train: ImageSource | None = None,
-        val: ImageSource | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        precision: str = "fp32",
-        folder: Path | None = None,
-    ) -> dict[str, float]:
-        """See :meth:`TaskEvaluation.run`.
-
-        The model goes to ``segment.safetensors``, pictures to ``pictures/segment.png``.
-
-        Returns:
-            miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS for each class that
-            is there, and what was chosen on the held-out images.
-        """
-        s, accelerator = self.settings, start_accelerator(device)
-        own, other = self._opened()
-        mean, std = statistics_of(encoder, s)
-        model = Segmenter(encoder_at_size(encoder, s), s, list(own.classes), mean, std)
-        store = store_of(folder, s, encoder, own, precision)
-        numbers: dict[str, float] = {}
-        if s.weights:
-            model.load(Path(s.weights))
-        model.to(accelerator.device).eval()
-        if not s.weights:
-            held, rest = (
-                SegmentationSubset(own, holdout(own.sample_ids, s.held_out, part))
-                for part in ("val", "train")
-            )
-            data, scale = data_of(encoder, s, len(rest)), (s.scale[0], s.scale[1])
-            batches = SegmentationBatches(rest, data, s.seed, s.resize, scale, fill_of(mean))
-            best = DenseTask(model, s, batches, accelerator, precision).fit(
-                lambda: float(_miou(self._confusion(model, held, accelerator, precision))),
-                f"segment {encoder.name}",
-                store,
-            )
-            numbers = best.numbers("miou")
-        confusion = self._confusion(model, other, accelerator, precision)
-        numbers = {**_numbers(confusion, model.classes), **numbers}
-        if folder is not None and accelerator.is_main_process:
-            if s.save and not s.weights:
-                model.save(folder / FILE, numbers)
-            if s.pictures:
-                self._draw(model, other, accelerator.device, precision, folder)
-            if store is not None:
-                store.remove()
-        return numbers
+    def batches(
+        self, model: Segmenter, source: SegmentationSource, data: DataConfig
+    ) -> SegmentationBatches:
+        s = self.settings
+        return SegmentationBatches(source, data, s.seed, s.resize, s.scale, fill_of(model.mean))
 
     @torch.no_grad()
     def labels(
@@ -415,28 +320,38 @@ class Segment(TaskEvaluation):
         predicted = _resize(logits.float(), original).argmax(1)[0].cpu()
         return predicted, torch.from_numpy(np.array(mask)).long()
 
-    def _confusion(
+    def measure(
         self, model: Segmenter, source: SegmentationSource, accelerator: Accelerator, precision: str
-    ) -> Tensor:
-        """(K, K) counts over all images, of which each process reads its share."""
+    ) -> dict[str, float]:
+        """miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS of each class there is."""
         metric = _confusion_metric(len(model.classes))
         for index in share_of(len(source), accelerator):
             metric.update(*self.labels(model, source, index, accelerator.device, precision))
         counts: Tensor = metric.confmat  # type: ignore[assignment]  # zeros without images
-        total: Tensor = accelerator.reduce(counts.to(accelerator.device), "sum")
-        return total.cpu()
+        confusion = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
+        each = intersection_over_union(confusion)
+        recall = confusion.diagonal().double() / confusion.sum(1)
+        numbers = {
+            "miou": float(each.nanmean()),
+            "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum()),
+            "class_accuracy": float(recall.nanmean()),
+        }
+        for name, value in zip(model.classes, each.tolist(), strict=True):
+            if not math.isnan(value):  # NaN: in neither truth nor prediction
+                numbers[f"iou_{name}"] = value
+        return numbers
 
-    def _draw(
+    def draw(
         self,
         model: Segmenter,
         source: SegmentationSource,
+        indices: list[int],
         device: torch.device,
         precision: str,
-        folder: Path,
+        path: Path,
     ) -> None:
         rows = []
-        step = max(len(source) // self.settings.pictures, 1)
-        for index in range(0, len(source), step)[: self.settings.pictures]:
+        for index in indices:
             predicted, truth = self.labels(model, source, index, device, precision)
             rows.append((pair(source, index, len(model.mean))[0], truth.numpy(), predicted.numpy()))
-        segmentation_picture(rows, model.classes, folder / "pictures" / "segment.png")
+        segmentation_picture(rows, model.classes, path)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.registry import Registry
-from mim.core.rng import image_keys, name_to_int, permutation
+from mim.core.rng import name_to_int
 from mim.data.images.decode import (
     DECODE_ERRORS,
     EXTENSIONS,
@@ -34,9 +34,9 @@ from mim.data.images.decode import (
     read_picture,
 )
 from mim.data.images.transforms import prepare, upright
-from mim.data.loader import Batch, StepBatches, steps_per_epoch
+from mim.data.loader import Batch
 from mim.data.sources.base import ImageSource, Split
-from mim.evaluate.dense.views import cover_factor, stack_pixels, training_view
+from mim.evaluate.dense.views import DenseBatches, cover_factor
 
 VOID = -1
 """Label, within the project, of the pixels that never count."""
@@ -76,6 +76,10 @@ class SegmentationSource(ImageSource):
     def glance(self, index: int) -> bytes:
         """Of the image and its mask: a state is not used over other masks either."""
         return super().glance(index) + self.read_mask(index).tobytes()
+
+    def subset(self, indices: Tensor) -> SegmentationSource:
+        """The images at some positions."""
+        return SegmentationSubset(self, indices)
 
     def describe_mask(self, index: int) -> str:
         """What a message calls the mask at a position."""
@@ -373,17 +377,15 @@ def base_factor(original: tuple[int, int], size: tuple[int, int], resize: int) -
     return resize / min(original) if resize else cover_factor(original, size)
 
 
-class SegmentationBatches(StepBatches):
-    """Step -> training views with their masks, a pure function.
+class SegmentationBatches(DenseBatches):
+    """Training views with their masks.
 
     Args:
-        source: the training images.
-        data: size, channels, batch_size and flip are read.
-        seed: order and views follow from it.
+        source: see :class:`DenseBatches`, as are ``data``, ``seed``, ``scale`` and ``fill``.
         resize: short side of an image at scale 1; 0: it covers the size.
-        scale: from and to of the scale.
-        fill: value of each channel, 0 to 255, of the padding.
     """
+
+    source: SegmentationSource
 
     def __init__(
         self,
@@ -392,46 +394,24 @@ class SegmentationBatches(StepBatches):
         seed: int,
         resize: int,
         scale: tuple[float, float],
-        fill: Sequence[int],
+        fill: int | tuple[int, ...],
     ) -> None:
-        super().__init__(source, data)
-        self.pairs, self.seed, self.resize, self.scale = source, seed, resize, scale
-        self.fill = tuple(fill) if len(fill) > 1 else fill[0]
-        self.per_epoch = steps_per_epoch(source, data)
-        self.share = slice(None)  # of a batch, for one of several processes
+        super().__init__(source, data, seed, scale, fill)
+        self.resize = resize
 
-    def batch(self, number: int) -> MaskedBatch:
-        epoch, position = divmod(number, self.per_epoch)
-        order = permutation(self.seed, epoch, len(self.pairs))
-        size, count = self.config.size, self.config.batch_size
-        indices = order[position * count : (position + 1) * count][self.share]
-        ids = self.pairs.sample_ids[indices]
-        keys = image_keys(self.seed, epoch, ids, purpose="augment")
-        images, masks = [], []
-        for index, key in zip(indices.tolist(), keys, strict=True):
-            image, mask = pair(self.pairs, index, self.config.channels)
-            original = image.height, image.width
-            factor = base_factor(original, size, self.resize)
-            view = training_view(key[None], original, size, factor, self.scale, self.config.flip)
-            images.append(view.pixels(image, self.fill))
-            masks.append(torch.from_numpy(view.pixels(mask, VOID, Image.Resampling.NEAREST)))
-        return MaskedBatch(
-            images=stack_pixels(images),
-            labels=None,
-            sample_ids=ids,
-            epoch=epoch,
-            step=number,
-            masks=torch.stack(masks).long(),
-        )
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], Tensor]:
+        image, mask = pair(self.source, index, self.config.channels)
+        factor = base_factor((image.height, image.width), self.config.size, self.resize)
+        view = self.view(image, key, factor)
+        labels = torch.from_numpy(view.pixels(mask, VOID, Image.Resampling.NEAREST))
+        return view.pixels(image, self.fill), labels.long()
+
+    def collate(self, marks: Sequence[Tensor], **images: Any) -> MaskedBatch:
+        return MaskedBatch(**images, masks=torch.stack(list(marks)))
 
 
 class SegmentationSubset(SegmentationSource):
-    """Some images of a source.
-
-    Args:
-        source: what to choose from.
-        indices: (m,) positions in it.
-    """
+    """Some images of a source."""
 
     def __init__(self, source: SegmentationSource, indices: Tensor) -> None:
         self.source, self.indices = source, indices

@@ -1,4 +1,4 @@
-"""What segmentation and detection share: settings, the encoder at the task's size, training, files.
+"""What segmentation and detection share: settings, model, training, and the evaluation itself.
 
 An encoder, frozen or fine-tuned, is trained with a head on images of the task's own. The best epoch
 is chosen on a keyed share of the training images; val is asked once, at the end. Order, views, drop
@@ -14,13 +14,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.core.config import FREE, DataConfig
@@ -38,17 +39,21 @@ from mim.core.fields import (
     Span,
     is_free,
 )
-from mim.data import Batch, BatchLoader, ImageSource, open_source
-from mim.evaluate.dense.detection_data import DetectionBatches
+from mim.data import Batch, BatchLoader, ImageSource, holdout, open_source
+from mim.data.sources.base import Split
+from mim.evaluate.base import TaskEvaluation
 from mim.evaluate.dense.pyramid import SCALES
-from mim.evaluate.dense.segmentation_data import SegmentationBatches
+from mim.evaluate.dense.views import DenseBatches
 from mim.evaluate.drop_path import draws_of, key_drop_paths
 from mim.evaluate.features import check_precision
 from mim.evaluate.training import (
     StepSettings,
     SupervisedTask,
     identity_of,
+    start_accelerator,
+    state_file,
     train_epochs,
+    warmup_and_cosine,
 )
 from mim.model.backbones import (
     build_backbone,
@@ -59,7 +64,6 @@ from mim.model.backbones import (
 )
 from mim.training.checkpoint import TASK, FileStore, read_safetensors, save_encoder
 from mim.training.hooks import BestEpoch
-from mim.training.optim import Schedule
 from mim.training.runtime.precision import autocast
 from mim.training.trainer import Loss, parts
 
@@ -198,9 +202,10 @@ def data_of(encoder: Encoder, settings: DenseSettings, images: int) -> DataConfi
     )
 
 
-def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
+def fill_of(mean: Sequence[float]) -> int | tuple[int, ...]:
     """Padding that normalises to about 0."""
-    return tuple(min(255, round(255 * value)) for value in mean)
+    fill = tuple(min(255, round(255 * value)) for value in mean)
+    return fill if len(fill) > 1 else fill[0]
 
 
 class DenseModel(nn.Module):
@@ -211,6 +216,8 @@ class DenseModel(nn.Module):
     frozen: bool
     classes: list[str]
     seed: int
+    mean: tuple[float, ...]
+    """Of each channel, by which images are normalised."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
@@ -284,8 +291,7 @@ def parameter_groups(model: DenseModel, settings: DenseSettings) -> list[dict[st
     block i counted from 0, and 0 for the head; the final norm goes with the last block.
     """
     inside = {id(p) for p in model.encoder.parameters()}
-    names = [n for n, p in model.named_parameters() if id(p) in inside]
-    head = _Named({n: p for n, p in model.named_parameters() if n not in names})
+    head = [p for p in model.parameters() if id(p) not in inside]
     groups: list[dict[str, Any]] = []
     if not model.frozen:
         for group in param_groups_layer_decay(
@@ -296,18 +302,10 @@ def parameter_groups(model: DenseModel, settings: DenseSettings) -> list[dict[st
         ):
             # timm's last group is the last block, for it sees no head.
             groups.append({**group, "lr_scale": group["lr_scale"] * settings.layer_decay})
-    for group in param_groups_weight_decay(head, settings.weight_decay):
-        groups.append({**group, "lr_scale": 1.0})
+    vectors, matrices = [p for p in head if p.ndim <= 1], [p for p in head if p.ndim > 1]
+    groups.append({"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0})
+    groups.append({"params": matrices, "weight_decay": settings.weight_decay, "lr_scale": 1.0})
     return groups
-
-
-class _Named(nn.Module):
-    """Some parameters of a module, under their names, for timm's grouping."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        for name, parameter in parameters.items():
-            self.register_parameter(name.replace(".", "/"), parameter)
 
 
 class _Learner(nn.Module):
@@ -322,27 +320,16 @@ class _Learner(nn.Module):
 
 
 def _cut(batch: Batch, cut: slice) -> Batch:
-    """Some images of a batch with all that is told of them."""
+    """Some images of a batch, with their masks or boxes."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    parts: dict[str, Any] = {
-        name: value[cut] for name, value in values.items() if isinstance(value, (Tensor, list))
+    rows: dict[str, Any] = {
+        name: v[cut] for name, v in values.items() if isinstance(v, (Tensor, list))
     }
-    return replace(batch, **parts)
-
-
-# What may differ, too, when a training goes on: it does not change what is computed.
+    return replace(batch, **rows)
 
 
 class DenseTask(SupervisedTask):
     """Images with masks or boxes, of which each process takes its share.
-
-    Args:
-        model: on the device.
-        settings: the recipe.
-        batches: step -> batch; each process gets its share of it.
-        per_epoch: steps of an epoch.
-        accelerator: of :func:`start_accelerator`.
-        precision: fp32, bf16 or fp16 (autocast).
 
     Raises:
         UserError: for an unknown precision, or a batch that does not divide among the processes.
@@ -356,7 +343,7 @@ class DenseTask(SupervisedTask):
         self,
         model: DenseModel,
         settings: DenseSettings,
-        batches: SegmentationBatches | DetectionBatches,
+        batches: DenseBatches,
         accelerator: Accelerator,
         precision: str,
     ) -> None:
@@ -378,11 +365,10 @@ class DenseTask(SupervisedTask):
         return BatchLoader(self.data, steps, workers=self.data.config.workers)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Leaves it to the model, which knows what it needs on the device."""
-        return batch
+        return batch  # the model knows what it needs on the device
 
     def parts(self, inputs: Batch, count: int) -> Iterator[tuple[Batch, Tensor | float]]:
-        """See :meth:`Task.parts`; the loss is normalised by what all processes count."""
+        """Normalises the loss by what all processes count."""
         world = self.accelerator.num_processes
         if count == world == 1:
             yield inputs, 1.0
@@ -415,8 +401,7 @@ class DenseTask(SupervisedTask):
             Interrupted: after a signal where there is a store, which then has been written.
         """
         s, device = self.settings, self.accelerator.device
-        warmup = min(s.warmup_epochs * self.per_epoch, self.steps / 2)
-        schedule = Schedule(s.lr, 0.0, warmup, self.steps)
+        schedule = warmup_and_cosine(self, s.lr, 0.0, s.warmup_epochs)
         groups = parameter_groups(self.model, s)
         optimizer = torch.optim.AdamW(groups, lr=schedule(0), fused=True)
         scaler = torch.amp.GradScaler(device.type) if self.precision == "fp16" else None
@@ -427,6 +412,112 @@ class DenseTask(SupervisedTask):
         return best
 
 
+class DenseEvaluation(TaskEvaluation):
+    """A head trained on images of its own, frozen encoder or not; a subclass says which."""
+
+    settings: DenseSettings
+    chosen_by: ClassVar[str]
+    """The number by which the best epoch is chosen."""
+
+    @abstractmethod
+    def open(self, split: Split) -> Any:
+        """Opens the images of the settings, and checks them."""
+
+    @abstractmethod
+    def build(self, encoder: Encoder) -> Any:
+        """The model at the task's size; the given encoder is not touched."""
+
+    @abstractmethod
+    def batches(self, model: Any, source: Any, data: DataConfig) -> DenseBatches:
+        """The training views of a source."""
+
+    @abstractmethod
+    def measure(
+        self, model: Any, source: Any, accelerator: Accelerator, precision: str
+    ) -> dict[str, float]:
+        """Named numbers over all images of a source, of which each process reads its share."""
+
+    @abstractmethod
+    def draw(
+        self,
+        model: Any,
+        source: Any,
+        indices: list[int],
+        device: torch.device,
+        precision: str,
+        path: Path,
+    ) -> None:
+        """Writes a picture of some images with truth and prediction."""
+
+    def data_numbers(self) -> dict[str, float]:
+        """What is to be said of the images themselves."""
+        return {}
+
+    @cached_property
+    def sources(self) -> tuple[Any, Any]:
+        """The images of train and of val."""
+        own, other = self.open("train"), self.open("val")
+        if len(own) < 2:
+            raise self.settings.error("path", "holds fewer than 2 training images")
+        return own, other
+
+    def check(self, train: ImageSource | None = None, val: ImageSource | None = None) -> None:
+        """Opens the images of the settings.
+
+        Raises:
+            UserError: see :meth:`open`; also for too few images to hold some out.
+        """
+        _ = self.sources
+
+    def run(
+        self,
+        encoder: Encoder,
+        train: ImageSource | None = None,
+        val: ImageSource | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        folder: Path | None = None,
+    ) -> dict[str, float]:
+        """Trains and measures; writes ``NAME.safetensors`` and ``pictures/NAME.png``.
+
+        Returns:
+            What :meth:`measure` finds on val, and what was chosen on the held-out images.
+        """
+        s, accelerator = self.settings, start_accelerator(device)
+        own, other = self.sources
+        model: DenseModel = self.build(encoder)
+        store, chosen = None, {}
+        if s.weights:
+            model.load(Path(s.weights))
+        model.to(accelerator.device).eval()
+        if not s.weights:
+            held, rest = (
+                own.subset(holdout(own.sample_ids, s.held_out, part)) for part in ("val", "train")
+            )
+            batches = self.batches(model, rest, data_of(encoder, s, len(rest)))
+            store = store_of(folder, s, encoder, own, precision)
+            best = DenseTask(model, s, batches, accelerator, precision).fit(
+                lambda: self.measure(model, held, accelerator, precision)[self.chosen_by],
+                f"{s.name} {encoder.name}",
+                store,
+            )
+            chosen = best.numbers(self.chosen_by)
+        numbers = {**self.measure(model, other, accelerator, precision), **chosen}
+        numbers |= self.data_numbers()
+        if folder is not None and accelerator.is_main_process:
+            if s.save and not s.weights:
+                model.save(folder / f"{s.name}.safetensors", numbers)
+            if s.pictures:
+                indices = list(range(0, len(other), max(len(other) // s.pictures, 1)))
+                picture = folder / "pictures" / f"{s.name}.png"
+                shown = indices[: s.pictures]
+                self.draw(model, other, shown, accelerator.device, precision, picture)
+            if store is not None:
+                store.remove()
+        return numbers
+
+
 def store_of(
     folder: Path | None,
     settings: DenseSettings,
@@ -434,21 +525,13 @@ def store_of(
     source: ImageSource,
     precision: str,
 ) -> FileStore | None:
-    """From where an interrupted training goes on; None where none is kept.
-
-    Args:
-        folder: the run folder.
-        settings: the recipe.
-        encoder: what it starts from.
-        source: all training images.
-        precision: of the training.
-    """
-    if folder is None or settings.checkpoint_every == 0 or settings.weights:
+    """The file from which an interrupted training resumes; None where none is kept."""
+    path = state_file(folder, settings, settings.name)
+    if path is None:
         return None
     kind = type(settings)
     recipe = {key: value for key, value in asdict(settings).items() if not is_free(kind, key)}
     parts = [recipe, list(source.classes), source.fingerprint(), identity_of(encoder, precision)]
-    path = folder / "evaluations" / f"{settings.name}.pt"
     return FileStore(path, json.dumps(parts, sort_keys=True))
 
 

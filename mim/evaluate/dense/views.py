@@ -1,4 +1,4 @@
-"""One view of an image and of what is drawn on it: scaled, cut or padded, mirrored, all by key.
+"""Views of an image and of what is marked on it: scaled, cut or padded, mirrored; their batches.
 
 A view is numbers only, so that the image, its mask and its boxes are moved alike. What is drawn
 for a training view depends on the image's key alone.
@@ -8,9 +8,10 @@ Shapes: B images, H x W pixels of the result.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from mim.core.rng import uniforms
+from mim.core.config import DataConfig
+from mim.core.rng import image_keys, permutation, uniforms
+from mim.data.loader import Batch, StepBatches, steps_per_epoch
+from mim.data.sources.base import ImageSource
 
 T = TypeVar("T")
 
@@ -152,3 +156,58 @@ def stack_pixels(pixels: Sequence[NDArray[np.generic]]) -> Tensor:
     stacked = torch.from_numpy(np.stack(pixels))
     stacked = stacked if stacked.ndim == 4 else stacked[..., None]
     return stacked.permute(0, 3, 1, 2).contiguous()
+
+
+class DenseBatches(StepBatches):
+    """Step -> training views with what is marked on them, a pure function.
+
+    Args:
+        source: the training images.
+        data: size, channels, batch_size and flip are read.
+        seed: order and views follow from it.
+        scale: from and to of the random scale.
+        fill: value 0 to 255 of the padding, one or one a channel.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        data: DataConfig,
+        seed: int,
+        scale: tuple[float, float],
+        fill: int | tuple[int, ...],
+    ) -> None:
+        super().__init__(source, data)
+        self.seed, self.scale, self.fill = seed, scale, fill
+        self.per_epoch = steps_per_epoch(source, data)
+        self.share = slice(None)  # of a batch, for one of several processes
+
+    @abstractmethod
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], Any]:
+        """The pixels of an image's view by its key (1,), and what is marked there."""
+
+    @abstractmethod
+    def collate(self, marks: Sequence[Any], **images: Any) -> Batch:
+        """A batch of these fields and of what is marked on its images."""
+
+    def view(self, image: Image.Image, key: Tensor, factor: float) -> View:
+        """The training view of an image, ``factor`` being its scale 1."""
+        original, size = (image.height, image.width), self.config.size
+        return training_view(key, original, size, factor, self.scale, self.config.flip)
+
+    def batch(self, number: int) -> Batch:
+        epoch, position = divmod(number, self.per_epoch)
+        order = permutation(self.seed, epoch, len(self.source))
+        count = self.config.batch_size
+        indices = order[position * count : (position + 1) * count][self.share]
+        ids = self.source.sample_ids[indices]
+        keys = image_keys(self.seed, epoch, ids, purpose="augment")
+        pixels, marks = zip(*map(self.read, indices.tolist(), keys.split(1)), strict=True)
+        return self.collate(
+            marks,
+            images=stack_pixels(pixels),
+            labels=None,
+            sample_ids=ids,
+            epoch=epoch,
+            step=number,
+        )

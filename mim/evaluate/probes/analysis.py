@@ -8,13 +8,11 @@ Shapes: B images, L tokens, N patches, D width.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,17 +21,18 @@ from torch import Tensor
 from mim.core.device import to_device
 from mim.core.errors import UserError
 from mim.core.fields import Count
-from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Subset, eval_loader, normalize
 from mim.evaluate.base import (
     EVALUATIONS,
     EncoderEvaluation,
     EvaluationSettings,
     Features,
+    keyed_subset,
     low_shot,
 )
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import check_pool
+from mim.evaluate.predictions import write_npz
 from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.training import check_learnable_classes
 from mim.model.backbones import Embedded, Family, attention_maps, block_outputs, family_of
@@ -121,13 +120,6 @@ def layer_features(
 ) -> Features:
     """Every block's output, pooled, of all readable images of a source, on the CPU.
 
-    Args:
-        encoder: with a ViT.
-        source: the images.
-        pool: mean (of the patch tokens) or cls.
-        device: where the encoder runs.
-        batch_size: images at once.
-
     Returns:
         values (layers, n, D) float32, labels (n,) and sample_ids (n,).
     """
@@ -174,14 +166,6 @@ def layer_distances(
     return torch.cat(found).mean(0)
 
 
-def _some(source: ImageSource, count: int, seed: int) -> ImageSource:
-    """At most ``count`` images, the same for every encoder."""
-    if len(source) <= count:
-        return source
-    keys = image_keys(seed, -1, source.sample_ids, purpose="analysis")
-    return Subset(source, keys.argsort(stable=True)[:count].sort().values)
-
-
 @EVALUATIONS.register("analysis", AnalysisSettings)
 class Analysis(EncoderEvaluation):
     """Each layer's linear probe, reach of attention and effective rank."""
@@ -189,11 +173,7 @@ class Analysis(EncoderEvaluation):
     settings: AnalysisSettings
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`EncoderEvaluation.check_encoder`.
-
-        Raises:
-            UserError: also for blocks that differ in width or in their number of tokens.
-        """
+        """Refuses blocks that differ in width or in their number of tokens, too."""
         super().check_encoder(encoder)
         check_pool(encoder.vit, self.settings.pool)
         assert encoder.vit is not None
@@ -203,11 +183,6 @@ class Analysis(EncoderEvaluation):
             raise UserError(f"evaluation analysis: needs blocks of one width, which {reason}")
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """See :meth:`AnyEvaluation.check`.
-
-        Raises:
-            UserError: also if train has one class only, or val a class that train has not.
-        """
         super().check(train, val)
         check_learnable_classes(train, val, self.settings.name)
 
@@ -221,7 +196,7 @@ class Analysis(EncoderEvaluation):
         precision: str = "fp32",
         folder: Path | None = None,
     ) -> dict[str, float]:
-        """See :meth:`EncoderEvaluation.run`; always computed in float32.
+        """Measures in float32, whatever the precision.
 
         ``attention_distance`` is the mean over layers and heads, ``effective_rank`` that of the
         last layer. Blocks that are not timm's plain ones have no attention to look at.
@@ -234,7 +209,7 @@ class Analysis(EncoderEvaluation):
         part = low_shot(torch.as_tensor(train.sample_ids), labels, share, s.seed)
         sets = [
             layer_features(encoder, source, s.pool, device)
-            for source in (Subset(train, part), _some(val, s.val_images, s.seed))
+            for source in (Subset(train, part), keyed_subset(val, s.val_images, s.seed, s.name))
         ]
         numbers: dict[str, float] = {}
         settings = LinearSettings(few_shot=(), strengths=(1.0, 0.1, 1e-2, 1e-3, 1e-4), seed=s.seed)
@@ -246,7 +221,7 @@ class Analysis(EncoderEvaluation):
         numbers["effective_rank"] = table["effective_rank"][-1]
         heads = None
         if family_of(vit).splits:
-            few = _some(val, s.attention_images, s.seed)
+            few = keyed_subset(val, s.attention_images, s.seed, s.name)
             heads = layer_distances(encoder, few, device)  # (layers, heads)
             table["attention_distance"] = heads.mean(1).tolist()
             numbers["attention_distance"] = float(heads.mean())
@@ -254,7 +229,7 @@ class Analysis(EncoderEvaluation):
             for layer, value in enumerate(values, start=1):
                 numbers[f"layer_{layer}_{key}"] = value
         if folder is not None:
-            few = _some(val, s.compared_images, s.seed)
+            few = keyed_subset(val, s.compared_images, s.seed, s.name)
             prepare_folder(folder / FILES)
             _save_features(
                 folder / FILES / "features.npz", layer_features(encoder, few, s.pool, device)
@@ -265,14 +240,8 @@ class Analysis(EncoderEvaluation):
 
 def _save_features(path: Path, features: Features) -> None:
     """With the ids of the images, by which reports see that they are the same."""
-    buffer = io.BytesIO()
-    ids = features.sample_ids.numpy()
-    np.savez_compressed(buffer, features=features.values.numpy(), sample_ids=ids)
-    write_atomic(path, lambda temporary: _write(temporary, buffer.getvalue()))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    arrays = {"features": features.values.numpy(), "sample_ids": features.sample_ids.numpy()}
+    write_npz(path, arrays)
 
 
 def _save_figure(
@@ -299,6 +268,4 @@ def _save_figure(
             axes.set(xlabel="layer", ylabel=titles[key], xticks=list(layers))
             axes.grid(True, color="#E3E3E3", linewidth=0.7)
         figure.suptitle(name, fontsize=10)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-    write_atomic(path, lambda temporary: _write(temporary, buffer.getvalue()))
+        write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

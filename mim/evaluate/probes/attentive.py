@@ -23,8 +23,6 @@ from mim.evaluate.training import BatchSize
 from mim.model.backbones import family_of
 from mim.model.standardize import Standardize
 
-_POOLS = ("mean", "both")
-
 
 @dataclass(frozen=True)
 class AttentiveSettings(FrozenSettings):
@@ -48,13 +46,7 @@ class AttentiveSettings(FrozenSettings):
 
 
 class AttentivePool(nn.Module):
-    """A learned query reads standardised tokens, and a linear layer what it found.
-
-    Args:
-        width: of a token.
-        heads: of the attention; divides the width.
-        classes: K.
-    """
+    """A learned query reads standardised tokens, and a linear layer what it found."""
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
@@ -90,11 +82,7 @@ class Attentive(FrozenProbe):
         return self.settings.heads or int(last.attn.num_heads)
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """See :meth:`FrozenProbe.check_encoder`.
-
-        Raises:
-            UserError: also if the heads do not divide the encoder's width.
-        """
+        """Refuses heads that do not divide the encoder's width, too."""
         super().check_encoder(encoder)
         assert encoder.vit is not None
         width = family_of(encoder.vit).width
@@ -111,10 +99,8 @@ class Attentive(FrozenProbe):
         return tokens
 
     def head(self, encoder: Encoder, classes: int) -> nn.Module:
-        """See :meth:`FrozenProbe.head`."""
         assert encoder.vit is not None
         return AttentivePool(family_of(encoder.vit).width, self._heads(encoder), classes)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW."""
         return torch.optim.AdamW(groups, lr=1.0, weight_decay=self.settings.weight_decay)

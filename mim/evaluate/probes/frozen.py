@@ -9,6 +9,7 @@ Shapes: H heads, B images, L tokens, D width, K classes.
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ from mim.evaluate.training import (
     measured,
     split,
     start_accelerator,
+    state_file,
 )
 from mim.training.runtime.precision import autocast
 
@@ -59,7 +61,6 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of each."""
         return torch.stack([head(tokens) for head in self.heads])
 
 
@@ -85,11 +86,6 @@ class FrozenProbe(EncoderEvaluation):
         check_pool(encoder.vit, self.settings.pool)
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
-        """See :meth:`AnyEvaluation.check`.
-
-        Raises:
-            UserError: see :func:`mim.evaluate.training.check_learnable`.
-        """
         super().check(train, val)
         check_learnable(train, val, self.settings)
 
@@ -112,7 +108,8 @@ class FrozenProbe(EncoderEvaluation):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(s.seed, "head"))
             first = self.head(encoder, classes)
-        heads = [first, *(self._again(first, encoder, classes) for _ in s.base_lr[1:])]
+        # Heads differ in the learning rate alone.
+        heads = [first, *(deepcopy(first) for _ in s.base_lr[1:])]
         size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
         data = augmented(encoder.data, s, size)
         task = ProbeTask(self, encoder, heads, train, data, accelerator, precision)
@@ -121,9 +118,7 @@ class FrozenProbe(EncoderEvaluation):
             {"params": list(head.parameters()), "lr_scale": lr / s.base_lr[0], "lr": schedule.peak}
             for head, lr in zip(heads, s.base_lr, strict=True)
         ]
-        state = None
-        if folder is not None and s.checkpoint_every:
-            state = folder / "evaluations" / f"{s.name}.pt"
+        state = state_file(folder, s, s.name)
         label, identity = f"{s.name} {encoder.name}", identity_of(encoder, precision)
         best = task.choose(self.optimizer(groups), schedule, label, state, identity)
         found = accuracies(task, task.model, val)
@@ -134,26 +129,12 @@ class FrozenProbe(EncoderEvaluation):
             more["chosen_base_lr"] = s.base_lr[best.head]
         return measured(found, best.head, classes, more)
 
-    def _again(self, first: nn.Module, encoder: Encoder, classes: int) -> nn.Module:
-        """Another head with the same initial weights: heads differ in the learning rate alone."""
-        head = self.head(encoder, classes)
-        head.load_state_dict(first.state_dict())
-        return head
-
 
 class ProbeTask(ClassificationTask):
     """The heads of a probe trained on the tokens of its encoder, which stays as it is.
 
-    A head whose learning rate is too high diverges alone, and is never chosen.
-
-    Args:
-        probe: says what the heads read.
-        encoder: on the device.
-        heads: H of them.
-        train: see :class:`ClassificationTask`.
-        data: see there.
-        accelerator: see there.
-        precision: of the encoder.
+    A head whose learning rate is too high diverges alone, and is never chosen. The encoder is on
+    the device; the precision is the encoder's.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ from mim.evaluate.base import (
     Features,
     ProbeSettings,
     check_few_shot,
-    few_shot_draw,
-    few_shot_folds,
+    few_shot_sets,
     labels_of,
     spread,
     stratified_holdout,
@@ -90,61 +89,47 @@ class Knn(Evaluation):
 
     settings: KnnSettings
 
-    def _grid(self, images: int) -> list[int]:
-        """The k that so many images allow; all of them where every k is too large."""
-        return [k for k in self.settings.k if k <= images] or [images]
+    def _chosen(self, x: Tensor, y: Tensor, held: Tensor) -> tuple[int, float]:
+        """The first best k and temperature on what the folds (F, n) hold out.
 
-    def _choose(self, correct: Tensor, ks: list[int]) -> tuple[int, float]:
-        """The first best of ``correct`` (len(ks), len(temperature)), counts of right answers."""
-        best = int(correct.flatten().argmax())
-        columns = len(self.settings.temperature)
-        return ks[best // columns], self.settings.temperature[best % columns]
+        Too large a k is left out. Without a fold there is nothing to choose on: k is 1.
+        """
+        s = self.settings
+        if not len(held):
+            return 1, s.temperature[0]
+        smallest = int((~held).sum(1).min())
+        ks = [k for k in s.k if k <= smallest] or [smallest]
+        correct = torch.zeros(len(ks), len(s.temperature), dtype=torch.int64)
+        for out in held:
+            guess = knn_predict(x[out], x[~out], y[~out], ks, s.temperature)
+            correct += (guess == y[out].cpu()).sum(2)
+        row, column = divmod(int(correct.flatten().argmax()), len(s.temperature))
+        return ks[row], s.temperature[column]
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
-        """See :meth:`Evaluation.run`."""
         s = self.settings
-        x, y, ids = train.values, labels_of(train), train.sample_ids
+        x, y = train.values, labels_of(train)
         val_y = labels_of(val).cpu()
         check_few_shot(y, s)
 
         def right(subset: Tensor, k: int, t: float) -> Tensor:
             return knn_predict(val.values, x[subset], y[subset], [k], [t])[0, 0] == val_y
 
-        held = stratified_holdout(ids, y, s.seed)
-        everything = torch.arange(len(y), device=x.device)
-        if held.any():
-            ks = self._grid(int((~held).sum()))
-            guess = knn_predict(x[held], x[~held], y[~held], ks, s.temperature)
-            k, t = self._choose((guess == y[held].cpu()).sum(2), ks)
-        else:
-            k, t = 1, s.temperature[0]
-        answers = {"accuracy": right(everything, k, t)}
+        held = stratified_holdout(train.sample_ids, y, s.seed)
+        k, t = self._chosen(x, y, held[None] if held.any() else held.new_zeros(0, len(y)))
+        answers = right(torch.arange(len(y), device=x.device), k, t)
         numbers: dict[str, float] = {
-            "accuracy": float(answers["accuracy"].double().mean()),
+            "accuracy": float(answers.double().mean()),
             "chosen_k": k,
             "chosen_temperature": t,
         }
+        measured = Measured(numbers, val.sample_ids, {"accuracy": answers}, val_y)
         for n in s.few_shot:
-            found, chosen_k, chosen_t = [], [], []
-            for draw in range(s.draws):
-                part = few_shot_draw(ids, y, n, s.seed, draw)
-                folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
-                k, t = 1, s.temperature[0]  # one image a class leaves nothing to choose on
-                if len(folds):
-                    ks = self._grid(int((~folds).sum(1).min()))
-                    correct = torch.zeros(len(ks), len(s.temperature), dtype=torch.int64)
-                    for out in folds:
-                        fit, ask = part[~out], part[out]
-                        guess = knn_predict(x[ask], x[fit], y[fit], ks, s.temperature)
-                        correct += (guess == y[ask].cpu()).sum(2)
-                    k, t = self._choose(correct, ks)
-                found.append(right(part, k, t))
-                chosen_k.append(float(k))
-                chosen_t.append(t)
-            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
-            mean, std = spread([float(answer.double().mean()) for answer in found])
-            numbers[f"accuracy_{n}_per_class"] = mean
-            numbers[f"accuracy_{n}_per_class_std"] = std
-            numbers[f"mean_k_{n}_per_class"] = spread(chosen_k)[0]
-            numbers[f"mean_temperature_{n}_per_class"] = spread(chosen_t)[0]
-        return Measured(numbers, val.sample_ids, answers, val_y)
+            found, chosen = [], []
+            for part, folds in few_shot_sets(train, n, s):
+                chosen.append(self._chosen(x[part], y[part], folds))
+                found.append(right(part, *chosen[-1]))
+            measured.add_draws(f"accuracy_{n}_per_class", found)
+            measured[f"mean_k_{n}_per_class"] = spread([float(k) for k, _ in chosen])[0]
+            measured[f"mean_temperature_{n}_per_class"] = spread([t for _, t in chosen])[0]
+        return measured

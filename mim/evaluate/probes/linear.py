@@ -13,18 +13,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from mim.core.errors import UserError
 from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
-    FOLDS,
     NOT_EMPTY,
     Evaluation,
     Features,
     ProbeSettings,
     check_few_shot,
-    few_shot_draw,
-    few_shot_folds,
+    classes_to_fit,
+    few_shot_sets,
     labels_of,
     spread,
     stratified_holdout,
@@ -35,6 +33,8 @@ from mim.evaluate.probes.softmax import SoftmaxFit, fit_softmax, side_by_side
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _FEW_SHOT_STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _ONE_SHOT_STRENGTH = 1e-2
+_Problem = tuple[slice | Tensor, Tensor, tuple[float, ...]]
+"""Positions of the images, what each fold holds out of them, and the strengths to choose from."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,6 @@ class Linear(Evaluation):
         final = self._fit(x, y, [strength], classes)
         return final, strength, converged and bool(final.converged.all())
 
-    def _probe(
-        self,
-        x: Tensor,
-        y: Tensor,
-        held: Tensor,
-        strengths: tuple[float, ...],
-        val_x: Tensor,
-        val_y: Tensor,
-        classes: int,
-    ) -> tuple[Tensor, float, bool]:
-        """The same, and asks val once: (n',) right or not, the strength, whether all converged."""
-        final, strength, converged = self._chosen(x, y, held, strengths, classes)
-        guess = final.logits(val_x)[0, 0].argmax(1)
-        return guess == val_y, strength, converged
-
     def fit(self, train: Features) -> SoftmaxFit:
         """The probe of all training images, its strength chosen on a split of them.
 
@@ -124,58 +109,45 @@ class Linear(Evaluation):
             UserError: if they are of one class only.
         """
         y = labels_of(train)
-        if len(y.unique()) < 2:
-            raise UserError("evaluation linear needs at least 2 classes; train has 1")
+        classes = classes_to_fit(y, self.name)
         held = stratified_holdout(train.sample_ids, y, self.settings.seed)[None]
-        classes = int(y.max()) + 1
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
-        """See :meth:`Evaluation.run`.
-
-        Raises:
-            UserError: if the training images are of one class only.
-        """
         s = self.settings
-        x, y, ids = train.values, labels_of(train), train.sample_ids
+        x, y = train.values, labels_of(train)
         val_x, val_y = val.values, labels_of(val)
         check_few_shot(y, s)
-        if len(y.unique()) < 2:
-            raise UserError("evaluation linear needs at least 2 classes; train has 1")
-        classes = int(y.max()) + 1
+        classes = classes_to_fit(y, self.name)
 
-        held = stratified_holdout(ids, y, s.seed)[None]
+        def probed(problem: _Problem) -> tuple[Tensor, float, bool]:
+            """Asks val once: (n',) right or not, the strength, whether all fits converged."""
+            part, held, strengths = problem
+            chosen = self._chosen(x[part], y[part], held, strengths, classes)
+            final, strength, converged = chosen
+            return final.logits(val_x)[0, 0].argmax(1) == val_y, strength, converged
 
-        def probed(item: tuple[int, int] | None) -> tuple[Tensor, float, bool]:
-            """Of all training images, or of a draw of so many a class."""
-            if item is None:
-                return self._probe(x, y, held, s.strengths, val_x, val_y, classes)
-            part = few_shot_draw(ids, y, item[0], s.seed, item[1])
-            folds = few_shot_folds(ids[part], y[part], item[0], s.seed, item[1])
-            return self._probe(x[part], y[part], folds, s.few_shot_strengths, val_x, val_y, classes)
-
-        def work(item: tuple[int, int] | None) -> int:
+        def work(problem: _Problem) -> int:
             """Multiplications of a product of its largest fits, at the most."""
-            images, folds, fits = len(x), 1, len(s.strengths)
-            if item is not None:
-                images, folds, fits = item[0] * classes, FOLDS, len(s.few_shot_strengths)
-            return folds * images * min(images, x.shape[1]) * fits * classes
+            part, held, strengths = problem
+            images = len(x[part])
+            return max(len(held), 1) * images * min(images, x.shape[1]) * len(strengths) * classes
 
-        draws = [(n, draw) for n in s.few_shot for draw in range(s.draws)]
-        (right, strength, converged), *few = side_by_side(probed, [None, *draws], work, x.device)
-        answers = {"accuracy": right}
+        held = stratified_holdout(train.sample_ids, y, s.seed)[None]
+        problems: list[_Problem] = [(slice(None), held, s.strengths)]
+        for n in s.few_shot:
+            problems += [(*drawn, s.few_shot_strengths) for drawn in few_shot_sets(train, n, s)]
+        (right, strength, converged), *few = side_by_side(probed, problems, work, x.device)
         numbers = {
             "accuracy": float(right.double().mean()),
             "chosen_strength": strength,
             "converged": float(converged),
         }
-        for n in s.few_shot:
-            results = [result for item, result in zip(draws, few, strict=True) if item[0] == n]
-            answers[f"accuracy_{n}_per_class"] = torch.stack([r[0] for r in results])
-            mean, std = spread([float(r[0].double().mean()) for r in results])
-            numbers[f"accuracy_{n}_per_class"] = mean
-            numbers[f"accuracy_{n}_per_class_std"] = std
+        measured = Measured(numbers, val.sample_ids, {"accuracy": right}, val_y)
+        for place, n in enumerate(s.few_shot):
+            results = few[place * s.draws : (place + 1) * s.draws]
+            measured.add_draws(f"accuracy_{n}_per_class", [r[0] for r in results])
             logs = torch.tensor([r[1] for r in results], dtype=torch.float64).log()
-            numbers[f"mean_strength_{n}_per_class"] = float(logs.mean().exp())
-            numbers[f"converged_{n}_per_class"] = spread([float(r[2]) for r in results])[0]
-        return Measured(numbers, val.sample_ids, answers, val_y)
+            measured[f"mean_strength_{n}_per_class"] = float(logs.mean().exp())
+            measured[f"converged_{n}_per_class"] = spread([float(r[2]) for r in results])[0]
+        return measured

@@ -17,7 +17,6 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from mim.core.errors import UserError
 from mim.core.fields import BelowOne, Count, NonNegative, Positive
 from mim.core.rng import permutation
 from mim.evaluate.base import (
@@ -27,10 +26,9 @@ from mim.evaluate.base import (
     Features,
     ProbeSettings,
     check_few_shot,
-    few_shot_draw,
-    few_shot_folds,
+    classes_to_fit,
+    few_shot_sets,
     labels_of,
-    spread,
     stratified_holdout,
 )
 from mim.evaluate.predictions import Measured
@@ -142,31 +140,20 @@ class LinearGrid(Evaluation):
         return final.predict(val_x)[0] == val_y, *chosen
 
     def run(self, train: Features, val: Features) -> dict[str, float]:
-        """See :meth:`Evaluation.run`.
-
-        Raises:
-            UserError: if the training images are of one class only.
-        """
         s = self.settings
-        x, y, ids = train.values, labels_of(train), train.sample_ids
+        x, y = train.values, labels_of(train)
         val_x, val_y = val.values, labels_of(val)
         check_few_shot(y, s)
-        if len(y.unique()) < 2:
-            raise UserError("evaluation linear_grid needs at least 2 classes; train has 1")
-        classes = int(y.max()) + 1
-        held = stratified_holdout(ids, y, s.seed)[None]
+        classes = classes_to_fit(y, self.name)
+        held = stratified_holdout(train.sample_ids, y, s.seed)[None]
         right, lr, decay = self._probe(x, y, held, val_x, val_y, classes)
-        answers = {"accuracy": right}
         accuracy = float(right.double().mean())
         numbers = {"accuracy": accuracy, "chosen_lr": lr, "chosen_weight_decay": decay}
+        measured = Measured(numbers, val.sample_ids, {"accuracy": right}, val_y)
         for n in s.few_shot:
-            found = []
-            for draw in range(s.draws):
-                part = few_shot_draw(ids, y, n, s.seed, draw)
-                folds = few_shot_folds(ids[part], y[part], n, s.seed, draw)
-                found.append(self._probe(x[part], y[part], folds, val_x, val_y, classes)[0])
-            answers[f"accuracy_{n}_per_class"] = torch.stack(found)
-            mean, std = spread([float(answer.double().mean()) for answer in found])
-            numbers[f"accuracy_{n}_per_class"] = mean
-            numbers[f"accuracy_{n}_per_class_std"] = std
-        return Measured(numbers, val.sample_ids, answers, val_y)
+            found = [
+                self._probe(x[part], y[part], folds, val_x, val_y, classes)[0]
+                for part, folds in few_shot_sets(train, n, s)
+            ]
+            measured.add_draws(f"accuracy_{n}_per_class", found)
+        return measured

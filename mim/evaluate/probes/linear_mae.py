@@ -51,7 +51,6 @@ class LinearMae(FrozenProbe):
         return pool_tokens(encoder.vit, tokens.float(), self.settings.pool)
 
     def head(self, encoder: Encoder, classes: int) -> nn.Module:
-        """See :meth:`FrozenProbe.head`."""
         assert encoder.vit is not None
         width = family_of(encoder.vit).width * (2 if self.settings.pool == "both" else 1)
         linear = nn.Linear(width, classes)

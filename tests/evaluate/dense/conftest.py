@@ -1,14 +1,48 @@
-"""Images with masks and with boxes, for the dense tasks."""
+"""Images with masks and with boxes for the dense tasks, and an encoder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.settings import to_yaml
+from mim.evaluate import Encoder, open_encoder
+from mim.training.checkpoint import save_encoder
+
+
+@pytest.fixture
+def config() -> Config:
+    args = {"patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    data = DataConfig(source="photos", image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    return Config(data=data, model=ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=args))
+
+
+@pytest.fixture
+def encoder(config: Config) -> Encoder:
+    return open_encoder("untrained", config)
+
+
+@pytest.fixture
+def new_run(config: Config, encoder: Encoder, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a run folder with an encoder, as pre-training leaves it."""
+
+    def make(name: str) -> Path:
+        run = tmp_path / name
+        run.mkdir()
+        assert encoder.vit is not None
+        (run / "config.yaml").write_text(to_yaml(replace(config, output=str(run))))
+        save_encoder(run / "encoder.safetensors", encoder.vit.state_dict(), {})
+        return run
+
+    return make
 
 
 @pytest.fixture(scope="module")

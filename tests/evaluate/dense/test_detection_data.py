@@ -18,7 +18,6 @@ from mim.data import BatchLoader
 from mim.evaluate.dense.detection_data import (
     DetectionBatches,
     DetectionSpec,
-    DetectionSubset,
     ObjectBatch,
     open_detection,
     whole_images,
@@ -109,7 +108,7 @@ def test_both_layouts_say_the_same(both: Path) -> None:
         assert a.labels.tolist() == b.labels.tolist()
         assert a.labels.tolist() == [["cat", "dog"].index(box[0]) for box in boxes]
     assert other.has_masks and not one.has_masks
-    few = DetectionSubset(other, torch.tensor([3, 0]))
+    few = other.subset(torch.tensor([3, 0]))
     assert few.objects[0] is other.objects[3] and few.describe(1) == other.describe(0)
 
 

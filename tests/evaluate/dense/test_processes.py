@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim.core.config import Config, DataConfig, ModelConfig
-from mim.core.settings import to_yaml
-from mim.evaluate import open_encoder
-from mim.training.checkpoint import save_encoder
-
-ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
-DATA = DataConfig(source="photos", image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
-CONFIG = Config(data=DATA, model=ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=ARGS))
 SHARED = {
     "epochs": 2,
     "batch_size": 4,
@@ -63,22 +54,6 @@ def loss(self, learner, part):
 
 DenseTask.loss = loss
 """
-
-
-@pytest.fixture
-def new_run(tmp_path: Path) -> Callable[[str], Path]:
-    """A run folder with an encoder, as pre-training leaves it."""
-
-    def make(name: str) -> Path:
-        run = tmp_path / name
-        run.mkdir()
-        vit = open_encoder("untrained", CONFIG).vit
-        assert vit is not None
-        (run / "config.yaml").write_text(to_yaml(replace(CONFIG, output=str(run))))
-        save_encoder(run / "encoder.safetensors", vit.state_dict(), {})
-        return run
-
-    return make
 
 
 def curve(run: Path, task: str) -> list[dict[str, float]]:

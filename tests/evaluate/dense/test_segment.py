@@ -20,9 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError
-from mim.core.settings import to_yaml
 from mim.core.signals import Interrupted
 from mim.evaluate import Encoder, Segment, build_evaluation, evaluate, open_encoder
 from mim.evaluate.dense.pictures import paint
@@ -39,9 +38,6 @@ from mim.evaluate.dense.training import encoder_at_size, parameter_groups
 from mim.model.backbones import block_outputs, family_of, resize_positions
 from mim.training.checkpoint import save_encoder
 
-ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
-DATA = DataConfig(source="photos", image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
-CONFIG = Config(data=DATA, model=ModelConfig(backbone="vit_tiny_patch16_224", backbone_args=ARGS))
 SHORT: dict[str, Any] = {
     "classes": ["dark", "light"],
     "void": 9,
@@ -55,11 +51,6 @@ SHORT: dict[str, Any] = {
     "held_out": 0.25,
     "pictures": 2,
 }
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    return open_encoder("untrained", CONFIG)
 
 
 def segment(scenes: Path, **changes: Any) -> Segment:
@@ -114,12 +105,8 @@ def test_windows_cover_and_are_averaged(encoder: Encoder, scenes: Path) -> None:
     assert torch.allclose(model.predict(images, 0.4), images[:, :2] * 3, atol=1e-5)
     small = images[..., :9, :30]
     assert torch.allclose(model.predict(small, 0.4), small[:, :2] * 3, atol=1e-5)
-    model.forward = lambda x: (
-        torch.arange(len(x))
-        .float()[:, None, None, None]
-        .expand(  # type: ignore[method-assign,assignment]
-            len(x), 2, 16, 24
-        )
+    model.forward = lambda x: (  # type: ignore[method-assign,assignment]
+        torch.arange(len(x)).float()[:, None, None, None].expand(-1, 2, 16, 24)
     )
     # Two windows, 0 to 16 and 8 to 24, overlap in the middle third.
     rows = model.predict(torch.zeros(1, 3, 24, 24), 0.5)[0, 0, :, 0]
@@ -360,13 +347,15 @@ def test_bad_settings(encoder: Encoder, scenes: Path, changes: Any, line: str) -
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_raw_pixels_are_refused_and_gone_images_are_named(scenes: Path, tmp_path: Path) -> None:
+def test_raw_pixels_are_refused_and_gone_images_are_named(
+    config: Config, scenes: Path, tmp_path: Path
+) -> None:
     given = {**SHORT, "path": str(scenes)}
     with pytest.raises(UserError, match="segment needs an encoder, and pixels has none"):
-        evaluate(open_encoder("pixels", CONFIG), {"segment": given})
+        evaluate(open_encoder("pixels", config), {"segment": given})
     gone = DataConfig(source="imagefolder", path=str(tmp_path / "gone"), image_size=8)
     with pytest.raises(UserError, match=r"segment\.mean: must be given, with std"):
-        evaluate(open_encoder("untrained", replace(CONFIG, data=gone)), {"segment": given})
+        evaluate(open_encoder("untrained", replace(config, data=gone)), {"segment": given})
 
 
 def test_painted_labels() -> None:
@@ -376,13 +365,9 @@ def test_painted_labels() -> None:
 
 
 def test_from_the_command_line(
-    mim: Callable[..., Any], encoder: Encoder, scenes: Path, tmp_path: Path
+    mim: Callable[..., Any], new_run: Callable[[str], Path], scenes: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    assert encoder.vit is not None
-    (run / "config.yaml").write_text(to_yaml(replace(CONFIG, output=str(run))))
-    save_encoder(run / "encoder.safetensors", encoder.vit.state_dict(), {})
+    run = new_run("run")
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump({"segment": {**SHORT, "epochs": 1}}))
     asked = ("evaluate", "segment", run, "--settings", settings, "--set")
