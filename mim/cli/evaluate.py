@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mim.cli.options import Verb, add_device, add_json, add_pairs, read_pairs, show
+from mim.cli.options import Verb, add_device, add_json, add_words, read_pairs, show
 from mim.core.errors import UserError
 
 DETAILS = (
@@ -38,7 +38,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
-    add_pairs(parser, "--set", "settings")
+    add_words(parser, "--set", "settings")
     own = "Python files or modules that register evaluations or components of your own"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
     add_device(parser)

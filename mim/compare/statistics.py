@@ -256,10 +256,8 @@ class Difference:
         n: seeds in common.
         error: standard error of the mean over seeds; None with fewer than three seeds.
         df: its degrees of freedom.
-        low: end of the 95 % interval, which holds for all of its family at once; None without.
-        high: the other end.
+        low, high: the 95 % interval, which holds for all of its family at once; None without.
         wide: the interval for new images, (low, high), from the same family.
-        unit: standard error over the residual sd; of a forecast.
     """
 
     mean: float
@@ -274,6 +272,14 @@ class Difference:
     def shown(self) -> bool:
         """Whether a difference is shown: there is an interval and it leaves out 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def is_within(self, margin: float) -> bool:
+        """Whether the interval lies within ``margin`` of 0."""
+        return (
+            self.low is not None
+            and self.high is not None
+            and -margin < self.low <= self.high < margin
+        )
 
     def p_equal(self, margin: float) -> float:
         """P-value of two one-sided tests of being further apart than ``margin``; 1 without."""
