@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
 
 from mim.cli.options import Verb, VerbGroup
 from mim.core.errors import UserError
 
-SHELLS = ("bash", "zsh", "tcsh")
-
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="which")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from jsonargparse import ArgumentParser
-
     from mim.cli.main import VERBS
 
     try:
-        import shtab  # noqa: F401  (jsonargparse needs it)
+        import shtab
     except ImportError as error:
         raise UserError("completion needs shtab: pip install shtab") from error
-    parser = ArgumentParser(prog="mim")
+    parser = argparse.ArgumentParser(prog="mim")
     _add_verbs(parser, VERBS)
-    print(parser.get_completion_script(f"shtab-{options.shell}"))
+    print(shtab.complete(parser, options.shell))
     return 0
 
 
-def _add_verbs(parser: Any, verbs: Mapping[str, Verb | VerbGroup]) -> None:
-    from jsonargparse import ArgumentParser
+def _add_verbs(parser: argparse.ArgumentParser, verbs: Mapping[str, Verb | VerbGroup]) -> None:
+    """The parsers that the verbs themselves use, and the settings that may follow."""
+    from mim.core.settings import config_parser
 
-    names = parser.add_subcommands()
+    commands = parser.add_subparsers()
     for name, verb in verbs.items():
-        own = ArgumentParser()
+        kind = verb.config() if isinstance(verb, Verb) and verb.config is not None else None
+        settings = [] if kind is None else [config_parser(kind, add_help=False)]
+        own = commands.add_parser(
+            name, help=verb.about, parents=settings, conflict_handler="resolve"
+        )
         if isinstance(verb, Verb):
             verb.options(own)
-            if verb.config is not None:
-                given = {action.dest for action in own._actions}
-                if "config" not in given:
-                    own.add_argument("--config", action="config")
-                own.add_class_arguments(verb.config(), as_group=False, skip=given)
-        names.add_subcommand(name, own, help=verb.about)
-        if isinstance(verb, VerbGroup):
+        else:
             _add_verbs(own, verb.verbs)
 
 

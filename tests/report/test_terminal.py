@@ -190,6 +190,8 @@ def test_completion_knows_verbs_and_settings(mim: Mim, tmp_path: Path) -> None:
     assert "--base.mask.ratio" in complete("compare", "--base.mask.r")
     assert "--show" in complete("compare", "--sh")
     assert complete("visualize", "--gen") == ["--generators"]
+    assert complete("bench", "step", "--ro") == ["--rounds"]
+    assert "--data.path" in complete("data", "stats", "--data.pa")
 
 
 def test_overview_tells_the_states(folder: Path) -> None:

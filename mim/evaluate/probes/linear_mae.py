@@ -60,9 +60,20 @@ class LinearMae(FrozenProbe):
         return nn.Sequential(Standardize(width), linear)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """LARS."""
+        """LARS: the rate of a weight matrix follows its norm, that of a bias does not (MAE).
+
+        timm's LARS adapts only where there is weight decay, unless told to always.
+        """
         s = self.settings
+        adapted: list[dict[str, Any]] = []
+        for group in groups:
+            weights = [p for p in group["params"] if p.ndim > 1]
+            biases = [p for p in group["params"] if p.ndim == 1]
+            adapted += [
+                {**group, "params": weights, "always_adapt": True},
+                {**group, "params": biases, "always_adapt": False, "weight_decay": 0.0},
+            ]
         chosen: torch.optim.Optimizer = Lars(
-            groups, lr=1.0, momentum=s.momentum, weight_decay=s.weight_decay
+            adapted, lr=1.0, momentum=s.momentum, weight_decay=s.weight_decay
         )
         return chosen

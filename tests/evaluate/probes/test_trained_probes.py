@@ -121,9 +121,12 @@ def test_mae_trains_by_lars_with_its_schedule(
     real = Lars.step
 
     def spy(self: Lars, *args: Any) -> Any:
-        (group,) = self.param_groups
-        shapes = [tuple(p.shape) for p in group["params"]]
-        seen.append((group["lr"], group["momentum"], group["weight_decay"], shapes))
+        seen.append(
+            [
+                (g["lr"], g["momentum"], g["weight_decay"], [tuple(p.shape) for p in g["params"]])
+                for g in self.param_groups
+            ]
+        )
         return real(self, *args)
 
     monkeypatch.setattr(Lars, "step", spy)
@@ -131,9 +134,46 @@ def test_mae_trains_by_lars_with_its_schedule(
     LinearMae(settings).run(encoder, open_source(DATA, "train"), open_source(DATA, "val"))
     # 162 images less a tenth: 4 steps an epoch of 32; the peak is 0.4 * 32 / 256.
     peak = 0.05
-    assert [s[0] for s in seen[:3]] == pytest.approx([peak / 3, 2 * peak / 3, peak])
-    assert seen[5][0] == pytest.approx(peak / 2)
-    assert all(s[1:] == (0.8, 0.01, [(10, 16), (10,)]) for s in seen) and len(seen) == 8
+    assert [s[0][0] for s in seen[:3]] == pytest.approx([peak / 3, 2 * peak / 3, peak])
+    assert seen[5][0][0] == pytest.approx(peak / 2)
+    assert len(seen) == 8
+    for weight, bias in seen:
+        assert weight[1:] == (0.8, 0.01, [(10, 16)]) and bias[1:] == (0.8, 0.0, [(10,)])
+        assert weight[0] == bias[0]
+
+
+@pytest.mark.parametrize("weight_decay", [LinearMaeSettings().weight_decay, 0.01])
+def test_mae_lars_is_lars_worked_by_hand(weight_decay: float) -> None:
+    """Three steps of You et al. (arXiv:1708.03888), with the settings that users have by default.
+
+    A matrix moves by its norm over its gradient's, times 0.001; a bias by plain momentum.
+    """
+    settings = LinearMaeSettings(weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    bias = torch.randn(5, generator=generator, dtype=torch.float64)
+    layer = torch.nn.Linear(7, 5).double()
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    lr = 6.4
+    group = {"params": list(layer.parameters()), "lr": lr, "lr_scale": 1.0}
+    optimizer = LinearMae(settings).optimizer([group])
+    velocity = {"weight": torch.zeros_like(weight), "bias": torch.zeros_like(bias)}
+    for _ in range(3):
+        slopes = {
+            "weight": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+            "bias": torch.randn(5, generator=generator, dtype=torch.float64),
+        }
+        layer.weight.grad, layer.bias.grad = slopes["weight"].clone(), slopes["bias"].clone()
+        optimizer.step()
+        decayed = slopes["weight"] + weight_decay * weight
+        scaled = decayed * 0.001 * weight.norm()
+        scaled /= slopes["weight"].norm() + weight_decay * weight.norm()
+        velocity["weight"] = settings.momentum * velocity["weight"] + scaled
+        velocity["bias"] = settings.momentum * velocity["bias"] + slopes["bias"]
+        weight = weight - lr * velocity["weight"]
+        bias = bias - lr * velocity["bias"]
+        torch.testing.assert_close(layer.weight.detach(), weight, rtol=0, atol=1e-9)
+        torch.testing.assert_close(layer.bias.detach(), bias, rtol=0, atol=1e-9)
 
 
 def test_heads_side_by_side_are_heads_alone(encoder: Encoder) -> None:
