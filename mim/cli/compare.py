@@ -10,7 +10,7 @@ from mim.cli.options import Verb, add_json, add_words, read_pairs, say, show
 DETAILS = (
     "Pre-train every combination of the axes from one base config (--base.KEY VALUE), evaluate "
     "each the same way, and write report.html, report.md and results.csv. Call it again to go "
-    "on: finished runs are kept. --show live, plain or quiet says what is told meanwhile (live "
+    "on: finished runs are kept. --show live, plain or quiet says what is shown meanwhile (live "
     "is a table of all runs, and the default on a terminal); --json FILE also writes every "
     "run's state and numbers (- for stdout). --plan runs nothing and says what the comparison "
     "takes and what difference it can show. --jobs N computes N runs at once: they share the "

@@ -144,7 +144,7 @@ def _several() -> bool:
 
 
 def _tell(error: Exception | str) -> None:
-    """Say what is wrong, and in which of several processes."""
+    """Say what is wrong, and in which process where there are more than one."""
     who = f"rank {os.environ.get('RANK', '0')}: " if _several() else ""
     print(f"mim: error: {who}{error}", file=sys.stderr)
 

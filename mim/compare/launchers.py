@@ -42,7 +42,7 @@ class Launch:
     Attributes:
         jobs: how many at once. Of several on one machine, speed and memory tell little.
         launcher: local, or submitit (SLURM; needs ``mim[slurm]``).
-        slurm: what submitit is told: timeout_min, slurm_partition, gpus_per_node, ...
+        slurm: submitit's parameters: timeout_min, slurm_partition, gpus_per_node, ...
     """
 
     jobs: int = 1
@@ -146,15 +146,15 @@ def server_context() -> Any:
 
 _SECONDS = 1.0
 _LEAVE = 60.0
-"""Seconds that jobs which are stopped have to save and leave. SLURM's own limit is KillWait."""
+"""Seconds that stopped jobs have to save and leave. SLURM's own limit is KillWait."""
 _CANCEL = 10.0
 """Seconds more, once they are killed."""
 FOLDER = "submitit"
-"""In the comparison's folder: what jobs were told and wrote."""
+"""In the comparison's folder: the jobs' inputs and logs."""
 
 
 class Job(Generic[T]):
-    """One run as a job; called again after a pre-emption it goes on from its checkpoint.
+    """One run as a job; after a pre-emption it is called again and resumes from its checkpoint.
 
     Args:
         work: computes a run; returns its exit code.

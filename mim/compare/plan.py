@@ -47,7 +47,7 @@ class CompareConfig:
     """What decides: an evaluation, or one of its numbers (knn.accuracy); by default the first
     evaluation."""
     margin: float = 1.0
-    """Two groups are as good as each other within so many points."""
+    """Points within which two groups are as good as each other."""
     against: str = ""
     """The group that all others are compared with, by its value on an axis; by default all pairs
     are compared."""

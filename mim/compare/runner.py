@@ -76,8 +76,8 @@ def run_comparison(
     """Train and evaluate what is left of a comparison.
 
     Finished runs are kept, and so is each evaluation whose settings, images and encoder are those
-    it was measured with; an interrupted run goes on from its checkpoint; a run whose config has
-    changed is refused. A run that fails is reported, and the others go on.
+    it was measured with; an interrupted run resumes from its checkpoint; a run whose config has
+    changed is refused. A run that fails is reported, and the others continue.
 
     Args:
         config: the comparison.
@@ -282,7 +282,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     if evaluations:
         _evaluate(item, evaluations, device)
     ended = time.monotonic()
-    # Of this call: a run that goes on later has spent more. wall_seconds is of the training.
+    # Of this call: a run that was resumed has spent more. wall_seconds is of the training.
     seconds = {"run": ended - began, "evaluate": ended - evaluating if evaluations else 0.0}
     update_result(run, lambda result: {**result, "seconds": seconds})
 

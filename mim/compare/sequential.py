@@ -67,7 +67,7 @@ class Progress:
     """Where a sequential comparison stands.
 
     Attributes:
-        differences: pair -> its difference, of a decided pair as it was at its deciding look.
+        differences: pair -> its difference; of a decided pair, that of its deciding look.
         decided: pair -> seeds at which it was decided.
         looks: how many looks were taken.
         running: groups that need another seed.

@@ -85,15 +85,6 @@ class Family:
         values = [_critical(self.kind, self.groups, end, level) for end in ends]
         return float(np.interp(1 / df, [1 / end for end in ends], values))
 
-    def p(self, t: float, df: float) -> float:
-        """The adjusted p-value of a difference of ``t`` standard errors."""
-        t = abs(t)
-        if not self._is_tabled:
-            return min(1.0, 2 * self.count * float(stats.t.sf(t, df)))
-        if self.kind == "pairs":
-            return float(stats.studentized_range.sf(t * math.sqrt(2), self.groups, df))
-        return 1 - _dunnett(t, self.groups - 1, df)
-
 
 @lru_cache(maxsize=4096)
 def _critical(kind: str, groups: int, df: float, level: float) -> float:

@@ -121,7 +121,15 @@ class Group:
     @cached_property
     def task(self) -> str:
         """All that gives a loss its meaning, as text: equal where losses can be compared."""
-        return _task(self)
+        settings = flatten(self.config) | flatten(self.axes)
+        parts = tuple(f"{part}." for part in _TASK)
+        task = {
+            key: value
+            for key, value in settings.items()
+            if (key in _TASK or key.startswith(parts)) and key not in _NOT_TASK
+        }
+        patch = re.search(r"patch(\d+)", str(settings.get("model.backbone", "")))
+        return json.dumps([patch and patch[0], task], sort_keys=True)
 
     def values(self, key: str) -> dict[int, float]:
         """seed -> value of a measure, over the finished runs that have it."""
@@ -285,18 +293,6 @@ def show_value(value: Any) -> str:
 def same_task(groups: Iterable[Group]) -> bool:
     """Whether the losses of groups mean the same: same target, masks, data and patch size."""
     return len({group.task for group in groups if group.config}) <= 1
-
-
-def _task(group: Group) -> str:
-    settings = flatten(group.config) | flatten(group.axes)
-    task = {
-        key: value
-        for key, value in settings.items()
-        if key.startswith(tuple(f"{part}." for part in _TASK)) or key in _TASK
-        if key not in _NOT_TASK
-    }
-    patch = re.search(r"patch(\d+)", str(settings.get("model.backbone", "")))
-    return json.dumps([patch and patch[0], task], sort_keys=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
