@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 from mim import moved
 
 if TYPE_CHECKING:
-    from mim.core.config import Config
-    from mim.core.errors import UserError
-    from mim.evaluate.finetune import finetune
-    from mim.interop import export_run, import_model, import_run
-    from mim.masks import PatchMask, sample_masks
-    from mim.model import build_model
-    from mim.model.encode import encode
-    from mim.sklearn import MIMFeatures
-    from mim.training.loading import load
-    from mim.training.settings import load_config
+    from mim.core.config import Config as Config
+    from mim.core.errors import UserError as UserError
+    from mim.evaluate.finetune import finetune as finetune
+    from mim.interop import export_run as export_run
+    from mim.interop import import_model as import_model
+    from mim.interop import import_run as import_run
+    from mim.masks import PatchMask as PatchMask
+    from mim.masks import sample_masks as sample_masks
+    from mim.model import build_model as build_model
+    from mim.model.encode import encode as encode
+    from mim.sklearn import MIMFeatures as MIMFeatures
+    from mim.training.loading import load as load
+    from mim.training.settings import load_config as load_config
 
 __version__ = "0.1.0"
 
@@ -41,21 +44,7 @@ _HOME = {
     "load_config": "mim.training.settings",
     "sample_masks": "mim.masks",
 }
-__all__ = [
-    "Config",
-    "MIMFeatures",
-    "PatchMask",
-    "UserError",
-    "build_model",
-    "encode",
-    "export_run",
-    "finetune",
-    "import_model",
-    "import_run",
-    "load",
-    "load_config",
-    "sample_masks",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -68,11 +68,7 @@ NAMES = {
 
 
 def attribute(module: str, name: str) -> Any:
-    """What a module had under this name, from where it stands now.
-
-    Raises:
-        AttributeError: if it had none.
-    """
+    """Find what a module had under this name, where it is now; else an ``AttributeError``."""
     home, _, renamed = NAMES.get(module, {}).get(name, "").partition(":")
     if not home:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -80,7 +76,7 @@ def attribute(module: str, name: str) -> Any:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Gives the module of today for a name of yesterday."""
+    """Finds the present module for an old name."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -90,15 +86,15 @@ class _Moved(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         head = next(old for old in MOVED if spec.name == old or spec.name.startswith(f"{old}."))
-        return _Kept(import_module(MOVED[head] + spec.name.removeprefix(head)))
+        return _Placeholder(import_module(MOVED[head] + spec.name.removeprefix(head)))
 
     def exec_module(self, module: ModuleType) -> None:
-        assert isinstance(module, _Kept)
+        assert isinstance(module, _Placeholder)
         sys.modules[module.old] = module.now
 
 
-class _Kept(ModuleType):
-    """Stands in until the import system has noted which module it found."""
+class _Placeholder(ModuleType):
+    """Stands in until the import system has registered the module it found."""
 
     def __init__(self, now: ModuleType) -> None:
         super().__init__(now.__name__)

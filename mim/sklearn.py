@@ -35,13 +35,8 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         run: a run folder, of ``mim pretrain`` or ``mim import``.
         pool: mean (over patch tokens), cls, or both side by side.
         batch_size: images in the encoder at once.
-        device: cpu or cuda; by default what there is.
+        device: cpu or cuda; by default what is there.
         trust: whether plug-ins of a run folder from elsewhere may run.
-
-    Attributes:
-        config_: of the run.
-        model_: the model.
-        n_features_out_: length of a feature vector.
     """
 
     def __init__(
@@ -84,24 +79,21 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         return np.array([f"mim{i}" for i in range(self.n_features_out_)], dtype=object)
 
     def transform(self, X: Any) -> NDArray[np.float32]:
-        """Features of images.
+        """Compute features (n, D), or (n, 2 D) for ``both``.
 
         Args:
             X: (n, H, W) or (n, H, W, C) uint8, or a sequence of paths, PIL images and (H, W) or
                 (H, W, C) uint8 arrays, of any sizes.
 
-        Returns:
-            (n, D) float32, or (n, 2 D) for ``both``.
-
         Raises:
-            UserError: for something else than images, or a file that cannot be read.
+            UserError: for anything but images, or a file that cannot be read.
         """
         check_is_fitted(self)
         if isinstance(X, (str, Path, Image.Image)):
             raise UserError(f"X: a {type(X).__name__} is one image; give a sequence of images")
         device = next(self.model_.parameters()).device
         vit = self.model_.backbone
-        found = [torch.zeros(0, self.n_features_out_)]
+        features = [torch.zeros(0, self.n_features_out_)]
         for start in range(0, len(X), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(X)))
             pictures = [_picture(X[row], row, self.config_.data) for row in rows]
@@ -110,8 +102,8 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
                 tokens = family_of(vit).features(
                     normalize(images.to(device), self.mean_, self.std_)
                 )  # (B, P + N, D)
-                found.append(pool_tokens(vit, tokens, self.pool).cpu())
-        return torch.cat(found).numpy()
+                features.append(pool_tokens(vit, tokens, self.pool).cpu())
+        return torch.cat(features).numpy()
 
 
 def _picture(item: Any, row: int, data: DataConfig) -> Picture:

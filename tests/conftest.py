@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,42 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
+
+
+@pytest.fixture(autouse=True)
+def forget_plugins() -> Iterator[None]:
+    """What a test's plug-ins register, and their settings, are gone after it."""
+    yield
+    loaded = {name for name in sys.modules if name.startswith("mim_plugin_")}
+    if not loaded:
+        return
+    from mim.core.registry import Registry
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("mim.")]
+    found = [value for module in modules for value in vars(module).values()]
+    for registry in {id(value): value for value in found if isinstance(value, Registry)}.values():
+        for name, entry in list(registry._entries.items()):
+            if entry.__module__ in loaded:
+                del registry._entries[name]
+                if registry.block is not None and name in registry.block.__annotations__:
+                    remove_block(registry.block, name)
+    for name in loaded:
+        del sys.modules[name]
+
+
+def remove_block(parent: type, name: str) -> None:
+    """Undo :func:`mim.core.fields.add_block`."""
+    from mim.core import fields
+
+    kept = {key: hint for key, hint in parent.__annotations__.items() if key != name}
+    defaults = {key: vars(parent)["__dataclass_fields__"][key] for key in kept}
+    for key in [name, *(key for key in vars(parent) if key in fields._MADE_BY_DATACLASS)]:
+        delattr(parent, key)
+    for key, field in defaults.items():
+        setattr(parent, key, field)
+    parent.__annotations__ = kept
+    dataclass(frozen=True)(parent)
+    fields._hints.cache_clear()
 
 
 @pytest.fixture(scope="session")

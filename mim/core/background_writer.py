@@ -1,4 +1,4 @@
-"""Calls that keep nobody waiting: a thread makes them, in the order they were asked for."""
+"""Calls in the background: a thread makes them in order, so that nobody waits for them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from collections.abc import Callable
 
 
 class BackgroundWriter:
-    """Makes calls in order in a thread of its own; the first that raises is the last one made.
+    """Makes calls in order in a thread of its own; none after one that raises (see ``error``).
 
-    The thread never keeps the process from ending. Who wants the calls to be done waits for them.
-
-    Args:
-        name: of the thread.
-
-    Attributes:
-        error: what the last call raised, if it did.
+    The thread never keeps the process from ending; :meth:`wait` makes sure that the calls are done.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +24,7 @@ class BackgroundWriter:
         self._ended = False
 
     def ask(self, call: Callable[[], object]) -> None:
-        """Make a call after those asked for before; none after an error or :meth:`end`."""
+        """Queue a call; ignored after an error or :meth:`end`."""
         with self._changed:
             if self._ended or self.error is not None:
                 return
@@ -52,14 +46,14 @@ class BackgroundWriter:
         return 0.0 if began is None else time.monotonic() - began
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Until all calls are made, or for so many seconds; returns whether they are."""
+        """Wait until all calls are made, or for some seconds; return whether they are."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._calls and self._began is None, timeout=seconds
             )
 
     def end(self) -> None:
-        """Make no further call; one that is being made goes on, and nobody waits for it."""
+        """Make no further call, and do not wait for the one that is being made."""
         with self._changed:
             self._ended = True
             self._calls.clear()

@@ -33,7 +33,7 @@ from mim.core.plugins import import_plugin
 from mim.core.settings import to_dict
 
 FREE = {"free": True}
-"""Metadata of what may change when a run goes on: it changes nothing that is computed, but for
+"""Metadata of what may change when a run resumes: it changes nothing that is computed, but for
 rounding and, as another number of processes does, dropout."""
 
 
@@ -61,9 +61,9 @@ class SubsetConfig(Settings, where="data.subset"):
     """Classes by name or WordNet id: a text file, one a line, or imagenet-100, imagenette,
     imagewoof. Train and val."""
     classes: Count | None = None
-    """So many classes, drawn by key; fewer are among more. Train and val."""
+    """Number of classes, drawn by key; a smaller choice is part of a larger. Train and val."""
     per_class: Count | None = None
-    """So many training images of each class, drawn by key; fewer are among more."""
+    """Training images of each class, drawn by key; a smaller choice is part of a larger."""
     fraction: Share | None = None
     """Share of the training images of each class, drawn by key; a smaller one is inside a larger
     one, and each class keeps at least one."""
@@ -73,10 +73,10 @@ class SubsetConfig(Settings, where="data.subset"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [n for n in ("per_class", "fraction", "files") if getattr(self, n) is not None]
-        if len(given) > 1:
-            reason = f"cannot be combined with data.subset.{given[0]}: choose one"
-            raise self.error(given[1], reason)
+        chosen = [n for n in ("per_class", "fraction", "files") if getattr(self, n) is not None]
+        if len(chosen) > 1:
+            reason = f"cannot be combined with data.subset.{chosen[0]}: choose one"
+            raise self.error(chosen[1], reason)
 
     @property
     def chooses(self) -> bool:
@@ -139,8 +139,8 @@ class DataConfig(ComponentSettings, where="data"):
     max_patches: Count = 256
     """With aspect keep: the most patches an image may have."""
     batching: Literal["padded", "packed"] = "padded"
-    """How images of several sizes share a batch: padded to the longest, or packed (several images
-    in one sequence, none reads another). The numbers are the same."""
+    """How images of different sizes share a batch: padded to the longest, or packed (some images in
+    one sequence, none reads another). The numbers are the same."""
     channels: Count = 3
     """Channels of an image: 1 converts to grayscale, 3 to RGB."""
     batch_size: Count = 256
@@ -197,9 +197,8 @@ class DataConfig(ComponentSettings, where="data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batching == "packed" and self.aspect == "square":
-            raise self.error(
-                "batching", "needs data.aspect=keep: images of one size have no padding"
-            )
+            reason = "needs data.aspect=keep: images of one size have no padding"
+            raise self.error("batching", reason)
         if self.decode == "nvjpeg" and self.workers:
             raise self.error("decode", "needs data.workers=0: loader processes have no GPU")
         for name in ("mean", "std"):
@@ -215,7 +214,7 @@ class DataConfig(ComponentSettings, where="data"):
 
     @property
     def keeps_aspect(self) -> bool:
-        """Whether images of several sizes share a batch."""
+        """Whether images of different sizes share a batch."""
         return self.aspect == "keep"
 
     def as_square(self) -> DataConfig:
@@ -283,13 +282,13 @@ class MaskConfig(ComponentSettings, where="mask"):
         """:attr:`ratio_range` in an epoch; below epoch 0 it has not moved yet."""
         if self.schedule.to is None or self.schedule.epochs is None or epoch <= 0:
             return self.ratio_range
-        share = min(epoch / self.schedule.epochs, 1.0)
+        progress = min(epoch / self.schedule.epochs, 1.0)
         if self.schedule.shape == "cosine":
-            share = 0.5 - 0.5 * math.cos(math.pi * share)
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         start, end = self.ratio_range, _range(self.schedule.to)
         return (
-            start[0] + (end[0] - start[0]) * share,
-            start[1] + (end[1] - start[1]) * share,
+            start[0] + (end[0] - start[0]) * progress,
+            start[1] + (end[1] - start[1]) * progress,
         )
 
     def all_ratios(self) -> list[tuple[str, float]]:
@@ -310,7 +309,7 @@ class RegimeConfig(ComponentSettings, where="model.regime"):
     """Who reads whom in the encoder, in pre-training: bidirectional, or causal (a patch reads
     itself and the patches before it, row by row, as in autoregressive image models)."""
     causal_prefix: Natural = 0
-    """With order causal: so many first patches of the grid read each other in both directions."""
+    """With order causal: how many first patches of the grid read each other in both directions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -396,13 +395,13 @@ class TrainConfig(Settings, where="train"):
     epochs: Count = 800
     """Passes over the training images; the learning-rate schedule spans them."""
     max_steps: Count | None = None
-    """Bound for short runs: the run, and its schedule, end after so many steps at most."""
+    """Bound for short runs: the most steps of the run and its schedule."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
-    float8, by torchao (``pip install "mim[float8]"``); a CPU emulates that."""
+    float8, by torchao (``pip install -e '.[float8]'``); a CPU emulates that."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """What weights are kept in: fp32, or bf16, with gradients and first moments (12 bytes a weight
-    instead of 16). What rounding takes from a small update is kept beside it."""
+    instead of 16). What rounding takes from a small update is stored as well."""
     attention: Literal["auto", "fused", "plain"] = "auto"
     """fused (one operation), plain (products and a softmax), or auto: the faster by measurement,
     which is plain on a CPU in bf16 and fused elsewhere."""
@@ -438,20 +437,20 @@ class TrainConfig(Settings, where="train"):
     training goes on; the next one waits for it, and so do a signal and the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
-    weights: stop the run, or skip (the run goes on with the next batch)."""
+    weights: stop the run, or skip (the next batch follows)."""
     max_nonfinite: Count = field(default=5, metadata=FREE)
-    """With skip: so many such steps in a row stop the run."""
+    """With skip: the number of such steps in a row that stops the run."""
     spike_deviations: NonNegative = field(default=10.0, metadata=FREE)
-    """A loss that is so many robust standard deviations above the median of the last 100 steps is
-    told, and counted in metrics.jsonl; 0 tells none."""
+    """Robust standard deviations above the median of the last 100 steps from which on a loss is
+    reported, and counted in metrics.jsonl; 0 reports none."""
     shard: bool = field(default=False, metadata=FREE)
-    """Of several processes: whether each keeps only a part of weights, gradients and moments, but
-    for the step itself (FSDP2); the numbers are the same, and so are the files."""
+    """With more than one process: whether each keeps only a part of weights, gradients and moments,
+    but for the step itself (FSDP2); the numbers are the same, and so are the files."""
     hooks: tuple[str, ...] = field(default=(), metadata=FREE)
     """Names of hooks that plug-ins register, run after those of mim in this order."""
     timeout: Positive = field(default=600.0, metadata=FREE)
-    """Of several processes: seconds that one waits for the others before the run ends and names who
-    is missing. Must exceed the longest time that one works alone, such as a checkpoint's."""
+    """With more than one process: seconds that one waits for the others before the run ends and
+    names the missing one. Must exceed the longest time one works alone, as for a checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -489,7 +488,7 @@ class LogConfig(Settings, where="log"):
     """Whether each line of metrics.jsonl holds the norm of the gradient, before it is clipped."""
     timeout: Positive = 120.0
     """Seconds that TensorBoard or wandb may take for one call, and for all that is left at the end;
-    then the run goes on without it. Training does not wait for them before its end."""
+    then the run continues without it. Training does not wait for them before its end."""
 
 
 @dataclass(frozen=True)
@@ -501,10 +500,10 @@ class Config(Settings):
     output: str = field(default="runs/pretrain", metadata=FREE)
     """The run folder."""
     resume: Literal["never", "auto"] = field(default="never", metadata=FREE)
-    """never refuses a folder that holds a run; auto goes on from its newest checkpoint."""
+    """never refuses a folder that holds a run; auto resumes from its newest checkpoint."""
     plugins: tuple[str, ...] = ()
     """Python modules or files imported first: they register your own components. Files are copied
-    into the run folder, and a run goes on with the same code only."""
+    into the run folder, and a run resumes with the same code only."""
     data: DataConfig = field(default_factory=DataConfig)
     """Which images, and how they reach the model."""
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -516,7 +515,7 @@ class Config(Settings):
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, precision and bookkeeping."""
     online_probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    """A linear probe beside the training."""
+    """A linear probe during training."""
     log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
     """Trackers."""
 

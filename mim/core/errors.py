@@ -19,28 +19,21 @@ class TrainingError(RuntimeError):
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run died, hangs or failed; the message is one line.
+    """Another process of the run died, hangs or failed; the message is one line."""
 
-    Attributes:
-        code: the exit code, that of ``sysexits.h`` for "try again".
-    """
-
-    code = 75
+    code = 75  # the exit code of ``sysexits.h`` for "try again"
 
 
 def setting_error(setting: str, value: object, reason: str) -> UserError:
-    """The error for a setting whose value cannot be used.
+    """Build the error for a value that a setting (a dotted key) cannot take.
 
-    Args:
-        setting: dotted key, as in the config.
-        value: what was given.
-        reason: what is wrong and what would be valid.
+    ``reason`` says what is wrong and what would be valid.
     """
     return UserError(f"{setting}: {value!r} {reason}")
 
 
 _LISTED = 40
-"""So many names are listed in full; of more, those that resemble what was given."""
+"""Up to this number all names are listed; of more, those that resemble what was given."""
 
 
 def choice_error(setting: str, value: object, choices: Iterable[str]) -> UserError:

@@ -37,24 +37,18 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A limit of a value, for ``Annotated[int, Bound(...)]``.
-
-    Attributes:
-        holds: whether a value keeps to it.
-        says: the rest of the sentence "mask.ratio: 2.0 ...".
-    """
+    """A limit of a value, for ``Annotated[int, Bound(...)]``."""
 
     holds: Callable[[Any], bool]
     says: str
+    """The rest of the sentence "mask.ratio: 2.0 ..."."""
 
 
 def at_least(low: float) -> Bound:
-    """A lower limit that is allowed itself."""
     return Bound(lambda value: value >= low, f"must be at least {low}")
 
 
 def above(low: float) -> Bound:
-    """A lower limit that is not allowed itself."""
     return Bound(lambda value: value > low, f"must be above {low}")
 
 
@@ -87,7 +81,7 @@ _BUILDERS = ("class_path", "init_args", "dict_kwargs")
 
 
 def plain(setting: str, value: Any) -> Any:
-    """A value without a type of its own, checked to be plain.
+    """Check that a value without a type of its own is plain.
 
     Raises:
         UserError: for an object, or a key by which other tools name a class to build.
@@ -109,7 +103,7 @@ def plain(setting: str, value: Any) -> Any:
 
 
 def fit(setting: str, value: Any, hint: Any) -> Any:
-    """A value in the type of its setting; text is read as YAML where no text is wanted.
+    """Convert a value to the type of its setting; read text as YAML where the type is no text.
 
     Raises:
         UserError: naming the setting, the value and what would be valid.
@@ -192,7 +186,7 @@ def _fit_items(setting: str, value: Sequence[Any], kind: type, args: tuple[Any, 
 
 
 def hints(kind: Any) -> dict[str, Any]:
-    """Field -> type, of a dataclass."""
+    """Map the fields of a dataclass to their types."""
     return _hints(kind)
 
 
@@ -203,11 +197,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def fit_fields(block: Any, where: str = "") -> None:
-    """Bring every field of a new dataclass to its type, in place.
-
-    Raises:
-        UserError: for a value that is refused.
-    """
+    """Bring every field of a new dataclass to its type, in place (``UserError`` if refused)."""
     prefix = f"{where}." if where else ""
     for name, hint in hints(type(block)).items():
         object.__setattr__(block, name, _fit(f"{prefix}{name}", getattr(block, name), hint))
@@ -230,13 +220,13 @@ class Settings:
         fit_fields(self, self.where)
 
     def error(self, name: str, reason: str, value: Any = None) -> UserError:
-        """The error for a field whose value does not go with the others."""
+        """Build the error for a field whose value does not go with the others."""
         shown = getattr(self, name) if value is None else value
         return setting_error(f"{self.where}.{name}".removeprefix("."), shown, reason)
 
 
 def build(kind: type[T], value: Any, setting: str = "") -> T:
-    """A block of settings from a mapping; what is not given keeps its default.
+    """Make a block of settings from a mapping; the rest keeps its defaults.
 
     Raises:
         UserError: for an unknown key, or a value that is refused.
@@ -265,10 +255,9 @@ def build(kind: type[T], value: Any, setting: str = "") -> T:
 
 
 def add_block(parent: type, name: str, settings: type) -> None:
-    """Give a block of settings one more field, the settings of a component.
+    """Add the settings of a component to a block of settings, as one more field.
 
-    It happens in place, so that every reference to the class sees it; blocks that were made before
-    have the defaults.
+    The class changes in place, so that every reference sees it; existing blocks have the defaults.
     """
     own = dict(parent.__annotations__)
     if name in hints(parent):
@@ -292,7 +281,7 @@ _MADE_BY_DATACLASS = {
 
 
 def is_free(kind: Any, key: str) -> bool:
-    """Whether a dotted setting may change when a run goes on (``metadata={"free": True}``)."""
+    """Whether a dotted setting may change when a run resumes (``metadata={"free": True}``)."""
     head, _, rest = key.partition(".")
     for field in dataclasses.fields(kind):
         if field.name == head:

@@ -40,7 +40,7 @@ _MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is one that systems and archivers leave beside those of the user."""
+    """Whether a file or folder is one that systems and archivers leave among the user's."""
     return name.startswith(".") or name in _COMPANIONS
 
 
@@ -56,20 +56,20 @@ def decode_text(data: bytes) -> str:
 
 @dataclass
 class Folder:
-    """A folder that :func:`walk` came by."""
+    """A folder that :func:`walk` found."""
 
     path: str
     """POSIX path relative to the root of the walk."""
     files: list[str]
-    """Names of what it holds that is no folder, hidden ones left out."""
+    """Names of its files, without hidden ones."""
     status: os.stat_result
 
 
 def walk(root: Path, start: str = ".") -> Iterator[Folder]:
-    """The folders at any depth below ``root/start``, each real one once, through links too.
+    """Walk the folders at any depth below ``root/start``, each real one once, through links too.
 
-    A link that leads to a folder above it, or to one that the walk comes by anyway, is passed over:
-    it would list files again, or never end. Folders come before the links to others.
+    A link to a folder above it, or to one that the walk finds anyway, is skipped: it would list
+    files again, or never end. Folders come before links.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -78,18 +78,18 @@ def walk(root: Path, start: str = ".") -> Iterator[Folder]:
     seen = {_identity(folder.stat()) for folder in real.parents}
     waiting, links = deque([start]), deque[str]()
     while waiting or links:
-        place = waiting.popleft() if waiting else links.popleft()
-        status = Path(root, place).stat()
+        current = waiting.popleft() if waiting else links.popleft()
+        status = Path(root, current).stat()
         if _identity(status) in seen:
             continue
         seen.add(_identity(status))
-        found = Folder(place, [], status)
+        found = Folder(current, [], status)
         below: list[str] = []
-        with os.scandir(Path(root, place)) as entries:
+        with os.scandir(Path(root, current)) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                path = entry.name if place == "." else f"{place}/{entry.name}"
+                path = entry.name if current == "." else f"{current}/{entry.name}"
                 if not entry.is_dir():
                     found.files.append(entry.name)
                 elif entry.is_symlink():
@@ -161,11 +161,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under another name, flush it to disk, and rename it.
-
-    Args:
-        path: where it shall be.
-        write: is given the temporary path.
+    """Let ``write`` fill a file under another name, flush it to disk, and rename it to ``path``.
 
     Raises:
         OSError: where it cannot be written, with ``path`` as its file name.
@@ -207,16 +203,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write text; see :func:`write_atomic`."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
 
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, write)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write JSON; see :func:`write_atomic`."""
     write_text_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -247,11 +240,7 @@ def content_digest(path: Path) -> str:
 
 
 def prepare_folder(path: Path, setting: str = "output") -> None:
-    """Make a folder and see that files can be written there.
-
-    Raises:
-        UserError: if not.
-    """
+    """Make a folder; raise a ``UserError`` if files cannot be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

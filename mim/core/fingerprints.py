@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 
 def same_images(saved: str, seen: str) -> bool:
-    """Whether two fingerprints, of one split or of several joined by hyphens, name the same images.
+    """Whether two fingerprints, of splits joined by hyphens, name the same images.
 
     Runs of earlier versions kept no digest of what images hold; theirs is compared as far as it
     goes.

@@ -43,13 +43,8 @@ def sole_use(folder: Path, setting: str = "output", name: str = NAME) -> Iterato
     as they do filelock's, which before its version 4 also empties the file of whoever holds it.
     Its file says who works there, and goes with them.
 
-    Args:
-        folder: exists.
-        setting: what named it, for the error.
-        name: of the lock's file.
-
     Raises:
-        InUse: if another process works there; it is named.
+        InUse: if another process works there; it names the process, and the ``setting``.
     """
     if fcntl is None:
         yield
@@ -87,7 +82,7 @@ def _locked(path: Path, setting: str) -> TextIO:
 
 def _owner(text: str) -> str:
     try:
-        told = json.loads(text)
-        return f"process {told['pid']} on {told['host']} since {told['since']}"
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):  # it has not written its name yet
         return "another process"

@@ -1,8 +1,8 @@
-"""Images to patches and back; images of several sizes as padded patches."""
+"""Images to patches and back; images of different sizes as padded patches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -15,30 +15,17 @@ Grid: TypeAlias = tuple[int, int]
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut images into patches, row by row; within a patch: row, column, channel (MAE's order).
+    """Cut (B, C, H, W) images into patches (B, N, P), row by row.
 
-    Args:
-        images: (B, C, H, W) with H and W divisible by the patch.
-        patch_size: (height, width) of a patch in pixels.
-
-    Returns:
-        (B, N, P) with N = rows * columns and P = patch pixels * C.
+    The order within a patch is row, column, channel, as in MAE; H and W are divisible by the patch,
+    whose size is (height, width) in pixels.
     """
     p, q = patch_size
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
 
 
 def patches_at(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
-    """Some patches of each image, as :func:`patchify` cuts them; the others are not copied.
-
-    Args:
-        images: (B, C, H, W) with H and W divisible by the patch.
-        patch_size: (height, width) of a patch in pixels.
-        ids: (B, T) int64, which patches.
-
-    Returns:
-        (B, T, P).
-    """
+    """Cut the patches ``ids`` (B, T) only, as :func:`patchify` does: (B, T, P)."""
     return _cut(images, ids, *patch_size)
 
 
@@ -48,11 +35,11 @@ def patches_at(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tens
 def _cut(images: Tensor, ids: Tensor, p: int, q: int) -> Tensor:
     batch, channels, height, width = images.shape
     columns = width // q
-    places = torch.arange(height * columns, device=images.device)
+    indices = torch.arange(height * columns, device=images.device)
     # The image's rows of q pixels, one below the other, and which of them each patch holds.
-    pieces = places.view(height // p, p, columns).transpose(1, 2).reshape(-1, p)  # (N, p)
+    pieces = indices.view(height // p, p, columns).transpose(1, 2).reshape(-1, p)  # (N, p)
     planes = torch.arange(batch * channels, device=images.device).view(batch, 1, channels, 1)
-    pieces = pieces[ids][:, :, None] + planes * len(places)  # (B, T, C, p)
+    pieces = pieces[ids][:, :, None] + planes * len(indices)  # (B, T, C, p)
     rows = images.reshape(-1, q).index_select(0, pieces.flatten())
     return rows.view(*ids.shape, channels, p * q).transpose(2, 3).flatten(2)
 
@@ -72,34 +59,28 @@ def _uncut(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     (ids,) = ctx.saved_tensors
     (batch, _, height, width), p, q = ctx.form
     grid = (height // p, width // q)
-    whole = gradient.new_zeros(batch, grid[0] * grid[1], gradient.shape[-1])
-    whole = whole.scatter_add(1, ids[..., None].expand_as(gradient), gradient)
-    return unpatchify(whole, (p, q), grid), None, None, None
+    patches = gradient.new_zeros(batch, grid[0] * grid[1], gradient.shape[-1])
+    patches = patches.scatter_add(1, ids[..., None].expand_as(gradient), gradient)
+    return unpatchify(patches, (p, q), grid), None, None, None
 
 
 _cut.register_autograd(_uncut, setup_context=_note_cut)
 
 
 def values_at(values: Tensor, ids: Tensor) -> Tensor:
-    """What stands at some patches: (B, N, D) and ids (B, T) int64 -> (B, T, D)."""
+    """Gather (B, T, D) at the patches ``ids`` (B, T) int64 of (B, N, D)."""
     return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`patchify`: (B, N, P) -> (B, C, H, W).
-
-    Args:
-        patches: (B, N, P).
-        patch_size: (height, width) of a patch in pixels.
-        grid: (rows, columns) of patches.
-    """
+    """Invert :func:`patchify`: (B, N, P) on a grid of (rows, columns) -> (B, C, H, W)."""
     p, q = patch_size
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=q, h=grid[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Images of several sizes, cut into patches; shorter ones are padded to the longest.
+    """Images of different sizes, cut into patches and padded to the longest.
 
     Args:
         values: (B, N, P), patches as :func:`patchify` gives them; padding stands last and holds 0.
@@ -120,27 +101,27 @@ class Patches:
 
     @classmethod
     def of(cls, values: Tensor, grids: Sequence[Grid]) -> Patches:
-        """From padded values (B, N, P) and the grid of each image."""
+        """Build from padded values (B, N, P) and the grid of each image."""
         images, longest = values.shape[:2]
         if len(grids) != images or max((r * c for r, c in grids), default=0) > longest:
             raise ValueError(f"{images} images of {longest} patches at most have other grids")
         sizes = torch.tensor(grids, dtype=torch.int64, device=values.device).view(-1, 2)
-        places = torch.arange(longest, device=values.device).expand(images, -1)  # (B, N)
-        valid = places < sizes.prod(dim=1, keepdim=True)
+        ids = torch.arange(longest, device=values.device).expand(images, -1)  # (B, N)
+        valid = ids < sizes.prod(dim=1, keepdim=True)
         columns = sizes[:, 1:]
-        coords = torch.stack([places // columns, places % columns], dim=-1)  # (B, N, 2)
+        coords = torch.stack([ids // columns, ids % columns], dim=-1)  # (B, N, 2)
         return cls(values, tuple(grids), valid, coords * valid[..., None])
 
     @classmethod
     def pad(cls, images: Sequence[Tensor], grids: Sequence[Grid]) -> Patches:
-        """From the patches (N_i, P) of each image."""
+        """Build from the patches (N_i, P) of each image."""
         longest = max(len(image) for image in images)
         padded = [F.pad(image, (0, 0, 0, longest - len(image))) for image in images]
         return cls.of(torch.stack(padded), grids)
 
     @classmethod
     def cat(cls, parts: Sequence[Patches]) -> Patches:
-        """Several batches as one."""
+        """Concatenate batches."""
         longest = max(part.values.shape[1] for part in parts)
         values = [F.pad(p.values, (0, 0, 0, longest - p.values.shape[1])) for p in parts]
         return cls.of(torch.cat(values), [grid for part in parts for grid in part.grids])
@@ -149,10 +130,8 @@ class Patches:
         return len(self.values)
 
     def __getitem__(self, rows: slice) -> Patches:
-        """A slice of the images; its padding stays."""
-        moved = (value[rows] for value in (self.values, self.valid, self.coords))
-        values, valid, coords = moved
-        return Patches(values, self.grids[rows], valid, coords)
+        """Slice the images; their padding stays."""
+        return Patches(self.values[rows], self.grids[rows], self.valid[rows], self.coords[rows])
 
     @property
     def device(self) -> torch.device:
@@ -165,25 +144,24 @@ class Patches:
         return [rows * columns for rows, columns in self.grids]
 
     def with_values(self, values: Tensor) -> Patches:
-        """The same places with other values (B, N, ...); padding stays 0."""
+        """Replace the values (B, N, ...); padding stays 0."""
         return replace(self, values=values.masked_fill(~self.valid[..., None], 0))
 
     def left_out(self, images: Tensor) -> Patches:
-        """With 0 in all of some images, (B,) bool."""
+        """Set some images, (B,) bool, to 0."""
         return replace(self, values=self.values.masked_fill(images[:, None, None], 0))
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Patches:
+        values, valid, coords = map(change, (self.values, self.valid, self.coords))
+        return Patches(values, self.grids, valid, coords)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Patches:
-        """The same on another device."""
-        tensors = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("values", "valid", "coords")
-        }
-        return replace(self, **tensors)
+        """Move to another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Patches:
-        """The same in page-locked memory."""
-        tensors = {n: getattr(self, n).pin_memory() for n in ("values", "valid", "coords")}
-        return replace(self, **tensors)
+        """Copy to page-locked memory."""
+        return self._map(Tensor.pin_memory)
 
     def images(self, patch_size: tuple[int, int]) -> list[Tensor]:
         """Each image as (C, H, W)."""
@@ -194,4 +172,4 @@ class Patches:
 
 
 Images: TypeAlias = Tensor | Patches
-"""(B, C, H, W) of one size, or images of several sizes."""
+"""(B, C, H, W) of one size, or images of different sizes."""

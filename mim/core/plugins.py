@@ -1,7 +1,7 @@
-"""Plug-ins: Python modules and files that register components of one's own.
+"""Plug-ins: Python modules and files that register a user's own components.
 
-Their code is part of a run: files are copied into its folder, compared by content when it goes on,
-and, where the folder comes from elsewhere, run only when the user says so.
+Their code is part of a run: files are copied into its folder, compared by content when it resumes,
+and, where the folder comes from elsewhere, run only if the user allows it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ def _digest(plugin: str) -> str:
 
 
 def identity(plugin: str) -> str:
-    """Name and content of a plug-in, for the fingerprint of a run; its place plays no part."""
+    """Identify a plug-in by name and content, wherever it lies, for the fingerprint of a run."""
     return f"{Path(plugin).stem} {_digest(plugin)[:16]}" if plugin.endswith(".py") else plugin
 
 
 def import_plugin(plugin: str) -> None:
-    """Import a module by name, or a file ending in ``.py``; the same code is imported once.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Import a module by name, or a file ending in ``.py``; the same code is imported once."""
     if not plugin.endswith(".py"):
         try:
             importlib.import_module(plugin)
@@ -62,15 +58,12 @@ def import_plugin(plugin: str) -> None:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]  # the next attempt shall not take it for imported
+        del sys.modules[name]  # else the next attempt would take it for imported
         raise
 
 
 def keep_plugins(plugins: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Copy plug-in files into a folder.
-
-    Returns:
-        The plug-ins, files as paths relative to the folder.
+    """Copy plug-in files into a folder; return the plug-ins with paths relative to it.
 
     Raises:
         UserError: if a file differs from the copy that is there already.
@@ -99,7 +92,7 @@ def keep_plugins(plugins: Sequence[str], folder: Path) -> tuple[str, ...]:
 
 
 def beside(plugin: str, file: Path) -> str:
-    """A plug-in as a config file names it: relative to that file, if it is there."""
+    """Resolve a plug-in that a config file names: relative to that file, if it is there."""
     path = file.parent / plugin
     return str(path.resolve()) if plugin.endswith(".py") and path.is_file() else plugin
 
@@ -114,7 +107,7 @@ def _record(plugin: str) -> Path:
 
 def _note(plugin: str) -> None:
     """Remember that this code has run here, because a user of this machine named it."""
-    with contextlib.suppress(OSError):  # without a home it is asked for again
+    with contextlib.suppress(OSError):  # without a home folder the user is asked again
         _record(plugin).parent.mkdir(parents=True, exist_ok=True)
         _record(plugin).touch()
 
@@ -129,16 +122,7 @@ def trust_all() -> None:
 
 
 def check_trust(plugins: Iterable[str], run: Path, trust: bool = False) -> None:
-    """Refuse the code of a run folder that has never run on this machine.
-
-    Args:
-        plugins: that the run folder names.
-        run: the folder, for the message.
-        trust: whether the user allows it.
-
-    Raises:
-        UserError: naming the files.
-    """
+    """Refuse, by a ``UserError``, code of a run folder that has never run on this machine."""
     unknown = [plugin for plugin in plugins if not _record(plugin).is_file()]
     if unknown and not (trust or _trusted):
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -21,38 +20,38 @@ _silent = False
 
 
 def silence() -> None:
-    """From now on no run of this process shows its progress: somebody else does, or nobody."""
+    """Let no run of this process show its progress from now on."""
     global _silent
     _silent = True
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def note(text: str) -> None:
-    """Tell the terminal one thing, in a line on stderr."""
+    """Write a line to stderr."""
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def stage(text: str) -> None:
-    """Tell what a run does next, where its progress is shown as lines."""
+    """Say what a run does next, where its progress is shown as lines."""
     if not _silent and not Console(stderr=True).is_terminal:
         note(text)
 
 
 class RunProgress:
-    """Shows how far a run is; writes to stderr.
+    """Shows on stderr how far a run is.
 
     Args:
         label: what runs.
         total: steps in all.
         start: steps done before.
         enabled: False shows nothing (all processes but the first).
-        measure: what the number is that is shown with each step.
+        measure: name of the number that is shown with each step.
     """
 
     def __init__(
@@ -87,23 +86,12 @@ class RunProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def update(self, step: int, loss: float, rate: float | None = None) -> None:
-        """Show the state after a step.
-
-        Args:
-            step: steps done in all.
-            loss: the latest, or what is measured in its stead.
-            rate: images a second; None shows none.
-        """
+        """Show steps done in all, the latest loss or other measure, and images per second."""
         if not self.enabled:
             return
         figures = f"{self.measure} {loss:.4f}"

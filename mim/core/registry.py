@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps the names users write in a config to what they mean.
+    """Maps the names users write in a config to components.
 
     Args:
         setting: the dotted key whose value is looked up here; errors name it.
-        block: the block of settings in which this key stands, and to which each component adds a
-            block of its own; None where there is none.
+        block: the block of settings that holds this key, and to which each component adds a block
+            of its own.
     """
 
     def __init__(self, setting: str, block: type | None = None) -> None:
@@ -27,14 +27,10 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, settings: type | None = None) -> Callable[[T], T]:
-        """Decorator that adds an entry under ``name``; a name is taken once.
+        """Add the decorated entry under ``name``; a class without a ``name`` gets it, for messages.
 
-        A class that has no ``name`` of its own is given this one, for its messages.
-
-        Args:
-            name: as users write it.
-            settings: the component's own, a frozen dataclass with a default for each field; they
-                then stand under the name in the config, in ``--help`` and in the run folder.
+        Its ``settings``, a frozen dataclass with a default for each field, then stand under the
+        name in the config, in ``--help`` and in the run folder.
         """
         where = f"{self._prefix}.{name}"
 
@@ -58,24 +54,20 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The entry of ``name``.
-
-        Raises:
-            UserError: if there is none; lists the valid names.
-        """
+        """Look up ``name``; a ``UserError`` lists the valid ones."""
         if name not in self._entries:
             raise choice_error(self.setting, name, self._entries)
         return self._entries[name]
 
     def settings(self, name: str) -> Any:
-        """The class of the settings of ``name``; of a subclass without any, its parent's."""
+        """Return the class of the settings of ``name``; of a subclass without any, its parent's."""
         return getattr(self.get(name), "Settings", None)
 
     def chosen(self, block: Any, name: str) -> Any:
-        """The settings of ``name`` in a block of this registry's kind; None where it has none."""
+        """Return the settings of ``name`` in a block; None where it has none."""
         kind = self.settings(name)
-        found = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
-        return getattr(block, found[0]) if found else None
+        keys = [key for key, hint in hints(type(block)).items() if kind and hint is kind]
+        return getattr(block, keys[0]) if keys else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -48,16 +48,13 @@ def name_to_int(name: str) -> int:
 def image_keys(
     seed: int, epoch: int, sample_ids: Tensor | Sequence[int], purpose: str = "mask"
 ) -> Tensor:
-    """One key for each image.
+    """Derive one key (B,) int64 for each of the images with the stable ids ``sample_ids`` (B,).
 
     Args:
         seed: the run's seed.
         epoch: the pass over the data; -1 is used for what must not change over epochs.
-        sample_ids: (B,) int64, the stable ids of the images.
+        sample_ids: their device is that of the keys.
         purpose: separates streams that must not share numbers ("mask", "augment", "order", ...).
-
-    Returns:
-        (B,) int64 on the device of ``sample_ids``.
     """
     ids = torch.as_tensor(sample_ids, dtype=torch.int64)
     state = torch.tensor(name_to_int(purpose), dtype=torch.int64, device=ids.device)
@@ -67,15 +64,9 @@ def image_keys(
 
 
 def random_bits(keys: Tensor, count: int, stream: int = 0) -> Tensor:
-    """The first ``count`` numbers of each key's stream.
+    """Return the first ``count`` numbers of a stream of each key (B,), independent of the others.
 
-    Args:
-        keys: (B,) int64.
-        count: how many.
-        stream: an independent sequence of the same key.
-
-    Returns:
-        (B, count) int64, uniform over all 64 bits.
+    They are (B, count) int64, uniform over all 64 bits.
     """
     counter = torch.arange(count, dtype=torch.int64, device=keys.device)
     start = mix(keys + _signed((stream + 1) * _GOLDEN))
@@ -88,7 +79,7 @@ def uniforms(keys: Tensor, count: int, stream: int = 0) -> Tensor:
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """(size,) int64, a keyed order of ``range(size)``."""
+    """Order ``range(size)`` by key: (size,) int64."""
     keys = image_keys(seed, epoch, torch.arange(size), purpose="order")
     return torch.argsort(keys, stable=True)
 

@@ -33,11 +33,7 @@ def __getattr__(name: str) -> Any:
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        UserError: if it cannot be read or holds something else.
-    """
+    """Read a YAML file of settings; raise a ``UserError`` if it is none."""
     if not Path(path).is_file():
         raise UserError(f"config: {str(path)!r} is not a file")
     try:
@@ -50,11 +46,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def dotted(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """``["mask.ratio=0.6", ...]``, or a mapping as it is.
-
-    Raises:
-        UserError: for an item of another form.
-    """
+    """Turn ``["mask.ratio=0.6", ...]`` into a mapping; a mapping stays as it is."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     found: dict[str, Any] = {}
@@ -72,7 +64,7 @@ def read_tree(
     settings: Mapping[str, Any] | None = None,
     trust: bool | None = None,
 ) -> T:
-    """A config from YAML files and dotted settings above them; later ones override.
+    """Read a config from YAML files and dotted settings, which override them; so do later files.
 
     The plug-ins that they name are imported first, since they bring settings of their own.
 
@@ -80,8 +72,8 @@ def read_tree(
         kind: of the config.
         files: YAML files.
         settings: dotted key to value.
-        trust: whether plug-ins of a run folder from elsewhere may run; None asks only where a file
-            lies in a run folder, and else takes what the user names.
+        trust: whether plug-ins of a run folder from elsewhere may run; None checks only where a
+            file lies in a run folder, and otherwise trusts the user's choice.
 
     Raises:
         UserError: for an unknown key, a value that is refused, or plug-ins that may not run.
@@ -106,7 +98,7 @@ def read_tree(
 
 
 def _with_plugins(tree: Mapping[str, Any]) -> list[Any]:
-    """The mappings in a tree of settings that name plug-ins."""
+    """Return the mappings in a tree of settings that name plug-ins."""
     blocks = [block for block in (tree, tree.get("base")) if isinstance(block, dict)]
     return [block for block in blocks if block.get("plugins") is not None]
 
@@ -122,7 +114,7 @@ def _find_plugins(loaded: dict[str, Any], file: Path, trust: bool | None) -> Non
 
 
 def _check_kind(loaded: Mapping[str, Any], path: str | Path, kind: type) -> None:
-    """A comparison's file is no run's, and the other way round."""
+    """Refuse a comparison's file where a run's is needed, and the reverse."""
     has = "base" in hints(kind)
     if not has and "base" in loaded:
         raise UserError(f"config: {path} is of a comparison (base, axes): give it to mim compare")
@@ -130,17 +122,17 @@ def _check_kind(loaded: Mapping[str, Any], path: str | Path, kind: type) -> None
     if has and alone and "base" not in loaded:
         raise UserError(
             f"config: {path} is of one run; a comparison has {', '.join(sorted(alone))} under "
-            "base, beside axes (see configs/compare/demo.yaml)"
+            "base, next to axes (see configs/compare/demo.yaml)"
         )
 
 
 def _field(kind: Any, name: str) -> Any:
-    """The type of a field; None where there is none."""
+    """Return the type of a field; None where there is none."""
     return hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
 
 
 def _merge(tree: dict[str, Any], more: Mapping[Any, Any], kind: Any) -> None:
-    """Put settings above others; a mapping that is a value takes the place of the old one."""
+    """Override settings; a mapping that is a value replaces the old one."""
     for key, value in more.items():
         inner = _field(kind, key)
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
@@ -173,7 +165,7 @@ def _is_setting(kind: Any, key: str) -> bool:
 
 
 def _unknown(kind: Any, key: str) -> UserError:
-    """The error for a dotted key that is no setting; names what may have been meant."""
+    """Build the error for an unknown dotted key; it names what may have been meant."""
     known = list(leaves(kind))
     near = [f"base.{key}"] if f"base.{key}" in known else []
     near += [name for name in known if name.endswith(f".{key}") and name not in near]
@@ -183,7 +175,7 @@ def _unknown(kind: Any, key: str) -> UserError:
 
 
 def leaves(kind: Any, prefix: str = "") -> dict[str, tuple[type, str]]:
-    """Dotted key -> the class it is a field of and its name there, of all single settings."""
+    """Map the dotted key of every single setting to the class that has it and its name there."""
     found: dict[str, tuple[type, str]] = {}
     for name, hint in hints(kind).items():
         if dataclasses.is_dataclass(hint):
@@ -203,16 +195,15 @@ def read_args(
     """
     files: list[str] = []
     settings: dict[str, Any] = {}
-    wanted, rest = set(), list(args)
+    shown, rest = set(), list(args)
     while rest:
         option, equals, value = rest.pop(0).partition("=")
         if option in ("--help", "-h", "--print_config"):
-            wanted.add(option.strip("-")[0])
+            shown.add(option.strip("-")[0])
             continue
         if not option.startswith("--"):
-            hint = (
-                f"; a config file is given by --config {option}" if Path(option).is_file() else ""
-            )
+            is_file = Path(option).is_file()
+            hint = f"; a config file is given by --config {option}" if is_file else ""
             raise UserError(f"unrecognized arguments: {option + equals + value}{hint}")
         if not equals and not rest:
             raise UserError(f"{option}: expected one argument")
@@ -222,17 +213,17 @@ def read_args(
         else:
             settings[option[2:]] = value
     config = read_tree(kind, files, settings)
-    if "h" in wanted:
+    if "h" in shown:
         config_parser(kind, prog=prog, description=description).print_help()
-    elif "p" in wanted:
+    elif "p" in shown:
         print(to_yaml(config), end="")
-    if wanted:
+    if shown:
         raise SystemExit(0)
     return config
 
 
 def config_parser(kind: type, **parser_args: Any) -> argparse.ArgumentParser:
-    """A parser with all options of a config, for its help and for completion."""
+    """Make a parser with all options of a config, for its help and for completion."""
     parser = argparse.ArgumentParser(**parser_args)
     parser.add_argument("--config", metavar="FILE", help="YAML file; later ones override")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML")
@@ -248,7 +239,7 @@ def config_parser(kind: type, **parser_args: Any) -> argparse.ArgumentParser:
 
 
 def explanations(kind: type) -> dict[str, str]:
-    """Field -> the text below it in the source of a dataclass."""
+    """Map each field of a dataclass to the text below it in the source."""
     found: dict[str, str] = {}
     for owner in [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]:
         try:
@@ -275,9 +266,9 @@ def _plain(value: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain mappings, lists and scalars.
+    """Turn a config into plain mappings, lists and scalars.
 
-    What a plug-in adds and nobody uses is left out: others that know no such plug-in can read it.
+    Unused settings of plug-ins are left out, so that others can read it without those plug-ins.
     """
     used = (getattr(config, "name", None), getattr(config, "source", None))
     tree = {}
@@ -290,12 +281,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML, enough to run it again."""
+    """Write a config as YAML, enough to run it again."""
     return dump_yaml(to_dict(config))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted keys. An empty mapping is a value."""
+    """Flatten nested mappings to dotted keys; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

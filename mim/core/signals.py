@@ -16,14 +16,10 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal ended a computation after its state was saved.
-
-    Attributes:
-        code: the exit code, 128 + the signal's number.
-    """
+    """A signal ended a computation after its state was saved."""
 
     def __init__(self, number: int, saved: str) -> None:
-        self.code = 128 + number
+        self.code = 128 + number  # the exit code
         super().__init__(f"{signal.Signals(number).name}: {saved}")
 
 
@@ -89,12 +85,9 @@ def between_imports() -> Iterator[None]:
             old_ignored(found)
 
     main = threading.current_thread() is threading.main_thread()
-    # Elsewhere os.kill ends the process; one started to ignore SIGINT shall go on doing so.
-    if not main or os.name != "posix":
-        yield
-        return
     old = signal.getsignal(signal.SIGINT)
-    if old is not signal.default_int_handler:
+    # On other systems os.kill ends the process; one started to ignore SIGINT must keep doing so.
+    if not main or os.name != "posix" or old is not signal.default_int_handler:
         yield
         return
     old_ignored, sys.unraisablehook = sys.unraisablehook, ignored
@@ -109,7 +102,7 @@ def between_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Processes that are started here do not get Ctrl-C until they call :func:`hear`."""
+    """Start processes that do not get Ctrl-C until they call :func:`hear`."""
     if os.name != "posix":
         yield
         return
@@ -121,7 +114,7 @@ def unheard() -> Iterator[None]:
 
 
 def start_server() -> None:
-    """Start the server of forked processes, unheard: while it imports, it would tell at length."""
+    """Start the server of forked processes, unheard: while importing it would print tracebacks."""
     resource_tracker.ensure_running()  # it would let Ctrl-C through again
     with unheard():
         forkserver.ensure_running()
@@ -134,7 +127,7 @@ def hear() -> None:
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end this process without a word: the one that started it has the say."""
+    """Let Ctrl-C end this process silently: the one that started it reports."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     hear()
 

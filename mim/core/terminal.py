@@ -24,7 +24,7 @@ _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\
 
 
 def printable(text: str) -> str:
-    """Text in which what a terminal would obey is spelled out."""
+    """Spell out what a terminal would obey."""
     return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -37,8 +37,8 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -
     """A table; columns whose cells are numbers are set to the right."""
     named = Text(printable(title)) if title else None
     table = Table(box=box.SIMPLE_HEAD, title=named, title_justify="left", pad_edge=False)
-    for place, head in enumerate(heads):
-        cells = [row[place] for row in rows if row[place] not in ("", "\u2013")]
+    for column, head in enumerate(heads):
+        cells = [row[column] for row in rows if row[column] not in ("", "\u2013")]
         numeric = bool(cells) and all(cell[:1] in "+-\u2212.0123456789" for cell in cells)
         table.add_column(
             Text(printable(head)), justify="right" if numeric else "left", overflow="fold"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,9 +57,8 @@ def image_tokens(vit: nn.Module, images: Images) -> Tensor:
     if not isinstance(images, Patches):
         return family.features(images)
     embedded = family.place_patches(family.embed_patches(images), images)
-    prefix = images.valid.new_ones(len(images), family.num_prefix)
-    bias = key_bias(torch.cat([prefix, images.valid], dim=1), embedded.tokens.dtype)
-    return family.run(embedded, bias=bias)
+    bias = key_bias(images.valid, embedded.tokens.dtype, family.num_prefix)
+    return family.run(replace(embedded, bias=bias))
 
 
 def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str, valid: Tensor | None = None) -> Tensor:

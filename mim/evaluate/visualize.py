@@ -200,7 +200,7 @@ def draw_masks(
             try:
                 changed = _masked_config(config, name, ratio)
                 generator = build_mask_generator(changed.mask, shared.grid, shared.patch_size)
-                if generator.needs_images or generator.needs_attention or generator.is_trained:
+                if generator.sees_images:
                     drawer = _mask_model(changed, model)
                     mask = drawer.draw_mask(normalized, keys, epoch=0, sample_ids=batch.sample_ids)
                 else:
@@ -411,7 +411,7 @@ def attention_figure(
     full_tokens, _ = model.regime.inputs(vit, normalized, empty)
     full = attention_maps(vit, full_tokens)
     tokens, bias = model.regime.inputs(vit, normalized, mask)
-    under = attention_maps(vit, tokens, bias)
+    under = attention_maps(vit, dataclasses.replace(tokens, bias=bias))
     prefix, grid, depth = family.num_prefix, model.grid, len(family.blocks)
     blocks = list(dict.fromkeys((0, depth // 2, depth - 1)))
     ends = list(dict.fromkeys((0, depth - 1)))

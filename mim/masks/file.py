@@ -33,17 +33,14 @@ _READ_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class _Masks:
-    """What was read.
-
-    Attributes:
-        flags: (M, N) bool, True where a patch is hidden.
-        ids: (I,) int64 ascending, the sample ids that have a mask; None without any.
-        rows: (I,) int64, the row of ``flags`` of each.
-    """
+    """Masks as read from files."""
 
     flags: Tensor
+    """(M, N) bool, True where a patch is hidden."""
     ids: Tensor | None = None
+    """(I,) int64 ascending, the sample ids that have a mask; None where one mask serves all."""
     rows: Tensor | None = None
+    """(I,) int64, the row of ``flags`` of each."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +83,28 @@ class FileMask(MaskGenerator):
         self._read: tuple[Grid, _Masks] | None = None
 
     def draw(self, request: MaskRequest) -> Tensor:
-        """Look the masks up.
-
-        Raises:
-            UserError: if an image has no mask; names its id.
-        """
+        """Look the masks up; raise a ``UserError`` that names an image without one."""
         masks, device = self._masks(request.grid), request.keys.device
         if masks.ids is None or masks.rows is None:
             return masks.flags.to(device).expand(len(request.keys), -1)
         if request.sample_ids is None:
             raise self._error("has a mask for each image: pass sample_ids")
-        wanted = request.sample_ids.cpu().long()  # (B,)
-        lacking = self.missing(request.grid, wanted)
+        ids = request.sample_ids.cpu().long()  # (B,)
+        lacking = self.missing(request.grid, ids)
         if len(lacking):
-            raise self._error(f"has no mask for the image with id {int(wanted[lacking[0]])}")
-        place = torch.searchsorted(masks.ids, wanted)
-        return masks.flags[masks.rows[place]].to(device)  # (B, N)
+            raise self._error(f"has no mask for the image with id {int(ids[lacking[0]])}")
+        index = torch.searchsorted(masks.ids, ids)
+        return masks.flags[masks.rows[index]].to(device)  # (B, N)
 
     def missing(self, grid: Grid, sample_ids: Tensor) -> Tensor:
         ids = self._masks(grid).ids
         if ids is None:
             return super().missing(grid, sample_ids)
-        place = torch.searchsorted(ids, sample_ids).clamp(max=len(ids) - 1)
-        return (ids[place] != sample_ids).nonzero()[:, 0]
+        index = torch.searchsorted(ids, sample_ids).clamp(max=len(ids) - 1)
+        return (ids[index] != sample_ids).nonzero()[:, 0]
 
     def check(self, grid: Grid) -> None:
-        """Read the masks; the ratio is not used and not tested.
-
-        Raises:
-            UserError: for a missing or unreadable file, a wrong shape or value, or a mask that
-                hides all or none of the patches.
-        """
+        """Read the masks; raise a ``UserError`` where one is unusable. The ratio plays no part."""
         self._masks(grid)
 
     def check_sizes(self) -> None:
@@ -124,7 +112,6 @@ class FileMask(MaskGenerator):
         raise setting_error("mask.name", self.name, reason)
 
     def _error(self, reason: str, name: str | None = None) -> UserError:
-        """``name`` says which of several masks."""
         return setting_error("mask.file.path", name or self.settings.path, reason)
 
     def _masks(self, grid: Grid) -> _Masks:
@@ -152,7 +139,13 @@ class FileMask(MaskGenerator):
 
     def _load_folder(self, root: Path, grid: Grid) -> _Masks:
         try:
-            files = _files(root)
+            found = ((folder.path, name) for folder in walk(root) for name in folder.files)
+            files = [
+                name if path == "." else f"{path}/{name}"
+                for path, name in found
+                if name.lower().endswith(_KINDS)
+            ]
+            files.sort(key=lambda file: (file.rpartition(".")[0], file))
             stems = [file.rpartition(".")[0] for file in files]
             endings = [e for x in IMAGE_EXTENSIONS for e in (x, x.upper(), "." + x[1:].title())]
             ids = [name_to_int(stem + ending) for stem in stems for ending in endings]
@@ -176,7 +169,7 @@ class FileMask(MaskGenerator):
         return _Masks(flags, order.values, order.indices // len(endings))
 
     def _values(self, path: Path, name: str) -> NDArray[np.bool_]:
-        """A file as (H, W) or (n, H, W) bool, True where hidden; ``name`` for errors."""
+        """Read a file as (H, W) or (n, H, W) bool, True where hidden."""
         is_array = path.suffix.lower() == ".npy"
         try:
             values: Any = np.load(path, allow_pickle=False) if is_array else _read_png(path)
@@ -203,7 +196,7 @@ class FileMask(MaskGenerator):
         return values != 0
 
     def _patches(self, values: NDArray[np.bool_], grid: Grid, names: list[str]) -> Tensor:
-        """(M, H, W) to (M, N) bool, True where a patch is hidden; ``names`` for errors."""
+        """Turn masks (M, H, W) in pixels into (M, N) bool, True where a patch is hidden."""
         rows, cols = grid
         count, height, width = values.shape
         if height % rows or width % cols:
@@ -221,23 +214,8 @@ class FileMask(MaskGenerator):
         return flat
 
 
-def _files(root: Path) -> list[str]:
-    """POSIX paths, relative to ``root``, of the masks below it, sorted without their endings."""
-    found = [
-        name if folder.path == "." else f"{folder.path}/{name}"
-        for folder in walk(root)
-        for name in folder.files
-        if name.lower().endswith(_KINDS)
-    ]
-    return sorted(found, key=lambda file: (file.rpartition(".")[0], file))
-
-
 def _read_png(path: Path) -> NDArray[np.generic]:
-    """(H, W): gray values.
-
-    Raises:
-        ValueError: if the picture has colours or transparency.
-    """
+    """Read gray values (H, W); raise a ``ValueError`` for colours or transparency."""
     with Image.open(path, formats=["PNG"]) as image:
         image.load()
         if "A" in image.getbands() or "transparency" in image.info:

@@ -26,7 +26,7 @@ Grid = tuple[int, int]
 
 
 def hidden_count(ratio: float, patches: int) -> int:
-    """How many of ``patches`` a ratio hides: the nearest integer, halves up."""
+    """Count the patches that a ratio hides: the nearest integer, halves up."""
     return math.floor(ratio * patches + 0.5)
 
 
@@ -58,43 +58,33 @@ class MaskRequest:
         return self.grid[0] * self.grid[1]
 
     def counts(self, units: int | None = None) -> Tensor:
-        """(B,) int64: how many of so many units (by default patches) each image hides."""
+        """(B,) int64: how many of the ``units``, by default patches, each image hides."""
         units = self.num_patches if units is None else units
         return torch.floor(self.ratios * units + 0.5).long()
 
 
 class Ratios(Protocol):
-    """Which share of the patches is hidden; the part of :class:`MaskConfig` that all share."""
+    """The part of :class:`MaskConfig` that all generators share."""
 
-    def ratio_at(self, epoch: int) -> tuple[float, float]:
-        """(lowest, highest) in an epoch."""
-
-    def all_ratios(self) -> list[tuple[str, float]]:
-        """(setting, ratio) of the ends of every range, between which all ratios lie."""
+    def ratio_at(self, epoch: int) -> tuple[float, float]: ...
+    def all_ratios(self) -> list[tuple[str, float]]: ...
 
 
 @dataclass(frozen=True)
 class MaskContext:
-    """What a generator is built for.
-
-    Attributes:
-        ratios: the share that is hidden.
-        patch_size: (height, width) of a patch in pixels; None where it is not known.
-    """
+    """What a generator is built for."""
 
     ratios: Ratios
+    """Says which share of the patches is hidden."""
     patch_size: tuple[int, int] | None = None
+    """(height, width) of a patch in pixels; None where it is not known."""
 
 
 class MaskGenerator(ABC):
     """Draws masks.
 
-    A new generator defines :meth:`draw`, or :meth:`ranks` of :class:`RankedMask`, and says what
-    it needs to see.
-
-    Args:
-        settings: its own, as registered with it; None where it has none.
-        context: what it is built for.
+    A new generator defines :meth:`draw`, or :meth:`ranks` of :class:`RankedMask`, and says by its
+    flags what it needs to see. Its ``settings`` are those registered with it; None without any.
     """
 
     name: ClassVar[str] = ""
@@ -112,12 +102,17 @@ class MaskGenerator(ABC):
         self.ratios = context.ratios
         self.patch_size = context.patch_size
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether masks depend on the images, by themselves, a teacher or a network."""
+        return self.needs_images or self.needs_attention or self.is_trained
+
     def network(self, channels: int, seed: int) -> nn.Module:
-        """The network of a generator that is trained: images to logits (B, N)."""
+        """Build the network of a generator that is trained: images to logits (B, N)."""
         raise NotImplementedError(f"{type(self).__name__} has no network")
 
     def objective(self, logits: Tensor, ids: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
-        """(B,), the network's loss given the errors (B, M) at the hidden patches ``ids``."""
+        """Compute the network's loss (B,) from the errors (B, M) at the hidden patches ``ids``."""
         raise NotImplementedError(f"{type(self).__name__} is not trained")
 
     @abstractmethod
@@ -135,11 +130,11 @@ class MaskGenerator(ABC):
         attention: Callable[[Tensor], Tensor] | None = None,
         network: Callable[[Tensor], Tensor] | None = None,
     ) -> PatchMask:
-        """Masks for images with the given keys.
+        """Draw masks for images with the given keys.
 
         Args:
             grid: (rows, columns) of patches.
-            keys: (B,) int64 from :func:`mim.core.rng.image_keys`; there are no masks without keys.
+            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
             epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
             sample_ids: (B,) stable ids of the images, for masks that are given per image.
             images: (B, C, H, W), normalised, for generators that look at them.
@@ -153,11 +148,11 @@ class MaskGenerator(ABC):
         """
         if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.ndim != 1:
             raise TypeError("masks need one int64 key an image, from mim.core.rng.image_keys")
-        for what, given in (("sample_ids", sample_ids), ("images", images)):
-            if given is not None and len(given) != len(keys):
-                raise ValueError(f"{len(keys)} keys and {len(given)} {what}: one each is needed")
+        for what, values in (("sample_ids", sample_ids), ("images", images)):
+            if values is not None and len(values) != len(keys):
+                raise ValueError(f"{len(keys)} keys and {len(values)} {what}: one each is needed")
         seen = logits = None
-        if self.needs_images or self.needs_attention or self.is_trained:
+        if self.sees_images:
             lacks_teacher = self.needs_attention and attention is None
             if images is None or lacks_teacher or (self.is_trained and network is None):
                 reason = "looks at the images; draw its masks with model.draw_mask(images, keys)"
@@ -180,13 +175,7 @@ class MaskGenerator(ABC):
         epoch: int = -1,
         sample_ids: Tensor | None = None,
     ) -> PatchMask:
-        """Masks for images of several sizes, each as if it were alone.
-
-        Args:
-            images: (B, N, P), for their grids.
-            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
-            epoch: see :meth:`__call__`.
-            sample_ids: (B,) stable ids of the images.
+        """Draw masks for images of different sizes, each by its own grid.
 
         Raises:
             UserError: if the settings make no sense on the grid of an image, or the generator takes
@@ -207,38 +196,28 @@ class MaskGenerator(ABC):
         return PatchMask(hidden, keys=keys, valid=images.valid.cpu())
 
     def check_sizes(self) -> None:
-        """Refuse images of several sizes where the generator cannot have them.
-
-        Raises:
-            UserError: if it looks at the images.
-        """
-        if self.needs_images or self.needs_attention or self.is_trained:
+        """Raise a ``UserError`` if the generator cannot take images of different sizes."""
+        if self.sees_images:
             reason = "looks at images of one size, and data.aspect is keep"
             raise setting_error("mask.name", self.name, reason)
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
-        """(lowest, highest) number of visible patches for ratios from ``low`` to ``high``, where it
-        is known before drawing: it then need not be read back from a device."""
+        """Return (lowest, highest) number of visible patches for ratios from ``low`` to ``high``.
+
+        None where only the drawn mask tells: it is then read back from the device.
+        """
         return None
 
     def check(self, grid: Grid) -> None:
-        """Refuse settings that make no sense on this grid.
-
-        Raises:
-            UserError: if a ratio would hide no patch, or all of them.
-        """
+        """Raise a ``UserError`` if a ratio would hide no patch of this grid, or all of them."""
         self.check_units(grid, grid[0] * grid[1], "patch")
 
     def missing(self, grid: Grid, sample_ids: Tensor) -> Tensor:
-        """Positions of the images (n,) that have no mask; most generators have one for each."""
+        """Return the positions (n,) of images that have no mask; by default none."""
         return sample_ids.new_empty(0)
 
     def check_units(self, grid: Grid, units: int, kind: str) -> None:
-        """Refuse ratios that hide none or all of so many units.
-
-        Raises:
-            UserError: naming the ratio.
-        """
+        """Raise a ``UserError`` that names a ratio which hides none or all of the units."""
         for setting, ratio in self.ratios.all_ratios():
             hidden = hidden_count(ratio, units)
             if not 0 < hidden < units:
@@ -252,7 +231,7 @@ class RankedMask(MaskGenerator):
 
     @abstractmethod
     def ranks(self, request: MaskRequest) -> Tensor:
-        """(B, N) int64, each row a permutation of 0..N-1; low ranks are hidden first."""
+        """Order the patches: (B, N) int64, each row a permutation; low ranks are hidden first."""
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         patches = grid[0] * grid[1]
@@ -264,12 +243,7 @@ class RankedMask(MaskGenerator):
 
 
 def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
-    """Ranks of scores, lowest first; ties are broken at random by key.
-
-    Args:
-        score: (B, N).
-        keys: (B,) int64.
-        stream: of the keys' numbers, see :func:`mim.core.rng.random_bits`.
+    """Rank scores (B, N), lowest first; ties are broken at random by the ``stream`` of the keys.
 
     Returns:
         (B, N) int64, each row a permutation of 0..N-1.
@@ -294,7 +268,7 @@ class RandomMask(RankedMask):
 def build_mask_generator(
     config: MaskConfig, grid: Grid | None = None, patch_size: tuple[int, int] | None = None
 ) -> MaskGenerator:
-    """The generator that ``config`` names, checked against the grid where one is given.
+    """Build the generator that ``config`` names; check it against the grid where one is given.
 
     Raises:
         UserError: if the name is unknown or the settings do not fit the grid.
@@ -315,7 +289,9 @@ def sample_masks(
     sample_ids: Tensor | list[int],
     patch_size: tuple[int, int] | None = None,
 ) -> PatchMask:
-    """The masks that training uses for these images in this epoch.
+    """Draw the masks that training uses for these images in this epoch.
+
+    A mask is a pure function of the arguments, on any device and in any batch.
 
     Args:
         config: the settings under ``mask``.
@@ -324,9 +300,6 @@ def sample_masks(
         epoch: the pass over the data.
         sample_ids: (B,) stable ids of the images.
         patch_size: (height, width) of a patch in pixels, for generators with a unit in pixels.
-
-    Returns:
-        A mask of B rows; a pure function of the arguments, on any device and in any batch.
 
     Raises:
         UserError: for a generator that looks at the image; see ``model.draw_mask``.

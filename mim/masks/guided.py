@@ -15,12 +15,12 @@ from mim.masks.generators import MASKS, MaskRequest, RankedMask, rank_by
 
 
 def gumbel(keys: Tensor, count: int, stream: int) -> Tensor:
-    """(B, count) float64 of standard Gumbel noise, from the keys.
+    """Draw standard Gumbel noise (B, count), float64, from the keys.
 
     The highest ``log p + noise`` are a sample without replacement in proportion to p (Vieira
     2014; Kool et al. 2019, arXiv:1903.06059).
     """
-    drawn = uniforms(keys, count, stream).clamp(min=2.0**-53)  # log(0) has no place here
+    drawn = uniforms(keys, count, stream).clamp(min=2.0**-53)  # no log(0)
     return -torch.log(-torch.log(drawn))
 
 
@@ -62,11 +62,6 @@ class PatchScorer(nn.Module):
     """A small network that scores each patch from the image.
 
     A patch embedding, a depth-wise 3x3 convolution for the surroundings, one linear map.
-
-    Args:
-        channels: of the images.
-        patch_size: (height, width) of a patch in pixels.
-        width: of its hidden layer.
     """
 
     def __init__(self, channels: int, patch_size: tuple[int, int], width: int) -> None:
@@ -76,7 +71,7 @@ class PatchScorer(nn.Module):
         self.head = nn.Linear(width, 1, bias=False)  # only differences choose patches
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N) logits; a patch's score is their sigmoid."""
+        """Map (B, C, H, W) to (B, N) logits; a patch's score is their sigmoid."""
         x = F.gelu(self.embed(images))  # (B, width, rows, columns)
         x = F.gelu(x + self.around(x)).flatten(2).transpose(1, 2)  # (B, N, width)
         logits = self.head(x)[..., 0]  # (B, N)
@@ -112,7 +107,6 @@ class LearnedMask(RankedMask):
     is_trained = True
 
     def network(self, channels: int, seed: int) -> nn.Module:
-        """The scorer, its weights a function of the seed."""
         assert self.patch_size is not None  # the model gives it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "mask_network"))
@@ -128,18 +122,7 @@ class LearnedMask(RankedMask):
         return rank_by(score if hide_low else -score, request.keys)
 
     def objective(self, logits: Tensor, ids: Tensor, error: Tensor, valid: Tensor | None) -> Tensor:
-        """The scorer's loss; see the class.
-
-        Args:
-            logits: (B, N), with gradient.
-            ids: (B, M) hidden patches that were predicted.
-            error: (B, M), their reconstruction error; no gradient flows into it.
-            valid: (B, M) bool, False for padding.
-
-        Returns:
-            (B,).
-        """
-        error = error.detach().float()
+        error = error.detach().float()  # no gradient flows into it
         valid = torch.ones_like(error, dtype=torch.bool) if valid is None else valid
         count = valid.sum(dim=1).clamp(min=1)
         log_score = F.logsigmoid(logits.float())  # (B, N)

@@ -21,9 +21,8 @@ class PatchMask:
         is_masked: (B, N) bool.
         counts: (lowest, highest) number of visible patches in a row, where the caller knows it;
             spares a transfer from the device.
-        keys: (B,) int64, one an image, for draws that hang on the mask (a decoder that predicts a
-            share of the hidden patches); by default hashed from the mask itself.
-
+        keys: (B,) int64, one for each image, for draws that depend on the mask (a decoder that
+            predicts a share of the hidden patches); by default hashed from the mask itself.
         valid: (B, N) bool, False for padding, which is neither visible nor masked; None where all
             images have N patches.
 
@@ -62,64 +61,32 @@ class PatchMask:
             raise ValueError(f"valid must have the mask's shape, not {tuple(self.valid.shape)}")
         if self.valid is not None and bool((self.is_masked & ~self.valid).any()):
             raise ValueError("padding is masked: it is neither visible nor masked")
-        derived = self._derive_equal() if self.valid is None else self._derive(self.valid)
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        self._derive()
 
-    def _derive(self, valid: Tensor) -> dict[str, object]:
-        """Where images have unequally many patches."""
-        derived: dict[str, object] = {}
-        for name, flags in (
-            ("visible", self.is_masked.logical_not() & valid),
-            ("masked", self.is_masked),
-        ):
+    def _derive(self) -> None:
+        # Lowest and highest number in a row; where they are not known, they are read back.
+        bounds = self.counts if self.valid is None else None
+        for name, flags in (("visible", self.is_visible), ("masked", self.is_masked)):
             number = flags.sum(dim=1)  # (B,)
-            low, high = int(number.min()), int(number.max())
+            low, high = bounds or (int(number.min()), int(number.max()))
             ids = flags.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :high]
-            rows_valid = None
+            valid = None
             if low != high:
-                rows_valid = torch.arange(high, device=flags.device) < number[:, None]
-                ids = ids * rows_valid  # padding points at patch 0, never elsewhere
-            derived |= {f"{name}_ids": ids, f"{name}_valid": rows_valid}
+                valid = torch.arange(high, device=flags.device) < number[:, None]
+                ids = ids * valid  # padding points at patch 0, never elsewhere
+            object.__setattr__(self, f"{name}_ids", ids)
+            object.__setattr__(self, f"{name}_valid", valid)
             if name == "visible":
-                derived["counts"] = (low, high)
-        return derived
-
-    def _derive_equal(self) -> dict[str, object]:
-        """Where all images have N patches: what is not visible is masked."""
-        patches = self.is_masked.shape[1]
-        visible = patches - self.is_masked.sum(dim=1)  # (B,)
-        low, high = self.counts or (int(visible.min()), int(visible.max()))
-        order = self.is_masked.to(torch.uint8).argsort(dim=1, stable=True)  # visible first
-        hidden_order = order.flip(1)  # masked first, descending
-        columns = torch.arange(patches, device=self.is_masked.device)
-        visible_ids, masked_ids = order[:, :high], hidden_order[:, : patches - low].flip(1)
-        visible_valid = masked_valid = None
-        if low != high:
-            visible_valid = columns[:high] < visible[:, None]
-            hidden = patches - visible
-            # The flip puts the padding first; turn each row so that it stands last.
-            shift = (patches - low) - hidden
-            turned = (columns[: patches - low] + shift[:, None]) % max(patches - low, 1)
-            masked_ids = masked_ids.gather(1, turned)
-            masked_valid = columns[: patches - low] < hidden[:, None]
-            visible_ids = visible_ids * visible_valid  # padding points at patch 0, never elsewhere
-            masked_ids = masked_ids * masked_valid
-        return {
-            "counts": (low, high),
-            "visible_ids": visible_ids,
-            "masked_ids": masked_ids,
-            "visible_valid": visible_valid,
-            "masked_valid": masked_valid,
-        }
+                object.__setattr__(self, "counts", (low, high))
+                bounds = None
+                if self.valid is None:  # what is not visible is masked
+                    bounds = self.num_patches - high, self.num_patches - low
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, hidden: Tensor | int) -> PatchMask:
-        """Hide in each row the patches that come first.
+        """Hide the first ``hidden`` patches, for all rows or (B,) each, in the order of ``ranks``.
 
-        Args:
-            ranks: (B, N) int64, each row a permutation of 0..N-1.
-            hidden: how many patches are hidden, for all rows or (B,) for each.
+        ``ranks`` are (B, N) int64, each row a permutation of 0..N-1.
         """
         patches = ranks.shape[1]
         if isinstance(hidden, int):
@@ -128,20 +95,19 @@ class PatchMask:
 
     @classmethod
     def empty(cls, images: int, patches: int, device: torch.device | str = "cpu") -> PatchMask:
-        """A mask that hides nothing."""
+        """Hide nothing."""
         nothing = torch.zeros(images, patches, dtype=torch.bool, device=device)
         return cls(nothing, counts=(patches, patches))
 
     @classmethod
     def empty_of(cls, valid: Tensor) -> PatchMask:
-        """A mask that hides nothing of images with unequally many patches, ``valid`` (B, N)."""
+        """Hide nothing of images whose numbers of patches differ, ``valid`` (B, N)."""
         return cls(torch.zeros_like(valid), valid=valid)
 
     def __len__(self) -> int:
         return self.is_masked.shape[0]
 
     def __getitem__(self, rows: slice) -> PatchMask:
-        """The masks of a slice of the images."""
         low, high = self._counts
         keys = None if self.keys is None else self.keys[rows]
         valid = None if self.valid is None else self.valid[rows]
@@ -175,14 +141,13 @@ class PatchMask:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all rows show equally many patches, and hide equally many."""
+        """Whether all rows show, and hide, the same number of patches."""
         return self.visible_valid is None and self.masked_valid is None
 
     def masked_share(self, share: float) -> tuple[Tensor, Tensor | None]:
-        """A share of the masked patches of each image, drawn by key, at least one where any is.
+        """Draw a share, in (0, 1], of the masked patches of each image by key.
 
-        Args:
-            share: above 0, at most 1; the count is the nearest integer, halves up.
+        The count is the nearest integer, halves up, and at least one where any patch is masked.
 
         Returns:
             ids (B, M') int64 ascending, and (B, M') bool, False for padding, or None without any.
@@ -208,7 +173,7 @@ class PatchMask:
         return ids.masked_fill(~valid, 0), valid
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchMask:
-        """The same mask on another device."""
+        """Move to another device."""
         if self.is_masked.device == torch.device(device):
             return self
         moved = object.__new__(PatchMask)

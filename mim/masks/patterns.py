@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,24 +28,24 @@ _ATTEMPTS, _PARTS, _PARTS_STREAM, _FAILURES = 8, 32, 16, 10
 
 @functools.cache
 def _log_spaced(low: float, high: float, steps: int = 1024) -> tuple[float, ...]:
-    """The middles of so many equal parts of [log low, log high], exponentiated."""
+    """Exponentiate the middles of ``steps`` equal parts of [log low, log high]."""
     start, width = math.log(low), (math.log(high) - math.log(low)) / steps
     return tuple(math.exp(start + (step + 0.5) * width) for step in range(steps))
 
 
 def _log_uniform(span: tuple[float, float], drawn: Tensor) -> Tensor:
-    """Log-uniform over ``span`` from uniforms, of the same shape, float64."""
+    """Turn uniforms into log-uniforms over ``span``, float64."""
     table = torch.tensor(_log_spaced(*span), dtype=torch.float64, device=drawn.device)
     return table[(drawn * len(table)).long()]
 
 
 def _pick(drawn: Tensor, choices: Tensor | int) -> Tensor:
-    """Uniform over 0..choices-1 from uniforms, int64."""
+    """Turn uniforms into integers, uniform over 0..choices-1."""
     return (drawn * choices).long()
 
 
 def _shuffled(keys: Tensor, count: int) -> Tensor:
-    """(B, count) int64, each row a permutation in keyed order."""
+    """Permute 0..count-1 by key: (B, count) int64."""
     return random_bits(keys, count).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
 
@@ -112,7 +113,7 @@ class BlockMask(MaskGenerator):
     def _attempts(
         self, keys: Tensor, stream: int, hidden: Tensor, missing: Tensor, failures: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Try some rectangles in each image.
+        """Try some rectangles in each image, and update the last three arguments.
 
         Args:
             keys: (B,) int64.
@@ -120,9 +121,6 @@ class BlockMask(MaskGenerator):
             hidden: (B, rows, columns) bool, what is hidden so far.
             missing: (B,) int64, how many patches are still to be hidden.
             failures: (B,) int64, how many rectangles in a row have failed.
-
-        Returns:
-            The last three, afterwards.
         """
         settings = self.settings
         rows, cols = hidden.shape[1:]
@@ -212,11 +210,7 @@ class AlignedMask(MaskGenerator):
     settings: AlignedSettings
 
     def _unit(self, grid: Grid) -> Grid:
-        """(height, width) of a unit in patches.
-
-        Raises:
-            UserError: if the unit is no multiple of a patch, or the grid none of the unit.
-        """
+        """(height, width) of a unit in patches; a ``UserError`` where it fits no patch or grid."""
         unit, size = self.settings.unit, self.settings.size
         if self.patch_size is None:
             reason = "is in pixels: build the generator with the patch size (patch_size=...)"
@@ -253,30 +247,33 @@ class AlignedMask(MaskGenerator):
         self.check_units((rows, cols), rows * cols, "mask unit")
 
 
-@MASKS.register("column")
-class ColumnMask(MaskGenerator):
-    """Whole columns of patches, uniformly at random; the count is exact in columns."""
+class LineMask(MaskGenerator):
+    """Whole lines of patches, uniformly at random; the count is exact in lines."""
+
+    axis: ClassVar[int]
+    """0 for rows, 1 for columns."""
 
     def draw(self, request: MaskRequest) -> Tensor:
-        rows, cols = request.grid
-        hidden = _shuffled(request.keys, cols) < request.counts(cols)[:, None]  # (B, cols)
-        return hidden[:, None, :].expand(-1, rows, cols).flatten(1)
+        lines = request.grid[self.axis]
+        hidden = _shuffled(request.keys, lines) < request.counts(lines)[:, None]  # (B, lines)
+        return hidden.unsqueeze(2 - self.axis).expand(-1, *request.grid).flatten(1)
 
     def check(self, grid: Grid) -> None:
-        self.check_units(grid, grid[1], "column")
+        self.check_units(grid, grid[self.axis], self.name)
+
+
+@MASKS.register("column")
+class ColumnMask(LineMask):
+    """Whole columns of patches."""
+
+    axis = 1
 
 
 @MASKS.register("row")
-class RowMask(MaskGenerator):
-    """Whole rows of patches, uniformly at random; the count is exact in rows."""
+class RowMask(LineMask):
+    """Whole rows of patches."""
 
-    def draw(self, request: MaskRequest) -> Tensor:
-        rows, cols = request.grid
-        hidden = _shuffled(request.keys, rows) < request.counts(rows)[:, None]  # (B, rows)
-        return hidden[:, :, None].expand(-1, rows, cols).flatten(1)
-
-    def check(self, grid: Grid) -> None:
-        self.check_units(grid, grid[0], "row")
+    axis = 0
 
 
 @dataclass(frozen=True)

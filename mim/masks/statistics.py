@@ -21,16 +21,12 @@ class MaskStatistics(TypedDict):
 
 
 def mask_statistics(mask: PatchMask, grid: Grid) -> MaskStatistics:
-    """How much is hidden, in blocks of what size, and where.
-
-    Args:
-        mask: of B images.
-        grid: (rows, columns) of patches.
+    """Measure how much is hidden, in blocks of what size, and where.
 
     Returns:
-        ``ratio_mean``, ``ratio_min``, ``ratio_max``: the share of hidden patches over the images;
-        ``block_sizes``: how many blocks of each size there are in all images, by ascending size; a
-        block is a set of hidden patches that share sides (4-neighbourhood);
+        ``ratio_mean``, ``ratio_min``, ``ratio_max``: share of hidden patches over the images;
+        ``block_sizes``: number of blocks of each size in all images, by ascending size; a block is
+        a set of hidden patches that share sides (4-neighbourhood);
         ``hidden_share``: (rows, columns) float64, the share of the images that hide each patch.
 
     Raises:

@@ -22,7 +22,7 @@ from mim.core.fields import Count, Positive, Settings, Share
 from mim.core.patches import values_at
 from mim.core.registry import Registry
 from mim.core.rng import seed_of
-from mim.model.attention import key_bias
+from mim.model.attention import key_bias, with_prefix
 from mim.model.backbones import block_at, sincos_position_embedding
 from mim.model.packing import Packing
 from mim.model.regimes import Latents, Regime, scatter_tokens
@@ -31,30 +31,21 @@ from mim.model.terms import WithTerms
 
 @dataclass(frozen=True, eq=False)
 class DecoderContext:
-    """What a decoder is built for.
-
-    Attributes:
-        width: D, of the latents.
-        output: values predicted for a patch.
-        grid: (rows, columns) of patches.
-        regime: the regime it decodes for.
-        num_prefix: P, tokens in front of the patches.
-    """
+    """What a decoder is built for."""
 
     width: int
+    """D, of the latents."""
     output: int
+    """Values predicted for a patch."""
     grid: tuple[int, int]
+    """(rows, columns) of patches."""
     regime: Regime
     num_prefix: int
+    """P, tokens in front of the patches."""
 
 
 class Decoder(WithTerms, nn.Module, ABC):
-    """Base class.
-
-    Args:
-        settings: its own, as registered with it; None where it has none.
-        context: what it is built for.
-    """
+    """Base class; its ``settings`` are those registered with it, None without any."""
 
     name: ClassVar[str] = ""
     """As registered."""
@@ -65,7 +56,8 @@ class Decoder(WithTerms, nn.Module, ABC):
     share: float = 1.0
     """Share of the hidden patches that it predicts in training."""
     packs: bool = False
-    """Whether several images of different sizes share a sequence."""
+    """Whether images of different sizes share a sequence."""
+    head: nn.Module
 
     def __init__(self, settings: Any, context: DecoderContext) -> None:
         super().__init__()
@@ -73,36 +65,24 @@ class Decoder(WithTerms, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
-        """Hidden vectors.
+        """Compute hidden vectors (B, M, E) at the patches ``ids`` (B, M); None: all N in order."""
 
-        Args:
-            latents: of the encoder.
-            ids: (B, M) patches that are wanted; None wants all N in order.
-
-        Returns:
-            (B, M, E).
-        """
-
-    @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., output)."""
+        """Turn hidden vectors into predictions, by ``self.head``: (..., E) -> (..., output)."""
+        return self.head(hidden)
 
 
 DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name", DecoderConfig)
 
 
 def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:
-    """(B, N, E) -> (B, M, E) at the patches ``ids``, or all of them."""
     return hidden if ids is None else values_at(hidden, ids)
 
 
 def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:
-    """Fixed positions (1, P + N, E), or (B, P + N, E) where images have several sizes.
+    """Fixed positions: ``table`` (1, P + N, E), or (B, P + N, E) where image sizes differ.
 
-    Args:
-        table: (1, P + N, E), of the model's own grid; prefix tokens have zeros.
-        latents: for the row and column of each patch.
-        num_prefix: P.
+    Prefix tokens have zeros.
     """
     if latents.coords is None:
         return table
@@ -113,7 +93,7 @@ def _positions(table: Tensor, latents: Latents, num_prefix: int = 0) -> Tensor:
 
 
 def _latents_at(latents: Latents, ids: Tensor | None) -> Tensor:
-    """(B, M, D): the latents of the patches ``ids``; zeros where a patch has none."""
+    """Latents (B, M, D) of the patches ``ids``; zeros where a patch has none."""
     patches = latents.patches  # (B, T, D)
     if latents.patch_ids is not None:
         fill = patches.new_zeros(len(patches), latents.num_patches, patches.shape[-1])
@@ -184,7 +164,6 @@ class TransformerDecoder(Decoder):
             self.mask_token = nn.Parameter(torch.randn(1, 1, settings.width) * 0.02)
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
-        """Decode; see :class:`Decoder`."""
         x = self.embed(latents.tokens)  # (B, P + T, E)
         if latents.patch_ids is not None:
             assert self.mask_token is not None
@@ -196,15 +175,12 @@ class TransformerDecoder(Decoder):
         return self.norm(self._run(x, latents, ids))
 
     def _run(self, x: Tensor, latents: Latents, ids: Tensor | None) -> Tensor:
-        """The blocks, (B, P + N, E) -> (B, M, E); nobody reads padding."""
+        """Run the blocks, (B, P + N, E) -> (B, M, E); nobody reads padding."""
         bias, packing, prefix = None, None, latents.num_prefix
         if latents.patch_valid is not None:
-            valid = torch.cat(
-                [latents.patch_valid.new_ones(len(x), prefix), latents.patch_valid], 1
-            )
-            bias = key_bias(valid, x.dtype)
+            bias = key_bias(latents.patch_valid, x.dtype, prefix)
             if self.packs:
-                packing = Packing.of(valid)
+                packing = Packing.of(with_prefix(latents.patch_valid, prefix))
                 x, bias = packing.pack(x), packing.bias(None, x.dtype)
         *earlier, last = self.blocks
         for block in earlier:
@@ -216,10 +192,6 @@ class TransformerDecoder(Decoder):
         if packing is not None:
             x = packing.unpack(x)
         return _at(x[:, prefix:], ids)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Predict; see :class:`Decoder`."""
-        return self.head(hidden)
 
 
 @DECODERS.register("linear")
@@ -235,12 +207,7 @@ class LinearDecoder(Decoder):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
-        """The latents of the patches; see :class:`Decoder`."""
         return _latents_at(latents, ids)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Predict; see :class:`Decoder`."""
-        return self.head(hidden)
 
 
 @dataclass(frozen=True)
@@ -263,31 +230,18 @@ class MlpDecoder(Decoder):
         super().__init__(settings, context)
         layers: list[nn.Module] = []
         for index in range(settings.depth):
-            layers += [
-                nn.Linear(settings.width if index else context.width, settings.width),
-                nn.GELU(),
-            ]
+            inner = settings.width if index else context.width
+            layers += [nn.Linear(inner, settings.width), nn.GELU()]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(settings.width, context.output)
         _xavier(self)
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
-        """Each latent by itself; see :class:`Decoder`."""
         return self.layers(_latents_at(latents, ids))
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Predict; see :class:`Decoder`."""
-        return self.head(hidden)
 
 
 class CrossBlock(nn.Module):
-    """Queries read a memory, then an MLP; queries do not read each other.
-
-    Args:
-        width: E.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over E.
-    """
+    """Queries of ``width`` E read a memory, then an MLP; they do not read each other."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -300,7 +254,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
-        """Queries (B, M, E) and a memory (B, L, E) -> (B, M, E); bias adds to the scores."""
+        """Map queries (B, M, E) and a memory (B, L, E) to (B, M, E); bias adds to the scores."""
         q = self.q(self.norm1(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, M, d)
         kv = self.kv(memory).unflatten(2, (2, self.heads, -1))  # (B, L, 2, h, d)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
@@ -358,14 +312,12 @@ class CrossAttentionDecoder(Decoder):
             )
 
     def forward(self, latents: Latents, ids: Tensor | None = None) -> Tensor:
-        """Decode the patches asked for, and no others; see :class:`Decoder`."""
         tokens = latents.tokens  # (B, P + T, D)
         places = _positions(self.pos_embed, latents).expand(len(tokens), -1, -1)  # (B, N, E)
         x = self.mask_token + _at(places, ids)  # (B, M, E)
         bias = None
         if latents.valid is not None:
-            prefix = latents.valid.new_ones(len(tokens), latents.num_prefix)
-            bias = key_bias(torch.cat([prefix, latents.valid], dim=1), tokens.dtype)
+            bias = key_bias(latents.valid, tokens.dtype, latents.num_prefix)
         layers = (*latents.layers[:-1], tokens)  # the last with the encoder's final norm
         memory = None if self.needs_layers else self.embed(tokens)  # (B, P + T, E)
         for index, block in enumerate(self.blocks):
@@ -376,27 +328,15 @@ class CrossAttentionDecoder(Decoder):
             x = block(x, memory, bias)
         return self.norm(x)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Predict; see :class:`Decoder`."""
-        return self.head(hidden)
 
-
-def build_decoder(
-    config: DecoderConfig,
-    *,
-    width: int,
-    output: int,
-    grid: tuple[int, int],
-    regime: Regime,
-    num_prefix: int,
-    seed: int = 0,
-) -> Decoder:
-    """The decoder that ``config`` names; its weights follow from ``seed`` alone.
+def build_decoder(config: DecoderConfig, context: DecoderContext, seed: int = 0) -> Decoder:
+    """Build the decoder that ``config`` names; its weights follow from ``seed`` alone.
 
     Raises:
         UserError: if the name is unknown, or the decoder needs tokens that the regime drops.
     """
     kind = DECODERS.get(config.name)
+    regime = context.regime
     if kind.needs_all_tokens and not regime.keeps_all_tokens:
         able = ", ".join(name for name in DECODERS if not DECODERS.get(name).needs_all_tokens)
         reason = (
@@ -411,5 +351,4 @@ def build_decoder(
         raise setting_error("model.regime.zero.predict_share", regime.predict_share, reason)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "decoder"))
-        context = DecoderContext(width, output, grid, regime, num_prefix)
         return kind(DECODERS.chosen(config, config.name), context)

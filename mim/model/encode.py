@@ -12,19 +12,13 @@ from mim.model.model import MaskedImageModel
 
 @torch.no_grad()
 def encode(model: MaskedImageModel, images: Images) -> Tensor:
-    """Features of full images: the mean over the patch tokens, normed where the backbone does so.
+    """Encode full images, normalised as in training, to (B, D).
 
-    Args:
-        model: of :func:`load`.
-        images: (B, C, H, W), normalised as in training.
-
-    Returns:
-        (B, D).
+    It is the mean over the patch tokens, normed where the backbone does so.
     """
     family = family_of(model.backbone)
     tokens = model.encode(images)[:, family.num_prefix :]  # (B, N, D)
     if isinstance(images, Patches):
-        valid = images.valid
-        mean = tokens.masked_fill(~valid[..., None], 0.0).sum(dim=1) / valid.sum(1, keepdim=True)
-        return family.pool_norm(mean)
+        valid = images.valid[..., None]  # (B, N, 1)
+        return family.pool_norm(tokens.masked_fill(~valid, 0.0).sum(dim=1) / valid.sum(dim=1))
     return family.pool_norm(tokens.mean(dim=1))

@@ -22,7 +22,7 @@ from mim.model.backbones import (
     patch_size_of,
     set_norm_eps,
 )
-from mim.model.decoders import Decoder, build_decoder
+from mim.model.decoders import Decoder, DecoderContext, build_decoder
 from mim.model.regimes import Latents, Regime, build_regime
 from mim.model.targets import TARGETS, Target, TargetContext, build_target, per_image_loss
 from mim.model.teacher import Teacher
@@ -39,7 +39,6 @@ class Output:
         terms: in training, what components add to the loss, by name, each a scalar; mask_network is
             the loss of a mask generator that is trained.
         loss_per_image: (B,).
-        latents: of the encoder.
     """
 
     loss: Tensor
@@ -53,18 +52,14 @@ class Output:
 
     @property
     def prediction(self) -> Tensor:
-        """(B, N, dim) at every patch; computed when asked for, since the loss needs but a part."""
+        """(B, N, dim) at every patch; computed on access, since the loss needs only a part."""
         hidden = self._decoder(self._readable)
-        return self._decoder.project(hidden.to(_dtype_of(self._decoder)))
+        return self._decoder.project(hidden.to(next(self._decoder.parameters()).dtype))
 
     @property
     def target(self) -> Tensor:
-        """(B, N, dim) at every patch; computed when asked for, as the prediction is."""
+        """(B, N, dim) at every patch; computed on access."""
         return self._target()
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 class MaskedImageModel(nn.Module):
@@ -75,7 +70,7 @@ class MaskedImageModel(nn.Module):
         regime: how hidden patches meet it.
         decoder: what predicts them.
         target: what must be predicted.
-        mask_generator: what chooses the masks, for :meth:`draw_mask`.
+        mask_generator: what draws the masks of :meth:`draw_mask`.
         mask_network: the network of a generator that is trained.
         teacher: an EMA copy of the backbone, where the generator or the target reads one.
     """
@@ -105,11 +100,6 @@ class MaskedImageModel(nn.Module):
         return grid_of(self.backbone)
 
     @property
-    def _share(self) -> float:
-        """Share of the hidden patches predicted in training; the parts do not both take one."""
-        return min(self.decoder.share, self.regime.predict_share)
-
-    @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         return patch_size_of(self.backbone)
@@ -123,47 +113,35 @@ class MaskedImageModel(nn.Module):
         epoch: int = -1,
         sample_ids: Tensor | None = None,
     ) -> PatchMask:
-        """The masks of the model's generator, on the device of the images.
+        """Draw masks by the model's generator, on the device of the images.
 
         Args:
-            images: (B, C, H, W), normalised, or patches of several sizes.
-            keys: (B,) int64 from :func:`mim.core.rng.image_keys`.
-            epoch: the pass over the data, for a ratio that moves; below 0 it has not moved yet.
-            sample_ids: (B,) stable ids of the images.
+            images: (B, C, H, W), normalised, or patches of images of different sizes.
+            keys, epoch, sample_ids: as :meth:`mim.masks.MaskGenerator.__call__` takes them.
         """
         generator = self.mask_generator
         if isinstance(images, Patches):
             mask = generator.draw_sizes(images, keys, epoch=epoch, sample_ids=sample_ids)
             return mask.to(images.device, non_blocking=True)
-        looks = generator.needs_images or generator.needs_attention or generator.is_trained
         with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
             mask = generator(
                 self.grid,
                 keys,
                 epoch=epoch,
                 sample_ids=sample_ids,
-                images=images if looks else None,
+                images=images if generator.sees_images else None,
                 attention=None if self.teacher is None else self.teacher.attention,
                 network=self.mask_network,
             )
         return mask.to(images.device, non_blocking=True)
 
     def update_teacher(self, taken: Tensor | float = 1.0) -> None:
-        """After an optimizer step: the teacher, where there is one, follows the backbone.
-
-        Args:
-            taken: 0 where the step was not taken; the teacher then stays too.
-        """
+        """Move the teacher, where there is one, after a step; not at all where ``taken`` is 0."""
         if self.teacher is not None:
             self.teacher.update(self.backbone, taken)
 
     def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
-        """Encode under a mask.
-
-        Args:
-            images: (B, C, H, W), normalised, or patches of several sizes.
-            mask: what is hidden; None hides nothing.
-        """
+        """Encode normalised images under a mask; None hides nothing."""
         if isinstance(images, Patches):
             mask = PatchMask.empty_of(images.valid) if mask is None else mask
             latents = self.regime(self.backbone, images, mask)
@@ -174,7 +152,7 @@ class MaskedImageModel(nn.Module):
         return self.regime(self.backbone, images, mask)
 
     def encode(self, images: Images, mask: PatchMask | None = None) -> Tensor:
-        """Features: the tokens of :meth:`latents`, prefix first, (B, P + T, D).
+        """Return the tokens of :meth:`latents`, prefix first, (B, P + T, D).
 
         Without a mask they equal timm's own ``backbone.forward_features(images)``, a map laid out
         row by row. With one, ``drop`` returns the visible patches only; the other regimes return
@@ -183,17 +161,20 @@ class MaskedImageModel(nn.Module):
         return self.latents(images, mask).tokens
 
     def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Output:
-        """One forward pass.
+        """Encode, predict, and compute the loss.
 
         Args:
-            images: (B, C, H, W), normalised, or patches of several sizes.
+            images: (B, C, H, W), normalised, or patches of images of different sizes.
             mask: (B, N), what is hidden.
-            weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold. None
-                counts all alike.
+            weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold.
         """
         if weight is not None:
             # Not only its loss: a NaN anywhere in the forward pass makes 0 * NaN in the backward.
-            images = _blank(images, weight == 0)
+            out = weight == 0
+            if isinstance(images, Patches):
+                images = images.left_out(out)
+            else:
+                images = images.masked_fill(out.view(-1, 1, 1, 1), 0.0)
         latents = self.latents(images, mask)
         readable = latents
         norm = family_of(self.backbone).pool_norm
@@ -202,28 +183,31 @@ class MaskedImageModel(nn.Module):
             readable = replace(latents, tokens=norm(latents.tokens))
         if self.target.context.loss_on == "all":
             ids, valid = None, mask.valid
-            wanted = self.target(images, self.teacher)  # (B, N, dim)
+            target = self.target(images, self.teacher)  # (B, N, dim)
         else:
-            share = self._share if self.training else 1.0
+            # The parts do not both take a share.
+            share = min(self.decoder.share, self.regime.predict_share) if self.training else 1.0
             ids, valid = mask.masked_share(share)
-            wanted = self.target.at(images, ids, self.teacher)  # (B, M, dim)
+            target = self.target.at(images, ids, self.teacher)  # (B, M, dim)
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
-        distance = self.target.distance(predicted, wanted, images=images, ids=ids, mask=mask)
+        distance = self.target.distance(predicted, target, images=images, ids=ids, mask=mask)
         losses = per_image_loss(distance, valid)  # of (B, M)
         reconstruction = loss = _weighted_mean(losses, weight)
         terms: dict[str, Tensor] = {}
         if self.training:
-            forward = Forward(images, mask, latents, ids, valid, predicted, wanted, distance)
+            forward = Forward(images, mask, latents, ids, valid, predicted, target, distance)
             for name, term in self._terms(forward):
                 if name in terms:
                     raise ValueError(f"two components give a term of the loss the name {name!r}")
                 terms[name] = term if term.ndim == 0 else _weighted_mean(term, weight)
                 loss = loss + terms[name]
-        target = partial(self.target, images, self.teacher)
-        return Output(loss, reconstruction, terms, losses, latents, readable, self.decoder, target)
+        full_target = partial(self.target, images, self.teacher)
+        return Output(
+            loss, reconstruction, terms, losses, latents, readable, self.decoder, full_target
+        )
 
     def _terms(self, forward: Forward) -> Iterator[tuple[str, Tensor]]:
-        """What the parts of the model add to the loss."""
+        """Collect what the parts of the model add to the loss."""
         for part in (self.regime, self.decoder, self.target):
             yield from part.terms(forward).items()
         if self.mask_network is not None:
@@ -235,15 +219,8 @@ class MaskedImageModel(nn.Module):
             yield "mask_network", self.mask_generator.objective(logits, ids, distance, valid)
 
 
-def _blank(images: Images, left_out: Tensor) -> Images:
-    """0 in all of the images that are left out, (B,) bool."""
-    if isinstance(images, Patches):
-        return images.left_out(left_out)
-    return images.masked_fill(left_out.view(-1, 1, 1, 1), 0.0)
-
-
 def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean over images; a weight of 0 leaves one out, whatever its value."""
+    """Average over images; a weight of 0 leaves one out, whatever its value."""
     if weight is None:
         return values.mean()
     counted = torch.where(weight > 0, values * weight, 0.0)
@@ -251,7 +228,7 @@ def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def build_model(config: Config) -> MaskedImageModel:
-    """The model that ``config`` describes; every part's weights follow from the seed alone.
+    """Build the model that ``config`` describes; all weights follow from the seed alone.
 
     Raises:
         UserError: if a name is unknown or the parts do not fit together.
@@ -260,7 +237,7 @@ def build_model(config: Config) -> MaskedImageModel:
     vit = build_backbone(model, data.size, data.channels, config.seed)
     family = family_of(vit)
     grid, patch = family.grid, family.patch_size
-    # Where images have several sizes, masks are checked on the grid of each.
+    # Where image sizes differ, masks are checked on the grid of each image.
     generator = build_mask_generator(config.mask, None if data.keeps_aspect else grid, patch)
     regime = build_regime(model.regime, vit, config.seed)
     if not regime.keeps_all_tokens and not family.takes_padding:
@@ -269,15 +246,8 @@ def build_model(config: Config) -> MaskedImageModel:
     regime.packs = data.batching == "packed"
     context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
     target = build_target(model.target, context)
-    decoder = build_decoder(
-        model.decoder,
-        width=family.width,
-        output=target.dim,
-        grid=grid,
-        regime=regime,
-        num_prefix=family.num_prefix,
-        seed=config.seed,
-    )
+    needs = DecoderContext(family.width, target.dim, grid, regime, family.num_prefix)
+    decoder = build_decoder(model.decoder, needs, config.seed)
     decoder.packs = regime.packs
     if data.keeps_aspect:
         _check_sizes(config, family, generator, regime, target)
@@ -314,21 +284,16 @@ def _refuse_ratios(config: Config) -> None:
     to = config.mask.schedule.to
     for setting, ratio in (("mask.ratio", config.mask.ratio), ("mask.schedule.to", to)):
         if isinstance(ratio, tuple) and ratio[0] != ratio[1]:
-            reason = (
-                f"draws one for each image, and with model.regime.name={config.model.regime.name!r}"
-            )
-            reason += f" {config.model.backbone} takes no padding: give one ratio"
+            reason = "draws one for each image, and with model.regime.name="
+            reason += f"{config.model.regime.name!r} {config.model.backbone} takes no padding: "
+            reason += "give one ratio"
             raise setting_error(setting, ratio, reason)
 
 
 def _check_sizes(
     config: Config, family: Family, generator: MaskGenerator, regime: Regime, target: Target
 ) -> None:
-    """Refuse parts that take images of one size only, or that cannot share a sequence.
-
-    Raises:
-        UserError: naming the part.
-    """
+    """Refuse parts that take images of one size only, or that cannot share a sequence."""
     name = config.model.backbone
     if not family.takes_sizes:
         able = "takes images of one size, and data.aspect is keep; choose a naflexvit or a "

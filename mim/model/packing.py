@@ -18,7 +18,7 @@ from mim.model.attention import to_additive
 
 
 def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Images into rows: the longest first, each into the first row that has room for it.
+    """Distribute images into rows: the longest first, each into the first row with room for it.
 
     Args:
         lengths: tokens of each image.
@@ -47,7 +47,7 @@ class Packing:
         source: (R, C) int64, place in the flattened padded batch (B * L); 0 where nothing stands.
         owner: (R, C) int64, the image of each token; -1 where nothing stands.
         valid: (B, L) bool, False for padding.
-        num_keys: only the first so many places of a row are read; None where all are.
+        num_keys: how many places of a row are read, the first ones; None where all are.
     """
 
     source: Tensor
@@ -57,21 +57,19 @@ class Packing:
 
     @classmethod
     def of(cls, valid: Tensor, num_keys: int | None = None) -> Packing:
-        """Rows as long as the longest image.
+        """Pack into rows as long as the longest image.
 
-        Args:
-            valid: (B, L) bool, False for padding.
-            num_keys: where only the first so many places of each image are read, these of all
-                images of a row come first in it.
+        Where only the first ``num_keys`` places of each image are read, those of all images of a
+        row come first in it.
         """
         length = valid.shape[1]
         keys = length if num_keys is None else num_keys
-        kept = valid.cpu()
-        lengths = kept.sum(dim=1).tolist()
+        on_cpu = valid.cpu()
+        lengths = on_cpu.sum(dim=1).tolist()
         rows = first_fit(lengths, max(lengths))
         chosen: list[tuple[list[Tensor], list[Tensor]]] = []
         for images in rows:
-            places = [kept[i].nonzero()[:, 0] + i * length for i in images]
+            places = [on_cpu[i].nonzero()[:, 0] + i * length for i in images]
             read = [p[p % length < keys] for p in places]
             rest = [p[p % length >= keys] for p in places]
             chosen.append((read, rest))
@@ -101,7 +99,7 @@ class Packing:
         return flat[:-1].view(images, length, -1)
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Who reads whom in the packed rows, added to attention scores.
+        """Add to attention scores so that no image of a packed row reads another.
 
         Args:
             bias: what was added in the padded batch, (B or 1, 1, L or 1, L or fewer keys), or None.
@@ -120,7 +118,7 @@ class Packing:
             return packed
         place = self.source % length
         owner = self.owner.clamp(min=0)
-        whole = bias.expand(images, 1, length, -1)
-        read = place[:, None, keys].clamp(max=whole.shape[-1] - 1)
-        before = whole[owner[:, :, None], 0, place[:, :, None], read]  # (R, C, keys)
+        padded = bias.expand(images, 1, length, -1)
+        read = place[:, None, keys].clamp(max=padded.shape[-1] - 1)
+        before = padded[owner[:, :, None], 0, place[:, :, None], read]  # (R, C, keys)
         return packed + before.masked_fill(nobody, 0.0)[:, None]

@@ -19,7 +19,7 @@ from mim.core.patches import Images, Patches
 from mim.core.registry import Registry
 from mim.core.rng import seed_of
 from mim.masks import PatchMask
-from mim.model.attention import causal, key_bias, to_additive
+from mim.model.attention import causal, key_bias, to_additive, with_prefix
 from mim.model.backbones import Embedded, Family, family_of
 from mim.model.packing import Packing
 from mim.model.terms import WithTerms
@@ -31,15 +31,13 @@ class Latents:
 
     Attributes:
         tokens: (B, P + T, D), prefix tokens first.
-        patch_ids: (B, T) int64, which patch each of the other tokens belongs to; None means all N
-            patches in order.
-        valid: (B, T) bool, False where a shorter row is padded; None means no padding.
         num_prefix: P.
         num_patches: N.
+        patch_ids: (B, T) int64, the patch of each token after the prefix; None: all N in order.
+        valid: (B, T) bool, False where a shorter row is padded; None: no padding.
         layers: the output of every block, each as ``tokens``; empty unless the regime collects.
-        coords: (B, N, 2) int64, row and column of each patch, where images have several sizes.
-        patch_valid: (B, N) bool, False where an image has fewer than N patches; None where all have
-            N.
+        coords: (B, N, 2) int64, row and column of each patch, where image sizes differ.
+        patch_valid: (B, N) bool, False where an image has fewer than N patches; None: all have N.
     """
 
     tokens: Tensor
@@ -63,16 +61,9 @@ class Latents:
 
 
 def scatter_tokens(tokens: Tensor, ids: Tensor, valid: Tensor | None, fill: Tensor) -> Tensor:
-    """Put tokens at their patches and ``fill`` everywhere else.
+    """Put tokens (B, T, D) at their patches ``ids`` (B, T) of ``fill`` (B, N, D).
 
-    Args:
-        tokens: (B, T, D).
-        ids: (B, T) patch of each token.
-        valid: (B, T) bool, False for padding, which goes nowhere; None where there is none.
-        fill: (B, N, D), what stands where no token belongs.
-
-    Returns:
-        (B, N, D).
+    Padding, ``valid`` (B, T) False, goes nowhere.
     """
     count = fill.shape[1]
     if valid is not None:  # padding goes to a place behind the last patch, cut off below
@@ -88,8 +79,7 @@ class RegimeContext:
 
     Attributes:
         vit: the backbone, for its width and shapes; not kept.
-        order: bidirectional or causal, who reads whom.
-        causal_prefix: with causal, how many first patches read each other in both directions.
+        order, causal_prefix: as :class:`RegimeConfig` has them.
         seed: own weights follow from it.
     """
 
@@ -102,11 +92,8 @@ class RegimeContext:
 class Regime(WithTerms, nn.Module, ABC):
     """Encodes images under a mask with a backbone it does not own.
 
-    A new regime defines :meth:`inputs` and says by its flags what it does to the tokens.
-
-    Args:
-        settings: its own, as registered with it; None where it has none.
-        context: what it is built for.
+    A new regime defines :meth:`inputs` and says by its flags what it does to the tokens. Its
+    ``settings`` are those registered with it; None without any.
     """
 
     name: ClassVar[str] = ""
@@ -118,7 +105,7 @@ class Regime(WithTerms, nn.Module, ABC):
     hidden_by: tuple[str, object] | None = None
     """The setting by which it does so, and its value, for messages; else it is the name."""
     takes_sizes: bool = False
-    """Whether images may have several sizes (:class:`mim.core.patches.Patches`)."""
+    """Whether image sizes may differ (:class:`mim.core.patches.Patches`)."""
     predict_share: float = 1.0
     """Share of the hidden patches that have a latent in training (``PatchMask.masked_share``)."""
 
@@ -140,16 +127,16 @@ class Regime(WithTerms, nn.Module, ABC):
     def order_bias(
         self, bias: Tensor | None, tokens: Tensor, num_prefix: int, ids: Tensor | None = None
     ) -> Tensor | None:
-        """The order of the tokens, where there is one, added to an attention mask.
+        """Add the order of the tokens (B, L, D), where there is one, to an attention mask.
 
         Args:
             bias: (B, 1, 1, L), or None.
-            tokens: (B, L, D), prefix tokens first.
+            tokens: prefix tokens first.
             num_prefix: P; prefix tokens come before all patches.
-            ids: (B, L - P) patch of each token; None means all patches in order.
+            ids: (B, L - P) patch of each token; None: all patches in order.
 
         Returns:
-            (B or 1, 1, L, L), or ``bias`` as it is where tokens read in both directions.
+            (B or 1, 1, L, L), or ``bias`` unchanged where tokens read in both directions.
         """
         if self.order == "bidirectional":
             return bias
@@ -166,31 +153,20 @@ class Regime(WithTerms, nn.Module, ABC):
         return order if bias is None else order + bias
 
     def encode(
-        self,
-        family: Family,
-        embedded: Embedded,
-        *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
-        valid: Tensor | None = None,
+        self, family: Family, embedded: Embedded, valid: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """:meth:`Family.run`, with every block's output where they are collected.
+        """Run the encoder; also return the output of every block where they are collected.
 
         Where :attr:`packs` is set, it runs on the tokens that are ``valid`` (B, L) alone.
         """
         layers: list[Tensor] | None = [] if self.collects_layers else None
         packing = None
         if self.packs and valid is not None:
-            packing = Packing.of(valid, num_keys)
-            bias, num_keys = packing.bias(bias, embedded.tokens.dtype), packing.num_keys
-            embedded = Embedded(packing.pack(embedded.tokens))
-        tokens = family.run(
-            embedded,
-            bias=bias,
-            num_keys=num_keys,
-            checkpointing=self.checkpointing,
-            layers=layers,
-        )
+            packing = Packing.of(valid, embedded.num_keys)
+            bias = packing.bias(embedded.bias, embedded.tokens.dtype)
+            tokens = packing.pack(embedded.tokens)
+            embedded = Embedded(tokens, bias=bias, num_keys=packing.num_keys)
+        tokens = family.run(embedded, checkpointing=self.checkpointing, layers=layers)
         if packing is not None:
             return packing.unpack(tokens), tuple(packing.unpack(layer) for layer in layers or ())
         return tokens, tuple(layers or ())
@@ -199,16 +175,10 @@ class Regime(WithTerms, nn.Module, ABC):
     def inputs(
         self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
-        """What the blocks work on.
-
-        Args:
-            vit: the backbone.
-            images: (B, C, H, W), normalised, or patches of several sizes.
-            mask: (B, N), what is hidden.
+        """Embed the images (B, C, H, W), normalised, or patches of images of different sizes.
 
         Returns:
-            Tokens (B, P + T, D), embedded and with what goes along with each, and what is added to
-            the scores of every layer, or None.
+            Tokens (B, P + T, D), and what is added to the attention scores of every layer, or None.
         """
 
     def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
@@ -216,8 +186,8 @@ class Regime(WithTerms, nn.Module, ABC):
         family = family_of(vit)
         embedded, bias = self.inputs(vit, images, mask)
         kept = self.kept(mask)
-        valid = None if kept is None else _with_prefix(kept, family.num_prefix)
-        tokens, layers = self.encode(family, embedded, bias=bias, valid=valid)
+        valid = None if kept is None else with_prefix(kept, family.num_prefix)
+        tokens, layers = self.encode(family, replace(embedded, bias=bias), valid)
         return Latents(tokens, family.num_prefix, mask.num_patches, valid=kept, layers=layers)
 
     def kept(self, mask: PatchMask) -> Tensor | None:
@@ -225,12 +195,12 @@ class Regime(WithTerms, nn.Module, ABC):
         return mask.valid
 
     def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
-        """Tokens a block of the encoder works on.
+        """Count the tokens a block of the encoder works on.
 
         Args:
             vit: the backbone.
-            visible: patches of an image that are visible.
-            patches: of an image in all; by default those of the backbone's grid.
+            visible: visible patches of an image.
+            patches: all patches of an image; by default those of the backbone's grid.
         """
         family = family_of(vit)
         rows, columns = family.grid
@@ -241,28 +211,22 @@ REGIMES: Registry[type[Regime]] = Registry("model.regime.name", RegimeConfig)
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
-    if family.num_prefix == 0 and not mask.is_equal:
-        if not bool(mask.is_visible.any(dim=1).all()):
-            raise UserError(
-                "mask: an image has every patch masked and the backbone has no prefix token, "
-                "so nothing is left to attend to; lower mask.ratio or add a class token"
-            )
-    elif family.num_prefix == 0 and mask.num_visible == 0:
+    if family.num_prefix:
+        return
+    if mask.num_visible == 0 or not (mask.is_equal or bool(mask.is_visible.any(dim=1).all())):
         raise UserError(
-            "mask: every patch is masked and the backbone has no prefix token, so nothing is "
-            "left to attend to; lower mask.ratio or add a class token"
+            "mask: an image has every patch masked and the backbone has no prefix token, "
+            "so nothing is left to attend to; lower mask.ratio or add a class token"
         )
 
 
 def _embed(family: Family, images: Images, is_masked: Tensor | None = None) -> Tensor:
-    """:meth:`mim.model.backbones.Family.embed`, of images of one size or several."""
     if isinstance(images, Patches):
         return family.embed_patches(images)
     return family.embed(images, is_masked)
 
 
 def _place(family: Family, patches: Tensor, images: Images) -> Embedded:
-    """:meth:`mim.model.backbones.Family.place`, of images of one size or several."""
     if isinstance(images, Patches):
         return family.place_patches(patches, images)
     return family.place(patches)
@@ -272,11 +236,6 @@ def _hide_pixels(family: Family, images: Images, is_masked: Tensor) -> Images:
     if isinstance(images, Patches):
         return images.with_values(images.values.masked_fill(is_masked[..., None], 0.0))
     return family.hide_pixels(images, is_masked)
-
-
-def _with_prefix(valid: Tensor, prefix: int) -> Tensor:
-    """(B, T) -> (B, P + T): prefix tokens are always read."""
-    return torch.cat([valid.new_ones(len(valid), prefix), valid], dim=1)
 
 
 @REGIMES.register("drop")
@@ -289,7 +248,6 @@ class Drop(Regime):
     def inputs(
         self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
-        """Prefix and visible patches; see :class:`Regime`."""
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
         prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
@@ -302,21 +260,18 @@ class Drop(Regime):
             embedded = family.take(embedded, ids, valid)
         tokens, bias = embedded.tokens, None  # (B, P + K, D)
         if valid is not None:
-            bias = key_bias(_with_prefix(valid, prefix), tokens.dtype)
+            bias = key_bias(valid, tokens.dtype, prefix)
             # As a query padding comes last, so that it has something to read.
             ids = ids.masked_fill(~valid, mask.num_patches)
         return embedded, self.order_bias(bias, tokens, prefix, ids)
 
     def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
-        """Encode the visible patches; see :class:`Regime`."""
         return replace(super().forward(vit, images, mask), patch_ids=mask.visible_ids)
 
     def kept(self, mask: PatchMask) -> Tensor | None:
-        """Which visible patches are no padding."""
         return mask.visible_valid
 
     def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
-        """Prefix and visible patches."""
         return family_of(vit).length(visible)
 
 
@@ -361,7 +316,6 @@ class Zero(Regime):
 
     @property
     def hides_keys(self) -> bool:  # type: ignore[override]
-        """Whether keys of hidden patches get -inf."""
         return self.settings.attend_mask
 
     def __init__(self, settings: ZeroSettings, context: RegimeContext) -> None:
@@ -387,7 +341,6 @@ class Zero(Regime):
     def inputs(
         self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
-        """All patches, and -inf for the keys of masked ones; see :class:`Regime`."""
         family = family_of(vit)
         _refuse_empty_rows(family, mask)
         if self.settings.at == "pixels":
@@ -399,11 +352,10 @@ class Zero(Regime):
         dtype, bias = embedded.tokens.dtype, None
         readable = mask.is_visible if self.hides_keys else mask.valid
         if readable is not None:
-            bias = key_bias(_with_prefix(readable, family.num_prefix), dtype)
+            bias = key_bias(readable, dtype, family.num_prefix)
         return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
     def forward(self, vit: nn.Module, images: Images, mask: PatchMask) -> Latents:
-        """Encode all patches; see :class:`Regime`."""
         if not self.is_split:
             return super().forward(vit, images, mask)
         family = family_of(vit)
@@ -417,43 +369,38 @@ class Zero(Regime):
         masked_ids, masked_valid = mask.masked_share(share)  # (B, M')
         ids = torch.cat([mask.visible_ids, masked_ids], dim=1)  # (B, K + M')
         ordered = family.take(embedded, ids)
-        bias = valid = whole = None
+        bias = valid = None
         if mask.visible_valid is not None:
-            bias = key_bias(_with_prefix(mask.visible_valid, prefix), dtype)
+            bias = key_bias(mask.visible_valid, dtype, prefix)
         if not mask.is_equal:
-            given = ((mask.visible_ids, mask.visible_valid), (masked_ids, masked_valid))
-            flags = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in given]
+            parts = ((mask.visible_ids, mask.visible_valid), (masked_ids, masked_valid))
+            flags = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in parts]
             valid = torch.cat(flags, dim=1)  # (B, K + M')
-            whole = _with_prefix(valid, prefix)
 
         def back(ordered: Tensor) -> Tensor:
             out = ordered[:, prefix:]
             fill = out.new_zeros(len(out), mask.num_patches, out.shape[-1])
             return torch.cat([ordered[:, :prefix], scatter_tokens(out, ids, valid, fill)], dim=1)
 
-        num_keys = prefix + mask.num_visible
-        tokens, layers = self.encode(family, ordered, bias=bias, num_keys=num_keys, valid=whole)
+        ordered = replace(ordered, bias=bias, num_keys=prefix + mask.num_visible)
+        encoded = None if valid is None else with_prefix(valid, prefix)
+        tokens, layers = self.encode(family, ordered, encoded)
         if share < 1:
             return Latents(tokens, prefix, mask.num_patches, ids, valid, layers)
         layers = tuple(back(layer) for layer in layers)
         return Latents(back(tokens), prefix, mask.num_patches, valid=mask.valid, layers=layers)
 
     def encoder_tokens(self, vit: nn.Module, visible: float, patches: float | None = None) -> float:
-        """Prefix, visible patches, and the masked ones that are computed in training."""
-        whole = super().encoder_tokens(vit, visible, patches)
+        all_tokens = super().encoder_tokens(vit, visible, patches)
         if self.predict_share == 1:
-            return whole
+            return all_tokens
         seen = family_of(vit).length(visible)
-        return seen + self.predict_share * (whole - seen)
+        return seen + self.predict_share * (all_tokens - seen)
 
 
 @REGIMES.register("token")
 class Token(Regime):
-    """Masked patches become a learned token that everybody attends to (SimMIM, arXiv:2111.09886).
-
-    Attributes:
-        mask_token: (1, 1, D).
-    """
+    """Masked patches become a learned token that all attend to (SimMIM, arXiv:2111.09886)."""
 
     keeps_all_tokens = True
     takes_sizes = True
@@ -463,23 +410,22 @@ class Token(Regime):
         generator = torch.Generator().manual_seed(seed_of(context.seed, "regime.mask_token"))
         width = family_of(context.vit).token_width
         values = torch.randn(1, 1, width, generator=generator) * 0.02
-        self.mask_token = nn.Parameter(values)
+        self.mask_token = nn.Parameter(values)  # (1, 1, D)
 
     def inputs(
         self, vit: nn.Module, images: Images, mask: PatchMask
     ) -> tuple[Embedded, Tensor | None]:
-        """All patches, the mask token at masked ones; see :class:`Regime`."""
         family = family_of(vit)
         patches = _embed(family, images, mask.is_masked)
         hidden = family.hide(patches, mask.is_masked, self.mask_token[0, 0])
         embedded, bias = _place(family, hidden, images), None
         if mask.valid is not None:
-            bias = key_bias(_with_prefix(mask.valid, family.num_prefix), embedded.tokens.dtype)
+            bias = key_bias(mask.valid, embedded.tokens.dtype, family.num_prefix)
         return embedded, self.order_bias(bias, embedded.tokens, family.num_prefix)
 
 
 def build_regime(config: RegimeConfig, vit: nn.Module, seed: int = 0) -> Regime:
-    """The regime that ``config`` names.
+    """Build the regime that ``config`` names.
 
     Raises:
         UserError: if the name is unknown or the backbone does not fit.

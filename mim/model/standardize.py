@@ -20,14 +20,8 @@ class Standardize(nn.Module):
     It is ``nn.BatchNorm1d(width, affine=False)`` whose batch is that of all processes, and no
     gradient passes through it. MAE puts it before its linear probe (He et al. 2022), AIM before
     its attentive one: the features of different encoders differ in scale, and one learning rate
-    shall suit them all.
-
-    Args:
-        width: features.
-        momentum: how far the running statistics, which evaluations use, move in a step; further in
-            the first steps, so that they are the mean of the batches seen and not what they began
-            with.
-        eps: added to the variance.
+    must suit them all. In the first steps the running statistics move further than by
+    ``momentum``, so that they are the mean of the batches seen, not of their initial values.
     """
 
     mean: Tensor

@@ -14,10 +14,7 @@ from mim.model.backbones import block_outputs, family_of, patch_attention
 def ema_update(average: nn.Module, model: nn.Module, weight: Tensor | float) -> None:
     """Move all of an average's parameters and buffers by ``weight`` towards the model's.
 
-    Args:
-        average: of the same kind as the model.
-        model: what it follows.
-        weight: 0 stays, 1 copies; a tensor () on their device is not read here.
+    0 changes nothing, 1 copies; a 0-d tensor on their device is not read here.
     """
     pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     for mine, new in pairs:
@@ -28,14 +25,10 @@ def ema_update(average: nn.Module, model: nn.Module, weight: Tensor | float) -> 
 
 
 class Teacher(nn.Module):
-    """A frozen copy of the encoder whose weights follow it slowly.
+    """A frozen copy of the encoder; each update keeps the share ``decay`` of its old weights.
 
     It sees full images. Generators read its attention (AttMask, arXiv:2203.12719), targets its
     features (data2vec, arXiv:2202.03555). It is part of the model's state, so a resume is exact.
-
-    Args:
-        vit: the encoder; the copy starts equal to it.
-        decay: share of the old weights that each update keeps.
     """
 
     def __init__(self, vit: nn.Module, decay: float) -> None:
@@ -44,14 +37,14 @@ class Teacher(nn.Module):
         self.decay = decay
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode: no dropout, no drop path."""
+        """Keep the encoder in eval mode: no dropout, no drop path."""
         super().train(mode)
         self.encoder.eval()
         return self
 
     @torch.no_grad()
     def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
-        """Move a step towards ``vit``, or, where ``taken`` is 0, none."""
+        """Move a step towards ``vit``; none where ``taken`` is 0."""
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
             mine.lerp_(new.to(mine.dtype), (1 - self.decay) * taken)
         for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
@@ -59,14 +52,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def layers(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> the patch tokens after each block, each (B, N, D)."""
+        """Return the patch tokens (B, N, D) after each block."""
         family = family_of(self.encoder)
-        embedded = family.place(family.embed(images))
-        outputs = block_outputs(self.encoder, embedded)
+        outputs = block_outputs(self.encoder, family.place(family.embed(images)))
         return [tokens[:, family.num_prefix :] for tokens in outputs]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N), how much the last block attends to each patch."""
+        """Return how much the last block attends to each patch, (B, N)."""
         family = family_of(self.encoder)
         return patch_attention(self.encoder, family.place(family.embed(images)))

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One forward pass in training, as a component sees it that adds to the loss.
+    """One forward pass in training, for a component that adds to the loss.
 
     Attributes:
-        images: (B, C, H, W), normalised, or patches of several sizes.
-        mask: (B, N), what is hidden.
-        latents: of the encoder.
+        images: (B, C, H, W), normalised, or patches of images of different sizes.
         ids: (B, M) int64, the patches that were predicted; None for all N in order.
         valid: (B, M) bool, False for padding; None where there is none.
         prediction: (B, M, dim).
@@ -43,9 +41,8 @@ class WithTerms:
     """A component that may add to the loss: regime, decoder or target."""
 
     def terms(self, forward: Forward) -> dict[str, Tensor]:
-        """Named terms, each (B,), one value for each image, or of no dimension, for the batch.
+        """Name terms of the loss, each (B,), for each image, or 0-d, for the batch.
 
-        They are added to the loss in training, weighted as the component thinks right, and logged
-        by their names.
+        They are added to the loss in training, weighted by the component, and logged by name.
         """
         return {}

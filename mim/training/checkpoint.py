@@ -1,13 +1,12 @@
-"""Run folders: checkpoints, the encoder's weights; files are written as in ``mim.core.files``.
+"""Run folders: checkpoints and the encoder's weights.
 
-A checkpoint holds tensors and plain values only and is read with ``weights_only=True``, so that
+A checkpoint holds only tensors and plain values and is read with ``weights_only=True``, so that
 loading one never runs code.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from torch import Tensor
 from mim.core.errors import TrainingError, UserError
 from mim.core.fields import is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
+    file_digest,
     prepare_folder,
     write_atomic,
     write_json_atomic,
@@ -38,16 +38,16 @@ from mim.training.settings import Config, read_tree
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of ``result.json``, and of checkpoints until these became sums of state dicts."""
+"""Of ``result.json``, and of checkpoints before ``CHECKPOINT_FORMAT``."""
 CHECKPOINT_FORMAT = 2
 TASK = "mim_task"
-"""Under what name a file of weights says for which evaluation its head is."""
+"""Metadata key of a file of weights: the evaluation that its head is for."""
 _NAME = re.compile(r"step_(\d+)\.pt")
-_MILESTONE = "# milestone"  # sha256sum passes over a line that begins so
+_MILESTONE = "# milestone"  # sha256sum skips such a line
 
 
 def write_config(run: Path, config: Config) -> None:
-    """Write ``config.yaml`` into a run folder, and copies of the plug-ins that it names.
+    """Writes ``config.yaml`` into a run folder, and copies of the plug-ins that it names.
 
     Raises:
         UserError: if a plug-in differs from the copy that is there already.
@@ -57,25 +57,24 @@ def write_config(run: Path, config: Config) -> None:
 
 
 def read_config(run: str | Path, trust: bool = False) -> Config:
-    """The config of a run folder; its plug-ins are imported.
+    """Reads the config of a run folder and imports its plug-ins.
 
     Args:
         run: the folder.
-        trust: whether they may run though they never have on this machine.
+        trust: whether plug-ins may run that have never run on this machine.
 
     Raises:
-        UserError: if there is none, or its plug-ins are not to be trusted.
+        UserError: if there is no config, or its plug-ins are not trusted.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{str(run)!r} is no run folder: it has no config.yaml")
-    config = read_tree(Config, [path], trust=trust)
-    # What only training needs (a file of masks, a teacher's weights) may be gone by now.
-    return config
+    # Unchecked: what only training needs (a file of masks, a teacher's weights) may be gone.
+    return read_tree(Config, [path], trust=trust)
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Lists the checkpoints of a run, oldest first."""
     found = [
         (int(match[1]), path)
         for path in (Path(run) / "checkpoints").glob("step_*.pt")
@@ -85,7 +84,7 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def digest_file(path: Path) -> Path:
-    """Where the SHA-256 of a checkpoint stands, in the form that ``sha256sum -c`` reads."""
+    """Returns the path of a checkpoint's SHA-256, in the form that ``sha256sum -c`` reads."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -94,35 +93,25 @@ def _is_milestone(path: Path) -> bool:
     return recorded.is_file() and recorded.read_bytes().startswith(_MILESTONE.encode())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # Python 3.11
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
 def save_checkpoint(
     run: Path, state: dict[str, Any], step: int, keep: int, milestone: bool = False
 ) -> Path:
-    """Write ``checkpoints/step_N.pt`` atomically, then remove all but the newest ``keep``.
+    """Writes ``checkpoints/step_N.pt`` atomically, then removes all but the newest ``keep``.
 
-    Its digest is written first, so that a checkpoint of this version never stands without one.
+    Its digest is written first, so that a checkpoint of this version always has one.
 
     Args:
         run: the run folder.
-        state: what it holds besides its format and step.
+        state: its content besides format and step.
         step: steps done.
-        keep: how many of the newest stay.
-        milestone: whether this one stays for ever and does not count among the newest.
+        keep: number of checkpoints that stay, milestones not counted.
+        milestone: whether it is never removed.
 
     Returns:
         Its path.
 
     Raises:
-        OSError: where it cannot be written; what was there before is still there.
+        OSError: if it cannot be written; earlier ones are untouched.
     """
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -138,8 +127,8 @@ def save_checkpoint(
                 reason = f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free, {needed:,} needed)"
                 raise OSError(errno.ENOSPC, reason) from error
             raise OSError(f"torch cannot write it: {error}") from error
-        note = f"{_MILESTONE}\n" if milestone else ""
-        line = f"{note}{_sha256(temporary)}  {path.name}\n"
+        comment = f"{_MILESTONE}\n" if milestone else ""
+        line = f"{comment}{file_digest(temporary)}  {path.name}\n"
         write_text_atomic(digest_file(path), line)
 
     write_atomic(path, write)
@@ -151,7 +140,7 @@ def save_checkpoint(
 
 
 def _bytes(value: Any) -> int:
-    """What the tensors of a state take."""
+    """Returns the size of the tensors in a state."""
     if isinstance(value, Tensor):
         return value.nbytes
     parts = value.values() if isinstance(value, dict) else value
@@ -159,7 +148,7 @@ def _bytes(value: Any) -> int:
 
 
 def snapshot(value: Any) -> Any:
-    """A state whose tensors are copies in host memory, which training does not go on writing to."""
+    """Copies a state's tensors to host memory, where training does not change them."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -170,13 +159,7 @@ def snapshot(value: Any) -> Any:
 
 
 class RunStore:
-    """The checkpoints of a run folder.
-
-    Args:
-        run: the run folder.
-        keep: how many of the newest stay.
-        identity: what stands in each besides the state: of which run it is.
-    """
+    """The checkpoints of a run folder, each with the run's identity besides the state."""
 
     def __init__(self, run: Path, keep: int, identity: dict[str, Any] | None = None) -> None:
         self.run, self.keep, self.identity = run, keep, identity or {}
@@ -187,11 +170,11 @@ class RunStore:
 
 
 class FileStore:
-    """The one file from which an evaluation that was stopped goes on.
+    """The single file from which a stopped evaluation resumes.
 
     Args:
         path: of the file.
-        identity: what decides what is computed. A file with another one is not used.
+        identity: of the computation; a file with another one is not used.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -199,7 +182,7 @@ class FileStore:
         self.place, self.again = f"in {str(path)!r}", "do the same again"
 
     def read(self) -> dict[str, Any] | None:
-        """What was written last; None where there is nothing, or nothing to go on from."""
+        """Returns the state that was written last; None if there is none to resume from."""
         if not self.path.is_file():
             return None
         reason = "is of other settings, images or weights"
@@ -213,22 +196,22 @@ class FileStore:
         return None
 
     def write(self, state: dict[str, Any], step: int, milestone: bool) -> None:
-        """Writes tensors and plain values in the place of what was there."""
+        """Replaces the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         of_run = {"format": CHECKPOINT_FORMAT, "step": step, "fingerprint": self.identity}
         write_atomic(self.path, lambda temporary: torch.save({**of_run, **state}, temporary))
 
     def remove(self) -> None:
-        """Once what it was for has been measured."""
+        """Deletes the file once the evaluation is done."""
         self.path.unlink(missing_ok=True)
 
 
 class Saver:
-    """Saves checkpoints, beside the training where asked; leaving it waits.
+    """Saves checkpoints; leaving the context waits for the last one.
 
     Args:
         store: where they go.
-        background: whether :meth:`save` copies the state and returns while a thread writes it.
+        background: whether :meth:`save` returns while a thread writes a copy of the state.
     """
 
     def __init__(self, store: RunStore | FileStore, background: bool = False) -> None:
@@ -246,34 +229,30 @@ class Saver:
             self.check()
 
     def save(self, state: dict[str, Any], step: int, milestone: bool = False) -> None:
-        """Writes a checkpoint; waits for the one before.
+        """Writes a checkpoint, once the one before is written.
 
         Raises:
-            TrainingError: if it, or the one before, cannot be written.
+            TrainingError: if either cannot be written.
         """
         self.wait()
-        if not self.background:
+        if self.background:
+            arguments = (snapshot(state), step, milestone)
+            # Not a daemon: Python waits for it at exit.
+            self._thread = threading.Thread(target=self._write, args=arguments, name="mim-saver")
+            self._thread.start()
+        else:
             self._write(state, step, milestone)
             self.check()
-            return
-        arguments = (snapshot(state), step, milestone)
-        # Not a daemon: Python waits for it at its end.
-        self._thread = threading.Thread(target=self._write, args=arguments, name="mim-saver")
-        self._thread.start()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk.
-
-        Raises:
-            TrainingError: if it is not.
-        """
+        """Waits until the last checkpoint is on the disk; raises as :meth:`check` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raises TrainingError where a checkpoint could not be written."""
+        """Raises TrainingError if a checkpoint could not be written."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -282,36 +261,29 @@ class Saver:
         try:
             self.store.write(state, step, milestone)
         except OSError as error:
-            what, store = f"checkpoint of step {step}", self.store
-            self._error = unwritable(what, store.path, error, store.again)
-        except Exception as error:  # of the thread: the run stops with it, at its next step
+            self._error = TrainingError(
+                f"checkpoint of step {step} cannot be saved in {str(self.store.path)!r}: "
+                f"{error.strerror or error}; the last good one is kept. Make room, then "
+                f"{self.store.again}"
+            )
+        except Exception as error:
             if not self.background:
                 raise
+            # The run stops with it at its next step.
             reason = f"{type(error).__name__}: {error}"
             self._error = TrainingError(f"checkpoint of step {step} cannot be saved: {reason}")
 
 
-def unwritable(
-    what: str, place: Path, error: OSError, again: str = "go on with --resume auto"
-) -> TrainingError:
-    """The error for a file of a run that cannot be written."""
-    reason = error.strerror or str(error)
-    return TrainingError(
-        f"{what} cannot be saved in {str(place)!r}: {reason}; the last good one is kept. Make "
-        f"room, then {again}"
-    )
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Reads a checkpoint onto the CPU.
 
     Raises:
         UserError: if the file is torn, altered, holds code, or is of another format.
     """
     recorded = digest_file(path)
-    if recorded.is_file():  # none beside a checkpoint that an older version wrote
+    if recorded.is_file():  # older versions wrote none
         *_, line = recorded.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if _sha256(path) != line.partition(" ")[0]:
+        if file_digest(path) != line.partition(" ")[0]:
             damage = f"is damaged: its SHA-256 is not the one in {recorded.name}"
             raise UserError(f"checkpoint {str(path)!r} {damage}")
     try:
@@ -319,23 +291,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a broken file
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
         raise UserError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
-    known = (FORMAT, CHECKPOINT_FORMAT)
-    if not isinstance(state, dict) or state.get("format") not in known:
-        raise UserError(
-            f"checkpoint {str(path)!r} is not of format {known[0]} or {known[1]} of mim"
-        )
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, CHECKPOINT_FORMAT):
+        known = f"{FORMAT} or {CHECKPOINT_FORMAT}"
+        raise UserError(f"checkpoint {str(path)!r} is not of format {known} of mim")
     return state
 
 
 def upgraded(state: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """A run's checkpoint in the present format.
+    """Converts a run's checkpoint to the current format.
 
-    Until format 2 all stood side by side; early versions kept no flags of steps, no ``watch`` and
-    no ``images``.
-
-    Args:
-        state: of :func:`read_checkpoint`.
-        batch_size: of the run.
+    Format 1 was flat; early versions of it kept no flags of steps, no ``watch`` and no ``images``.
     """
     if state["format"] == CHECKPOINT_FORMAT:
         return state
@@ -347,9 +312,9 @@ def upgraded(state: dict[str, Any], batch_size: int) -> dict[str, Any]:
     counters = {name: state[name] for name in ("elapsed", "train_seconds", "train_loss")}
     counters["images"] = state.get("images", state["step"] * batch_size)
     counters["rows"] = [{"loss": loss, "flag": flag} for loss, flag in rows]
-    kept = ("step", "fingerprint", "data", "model", "optimizer", "ema", "scaler")
+    unchanged = ("step", "fingerprint", "data", "model", "optimizer", "ema", "scaler")
     return {
-        **{name: state[name] for name in kept if name in state},
+        **{name: state[name] for name in unchanged if name in state},
         "format": CHECKPOINT_FORMAT,
         "watch": state.get("watch") or {},
         "state": counters,
@@ -358,14 +323,10 @@ def upgraded(state: dict[str, Any], batch_size: int) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that is sound.
-
-    Args:
-        run: the run folder.
+    """Reads the newest sound checkpoint of a run.
 
     Returns:
-        Its content, None where there is no checkpoint at all, and for each newer one that was
-        passed over what is wrong with it.
+        Its content, None if there is no checkpoint at all, and what is wrong with each newer one.
 
     Raises:
         UserError: if there are checkpoints and none is sound.
@@ -383,29 +344,24 @@ def newest_checkpoint(run: str | Path) -> tuple[dict[str, Any] | None, list[str]
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Dotted settings that decide what is computed."""
+    """Returns the dotted settings that decide what is computed."""
     flat = flatten(to_dict(config))
     flat["plugins"] = [identity(plugin) for plugin in config.plugins]
     return {key: value for key, value in flat.items() if not is_free(Config, key)}
 
 
 def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
-    """Refuse to go on with another config than the one a run began with.
-
-    Args:
-        saved: the :func:`fingerprint` in the checkpoint.
-        config: the present one.
-        run: the run folder, for the message.
+    """Compares a config with the :func:`fingerprint` in the checkpoint of a run folder.
 
     Raises:
         UserError: naming the settings that differ.
     """
     now = fingerprint(config)
-    # A setting that did not exist yet had what is the default now.
+    # A setting that an older version did not have was at its default.
     defaults = {**fingerprint(Config()), "plugins": now["plugins"]}
-    # One that a later version found to change nothing may differ.
-    told = {key: value for key, value in saved.items() if not is_free(Config, key)}
-    saved = {**{key: defaults[key] for key in now if key in defaults}, **told}
+    # A setting that an older version did not know to be free may differ.
+    binding = {key: value for key, value in saved.items() if not is_free(Config, key)}
+    saved = {**{key: defaults[key] for key in now if key in defaults}, **binding}
     code = [{name.split()[0]: name for name in side.pop("plugins")} for side in (saved, now)]
     edited = [name for name in code[0] if code[1].get(name, code[0][name]) != code[0][name]]
     if edited:
@@ -425,7 +381,7 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
 
 
 def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write timm keys as safetensors, for ``timm.create_model(..., checkpoint_path=...)``."""
+    """Writes timm keys as safetensors, for ``timm.create_model(..., checkpoint_path=...)``."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     content = save(state, metadata={"format": "pt", **metadata})
     write_atomic(path, lambda temporary: _write_bytes(temporary, content))
@@ -436,13 +392,13 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 
 def backbone_state(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a model's state dict, under timm's keys."""
+    """Returns the encoder's part of a model's state dict, under timm's keys."""
     prefix = "backbone."
     return {k[len(prefix) :]: v for k, v in model_state.items() if k.startswith(prefix)}
 
 
 def model_state(path: str | Path) -> dict[str, Tensor]:
-    """The whole model's weights from a run folder or a checkpoint file (the EMA's where kept).
+    """Reads the model's weights, or their EMA, from a run folder or a checkpoint file.
 
     Raises:
         UserError: if there is no checkpoint.
@@ -460,7 +416,7 @@ def model_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def encoder_weights(run: str | Path) -> dict[str, Tensor]:
-    """The encoder of a run: ``encoder.safetensors``, or the newest checkpoint before the end.
+    """Reads a run's encoder from ``encoder.safetensors``, or from the newest checkpoint.
 
     Raises:
         UserError: if there is neither.
@@ -475,7 +431,7 @@ def encoder_weights(run: str | Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and what is told of them.
+    """Reads the tensors and the metadata of a file.
 
     Raises:
         OSError: if it cannot be opened.

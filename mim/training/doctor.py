@@ -1,4 +1,4 @@
-"""Whether a machine is fit to train here, and what to set."""
+"""Checks whether a machine is fit for training, and advises what to set."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.cpu.linear import has_onednn, onednn_linear, takes_onednn
 from mim.core.errors import UserError
 from mim.data import open_source, train_loader
+from mim.training.runtime.cost import wait_for
 
 _OPTIONAL = {
     "transformers": "mim export --to hf",
     "onnx": "mim export --to onnx",
     "shtab": "mim completion",
 }
-_MIB = 16
-"""What is written to try a disk."""
-_SECONDS = 1.0
-"""How long each way to load images is timed."""
+_MIB = 16  # written to time the disk
+_SECONDS = 1.0  # of timing for each number of workers
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     state: str
@@ -45,12 +44,17 @@ class Check:
     advice: str = ""
 
 
+def _warn_if(advice: str, name: str, found: str) -> Check:
+    """A check that warns if there is any advice."""
+    return Check(name, "warning" if advice else "ok", found, advice)
+
+
 def examine(config: Config, output: Path, quick: bool = False) -> list[Check]:
-    """All checks; takes some seconds.
+    """Runs all checks, which takes some seconds.
 
     Args:
-        config: its images are loaded, its precision and device looked at.
-        output: where runs shall go.
+        config: names images, precision and device.
+        output: where runs are to be written.
         quick: leaves out what is timed.
     """
     checks = [*_versions(), *_devices(config), *_threads(), _disk(output)]
@@ -60,28 +64,24 @@ def examine(config: Config, output: Path, quick: bool = False) -> list[Check]:
 
 
 def as_rows(checks: list[Check]) -> list[dict[str, Any]]:
-    """The checks as JSON can hold them."""
+    """Returns the checks as JSON can hold them."""
     return [asdict(check) for check in checks]
 
 
 def _versions() -> Iterator[Check]:
     yield Check("python", "ok", platform.python_version())
     for text in metadata.requires("mim") or []:
-        try:
-            wanted = Requirement(text)
-        except InvalidRequirement:
-            yield Check(text, "warning", "cannot be read as a requirement")
-            continue
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        required = Requirement(text)
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = metadata.version(wanted.name)
+            version = metadata.version(required.name)
         except metadata.PackageNotFoundError:
-            yield Check(wanted.name, "problem", "not installed", f"pip install '{text}'")
+            yield Check(required.name, "problem", "not installed", f"pip install '{text}'")
             continue
-        fits = wanted.specifier.contains(version, prereleases=True)
-        advice = "" if fits else f"pip install '{wanted.name}{wanted.specifier}'"
-        yield Check(wanted.name, "ok" if fits else "problem", version, advice)
+        fits = required.specifier.contains(version, prereleases=True)
+        advice = "" if fits else f"pip install '{required.name}{required.specifier}'"
+        yield Check(required.name, "ok" if fits else "problem", version, advice)
     for name, use in _OPTIONAL.items():
         try:
             yield Check(name, "ok", f"{metadata.version(name)} (optional)")
@@ -106,40 +106,36 @@ def _devices(config: Config) -> Iterator[Check]:
             f"{facts.name}, compute {facts.major}.{facts.minor}, "
             f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         )
-        busy = free < 0.5 * total
-        advice = "another process holds most of its memory" if busy else ""
-        yield Check(f"cuda:{index}", "warning" if busy else "ok", found, advice)
-    if not torch.cuda.is_bf16_supported():
+        advice = "another process holds most of its memory" if free < 0.5 * total else ""
+        yield _warn_if(advice, f"cuda:{index}", found)
+    if torch.cuda.is_bf16_supported():
+        slow = config.train.precision == "fp32"
+        advice = "train.precision: bf16 is faster on a GPU" if slow else ""
+        yield Check("bfloat16", "ok", "supported", advice)
+    else:
         advice = "train.precision: fp16" if config.train.precision == "bf16" else ""
         state = "problem" if advice else "ok"
         yield Check("bfloat16", state, "not supported by this GPU", advice)
-    elif config.train.precision == "fp32":
-        yield Check("bfloat16", "ok", "supported", "train.precision: bf16 is faster on a GPU")
-    else:
-        yield Check("bfloat16", "ok", "supported")
 
 
 def _threads() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     threads = torch.get_num_threads()
     found = f"{threads} threads of torch, {cores} cores for this process"
-    over = cores is not None and threads > cores
-    yield Check(
-        "threads", "warning" if over else "ok", found, f"OMP_NUM_THREADS={cores}" if over else ""
-    )
+    yield _warn_if(f"OMP_NUM_THREADS={cores}" if threads > cores else "", "threads", found)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = bool(cores) and load > 0.75 * (cores or 1)
-    advice = "other work is running: timings will not hold" if busy else ""
-    yield Check("load", "warning" if busy else "ok", f"{load:.1f} in the last minute", advice)
+    advice = "other work is running: timings will not hold" if load > 0.75 * cores else ""
+    yield _warn_if(advice, "load", f"{load:.1f} in the last minute")
 
 
 def _disk(output: Path) -> Check:
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 2**30
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**30
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             block, began = os.urandom(2**20), time.perf_counter()
             for _ in range(_MIB):
                 file.write(block)
@@ -148,15 +144,13 @@ def _disk(output: Path) -> Check:
             speed = _MIB / (time.perf_counter() - began)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        return Check("disk", "problem", f"{place}: {reason}", "choose another output")
-    found = f"{place}: {free:.0f} GiB free, writes {speed:.0f} MiB/s"
-    if free < 2:
-        return Check("disk", "warning", found, "train.keep_checkpoints: 1, or another output")
-    return Check("disk", "ok", found)
+        return Check("disk", "problem", f"{folder}: {reason}", "choose another output")
+    advice = "train.keep_checkpoints: 1, or another output" if free < 2 else ""
+    return _warn_if(advice, "disk", f"{folder}: {free:.0f} GiB free, writes {speed:.0f} MiB/s")
 
 
 def _products(config: Config) -> Iterator[Check]:
-    """Half the layers' time is matrix products: what makes them faster."""
+    """Times matrix products by their kinds; they take most of a step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 4096 if device.type == "cuda" else 512
     one = torch.ones(side, side, device=device)
@@ -178,26 +172,23 @@ def _products(config: Config) -> Iterator[Check]:
 
 
 def _linear(config: Config, gain: float) -> Check:
-    own = "onednn" if takes_onednn(config.train.linear) else "torch"
+    own, other = "torch", "onednn"
+    if takes_onednn(config.train.linear):
+        own, other = other, own
     found = f"linear layers in float32 are {gain:.1f} times as fast by oneDNN as by torch's choice"
     found += f"; train.linear: {config.train.linear} takes {own}"
-    loss = gain if own == "torch" else 1 / gain
-    if loss < 1.3 or config.train.precision != "fp32":
-        return Check("linear", "ok", found)
-    other = "torch" if own == "onednn" else "onednn"
-    return Check(
-        "linear", "warning", found, f"train.linear: {other}, and time it with mim bench step"
-    )
+    is_slow = (gain if own == "torch" else 1 / gain) >= 1.3 and config.train.precision == "fp32"
+    advice = f"train.linear: {other}, and time it with mim bench step" if is_slow else ""
+    return _warn_if(advice, "linear", found)
 
 
 def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    """Median of some calls."""
+    """Returns the median time of a call."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return sorted(times[2:])[2]  # the first two warm up
 
@@ -215,9 +206,8 @@ def _loader(config: Config) -> Iterator[Check]:
         rates[workers] = _images_per_second(source, replace(config.data, workers=workers))
     found = ", ".join(f"{rate:,.0f} images/s with {n} workers" for n, rate in rates.items())
     best = max(rates, key=lambda n: rates[n])
-    slow = rates[best] > 1.3 * rates[config.data.workers]
-    advice = f"data.workers: {best}" if slow else ""
-    yield Check("loader", "warning" if slow else "ok", found, advice)
+    is_slow = rates[best] > 1.3 * rates[config.data.workers]
+    yield _warn_if(f"data.workers: {best}" if is_slow else "", "loader", found)
 
 
 def _images_per_second(source: Any, data: Any) -> float:

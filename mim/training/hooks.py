@@ -1,8 +1,8 @@
-"""What happens now and then during a training: lines of the curves, measurements, checkpoints.
+"""What runs now and then during a training: lines of the curves, measurements, checkpoints.
 
-A plug-in adds one by ``@HOOKS.register("name")`` on a subclass of
-:class:`mim.training.trainer.Hook`, constructed with the run's config; the setting ``train.hooks``
-names those of a run.
+A plug-in adds a hook by ``@HOOKS.register("name")`` on a subclass of
+:class:`mim.training.trainer.Hook`, which is constructed with the run's config. The setting
+``train.hooks`` names the hooks of a run.
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ PICTURED_IMAGES = 8
 
 
 class Log(Hook):
-    """A line of the curves: mean losses, learning rate, images a second; and the progress.
-
-    Args:
-        every: steps between two lines.
-        label: what the progress is called.
-    """
+    """Writes mean losses, learning rate and images a second every few steps; shows progress."""
 
     def __init__(self, every: int, label: str) -> None:
         self.every, self.label = every, label
@@ -76,12 +71,7 @@ class Log(Hook):
 
 
 class HeldOut(Hook):
-    """The mean loss of held-out images, each under its one fixed mask, not augmented.
-
-    Args:
-        config: of the run.
-        source: the images.
-    """
+    """Measures the mean loss of held-out images, not augmented, each under one fixed mask."""
 
     name, kept = "held_out", ("loss",)
 
@@ -120,12 +110,7 @@ class HeldOut(Hook):
 
 
 class Pictures(Hook):
-    """Reconstructions of held-out images; at the end also under other ratios.
-
-    Args:
-        config: of the run.
-        source: the images.
-    """
+    """Draws reconstructions of held-out images; at the end also under other ratios."""
 
     def __init__(self, config: Config, source: ImageSource) -> None:
         self.config, self.source = config, source
@@ -149,12 +134,12 @@ class Pictures(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves all that the training goes on from; also when a signal ends it, and at the end.
+    """Saves checkpoints; also at the end, and when a signal ends the training.
 
     Args:
         saver: writes them.
-        every: epochs between two; 0 saves at the end alone.
-        milestone_every: epochs between two that are kept for ever.
+        every: epochs between two; 0 saves only at the end.
+        milestone_every: epochs between two that are never deleted.
     """
 
     at_stop: ClassVar[bool] = True
@@ -166,12 +151,11 @@ class Checkpoints(Hook):
         return self.saver
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        """Ends the run where a thread could not write."""
+        """Ends the run if an earlier checkpoint could not be written."""
         self.saver.check()
 
     def due(self, trainer: Trainer) -> bool:
-        passed = trainer.passed(self.every) or trainer.passed(self.milestone_every)
-        return passed or trainer.done
+        return trainer.done or any(map(trainer.passed, (self.every, self.milestone_every)))
 
     def run(self, trainer: Trainer) -> None:
         assert trainer.state.latest is not None
@@ -186,13 +170,13 @@ class Checkpoints(Hook):
 
 
 class BestEpoch(Hook):
-    """Measures at the end of epochs and keeps the weights that measured best.
+    """Measures at the end of epochs and keeps the best weights.
 
     Args:
-        measure: gives for each of the heads that are trained side by side how good it is, more
-            is better; all processes call it together.
+        measure: scores each of the heads that are trained side by side, higher is better; all
+            processes call it together.
         every: epochs between two measurements; the last epoch is always measured.
-        called: what the best of them is called in the curves.
+        called: what the best score is called in the curves.
     """
 
     name = "best"
@@ -228,7 +212,7 @@ class BestEpoch(Hook):
             self.score, self.loss = score, each[head]
 
     def numbers(self, called: str) -> dict[str, float]:
-        """Returns what an evaluation reports of the choice, the best measurement by a name."""
+        """Returns what an evaluation reports of the choice; ``called`` names the score."""
         return {
             "train_loss": self.loss,
             "chosen_epoch": float(self.epoch),

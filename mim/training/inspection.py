@@ -1,4 +1,4 @@
-"""What a config would train on: numbers of a data set, and a sheet of its images."""
+"""Shows what a config would train on: numbers of a data set, and a sheet of its images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from mim.core.config import Config, DataConfig
@@ -27,8 +26,8 @@ from mim.data import (
 from mim.model import build_model
 from mim.training.pictures import masked_pixels, sheet, spread_indices
 
-_EPOCHS = 2  # of the sheet: an image is cut and masked anew in each
-_ALL_BUT = 1 - 1e-9  # inspecting goes on whatever is unreadable
+_EPOCHS = 2  # on the sheet
+_ALL_BUT = 1 - 1e-9  # tolerates any number of unreadable images
 
 
 @dataclass
@@ -37,9 +36,8 @@ class Inspection:
 
     split: Split
     images: int
-    """How many there are."""
     looked_at: int
-    """How many of them were decoded."""
+    """Number of images that were decoded."""
     per_class: dict[str, int]
     """Images of each class; empty without labels."""
     modes: dict[str, int] = field(default_factory=dict)
@@ -52,7 +50,7 @@ class Inspection:
     """Digest of names and labels."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Returns the findings in words."""
         found = [f"{self.split}: {self.images:,} images, {len(self.per_class)} classes"]
         if self.per_class:
             counts = sorted(self.per_class.values())
@@ -72,7 +70,7 @@ class Inspection:
 
 
 def _lenient(config: DataConfig) -> DataConfig:
-    """The config without what may not be known yet: statistics, and the share of damage."""
+    """Fills in what may not be known yet: statistics, and the fraction of unreadable images."""
     return replace(
         config,
         max_unreadable=_ALL_BUT,
@@ -86,12 +84,7 @@ def _spread(source: ImageSource, images: int | None) -> list[int]:
 
 
 def inspect_split(config: DataConfig, split: Split, images: int | None = None) -> Inspection:
-    """Decodes the images of a split and counts what they are.
-
-    Args:
-        config: says which images.
-        split: "train" or "val".
-        images: decode so many, spread over the set; by default all.
+    """Decodes the images of a split, or ``images`` of them spread over it, and counts their kinds.
 
     Raises:
         UserError: if there are none.
@@ -119,8 +112,8 @@ def inspect_split(config: DataConfig, split: Split, images: int | None = None) -
             modes[image.mode] += 1
             sizes.append(image.size)
     found.modes = dict(modes.most_common())
-    for place, side in enumerate(("width", "height")):
-        values = sorted(size[place] for size in sizes)
+    for axis, side in enumerate(("width", "height")):
+        values = sorted(size[axis] for size in sizes)
         if values:
             found.sides[side] = (values[0], values[len(values) // 2], values[-1])
     return found
@@ -129,14 +122,14 @@ def inspect_split(config: DataConfig, split: Split, images: int | None = None) -
 def statistics(
     config: DataConfig, images: int | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of the training images, on the scale 0 to 1.
+    """Computes mean and standard deviation of each channel of training images, scaled to [0, 1].
 
     Images are as evaluations see them: scaled to ``data.image_size``, the centre, not augmented.
-    Sums are whole numbers, so that neither order nor batches change a digit.
+    Sums are integers, so that neither order nor batches change a digit.
 
     Args:
-        config: says which images.
-        images: read so many, spread over the set; by default all.
+        config: names the images.
+        images: read this many, spread over the set; None reads all.
 
     Raises:
         UserError: if more images than ``data.max_unreadable`` cannot be read.
@@ -157,34 +150,24 @@ def statistics(
 
 
 @torch.no_grad()
-def sample_sheet(config: Config, images: int = 8) -> Image.Image:
-    """Training images as they are, and as two epochs see them, without and with their mask.
-
-    Args:
-        config: of a run; its seed draws the crops and masks.
-        images: how many, spread over the training images.
-    """
+def sample_sheet(config: Config, count: int = 8) -> Image.Image:
+    """Draws training images as they are, and as two epochs see them, without and with masks."""
     data = config.data.as_square()
     source = open_source(replace(data, max_unreadable=_ALL_BUT), "train")
-    chosen = spread_indices(len(source), images)
-    (whole,) = eval_loader(source, data, indices=chosen, batch_size=len(chosen))
-    places = {int(sample): place for place, sample in enumerate(source.sample_ids.tolist())}
-    pictures = [source.image(places[int(sample)]) for sample in whole.sample_ids.tolist()]
+    chosen = spread_indices(len(source), count)
+    (batch,) = eval_loader(source, data, indices=chosen, batch_size=len(chosen))
+    ids = batch.sample_ids
+    indices = {sample: index for index, sample in enumerate(source.sample_ids.tolist())}
+    pictures = [source.image(indices[sample]) for sample in ids.tolist()]
     model = build_model(config).eval()
-    columns = [_pixels(whole.images)]
+    columns = [batch.images.permute(0, 2, 3, 1).numpy()]
     for epoch in range(_EPOCHS):
-        keys = image_keys(config.seed, epoch, whole.sample_ids, purpose="augment")
-        cut = train_transform(pictures, keys, data)
-        columns.append(_pixels(cut))
-        keys = image_keys(config.seed, epoch, whole.sample_ids, purpose="mask")
-        seen = normalize(cut, source.mean, source.std)
-        mask = model.draw_mask(seen, keys, epoch=epoch, sample_ids=whole.sample_ids)
-        columns.append(masked_pixels(model, seen, mask, source)[1])
+        keys = image_keys(config.seed, epoch, ids, purpose="augment")
+        images = normalize(train_transform(pictures, keys, data), source.mean, source.std)
+        keys = image_keys(config.seed, epoch, ids, purpose="mask")
+        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=ids)
+        columns += masked_pixels(model, images, mask, source)
     return sheet(columns)
-
-
-def _pixels(images: torch.Tensor) -> NDArray[np.uint8]:
-    return images.permute(0, 2, 3, 1).numpy()
 
 
 def inspect(
@@ -195,17 +178,14 @@ def inspect(
     pictured: int = 8,
     splits: Sequence[Split] = ("train", "val"),
 ) -> dict[Split, Inspection]:
-    """What a config would train on.
+    """Inspects the splits that a config would train on.
 
     Args:
         config: of a run.
-        images: decode so many of each split, by default all.
+        images: decode this many of each split; None decodes all.
         output: PNG file for :func:`sample_sheet`; None draws none.
         pictured: images of the sheet.
-        splits: which.
-
-    Returns:
-        Split -> :class:`Inspection`.
+        splits: to inspect.
 
     Raises:
         UserError: if a split has no images.

@@ -1,4 +1,4 @@
-"""A trained model from its run folder."""
+"""Loads a trained model from its run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mim.training import checkpoint
 
 
 def load(path: str | Path, trust: bool = False) -> MaskedImageModel:
-    """The model of a run folder or of one of its checkpoints, in eval mode, on the CPU.
+    """Loads the model of a run folder or of one of its checkpoints, in eval mode, on the CPU.
 
     Args:
         path: a run folder, or ``RUN/checkpoints/step_N.pt``.

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: the curves of a run, a line each interval."""
+"""The curves of a run: ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from mim.training.runtime.trackers import Trackers
 
 
 class Metrics:
-    """``metrics.jsonl``: a line each interval, never one twice.
-
-    A thread writes the lines, so that a slow disk does not slow the training; leaving waits for it.
+    """Writes ``metrics.jsonl`` from a thread, so that a slow disk does not slow the training.
 
     Args:
         path: of the file.
@@ -30,12 +28,12 @@ class Metrics:
         self._lines: deque[str] = deque()
         self._writer = BackgroundWriter("mim-metrics")
         if path.is_file():
-            kept = []
+            lines = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line cut short by a kill
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            write_text_atomic(path, "".join(kept))
+                        lines.append(line + "\n")
+            write_text_atomic(path, "".join(lines))
 
     def __enter__(self) -> Metrics:
         return self
@@ -47,26 +45,18 @@ class Metrics:
             self.check()
 
     def write(self, **values: Any) -> None:
-        """Append a line, after those before.
-
-        Raises:
-            TrainingError: where one before cannot be written.
-        """
+        """Appends a line; raises as :meth:`check` does."""
         self.check()
         self._lines.append(json.dumps(values) + "\n")
         self._writer.ask(self._append)
 
     def flush(self) -> None:
-        """Until all lines are in the file: a checkpoint must not know of steps that it lacks.
-
-        Raises:
-            TrainingError: where they cannot be written.
-        """
+        """Waits until all lines are in the file, which must not lag behind a checkpoint."""
         self._writer.wait()
         self.check()
 
     def check(self) -> None:
-        """Raises TrainingError where a line could not be written."""
+        """Raises TrainingError if a line could not be written."""
         error = self._writer.error
         if isinstance(error, OSError):
             raise TrainingError(
@@ -77,7 +67,7 @@ class Metrics:
             raise error
 
     def _append(self) -> None:
-        """All lines that wait, at once: where the disk is slow, they are many."""
+        """Writes all waiting lines at once: on a slow disk there are many."""
         text = "".join(self._lines.popleft() for _ in range(len(self._lines)))
         if text:
             with self.path.open("a", encoding="utf-8") as file:
@@ -85,12 +75,7 @@ class Metrics:
 
 
 class Curves:
-    """Where the numbers of a training go: a file, and trackers.
-
-    Args:
-        metrics: None writes no file, as all processes but the first.
-        trackers: None are none.
-    """
+    """Gives the numbers of a training to a file, in the first process, and to trackers."""
 
     def __init__(self, metrics: Metrics | None = None, trackers: Trackers | None = None) -> None:
         self.metrics, self.trackers = metrics, trackers
@@ -106,23 +91,19 @@ class Curves:
         self._open.__exit__(*details)
 
     def log(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Write a line."""
         if self.metrics is not None:
             self.metrics.write(step=step, epoch=epoch, **values)
         if self.trackers is not None:
             self.trackers.log(values, step)
 
     def picture(self, path: Path, step: int) -> None:
-        """Show a picture as ``reconstructions``."""
         if self.trackers is not None:
             self.trackers.picture(path, step)
 
     def flush(self) -> None:
-        """Until all lines are in the file; see :meth:`Metrics.flush`."""
         if self.metrics is not None:
             self.metrics.flush()
 
     def check(self) -> None:
-        """Raises TrainingError where a line could not be written."""
         if self.metrics is not None:
             self.metrics.check()

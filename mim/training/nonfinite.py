@@ -1,8 +1,8 @@
-"""Steps whose loss or gradient is not finite, and losses that leap.
+"""Steps whose loss or gradient is not finite, and spikes of the loss.
 
-A step that is not finite never reaches the weights: the fused AdamW is told on the device that
-there is an infinity, as a gradient scaler tells it, so that nothing waits for the device. What
-happens then (stop, or go on) is decided where the losses are read anyway.
+A non-finite step never reaches the weights: the fused AdamW reads ``found_inf`` on the device, as
+it does for a gradient scaler, so that nothing waits for the device. Whether the run then stops is
+decided where the losses are read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,27 @@ from mim.training.runtime.sharding import gather_full
 RECORD = "nonfinite.json"
 """In the run folder: the newest step that was not finite."""
 WEIGHTS = "nonfinite.pt"
-"""In the run folder: the weights before that step, where they were still there when it was seen."""
+"""In the run folder: the weights before that step, if they were unchanged when it was read."""
 WINDOW = 100
-"""A spike is measured against so many losses before it."""
+"""Number of earlier losses that a spike is measured against."""
 LEAST = 30
-"""With fewer losses nothing is called a spike."""
-_LOWERED = 0.5  # fp16: the gradient overflowed, and a lower scale may mend it
+"""Least number of them."""
+_LOWERED = 0.5  # fp16: the gradient overflowed, and the scale was lowered
 
 
 def strict(loss: Tensor) -> Tensor:
-    """1, or NaN where the loss is not finite: a factor that makes its gradient say so too.
+    """Returns 1, or NaN if the loss is not finite: times it, the gradient is not finite either.
 
-    An infinite loss can have a finite gradient. By the gradients, which the processes average
-    anyway, all of them see what one has met.
+    An infinite loss can have a finite gradient. Processes average gradients, so all of them see
+    what one has met.
     """
     return 1 + 0 * loss.detach()
 
 
 def not_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """() float, 1 where a gradient has a value that is not finite, else 0.
+    """Returns () float, 1 if any gradient has a value that is not finite, else 0.
 
-    It is the operation by which torch's gradient scaler looks: one pass, and FSDP's shards agree.
+    Uses the operation of torch's gradient scaler, which is one pass and agrees over FSDP's shards.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     found = torch.zeros((), device=grads[0].device)
@@ -60,11 +61,11 @@ def not_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
 class Guard:
     """Takes optimizer steps; one whose gradient is not finite changes nothing.
 
-    From the ``limit``-th such step in a row on nothing changes any more, so that the weights with
-    which it happened are still there when the host hears of it.
+    After ``limit`` such steps in a row nothing changes any more, so that the host, which reads
+    the losses later, finds the weights of the last of them.
 
     Args:
-        limit: steps in a row that end the training; 1 where the first one does, 0 guards nothing.
+        limit: non-finite steps in a row that end the training; 0 guards nothing.
         in_a_row: such steps just before.
         device: of the weights.
     """
@@ -76,21 +77,20 @@ class Guard:
     def step(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> Tensor:
-        """Takes a step where the gradient is finite.
+        """Takes a step if the gradient is finite.
 
         Args:
             optimizer: fused, unless there is a scaler or nothing is guarded.
             scaler: of the gradients in fp16.
 
         Returns:
-            () float, 0: taken; 1: not finite; between: the gradient overflowed in fp16, and the
-            scale was lowered. Then, and only then, a step that is not taken is none of the
-            ``limit``.
+            () float, 0: taken; 1: not finite; between: the gradient overflowed in fp16 and the
+            scale was lowered, which does not count towards ``limit``.
         """
         flag = torch.zeros_like(self.in_a_row)
         if self.limit:
             flag = not_finite(p for group in optimizer.param_groups for p in group["params"])
-        if scaler is not None:  # it does the same, by the same gradients
+        if scaler is not None:  # it skips the same steps
             can_fall = scaler.scale(torch.ones_like(flag)) > 1
             scaler.step(optimizer)
             scaler.update()
@@ -110,14 +110,14 @@ class Guard:
 
 
 class Spikes:
-    """Which losses leap: ``deviations`` robust standard deviations above the running median.
+    """Finds losses more than ``deviations`` robust standard deviations above the median.
 
     The median and the deviation (1.4826 times the median distance from it) are those of the last
-    ``WINDOW`` finite losses, of ``LEAST`` at the least.
+    ``LEAST`` to ``WINDOW`` finite losses.
 
     Args:
-        deviations: see ``train.spike_deviations``; 0 finds none.
-        before: losses so far, of a run that goes on.
+        deviations: 0 finds none.
+        before: losses so far.
     """
 
     def __init__(self, deviations: float, before: Sequence[float] = ()) -> None:
@@ -125,7 +125,7 @@ class Spikes:
         self.window: deque[float] = deque(before, WINDOW)
 
     def look(self, loss: float) -> str | None:
-        """How far a loss leaps, in words, or None; it then counts among the last ones."""
+        """Describes a spike, or returns None; the loss joins the window either way."""
         found = None
         if self.deviations and len(self.window) >= LEAST:
             middle = statistics.median(self.window)
@@ -142,35 +142,30 @@ class Spikes:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of this process, until its loss is read.
-
-    Attributes:
-        step: counted from 0.
-        epoch: see :class:`mim.data.Batch`.
-        lr: the learning rate.
-        sample_ids: (B,) of this process's share of the batch.
-        names: of what was reported.
-    """
+    """One step of this process, until its loss is read."""
 
     step: int
+    """Counted from 0."""
     epoch: int
     lr: float
     sample_ids: Tensor
+    """(B,) of this process's share of the batch."""
     names: tuple[str, ...] = ("loss",)
+    """Of what was reported."""
 
 
 class Watch:
-    """Reads the losses of steps that were taken, or not taken, and says what is wrong.
+    """Judges losses that were read: counts skipped steps and spikes, records or stops the run.
 
     Args:
-        model: whose weights are kept for a look later.
+        model: its weights are saved for ``mim debug``.
         accelerator: of the training.
         limit: as the guard's.
+        diverged: builds the error that ends the training, from the step, what was wrong, and the
+            number of such steps in a row.
         spike_deviations: see :class:`Spikes`.
-        diverged: builds the error that ends the training, from the step, what was wrong, and how
-            many such steps there were in a row.
-        folder: where a step that is not finite is written down; None writes nothing.
-        seed: from which the keys of its images follow.
+        folder: where a non-finite step is recorded; None records nothing.
+        seed: the run's, from which the keys of the images follow.
     """
 
     def __init__(
@@ -201,14 +196,14 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`; an early version kept nothing."""
+        """Restores :meth:`state_dict`; an early version saved nothing."""
         self.in_a_row, self.total = state.get("in_a_row", 0), state.get("total", 0)
         self._skipped, self._spikes = state.get("skipped", 0), state.get("spikes", 0)
         self._leaping = state.get("leaping", False)
         self.spikes = Spikes(self.spikes.deviations, state.get("losses", ()))
 
     def counts(self) -> dict[str, float]:
-        """For a line of metrics: ``skipped`` and ``spikes`` since the last, where there are any."""
+        """Returns ``skipped`` and ``spikes`` since the last call, those that are not 0."""
         found = {"skipped": self._skipped, "spikes": self._spikes}
         self._skipped = self._spikes = 0
         return {name: count for name, count in found.items() if count}
@@ -221,88 +216,86 @@ class Watch:
             read: for each its loss over all processes, and what :meth:`Guard.step` returned.
 
         Raises:
-            Exception: what ``diverged`` builds, at the last step of a row that is too long.
+            Exception: what ``diverged`` builds, when ``limit`` is reached.
         """
         if not self.limit:
             return
-        started = None  # where the row that is still going on began, if among these
+        began_here = False  # whether the current row of non-finite steps began among these
         newest = None
-        for place, (taken, (loss, flag)) in enumerate(zip(steps, read, strict=True)):
+        for index, (record, (loss, flag)) in enumerate(zip(steps, read, strict=True)):
             self._skipped += flag > 0
             self.total += flag > 0
             if flag < 1 and math.isfinite(loss):
                 if flag == 0:
                     self.in_a_row = 0
-                    self._note_spike(taken.step, loss)
+                    self._note_spike(record.step, loss)
                 continue
             self.in_a_row += 1
-            if self.in_a_row == 1:
-                started = place
-            newest = place
+            began_here |= self.in_a_row == 1
+            newest = index
+            problem = "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
             if self.in_a_row >= self.limit:
-                self._record(taken, loss, started is not None, True)
-                raise self.diverged(taken, _what(loss), self.limit)
+                self._record(record, loss, began_here, True)
+                raise self.diverged(record, problem, self.limit)
             if self.accelerator.is_main_process:
                 named = f"; {RECORD} names the images" if self.folder is not None else ""
                 note(
-                    f"step {taken.step + 1}: {_what(loss)}; the step is skipped "
+                    f"step {record.step + 1}: {problem}; the step is skipped "
                     f"({self.in_a_row} in a row, {self.limit} stop the run{named})"
                 )
         if newest is not None:
-            going_on = self.in_a_row > 0 and all(flag > 0 for _, flag in read[newest:])
-            self._record(steps[newest], read[newest][0], started is not None, going_on)
+            untouched = self.in_a_row > 0 and all(flag > 0 for _, flag in read[newest:])
+            self._record(steps[newest], read[newest][0], began_here, untouched)
 
     def _note_spike(self, step: int, loss: float) -> None:
-        leap = self.spikes.look(loss)
-        self._spikes += leap is not None
-        if leap is not None and not self._leaping and self.accelerator.is_main_process:
-            note(f"step {step + 1}: {leap}")
-        self._leaping = leap is not None
+        spike = self.spikes.look(loss)
+        self._spikes += spike is not None
+        if spike is not None and not self._leaping and self.accelerator.is_main_process:
+            note(f"step {step + 1}: {spike}")
+        self._leaping = spike is not None
 
-    def _record(self, taken: StepRecord, loss: float, began: bool, untouched: bool) -> None:
-        """Write down a step for a look later; all processes take part.
+    def _record(self, record: StepRecord, loss: float, began_here: bool, untouched: bool) -> None:
+        """Writes ``nonfinite.json`` and the weights for ``mim debug``; all processes call it.
 
         Args:
-            taken: the step.
+            record: the step.
             loss: of all processes.
-            began: whether the row of such steps began since the last look: else the weights of
-                before it are on the disk already.
-            untouched: whether the weights are still those of before it.
+            began_here: whether its row of non-finite steps began since the last call. Otherwise
+                the weights before the row have been written already.
+            untouched: whether the weights are still those before the step.
         """
         if self.folder is None:
             return
-        ids = [int(i) for i in gather_object(taken.sample_ids.tolist())]
-        starts = untouched and began
-        weights = gather_full(self.model.state_dict()) if starts else {}
+        ids = [int(i) for i in gather_object(record.sample_ids.tolist())]
+        writes = untouched and began_here
+        weights = gather_full(self.model.state_dict()) if writes else {}
         if not self.accelerator.is_main_process:
             return
-        run, kept = self.folder, untouched and (self.folder / WEIGHTS).is_file()
-        if starts:
-            content = {"format": checkpoint.FORMAT, "step": taken.step, "model": weights}
-            kept = _kept(run / WEIGHTS, content)
+        has_weights = untouched and (self.folder / WEIGHTS).is_file()
+        if writes:
+            content = {"format": checkpoint.FORMAT, "step": record.step, "model": weights}
+            save = partial(torch.save, content)
+            has_weights = _succeeds(WEIGHTS, partial(write_atomic, self.folder / WEIGHTS, save))
         details = {
-            "step": taken.step + 1,
-            "epoch": taken.epoch,
-            "lr": taken.lr,
+            "step": record.step + 1,
+            "epoch": record.epoch,
+            "lr": record.lr,
             "loss": str(loss),
             "in_a_row": self.in_a_row,
             "processes": self.accelerator.num_processes,
-            "weights": WEIGHTS if kept else None,
+            "weights": WEIGHTS if has_weights else None,
             "sample_ids": ids,
         }
         for purpose in ("mask", "augment"):
-            keys = image_keys(self.seed, taken.epoch, ids, purpose=purpose)
+            keys = image_keys(self.seed, record.epoch, ids, purpose=purpose)
             details[f"{purpose}_keys"] = keys.tolist()
-        try:
-            write_json_atomic(run / RECORD, details)
-        except OSError as error:
-            note(f"{RECORD} cannot be written: {error.strerror or error}")
+        _succeeds(RECORD, partial(write_json_atomic, self.folder / RECORD, details))
 
     def check_weights(self, last: StepRecord) -> None:
-        """Never save weights that are not finite: a finite gradient may overflow in the optimizer.
+        """Checks weights before a save, since a finite gradient may overflow in the optimizer.
 
         Raises:
-            Exception: what ``diverged`` builds, naming the first of them.
+            Exception: what ``diverged`` builds, naming the first weight that is not finite.
         """
         if not self.limit:
             return
@@ -312,15 +305,11 @@ class Watch:
                 raise self.diverged(last, f"{name} is not finite", 1)
 
 
-def _kept(path: Path, content: dict[str, Any]) -> bool:
-    """Writes weights; returns whether that worked, and says so where it did not."""
+def _succeeds(name: str, write: Callable[[], None]) -> bool:
+    """Writes a file; notes why if that fails."""
     try:
-        write_atomic(path, lambda temporary: torch.save(content, temporary))
+        write()
     except (OSError, RuntimeError) as error:  # torch's writer hides that the disk is full
-        note(f"{path.name} cannot be written: {str(error).splitlines()[0]}")
+        note(f"{name} cannot be written: {str(error).splitlines()[0]}")
         return False
     return True
-
-
-def _what(loss: float) -> str:
-    return "the gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"

@@ -1,10 +1,8 @@
-"""A linear probe that learns during pre-training and leaves it as it is.
+"""A linear probe that learns during pre-training without changing it.
 
-Each step it reads the batch's full images, unmasked, through the encoder as it is then: without a
-gradient, in eval mode, so that it neither changes the run's weights nor draws a number. Its layer
-starts at 0. Labels reach nothing but the probe, and weights of images do not reach it.
-
-Shapes: B images of this process's share of the batch, D width, K classes.
+Each step it reads the batch's full images, unmasked, through the current encoder: without a
+gradient, in eval mode, so that it neither changes the run's weights nor draws a random number. Its
+layer starts at 0. It ignores weights of images.
 """
 
 from __future__ import annotations
@@ -29,14 +27,7 @@ from mim.training.trainer import Hook, Trainer
 
 
 class OnlineProbe(Hook):
-    """A linear layer on standardised features, with an optimizer of its own.
-
-    Args:
-        model: what is pre-trained.
-        train: labelled images.
-        config: of the run.
-        accelerator: of the run.
-        val: images to measure on, when the held-out loss is measured.
+    """Trains a linear layer on standardised features; measures it with the held-out loss.
 
     Raises:
         UserError: if the images have no labels.
@@ -67,11 +58,11 @@ class OnlineProbe(Hook):
         self.optimizer = torch.optim.AdamW(
             linear.parameters(), lr=config.online_probe.lr, weight_decay=0.0
         )
-        # Since the last line of metrics: sum of losses, right answers, images.
+        # Since the last line of metrics: sum of losses, number of right answers, of images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
 
     def _features(self, images: Images) -> Tensor:
-        """(B, C, H, W) normalised -> (B, D), of the encoder as it evaluates."""
+        """Encodes (B, C, H, W), normalised, to (B, D)."""
         training = self.model.training
         self.model.eval()
         with autocast(self.config.train.precision, self.accelerator.device):
@@ -80,7 +71,6 @@ class OnlineProbe(Hook):
         return features.float()
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        """Learns from the images of a step."""
         assert batch.labels is not None
         labels = batch.labels.to(inputs.images.device, non_blocking=True)
         features = self._features(inputs.images)
@@ -92,20 +82,18 @@ class OnlineProbe(Hook):
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self.optimizer.step()
         right = (logits.detach().argmax(1) == labels).sum()
-        count = len(labels)
-        self.sums += torch.stack(
-            [loss.detach().double() * count, right.double(), self.sums.new_tensor(count)]
-        )
+        total = loss.detach().double() * len(labels)
+        self.sums += torch.stack([total, right.double(), total.new_tensor(len(labels))])
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.passed(self.config.train.validate_every) or trainer.done
 
     def run(self, trainer: Trainer) -> None:
-        self.val_accuracy = self._accuracy(self.val)
+        self.val_accuracy = self._accuracy()
         trainer.log(online_val_accuracy=self.val_accuracy)
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Mean loss and accuracy on training images since the last call, before learning them."""
+        """Returns mean loss and accuracy on training images since the last call."""
         loss, right, count = self.accelerator.reduce(self.sums.clone(), "sum").tolist()
         self.sums.zero_()
         if count == 0:
@@ -113,26 +101,27 @@ class OnlineProbe(Hook):
         return {"online_loss": loss / count, "online_accuracy": right / count}
 
     @torch.no_grad()
-    def _accuracy(self, source: ImageSource) -> float:
-        """On held-out images."""
-        device = self.accelerator.device
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        found = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, images
+    def _accuracy(self) -> float:
+        """Measures the accuracy on held-out images."""
+        device, source = self.accelerator.device, self.val
+        counts = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, images
         self.head.eval()
-        patch = self.model.patch_size
-        data = self.config.data
-        for batch in eval_loader(source, data, rank=rank, world=world, patch_size=patch):
+        for batch in eval_loader(
+            source,
+            self.config.data,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            patch_size=self.model.patch_size,
+        ):
             images = normalize(batch.images.to(device), source.mean, source.std)
             assert batch.labels is not None
-            guess = self.head(self._features(images)).argmax(1)
-            right = (guess == batch.labels.to(device)).sum().double()
-            found += torch.stack([right, found.new_tensor(len(batch))])
+            right = self.head(self._features(images)).argmax(1) == batch.labels.to(device)
+            counts += torch.stack([right.sum(), right.new_tensor(len(batch), dtype=torch.long)])
         self.head.train()
-        right, count = self.accelerator.reduce(found, "sum").tolist()
+        right, count = self.accelerator.reduce(counts, "sum").tolist()
         return float(right / count)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -141,7 +130,7 @@ class OnlineProbe(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`, with any number of processes."""
+        """Restores :meth:`state_dict`, for any number of processes."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.val_accuracy = state["accuracy"]

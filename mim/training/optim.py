@@ -14,28 +14,27 @@ from torch.optim.adamw import adamw
 from mim.core.config import OptimConfig
 
 # Vectors that timm's rule (no decay for one-dimensional parameters) does not see.
-_NO_DECAY = ("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token")
-_NO_DECAY_POSITIONS = ("pos_embed", "pos_embed_x", "pos_embed_y")
+_NO_DECAY = (
+    *("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token"),
+    *("pos_embed", "pos_embed_x", "pos_embed_y"),
+)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a half cosine (MAE, arXiv:2111.06377).
-
-    Attributes:
-        peak: the highest learning rate.
-        low: where it ends.
-        warmup: steps of warm-up.
-        total: steps of the run.
-    """
+    """Linear warm-up, then a half cosine (MAE, arXiv:2111.06377)."""
 
     peak: float
+    """Highest learning rate."""
     low: float
+    """Last learning rate."""
     warmup: float
+    """Steps of warm-up."""
     total: int
+    """Steps of the run."""
 
     def __call__(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Returns the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(self.total - self.warmup, 1)
@@ -45,15 +44,14 @@ class Schedule:
 def build_schedule(
     config: OptimConfig, batch_size: int, total: int, steps_per_epoch: int
 ) -> Schedule:
-    """The schedule of a run; its peak is ``base_lr * batch_size / 256``."""
+    """Builds the schedule of a run; its peak is ``base_lr * batch_size / 256``."""
     warmup = min(config.warmup_epochs * steps_per_epoch, total / 2)
     return Schedule(config.base_lr * batch_size / 256, config.min_lr, warmup, total)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW; biases, norms, tokens and position embeddings have no weight decay."""
-    vectors = _NO_DECAY + _NO_DECAY_POSITIONS
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in vectors]
+    """Builds AdamW without weight decay of biases, norms, tokens and position embeddings."""
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in _NO_DECAY]
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     kind = CompensatedAdamW if narrow else torch.optim.AdamW
@@ -61,22 +59,18 @@ def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.o
 
 
 class CompensatedAdamW(torch.optim.AdamW):
-    """AdamW of weights in bfloat16, which keeps what rounding takes from them.
+    """AdamW for weights in bfloat16 that keeps what rounding removes.
 
-    Most updates are less than half of the way to the next bfloat16 and would be lost, weight decay
-    first of all. So each weight has a remainder in bfloat16 beside it (Kahan's compensated sum, as
-    in Zamirai et al., arXiv:2010.06192): torch's AdamW works on the sum of both in float32, one
-    tensor after another. The second moment, which may fall by 1 - beta2 of itself at most, has one
-    too; the first has none. A step with ``found_inf`` changes nothing, as with torch's own.
+    Most updates, weight decay above all, are less than half the distance to the next bfloat16 and
+    would be lost. So each weight has a remainder in bfloat16 (Kahan's compensated sum, as in
+    Zamirai et al., arXiv:2010.06192), and torch's AdamW works on the sum of both in float32, one
+    tensor after another. The second moment, which falls by 1 - beta2 of itself at most, has a
+    remainder too; the first has none. A step with ``found_inf`` changes nothing, as in torch.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step from the gradients as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -115,6 +109,6 @@ class CompensatedAdamW(torch.optim.AdamW):
 
 
 def _split(value: Tensor, rounded: Tensor, remainder: Tensor) -> None:
-    """A float32 as a bfloat16 and what rounding to it left, rounded too."""
+    """Splits a float32 into a bfloat16 and the remainder, rounded too."""
     rounded.copy_(value)
     torch.sub(value, rounded, out=remainder)

@@ -27,28 +27,28 @@ from mim.training.checkpoint import write_atomic
 FIXED_SEED, FIXED_EPOCH = 0, -1
 COLUMNS = ("original", "masked", "prediction", "composite")
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-"""Shares of hidden patches under which a finished run is pictured besides its own."""
+"""Mask ratios of the pictures of a finished run, besides its own."""
 Pixels = NDArray[np.uint8]
 
 
 def fixed_masks(
     model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = FIXED_EPOCH
 ) -> PatchMask:
-    """The masks under which held-out images (B, C, H, W), normalised, are always seen.
+    """Draws the fixed masks of held-out images (B, C, H, W), normalised.
 
-    Another ``epoch`` shows a ratio that moves as it is then.
+    ``epoch`` matters only for a mask ratio that changes during training.
     """
     keys = image_keys(FIXED_SEED, epoch, sample_ids, purpose="mask")
     return model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
 
 
 def spread_indices(count: int, images: int) -> list[int]:
-    """Indices of ``images`` images spread evenly over ``count``."""
+    """Returns the indices of ``images`` images spread evenly over ``count``."""
     return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
 
 
 def as_rgb(pixels: Pixels) -> Pixels:
-    """(..., C) of any channels as (..., 3): the first three, or the first alone in gray."""
+    """Turns (..., C) into (..., 3): the first three channels, or the first one in gray."""
     return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
@@ -76,7 +76,7 @@ def _pixels(
 def masked_pixels(
     model: MaskedImageModel, images: Images, mask: PatchMask, source: ImageSource
 ) -> tuple[Pixels, Pixels]:
-    """Images as they are and under their masks, hidden patches in gray.
+    """Draws images as they are and under their masks, hidden patches in gray.
 
     Args:
         model: that they are for.
@@ -93,10 +93,10 @@ def masked_pixels(
     return _pixels(model, images, patches, source), _pixels(model, images, hidden, source)
 
 
-def _read(
+def read_images(
     model: MaskedImageModel, config: Config, source: ImageSource, indices: list[int]
 ) -> tuple[Any, Tensor]:
-    """Images as the model takes them, on its device, and their ids."""
+    """Reads images as the model takes them, on its device, and their sample ids."""
     patch, count = model.patch_size, len(indices)
     (batch,) = eval_loader(source, config.data, batch_size=count, indices=indices, patch_size=patch)
     images = batch.images.to(next(model.parameters()).device)
@@ -111,40 +111,41 @@ def reconstruct(
     indices: list[int],
     mask: PatchMask | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Original, masked, predicted and composed images.
+    """Predicts the hidden patches of held-out images.
 
     Args:
-        model: the model; its mode is left as it was.
+        model: to predict with.
         config: of the run.
-        source: held-out images.
-        indices: which of them.
-        mask: (n, N), other masks than the fixed ones of the model's own generator.
+        source: of the images.
+        indices: of n images.
+        mask: (n, N); None takes the fixed masks of the model's own generator.
 
     Returns:
         ``original``, ``masked``, ``prediction`` and ``composite`` (the prediction with the visible
         patches pasted), uint8 (n, H, W, C), white around images smaller than the largest;
         ``is_masked`` bool (n, rows, columns).
     """
-    images, sample_ids = _read(model, config, source, indices)
+    images, sample_ids = read_images(model, config, source, indices)
     training = model.training
     model.eval()
     mask = fixed_masks(model, images, sample_ids) if mask is None else mask.to(images.device)
     output = model(images, mask)
     predicted = model.target.to_pixels(output.prediction, images, output.target)  # (B, N, P)
     model.train(training)
-    own = images if isinstance(images, Patches) else None
     original, masked = masked_pixels(model, images, mask, source)
-    arrays: dict[str, NDArray[np.generic]] = {"original": original, "masked": masked}
-    patches = _patches(model, images)
-    composite = torch.where(mask.is_masked[..., None], predicted, patches)
-    for name, content in (("prediction", predicted), ("composite", composite)):
-        arrays[name] = _pixels(model, images, content, source)
-    if own is None:
-        arrays["is_masked"] = mask.is_masked.view(-1, *model.grid).cpu().numpy()
+    composite = torch.where(mask.is_masked[..., None], predicted, _patches(model, images))
+    if isinstance(images, Patches):
+        flags = images.with_values(mask.is_masked[..., None]).images((1, 1))
+        is_masked = _on_one_size(flags, False)[:, 0]
     else:
-        flags = own.with_values(mask.is_masked[..., None])
-        arrays["is_masked"] = _spread(flags.images((1, 1)), False)[:, 0].numpy()
-    return arrays
+        is_masked = mask.is_masked.view(-1, *model.grid).cpu()
+    return {
+        "original": original,
+        "masked": masked,
+        "prediction": _pixels(model, images, predicted, source),
+        "composite": _pixels(model, images, composite, source),
+        "is_masked": is_masked.numpy(),
+    }
 
 
 def reconstruct_ratios(
@@ -154,16 +155,15 @@ def reconstruct_ratios(
     indices: list[int],
     ratios: tuple[float, ...] = RATIOS,
 ) -> dict[str, NDArray[np.generic]]:
-    """Predictions under the model's own generator, trained as it is, at other ratios.
+    """Predicts under masks of the model's own generator at other ratios.
 
-    A ratio that hides nothing or everything on this grid, or that changes nothing (masks from a
-    file), is left out.
+    Leaves out a ratio that hides nothing or everything on this grid, or that changes nothing.
 
     Returns:
         ``ratio`` float (R,), ``prediction`` uint8 (R, n, H, W, C), ``is_masked`` bool
         (R, n, rows, columns).
     """
-    images, sample_ids = _read(model, config, source, indices)
+    images, sample_ids = read_images(model, config, source, indices)
     own = model.mask_generator
     seen = {fixed_masks(model, images, sample_ids).is_masked.cpu().numpy().tobytes()}
     found: list[tuple[float, dict[str, NDArray[np.generic]]]] = []
@@ -188,8 +188,8 @@ def reconstruct_ratios(
     return {"ratio": np.array([ratio for ratio, _ in found]), **arrays}
 
 
-def _spread(images: list[Tensor], fill: float) -> Tensor:
-    """Images (C, H_i, W_i) on canvases of one size, top left: (n, C, H, W)."""
+def _on_one_size(images: list[Tensor], fill: float) -> Tensor:
+    """Puts images (C, H_i, W_i) at the top left of canvases of one size: (n, C, H, W)."""
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
     sheet = images[0].new_full((len(images), images[0].shape[0], height, width), fill)
@@ -199,20 +199,20 @@ def _spread(images: list[Tensor], fill: float) -> Tensor:
 
 
 def _on_canvas(images: Patches, patch_size: tuple[int, int], source: ImageSource) -> Pixels:
-    """(n, H, W, C) uint8, white around the smaller images."""
+    """Returns (n, H, W, C) uint8, white around the smaller images."""
     shown = [
         torch.from_numpy(_to_uint8(image[None], source)[0]).permute(2, 0, 1)
         for image in images.images(patch_size)
     ]
-    return _spread(shown, 255).permute(0, 2, 3, 1).numpy()
+    return _on_one_size(shown, 255).permute(0, 2, 3, 1).numpy()
 
 
 def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Image:
-    """A row an image, and its versions side by side.
+    """Draws one row an image, and its versions side by side.
 
     Args:
         columns: (n, H, W, C) each.
-        side: least height of an image in the sheet, in pixels; small ones are enlarged.
+        side: least height of an image in the sheet; small ones are enlarged.
         gap: white pixels between images.
     """
     count, height, width = columns[0].shape[:3]
@@ -220,32 +220,26 @@ def sheet(columns: Sequence[Pixels], side: int = 96, gap: int = 4) -> Image.Imag
     height, width = height * factor, width * factor
     size = (len(columns) * (width + gap) - gap, count * (height + gap) - gap)
     drawn = Image.new("RGB", size, "white")
-    for place, column in enumerate(columns):
+    for position, column in enumerate(columns):
         for row, pixels in enumerate(column):
             tile = Image.fromarray(np.ascontiguousarray(as_rgb(pixels)))
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            drawn.paste(tile, (place * (width + gap), row * (height + gap)))
+            drawn.paste(tile, (position * (width + gap), row * (height + gap)))
     return drawn
 
 
-def picture(arrays: dict[str, NDArray[np.generic]]) -> Image.Image:
-    """A sheet of what :func:`reconstruct` gives: original, masked, prediction, composite."""
-    return sheet([np.asarray(arrays[name], dtype=np.uint8) for name in COLUMNS])
-
-
 def save_reconstructions(run: Path, arrays: dict[str, NDArray[np.generic]], name: str) -> Path:
-    """Write ``pictures/NAME.png``, and ``reconstructions.npz`` with the same content."""
-    folder = run / "pictures"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.png"
-    sheet = picture(arrays)
-    write_atomic(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    """Writes ``pictures/NAME.png``, and ``reconstructions.npz`` with the same content."""
+    path = run / "pictures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    picture = sheet([np.asarray(arrays[column], dtype=np.uint8) for column in COLUMNS])
+    write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
     save_arrays(run / "reconstructions.npz", arrays)
     return path
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Write an ``.npz``, whole or not at all."""
+    """Writes an ``.npz`` atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

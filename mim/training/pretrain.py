@@ -33,7 +33,6 @@ from mim.core.signals import Interrupted
 from mim.data import (
     Batch,
     ImageSource,
-    eval_loader,
     normalize,
     open_source,
     open_weights,
@@ -50,7 +49,7 @@ from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
-from mim.training.pictures import fixed_masks
+from mim.training.pictures import fixed_masks, read_images
 from mim.training.results import update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import deterministic, memory, refused_precision
@@ -58,7 +57,7 @@ from mim.training.runtime.precision import autocast, is_emulated, model_on, narr
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.sharding import Sharded, gather_full
 from mim.training.runtime.trackers import start_trackers, tracker_names
-from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, TrainState, parts
+from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
@@ -67,51 +66,36 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 
 @dataclass(frozen=True)
 class RunImages:
-    """A run's images.
-
-    Attributes:
-        train: to learn from.
-        val: held out.
-        fingerprint: of both.
-        weigh: how much each counts, or None.
-        per_epoch: steps in a pass over them.
-        steps: of the run.
-    """
+    """The images of a run, and how many steps it takes over them."""
 
     train: ImageSource
     val: ImageSource
     fingerprint: str
+    """Of both."""
     weigh: Weigh | None
+    """How much each training image counts; None where all count alike."""
     per_epoch: int
+    """Steps in one pass over the training images."""
     steps: int
+    """Steps of the whole run."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """This process's share of a batch, or a part of it.
-
-    Attributes:
-        images: (B, C, H, W), normalised, or patches of several sizes.
-        mask: (B, N).
-        weight: (B,) how much each image counts; None where all count alike.
-        total_weight: of all images of all processes.
-    """
+    """This process's share of a batch, or a part of it."""
 
     images: Images
+    """(B, C, H, W), normalised, or patches of several sizes."""
     mask: PatchMask
+    """(B, N)."""
     weight: Tensor | None
+    """(B,) how much each image counts; None where all count alike."""
     total_weight: float | None
+    """Sum over the images of all processes."""
 
 
 class PretrainTask(Task):
-    """Masked images predicted; see :class:`mim.training.trainer.Task`.
-
-    Args:
-        model: on the device of the accelerator.
-        images: of the run.
-        config: of the run.
-        accelerator: of the run.
-    """
+    """Predicts what is hidden in masked images."""
 
     model: MaskedImageModel
 
@@ -150,12 +134,16 @@ class PretrainTask(Task):
         return Inputs(images, mask, weight, batch.total_weight)
 
     def parts(self, inputs: Inputs, count: int) -> Iterator[tuple[Inputs, Tensor | float]]:
-        size, world = len(inputs.images), self.accelerator.num_processes
+        factor: Tensor | float
         for cut in parts(inputs.images, count):
+            images = inputs.images[cut]
             mask = inputs.mask if count == 1 else inputs.mask[cut]
-            weight = None if inputs.weight is None else inputs.weight[cut]
-            part = Inputs(inputs.images[cut], mask, weight, inputs.total_weight)
-            yield part, share_of(size, cut, weight, inputs.total_weight, world)
+            weight, factor = None, len(images) / len(inputs.images)
+            if inputs.weight is not None and inputs.total_weight is not None:
+                weight = inputs.weight[cut]
+                # Gradients, and the loss that is logged, are averaged over processes.
+                factor = weight.sum() * (self.accelerator.num_processes / inputs.total_weight)
+            yield Inputs(images, mask, weight, inputs.total_weight), factor
 
     def loss(self, learner: nn.Module, part: Inputs) -> Loss:
         with autocast(self.config.train.precision, self.accelerator.device):
@@ -170,12 +158,11 @@ class PretrainTask(Task):
         return Sharded(self.model, self.accelerator) if self.is_sharded else super().learner()
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
-        """Lets teacher and average follow."""
+        """Updates the teacher and the average."""
         self.model.update_teacher(taken)
         super().after_step(batch, taken)
         if self.average is not None and self.model.teacher is not None:
-            # An average already: targets come from itself.
-            average: Any = self.average
+            average: Any = self.average  # the teacher is an average already
             average.teacher.load_state_dict(self.model.teacher.state_dict())
 
     def model_to_evaluate(self) -> nn.Module:
@@ -199,66 +186,8 @@ class PretrainTask(Task):
         )
 
 
-def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
-    """Look at the run folder.
-
-    Returns:
-        The checkpoint to go on from, if there is one, and what is wrong with newer ones.
-    """
-    run = Path(config.output)
-    found = checkpoint.checkpoints(run)
-    if config.resume == "never" and (found or (run / "result.json").is_file()):
-        reason = "already holds a run; choose another, or resume it with --resume auto"
-        raise setting_error("output", str(run), reason)
-    state, passed_over = checkpoint.newest_checkpoint(run)
-    if state is not None:
-        checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
-    return state, passed_over
-
-
-def _hold_to(config: Config, seen: str, saved: dict[str, Any] | None) -> Config:
-    """The config with the fingerprint of its images.
-
-    Raises:
-        UserError: if it, or the checkpoint, asks for other images.
-    """
-    wanted = config.data.fingerprint
-    earlier = None if saved is None else saved.get("data")
-    if earlier is not None and not same_images(earlier, seen):
-        reason = "is over other images than those that are there now: their names, labels or "
-        reason += "contents have changed"
-        raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if wanted is not None and not same_images(wanted, seen):
-        reason = f"asks for other images than there are, which have {seen}; null takes these"
-        raise setting_error("data.fingerprint", wanted, reason)
-    return replace(config, data=replace(config.data, fingerprint=seen))
-
-
-def _accelerator(config: Config) -> Accelerator:
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        reason = "needs a GPU; choose bf16 or fp32"
-        raise setting_error("train.precision", config.train.precision, reason)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # Accelerate shards on GPUs alone, by blocks that not every regime calls as a whole.
-        reason = "is for mim to do: leave it out and set train.shard=true"
-        raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
-    AcceleratorState._reset_state()  # a second run in one process may choose another precision
-    seconds = config.train.timeout
-    folder = ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs")
-    try:
-        with gathering("train.timeout", seconds):
-            return Accelerator(
-                mixed_precision=_PRECISION[config.train.precision],
-                log_with=tracker_names(config) or None,
-                project_config=folder,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
-            )
-    except ValueError as error:
-        raise refused_precision(config.train.precision, error) from error
-
-
 def pretrain(config: Config) -> dict[str, Any]:
-    """Pre-train one model; returns what ``result.json`` holds.
+    """Pre-trains one model and returns what ``result.json`` holds.
 
     Raises:
         UserError: for a mistake in the config or the data, before any training.
@@ -283,17 +212,17 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     run = Path(config.output)
     plugged = [HOOKS.get(name) for name in config.train.hooks]
     saved, passed_over = _start_folder(config)
-    done = checkpoint.read_result(run)
-    if saved is not None and done.get("status") == "finished":
+    finished = checkpoint.read_result(run)
+    if saved is not None and finished.get("status") == "finished":
         accelerator.end_training()
-        return done
+        return finished
     config, images = _open_images(config, saved, accelerator)
     start = saved["step"] if saved else 0
     if accelerator.is_main_process:
         for folder in (run, run / "checkpoints"):
             remove_leftovers(folder)
         for reason in passed_over:
-            note(f"{reason}; going on from step {start}")
+            note(f"{reason}; resuming from step {start}")
     task, online, flops = _build_task(config, images, accelerator)
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
@@ -304,12 +233,11 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     try:
-        state = trainer.fit()
+        trainer.fit()
     except Interrupted:
         accelerator.end_training()
         raise
-    result = _result(config, images, trainer, state, memory_before)
-    result |= {"val_loss": held_out.loss, **flops}
+    result = _result(task, trainer, held_out.loss, memory_before) | flops
     if online is not None:
         result["evaluations"] = {ONLINE: {"accuracy": online.val_accuracy}}
     weights = checkpoint.backbone_state(task.model_to_evaluate().state_dict())
@@ -322,44 +250,101 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     return result
 
 
+def _accelerator(config: Config) -> Accelerator:
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        reason = "needs a GPU; choose bf16 or fp32"
+        raise setting_error("train.precision", config.train.precision, reason)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Accelerate shards only on GPUs, and by blocks that not every regime calls as a unit.
+        reason = "is for mim to do: leave it out and set train.shard=true"
+        raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
+    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    seconds = config.train.timeout
+    try:
+        with gathering("train.timeout", seconds):
+            return Accelerator(
+                mixed_precision=_PRECISION[config.train.precision],
+                log_with=tracker_names(config) or None,
+                project_config=ProjectConfiguration(
+                    config.output, logging_dir=f"{config.output}/logs"
+                ),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+            )
+    except ValueError as error:
+        raise refused_precision(config.train.precision, error) from error
+
+
+def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns the checkpoint to resume from, if any, and what is wrong with newer ones."""
+    run = Path(config.output)
+    has_run = checkpoint.checkpoints(run) or (run / "result.json").is_file()
+    if config.resume == "never" and has_run:
+        reason = "already holds a run; choose another, or resume it with --resume auto"
+        raise setting_error("output", str(run), reason)
+    state, passed_over = checkpoint.newest_checkpoint(run)
+    if state is not None:
+        checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
+    return state, passed_over
+
+
 def _open_images(
     config: Config, saved: dict[str, Any] | None, accelerator: Accelerator
 ) -> tuple[Config, RunImages]:
-    """Open the images; the config gets their fingerprint.
+    """Opens the images and writes their fingerprint into the config.
 
     Raises:
         UserError: if the config, or the checkpoint, asks for others, or the batch does not divide.
     """
     run = Path(config.output)
     train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
-    seen = f"{train.fingerprint()}-{val.fingerprint()}"
-    config = _hold_to(config, seen, saved)
+    present = f"{train.fingerprint()}-{val.fingerprint()}"
+    requested = config.data.fingerprint
+    earlier = None if saved is None else saved.get("data")
+    if earlier is not None and not same_images(earlier, present):
+        reason = "is over other images than those that are there now: their names, labels or "
+        reason += "contents have changed"
+        raise UserError(f"resume: the run in {config.output!r} {reason}")
+    if requested is not None and not same_images(requested, present):
+        reason = f"asks for other images than there are, which have {present}; null takes these"
+        raise setting_error("data.fingerprint", requested, reason)
+    config = replace(config, data=replace(config.data, fingerprint=present))
     weigh = open_weights(train, config.data)
     least = accelerator.num_processes * config.train.accumulate
     if config.data.batch_size < least:
         needed = f"must be at least processes * train.accumulate = {least}"
         raise setting_error("data.batch_size", config.data.batch_size, needed)
     per_epoch = steps_per_epoch(train, config.data)
-    steps = int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
-    return config, RunImages(train, val, seen, weigh, per_epoch, steps)
+    steps = total_steps(config, per_epoch)
+    return config, RunImages(train, val, present, weigh, per_epoch, steps)
+
+
+def total_steps(config: Config, per_epoch: int) -> int:
+    """Returns the steps of a run, given those of an epoch."""
+    return int(min(config.train.epochs * per_epoch, config.train.max_steps or math.inf))
 
 
 def _build_task(
     config: Config, images: RunImages, accelerator: Accelerator
 ) -> tuple[PretrainTask, OnlineProbe | None, dict[str, float]]:
-    """Build the model and what follows it; also measure what an image costs."""
+    """Builds the task and the online probe, and measures what an image costs."""
     device = accelerator.device
     tune_process(device)
     model = model_on(config, device)
     if accelerator.is_main_process and is_emulated(config.train.precision, device):
         note("train.precision 'fp8' is emulated here: its numbers, in more time than bf16 takes")
-    for source in (images.train, images.val):
-        _check_masks(model, config, source)
+    for source in (images.train, images.val):  # masks from a file may lack some images
+        lacking = model.mask_generator.missing(model.grid, source.sample_ids)
+        if len(lacking):
+            reason = (
+                f"has no mask for {len(lacking)} of {len(source)} images, the first of them "
+                f"{source.describe(int(lacking[0]))}"
+            )
+            raise setting_error("mask.file.path", config.mask.file.path, reason)
     task = PretrainTask(model, images, config, accelerator)  # its average stays in float32
     online = None
     if config.online_probe.enabled:
         online = OnlineProbe(model, images.train, config, accelerator, images.val)
-    flops = _measure_flops(model, config, images.val, device)
+    flops = _measure_flops(model, config, images.val)
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
         model.compile()
@@ -369,9 +354,9 @@ def _build_task(
 def _build_trainer(
     task: PretrainTask, hooks: list[Hook], saved: dict[str, Any] | None, start: int
 ) -> Trainer:
-    """Build the trainer, in the state of a checkpoint if there is one."""
+    """Builds the trainer, in the state of a checkpoint if there is one."""
     config, images, accelerator = task.config, task.images, task.accelerator
-    train, run, main = config.train, Path(config.output), accelerator.is_main_process
+    train, run = config.train, Path(config.output)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
     identity = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
@@ -405,7 +390,7 @@ def _build_trainer(
     )
     if saved is not None:
         trainer.load_state_dict(checkpoint.upgraded(saved, config.data.batch_size))
-    if main:
+    if accelerator.is_main_process:
         trainer.curves.metrics = Metrics(run / "metrics.jsonl", start)
         if saved is None:
             checkpoint.write_config(run, config)
@@ -416,9 +401,10 @@ def _build_trainer(
 
 
 def _result(
-    config: Config, images: RunImages, trainer: Trainer, state: TrainState, memory_before: int
+    task: PretrainTask, trainer: Trainer, val_loss: float, memory_before: int
 ) -> dict[str, Any]:
-    """What ``result.json`` says of a finished run, but for what was measured by hooks."""
+    """Returns what ``result.json`` says of a finished run, before its evaluations."""
+    config, images, state = task.config, task.images, trainer.state
     device, sources = trainer.accelerator.device, (images.train, images.val)
     peak = resident_bytes() - memory_before
     if device.type == "cuda":
@@ -432,7 +418,7 @@ def _result(
         "steps": images.steps,
         "epochs": images.steps / images.per_epoch,
         "train_loss": state.train_loss,
-        "val_loss": math.nan,
+        "val_loss": val_loss,
         "skipped_steps": trainer.watch.total,
         "images_per_second": state.images / max(state.train_seconds, 1e-9),
         "peak_memory_bytes": peak,
@@ -449,67 +435,29 @@ def _result(
     }
 
 
-def share_of(
-    count: int, cut: slice, weight: Tensor | None, total_weight: float | None, world: int
-) -> Tensor | float:
-    """The factor that turns a part's mean loss into its share of the loss of all processes.
+def _measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> dict[str, float]:
+    """Measures operations and encoder tokens an image, under masks of held-out images.
 
-    Gradients are averaged over processes, and so is the loss that is logged.
-
-    Args:
-        count: images of this process.
-        cut: which of them are the part.
-        weight: of the part's images; None where all count alike.
-        total_weight: of all images of all processes.
-        world: count of processes.
-    """
-    if weight is None or total_weight is None:
-        return (cut.stop - cut.start) / count
-    return weight.sum() * (world / total_weight)
-
-
-def _check_masks(model: MaskedImageModel, config: Config, source: ImageSource) -> None:
-    """Refuse masks from files that some images lack, before any training."""
-    lacking = model.mask_generator.missing(model.grid, source.sample_ids)
-    if not len(lacking):
-        return
-    first = source.describe(int(lacking[0]))
-    reason = f"has no mask for {len(lacking)} of {len(source)} images, the first of them {first}"
-    raise setting_error("mask.file.path", config.mask.file.path, reason)
-
-
-def _measure_flops(
-    model: MaskedImageModel, config: Config, val: ImageSource, device: torch.device
-) -> dict[str, float]:
-    """Cost an image and tokens in the encoder, under masks of held-out images.
-
-    Where the ratio is drawn or moves, they are means over several epochs, and over more images:
+    Where the ratio is drawn or changes, they are means over several epochs, and over more images:
     a batch is as long as its longest row.
     """
-    moves = len({*itertools.chain(*(config.mask.ratio_at(e) for e in range(config.train.epochs)))})
-    images_at_once = 2 if moves == 1 else min(16, config.data.batch_size)
-    epochs = [-1]
-    if moves > 1:
-        last = config.train.epochs - 1
-        epochs = sorted({round(last * part / 4) for part in range(5)})
-    indices = list(range(min(images_at_once, len(val))))
-    (batch,) = eval_loader(
-        val,
-        config.data,
-        batch_size=len(indices),
-        indices=indices,
-        patch_size=model.patch_size,
-    )
-    images = normalize(batch.images.to(device), val.mean, val.std)
-    found = []
+    count, epochs = 2, [-1]
+    if len({*itertools.chain(*(config.mask.ratio_at(e) for e in range(config.train.epochs)))}) > 1:
+        count = min(16, config.data.batch_size)
+        epochs = sorted({round((config.train.epochs - 1) * part / 4) for part in range(5)})
+    images, sample_ids = read_images(model, config, val, list(range(min(count, len(val)))))
+    rows = []
     for epoch in epochs:
-        mask = fixed_masks(model, images, batch.sample_ids, epoch)
+        mask = fixed_masks(model, images, sample_ids, epoch)
         visible, patches = float(mask.num_visible), None
-        if mask.valid is not None:  # padding is no work that counts
+        if mask.valid is not None:  # padding does not count
             visible = float(mask.is_visible.sum()) / len(mask)
             patches = float(mask.valid.sum()) / len(mask)
         tokens = model.regime.encoder_tokens(model.backbone, visible, patches)
-        found.append((*count_flops(model, images, batch.sample_ids, epoch), tokens))
-    forward, backward, tokens = (sum(column) / len(found) for column in zip(*found, strict=True))
-    forward, backward = round(forward), round(backward)
-    return {"flops_forward": forward, "flops_backward": backward, "encoder_tokens": tokens}
+        rows.append((*count_flops(model, images, sample_ids, epoch), tokens))
+    forward, backward, tokens = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+    return {
+        "flops_forward": round(forward),
+        "flops_backward": round(backward),
+        "encoder_tokens": tokens,
+    }

@@ -1,4 +1,4 @@
-"""``result.json`` of a run folder: its one reader for those who change it, and its one writer."""
+"""Reads and changes ``result.json`` of a run folder; nothing else writes it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from mim.core.lock import InUse, sole_use
 
 NAME = "result.json"
 UNFINISHED = "unfinished"
-"""``status`` of a run that was evaluated and has not ended; its end writes the file anew."""
+"""``status`` of a run that was evaluated before its end, which writes the file anew."""
 _LOCK = ".result.lock"
 _THREADS = threading.Lock()
-_SECONDS = 60.0
-"""How long a writer waits for another, which needs milliseconds."""
+_SECONDS = 60.0  # time-out for another writer, which needs milliseconds
 _MAPPINGS = ("evaluations", "evaluation_settings", "protocols", "config")
 
 
 def read_result(run: str | Path) -> dict[str, Any]:
-    """``result.json`` of a run folder; empty where there is none.
+    """Reads ``result.json`` of a run folder; returns {} if there is none.
 
     Raises:
         UserError: if it is torn, or not what a run writes.
@@ -48,17 +47,10 @@ def read_result(run: str | Path) -> dict[str, Any]:
 def update_result(
     run: str | Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Change ``result.json`` while no other process does.
-
-    Args:
-        run: the run folder.
-        change: given what the file holds, returns what it shall hold.
-
-    Returns:
-        What it holds now.
+    """Replaces the content of ``result.json`` by ``change`` of it, and returns the new content.
 
     Raises:
-        UserError: if it cannot be read, or another process keeps it for a minute.
+        UserError: if it cannot be read, or another process locks it for a minute.
     """
     with _THREADS, _alone(Path(run)):
         result = change(read_result(run))
@@ -68,7 +60,7 @@ def update_result(
 
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Wait until no other process changes the file."""
+    """Waits until no other process changes the file."""
     end = time.monotonic() + _SECONDS
     with ExitStack() as stack:
         while True:

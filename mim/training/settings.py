@@ -1,4 +1,4 @@
-"""The config of a run: read with every component registered, and checked as a whole."""
+"""Reads and checks the config of a run, with every component registered."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ __all__ = ["Config", "checked", "load_config", "read_args", "read_tree"]
 
 
 def load_config(
-    path: str | Path | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:
-    """Read and check a config.
+    """Reads and checks a config.
 
     Args:
         path: YAML file; None starts from the defaults.
@@ -31,7 +30,7 @@ def load_config(
 
 
 def checked(config: Config) -> Config:
-    """Import the config's plugins and check that its parts fit; returns it.
+    """Imports the config's plug-ins, checks that its parts fit together, and returns it.
 
     Raises:
         UserError: if they do not.

@@ -38,24 +38,21 @@ from mim.training.runtime.sharding import gather_full, load_model, load_optimize
 
 
 class Loss(NamedTuple):
-    """What a task returns for a part of a batch.
-
-    Attributes:
-        objective: scalar, what is minimised: a mean over the part.
-        reported: named scalars without a gradient, for the curves; the first is ``loss``.
-    """
+    """The loss of a part of a batch."""
 
     objective: Tensor
+    """Scalar that is minimised: a mean over the part."""
     reported: dict[str, Tensor]
+    """Named scalars without a gradient, for the curves; the first is ``loss``."""
 
 
 class Task(ABC):
-    """What is trained, on what.
+    """What is trained, and on what.
 
     Args:
-        model: what is trained and saved.
+        model: is trained and saved.
         accelerator: its processes share the batches.
-        decay: of an average of the weights that is evaluated in their stead; 0 is none.
+        decay: of an average of the weights, which is evaluated instead of them; 0 keeps none.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, decay: float = 0.0) -> None:
@@ -66,18 +63,15 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, start: int) -> Iterable[Batch]:
-        """This process's shares of the batches from step ``start`` to the end."""
+        """Yields this process's shares of the batches from step ``start`` to the end."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Any:
-        """Brings a batch to the device: masked, or mixed, or with its boxes."""
+        """Brings a batch to the device and draws masks, mixes images, or adds boxes."""
 
     @abstractmethod
     def parts(self, inputs: Any, count: int) -> Iterable[tuple[Any, Tensor | float]]:
-        """Cuts inputs into ``count`` parts.
-
-        Each comes with the factor that turns its mean loss into its share of the batch's.
-        """
+        """Cuts inputs into ``count`` parts, each with the weight of its loss in the batch's."""
 
     @abstractmethod
     def loss(self, learner: nn.Module, part: Any) -> Loss:
@@ -85,7 +79,7 @@ class Task(ABC):
 
     @abstractmethod
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
-        """Builds the error that ends the run after ``row`` steps that were not finite."""
+        """Builds the error that ends the run after ``row`` non-finite steps in succession."""
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes."""
@@ -93,116 +87,101 @@ class Task(ABC):
         return wrapped
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
-        """Lets teacher and average follow; ``taken`` is 0 where the step changed nothing."""
+        """Updates averages of the weights; ``taken`` is 0 if the step changed nothing."""
         if self.average is not None:
             ema_update(self.average, self.model, (1 - self.decay) * taken)
 
     def model_to_evaluate(self) -> nn.Module:
-        """Returns the weights that count, whole; all processes ask for it together."""
+        """Returns the model with its full weights; all processes call it together."""
         return self.model if self.average is None else self.average
 
 
 class Hook:
-    """Does something after some of the steps; a subclass overrides what it needs.
-
-    Hooks run in the order of their list, with everything of the trainer at hand.
-
-    Attributes:
-        name: under which a checkpoint keeps its state.
-        kept: attributes that are its state.
-        at_stop: whether it runs, too, when a signal ends the training.
-    """
+    """Acts after some of the steps; a subclass overrides what it needs."""
 
     name: ClassVar[str] = ""
+    """Names its state in a checkpoint."""
     kept: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are its state."""
     at_stop: ClassVar[bool] = False
+    """Whether it also runs when a signal ends the training."""
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
         """Returns the context in which the whole training runs."""
         return nullcontext()
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        """Follows each step; must not wait for the device."""
+        """Acts after every step; must not wait for the device."""
 
     def due(self, trainer: Trainer) -> bool:
-        """Says whether :meth:`run` follows the present step."""
+        """Tells whether to call :meth:`run` after the current step."""
         return False
 
     def run(self, trainer: Trainer) -> None:
         """Acts; the losses of all steps have been read."""
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Returns what it adds to a line of the curves; all processes ask for it together."""
+        """Returns its numbers for a line of the curves; all processes call it together."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns its state for a checkpoint; all processes ask for it together."""
+        """Returns its state for a checkpoint; all processes call it together."""
         return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the state of a checkpoint."""
+        """Restores the state of a checkpoint."""
         for name in self.kept:
             setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a training takes, and how its steps are taken.
-
-    Attributes:
-        seed: of dropout.
-        steps: in all.
-        steps_per_epoch: of one pass over the images.
-        batch_size: images a step, over all processes.
-        accumulate: parts a process cuts its share of a batch into.
-        clip_grad: largest norm of the gradient, or None.
-        read_every: steps between two looks at the losses; on a CPU, which does not wait for
-            them, each step is looked at.
-        grad_norm: whether the norm of the gradient is reported.
-        max_nonfinite: steps in a row, whose loss or gradient is not finite, that end the
-            training; 0 guards nothing.
-        spike_deviations: see :class:`mim.training.nonfinite.Spikes`.
-        folder: where such a step is written down, or None.
-    """
+    """How long a training lasts, and how its steps are taken."""
 
     seed: int
+    """Of dropout."""
     steps: int
     steps_per_epoch: int
     batch_size: int
+    """Images a step, over all processes."""
     accumulate: int = 1
+    """Parts into which a process cuts its share of a batch."""
     clip_grad: float | None = None
+    """Largest norm of the gradient."""
     read_every: int = 20
+    """Steps between two reads of the losses on a GPU; a CPU reads them after every step."""
     grad_norm: bool = False
+    """Whether to report the norm of the gradient."""
     max_nonfinite: int = 1
+    """Consecutive non-finite steps that end the training; 0 guards nothing."""
     spike_deviations: float = 0.0
+    """See :class:`mim.training.nonfinite.Spikes`."""
     folder: Path | None = None
+    """Where non-finite steps are recorded."""
 
 
 @dataclass
 class TrainState:
-    """How far a training is.
-
-    Attributes:
-        step: steps done.
-        images: images seen in them.
-        elapsed: seconds since the beginning, in all processes that had a part in it.
-        train_seconds: those without what hooks took.
-        train_loss: mean of the last line of the curves.
-        means: of all that was reported, likewise.
-        rows: what was reported in each step since that line, and whether it was taken.
-        unread: steps whose losses are still on the device.
-        latest: the newest step that was read.
-    """
+    """How far a training is."""
 
     step: int = 0
+    """Steps done."""
     images: int = 0
+    """Images seen in them."""
     elapsed: float = 0.0
+    """Seconds of training and hooks, over all resumes."""
     train_seconds: float = 0.0
+    """Those without the hooks."""
     train_loss: float = math.nan
+    """Mean in the last line of the curves."""
     means: dict[str, float] = field(default_factory=dict)
+    """Means of everything reported, likewise."""
     rows: list[dict[str, float]] = field(default_factory=list)
+    """What each step since that line reported, and its ``flag``."""
     unread: list[tuple[StepRecord, Tensor]] = field(default_factory=list)
+    """Steps whose losses are still on the device."""
     latest: StepRecord | None = None
+    """The newest step that was read."""
     _since: float = 0.0
 
     def start(self) -> None:
@@ -210,27 +189,27 @@ class TrainState:
         self._since = time.monotonic()
 
     def tick(self, training: bool) -> None:
-        """Counts the time since the last tick, as training or as something else."""
+        """Counts the time since the last tick, as training or as hooks."""
         now = time.monotonic()
         self.elapsed += now - self._since
         self.train_seconds += (now - self._since) * training
         self._since = now
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns plain values; every step has been read."""
+        """Returns plain values; every step must have been read."""
         assert not self.unread
-        kept = ("images", "elapsed", "train_seconds", "train_loss", "means", "rows")
-        return {name: getattr(self, name) for name in kept}
+        names = ("images", "elapsed", "train_seconds", "train_loss", "means", "rows")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Takes the state after ``step``."""
+        """Restores the state after ``step``."""
         self.step = step
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def parts(batch: Sized, count: int) -> Iterator[slice]:
-    """Slices that cut a batch into ``count`` nearly equal parts."""
+    """Yields slices that cut a batch into ``count`` nearly equal parts."""
     edges = [round(i * len(batch) / count) for i in range(count + 1)]
     yield from (slice(a, b) for a, b in itertools.pairwise(edges))
 
@@ -244,9 +223,9 @@ class Trainer:
         optimizer: its groups may have an ``lr_scale``.
         schedule: learning rate of each step.
         learner: of the task.
-        hooks: what happens now and then.
+        hooks: run in the order of their list.
         curves: where numbers go.
-        store: where checkpoints go; without one a signal does what it always does.
+        store: where checkpoints go; without one, signals are not caught.
         scaler: of the gradients in fp16.
     """
 
@@ -296,36 +275,52 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """Takes one step; never waits for the device."""
-        plan, task = self.plan, self.task
         lr = self.schedule(batch.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        torch.manual_seed(seed_of(plan.seed, "step", batch.step, self.rank))  # for dropout alone
-        inputs = task.prepare(batch)
-        reported: dict[str, Tensor] = {}
-        cut = list(task.parts(inputs, plan.accumulate))
-        for number, (part, share) in enumerate(cut, start=1):
-            with nullcontext() if number == len(cut) else self.accelerator.no_sync(self.learner):
-                loss = task.loss(self.learner, part)
-                self._backward(loss.objective * share)
-            for name, value in loss.reported.items():
-                reported[name] = value * share + reported.get(name, 0.0)
-        if plan.clip_grad is not None or plan.grad_norm:
+        torch.manual_seed(seed_of(self.plan.seed, "step", batch.step, self.rank))  # for dropout
+        inputs = self.task.prepare(batch)
+        reported = self._gradients(inputs)
+        if self.plan.clip_grad is not None or self.plan.grad_norm:
             norm = self._clip_gradients()
-            reported |= {"grad_norm": norm} if plan.grad_norm else {}
+            reported |= {"grad_norm": norm} if self.plan.grad_norm else {}
         flag = self.guard.step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        task.after_step(batch, (flag == 0).float())
+        self.task.after_step(batch, (flag == 0).float())
         for hook in self.hooks:
             hook.after_step(self, batch, inputs)
         record = StepRecord(batch.step, batch.epoch, lr, batch.sample_ids, tuple(reported))
         self.state.unread.append((record, torch.stack([*reported.values(), flag])))
         counted = batch.total_counted
-        self.state.images += plan.batch_size if counted is None else counted
+        self.state.images += self.plan.batch_size if counted is None else counted
         self.state.step = batch.step + 1
 
+    def _gradients(self, inputs: Any) -> dict[str, Tensor]:
+        """Computes the gradients of a batch, part by part; returns what the losses report."""
+        reported: dict[str, Tensor] = {}
+        cut = list(self.task.parts(inputs, self.plan.accumulate))
+        for number, (part, weight) in enumerate(cut, start=1):
+            is_last = number == len(cut)
+            with nullcontext() if is_last else self.accelerator.no_sync(self.learner):
+                loss = self.task.loss(self.learner, part)
+                objective = loss.objective * weight
+                if self.guard.limit:
+                    objective = objective * strict(objective)
+                (objective if self.scaler is None else self.scaler.scale(objective)).backward()
+            for name, value in loss.reported.items():
+                reported[name] = value * weight + reported.get(name, 0.0)
+        return reported
+
+    def _clip_gradients(self) -> Tensor:
+        """Clips the gradients and returns the norm that they had."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
+        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
+        return norm.float()
+
     def after_step(self) -> None:
-        """Reads the losses where it costs nothing or is needed, and runs the hooks that are due."""
+        """Reads the losses where that is needed or free, and runs the hooks that are due."""
         due = [hook for hook in self.hooks if hook.due(self)]
         on_cpu = self.accelerator.device.type == "cpu"
         reading = on_cpu or bool(due) or self.state.step % self.plan.read_every == 0 or self.done
@@ -341,7 +336,7 @@ class Trainer:
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """This process's rank."""
         return self.accelerator.process_index
 
     @property
@@ -355,7 +350,7 @@ class Trainer:
         return self.state.step / self.plan.steps_per_epoch
 
     def passed(self, every: float) -> bool:
-        """Whether the present step passed a multiple of ``every`` epochs; 0 is never passed."""
+        """Whether the current step passed a multiple of ``every`` epochs; never if it is 0."""
         if every <= 0:
             return False
         before = (self.state.step - 1) / self.plan.steps_per_epoch
@@ -366,13 +361,13 @@ class Trainer:
         self.curves.log(self.state.step, self.epoch, values)
 
     def interrupted(self) -> Interrupted:
-        """Builds what ends the training after the signal that stopped it."""
+        """Builds the exception that ends the training after a signal."""
         assert self.store is not None and self.stopped is not None
         where = f"saved step {self.state.step} {self.store.place}"
         return Interrupted(self.stopped, f"{where}; {self.store.again}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all from which the training goes on; all processes ask for it together."""
+        """Returns everything that a resume needs; all processes call it together."""
         average = self.task.average
         return {
             "model": gather_full(self.task.model.state_dict()),
@@ -385,7 +380,7 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes a checkpoint's content; a hook that it does not know begins anew."""
+        """Restores a checkpoint; a hook that it does not hold starts afresh."""
         load_model(self.task.model, saved["model"])
         load_optimizer(self.optimizer, saved["optimizer"])
         if self.task.average is not None:
@@ -401,7 +396,7 @@ class Trainer:
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """Notes signals, names loader processes that die, and closes what hooks opened."""
+        """Catches signals, names loader processes that die, and closes what hooks opened."""
         with ExitStack() as stack:
             stack.enter_context(self.curves)
             self._signals = Signals()
@@ -412,21 +407,8 @@ class Trainer:
             stack.enter_context(worker_deaths())
             yield
 
-    def _backward(self, objective: Tensor) -> None:
-        if self.guard.limit:
-            objective = objective * strict(objective)
-        (objective if self.scaler is None else self.scaler.scale(objective)).backward()
-
-    def _clip_gradients(self) -> Tensor:
-        """Returns the norm that the gradient had."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
-        return norm.float()
-
     def _read(self) -> None:
-        """Brings what was reported to the host, as the mean over the processes, and judges it."""
+        """Reads what was reported, as the mean over the processes, and checks that it is finite."""
         records = [record for record, _ in self.state.unread]
         if not records:
             return
@@ -441,10 +423,10 @@ class Trainer:
         self.watch.look(records, [(row[0], row[-1]) for row in read])
 
     def _signal(self, reading: bool) -> int | None:
-        """The signal on which to stop after this step.
+        """Returns the signal on which to stop after this step, if any.
 
-        Several processes must stop at the same step, or they wait for each other for ever: they
-        ask each other, in the steps that wait for the device anyway.
+        All processes must stop at the same step, or they wait for each other for ever. So they
+        agree, in the steps that wait for the device anyway.
         """
         caught = self._signals.caught
         if self.accelerator.num_processes == 1 or self.store is None:

@@ -149,3 +149,10 @@ def test_an_edit_between_two_runs_of_a_comparison_is_refused(
     assert outcome.code == 2 and "edited.py' is not what it was when" in outcome.line
     write(file, "edited")
     assert call([0, 1]).code == 0
+
+
+@pytest.mark.parametrize("default", [4, 5])
+def test_a_name_is_free_again_in_the_next_test(tmp_path: Path, default: int) -> None:
+    file = write(tmp_path / "own.py", "passing", default=default)
+    config = load_config(None, {"plugins": [str(file)], "mask.name": "passing"})
+    assert config.mask.passing.twist == default

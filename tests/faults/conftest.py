@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,21 @@ LOST_TRIALS = int(os.environ.get("MIM_LOST_TRIALS", "1"))
 def outcomes() -> list[tuple[str, str, str]]:
     """Where a trial puts (fault, where it struck, outcome)."""
     return _OUTCOMES
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, as large as ``DISK`` of the test's module."""
+    if sys.platform != "linux" or shutil.which("mount") is None:
+        pytest.skip("needs Linux and mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.module.DISK}", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.fixture

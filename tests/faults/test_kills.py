@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mim.cli.main import main
 from mim.compare.runner import SERVER_MODULES
@@ -33,8 +34,8 @@ INSTANTS = {
     "before the optimizer": ("torch.optim", "AdamW.step", 12),
     "giving a line of metrics": ("mim.training.metrics", "Metrics.write", 6),
     "writing a line of metrics": ("mim.training.metrics", "Metrics._append", 6),
-    "measuring held-out loss": ("mim.training.pretrain", "held_out_loss", 2),
-    "drawing a picture": ("mim.training.pretrain", "reconstruct", 1),
+    "measuring held-out loss": ("mim.training.hooks", "HeldOut.run", 2),
+    "drawing a picture": ("mim.training.hooks", "reconstruct", 1),
     "half-way in a checkpoint": ("torch", "save", 5),
     "before a file has its name": ("pathlib", "Path.replace", 12),
     "before a file is on disk": ("os", "fsync", 20),
@@ -102,20 +103,15 @@ def in_a_process(*args: object) -> int | None:
     return process.exitcode
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list, tuple)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in pairs:
-            yield from leaves(part, f"{name}/{key}")
-    else:
-        yield name, value
+def leaves(value: Any) -> dict[str, Any]:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
 
 
 def weights(run: Path) -> dict[str, Any]:
     state, passed_over = checkpoint.newest_checkpoint(run)
     assert state is not None and not passed_over
     del state["state"]["elapsed"], state["state"]["train_seconds"]
-    return dict(leaves(state))
+    return leaves(state)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -130,7 +126,7 @@ def result(run: Path) -> dict[str, Any]:
     found = checkpoint.read_result(run)
     assert found["status"] == "finished"
     kept = {name: found[name] for name in MEASURED if name in found}
-    return {k: v for k, v in leaves(kept) if "seconds" not in k}
+    return {k: v for k, v in leaves(kept).items() if "seconds" not in k}
 
 
 def assert_same(left: Path, right: Path) -> None:

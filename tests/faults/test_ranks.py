@@ -60,23 +60,9 @@ CASES = {
     "the first stopped": (0, STEP, STOP, r"where rank 0 runs: .* is gone", 75, False),
     "stopped in a step": (1, STEP, STOP, r"rank 1 on .* no longer answers", 75, False),
     "hangs in the loader": (1, LOADER, SLEEP, r"rank 1 on .* hangs at .* \(faulty\)", 75, False),
-    "hangs in saving": (
-        0,
-        SAVING,
-        SLEEP,
-        r"rank 0 on .* hangs at .*\(faulty\)",
-        75,
-        False,
-    ),
+    "hangs in saving": (0, SAVING, SLEEP, r"rank 0 on .* hangs at .*\(faulty\)", 75, False),
     "fails in a step": (1, STEP, RAISE, r"rank 1 failed: ArithmeticError: a cosmic ray", 1, True),
-    "fails at the start": (
-        0,
-        START,
-        MISTAKE,
-        r"rank 0 failed: data.path: not",
-        2,
-        True,
-    ),
+    "fails at the start": (0, START, MISTAKE, r"rank 0 failed: data.path: not", 2, True),
 }
 
 

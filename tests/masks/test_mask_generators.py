@@ -20,7 +20,7 @@ from mim.masks import (
     hidden_count,
     sample_masks,
 )
-from mim.masks.generators import MaskRequest, RankedMask, rank_by
+from mim.masks.generators import MaskContext, MaskRequest, RankedMask, rank_by
 
 
 def draw(
@@ -255,24 +255,30 @@ class Ranked(RankedMask):
 
 def test_a_generator_of_ones_own_draws_or_ranks() -> None:
     keys = image_keys(0, 0, [3, 4])
-    drawn = Drawn(MaskConfig())((2, 4), keys)
+    drawn = Drawn(None, MaskContext(MaskConfig()))((2, 4), keys)
     assert torch.equal(drawn.is_masked, random_bits(keys, 8) > 0)
     assert drawn.keys is keys
-    ranked = Ranked(MaskConfig(ratio=0.6))((2, 4), keys)
+    ranked = Ranked(None, MaskContext(MaskConfig(ratio=0.6)))((2, 4), keys)
     assert ranked.masked_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_a_generator_that_sees_needs_images() -> None:
     class Sees(Ranked):
+        name = "sees"
         needs_images = True
 
-    with pytest.raises(UserError, match=r"mask\.name: 'random' looks at the images"):
-        Sees(MaskConfig())((2, 4), image_keys(0, 0, [3]))
+    with pytest.raises(UserError, match=r"mask\.name: 'sees' looks at the images"):
+        Sees(None, MaskContext(MaskConfig()))((2, 4), image_keys(0, 0, [3]))
 
 
 def test_there_are_no_masks_without_keys() -> None:
+    generator = build_mask_generator(MaskConfig())
     with pytest.raises(TypeError, match="keys"):
-        build_mask_generator(MaskConfig())((2, 4))  # type: ignore[call-arg]
+        generator((2, 4))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="int64 key"):
+        generator((2, 4), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed"):
+        sample_masks(MaskConfig(), (2, 4), epoch=0, sample_ids=[0])  # type: ignore[call-arg]
 
 
 def test_an_unknown_generator_is_refused() -> None:

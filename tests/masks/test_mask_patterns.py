@@ -16,6 +16,7 @@ from torch import Tensor
 from mim.core.config import (
     AlignedMaskConfig,
     BlockMaskConfig,
+    Config,
     InverseBlockMaskConfig,
     MaskConfig,
     MultiblockMaskConfig,
@@ -24,7 +25,6 @@ from mim.core.errors import UserError
 from mim.core.rng import image_keys, uniforms
 from mim.core.settings import read_args
 from mim.masks import (
-    MASKS,
     PatchMask,
     build_mask_generator,
     hidden_count,
@@ -78,12 +78,6 @@ def units_of(name: str, grid: Grid) -> int:
 def fitting(name: str, grid: Grid) -> Grid:
     """A grid that the unit of aligned divides."""
     return (grid[0] * UNIT[0], grid[1] * UNIT[1]) if name == "aligned" else grid
-
-
-def test_the_names() -> None:
-    shaped = {"block", "grid", "aligned", "column", "row", "inverse_block", "multiblock"}
-    mine = {"random", "file"} | shaped
-    assert mine <= set(MASKS)
 
 
 GRIDS = st.tuples(st.integers(1, 15), st.integers(1, 15))
@@ -165,18 +159,6 @@ def test_every_part_of_the_key_counts(name: str) -> None:
     for other in ({"seed": 1}, {"epoch": 1}):
         assert not torch.equal(base, draw(CONFIGS[name](0.6), (8, 9), 8, **other)[1])
     assert len(base.flatten(1).unique(dim=0)) > 1
-
-
-@ALL
-def test_there_are_no_masks_without_keys(name: str) -> None:
-    config = CONFIGS[name](0.6)
-    generator = build_mask_generator(config, (6, 9), PATCH)
-    with pytest.raises(TypeError, match="keys"):
-        generator((6, 9))  # type: ignore[call-arg]
-    with pytest.raises(TypeError):
-        generator((6, 9), None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="seed"):
-        sample_masks(config, (6, 9), epoch=0, sample_ids=[0])  # type: ignore[call-arg]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -532,7 +514,7 @@ def test_a_ratio_that_leaves_nothing_is_refused(name: str, ratio: Ratio, what: s
 )
 def test_settings_that_make_no_sense_are_refused(option: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_args(MaskConfig, [f"--{option}"])
+        read_args(Config, [f"--mask.{option}"])
 
 
 def test_settings_are_read() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -20,18 +21,15 @@ from mim.model.regimes import Latents, Regime, build_regime, scatter_tokens
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
-    "zero pixels split": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="split")),
-    "zero pixels dense": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attention="dense")),
-    "zero embedding split": RegimeConfig(
-        "zero", zero=ZeroConfig(at="embedding", attention="split")
-    ),
-    "zero embedding dense": RegimeConfig(
-        "zero", zero=ZeroConfig(at="embedding", attention="dense")
-    ),
-    "zero pixels attended": RegimeConfig("zero", zero=ZeroConfig(at="pixels", attend_mask=False)),
-    "zero embedding attended": RegimeConfig(
-        "zero", zero=ZeroConfig(at="embedding", attend_mask=False)
-    ),
+    **{
+        f"zero {at} {attention}": RegimeConfig("zero", zero=ZeroConfig(at, attention=attention))
+        for at in ("pixels", "embedding")
+        for attention in ("split", "dense")
+    },
+    **{
+        f"zero {at} attended": RegimeConfig("zero", zero=ZeroConfig(at, attend_mask=False))
+        for at in ("pixels", "embedding")
+    },
     "token": RegimeConfig("token"),
 }
 MASKING_ZEROS = [name for name in REGIMES if name.endswith(("split", "dense"))]
@@ -39,53 +37,47 @@ ANY_REGIME = pytest.mark.parametrize("regime", REGIMES)
 
 SMALL: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 NO_PREFIX: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
-# name -> (backbone, arguments, (height, width), channels, position embedding)
-VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, int], int, str]] = {
-    "class token": ("vit_tiny_patch16_224", {}, (16, 16), 3, "learned"),
-    "no prefix": ("vit_tiny_patch16_224", NO_PREFIX, (16, 16), 3, "learned"),
-    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}, (16, 16), 3, "learned"),
-    "registers only": (
-        "vit_tiny_patch16_224",
-        {"reg_tokens": 2, **NO_PREFIX},
-        (16, 16),
-        3,
-        "learned",
-    ),
-    "no_embed_class": (
-        "vit_tiny_patch16_224",
-        {"no_embed_class": True, "reg_tokens": 1},
-        (16, 16),
-        3,
-        "learned",
-    ),
-    "pre-norm": ("vit_tiny_patch16_224", {"pre_norm": True}, (16, 16), 3, "learned"),
-    "CLIP": ("vit_xsmall_patch16_clip_224", {}, (16, 16), 3, "learned"),
-    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}, (16, 16), 3, "learned"),
-    "QK norm": ("vit_tiny_patch16_224", {"qk_norm": True}, (16, 16), 3, "learned"),
-    "no qkv bias": ("vit_tiny_patch16_224", {"qkv_bias": False}, (16, 16), 3, "learned"),
-    "fc_norm": ("vit_tiny_patch16_224", {"global_pool": "avg"}, (16, 16), 3, "learned"),
-    "non-square": ("vit_tiny_patch16_224", {"patch_size": (4, 8)}, (12, 32), 3, "learned"),
-    "1 channel": ("vit_tiny_patch16_224", {}, (16, 16), 1, "learned"),
-    "5 channels": ("vit_tiny_patch16_224", {}, (16, 16), 5, "learned"),
-    "sincos2d": ("vit_tiny_patch16_224", {"reg_tokens": 1}, (8, 24), 3, "sincos2d"),
+
+
+@dataclass(frozen=True)
+class Variant:
+    args: dict[str, Any] = field(default_factory=dict)
+    backbone: str = "vit_tiny_patch16_224"
+    size: tuple[int, int] = (16, 16)
+    channels: int = 3
+    position: Literal["learned", "sincos2d"] = "learned"
+
+
+VARIANTS = {
+    "class token": Variant(),
+    "no prefix": Variant(NO_PREFIX),
+    "registers": Variant({"reg_tokens": 3}),
+    "registers only": Variant({"reg_tokens": 2, **NO_PREFIX}),
+    "no_embed_class": Variant({"no_embed_class": True, "reg_tokens": 1}),
+    "pre-norm": Variant({"pre_norm": True}),
+    "CLIP": Variant({}, "vit_xsmall_patch16_clip_224"),
+    "LayerScale": Variant({"init_values": 0.1}),
+    "QK norm": Variant({"qk_norm": True}),
+    "no qkv bias": Variant({"qkv_bias": False}),
+    "fc_norm": Variant({"global_pool": "avg"}),
+    "non-square": Variant({"patch_size": (4, 8)}, size=(12, 32)),
+    "1 channel": Variant(channels=1),
+    "5 channels": Variant(channels=5),
+    "sincos2d": Variant({"reg_tokens": 1}, size=(8, 24), position="sincos2d"),
     # Rotary position embeddings: on top of learned ones, alone with registers, learned for each
     # block and head, with queries that share keys, and none.
-    "EVA-02": ("eva02_tiny_patch14_224", {}, (16, 16), 3, "learned"),
-    "DINOv3": ("vit_small_patch16_dinov3", {"init_values": 0.1}, (8, 24), 3, "learned"),
-    "RoPE mixed": ("vit_small_patch16_rope_mixed_224", {}, (16, 16), 3, "learned"),
-    "RoPE, shared keys": (
-        "vit_small_patch16_rope_224",
+    "EVA-02": Variant({}, "eva02_tiny_patch14_224"),
+    "DINOv3": Variant({"init_values": 0.1}, "vit_small_patch16_dinov3", (8, 24)),
+    "RoPE mixed": Variant({}, "vit_small_patch16_rope_mixed_224"),
+    "RoPE, shared keys": Variant(
         {"qkv_fused": False, "num_kv_heads": 1, "qk_norm": True, "scale_attn_inner": True},
+        "vit_small_patch16_rope_224",
         (12, 16),
-        3,
-        "learned",
     ),
-    "EVA, no rotation": (
-        "eva02_tiny_patch14_224",
+    "EVA, no rotation": Variant(
         {"use_rot_pos_emb": False, "qkv_fused": False},
-        (16, 16),
-        3,
-        "sincos2d",
+        "eva02_tiny_patch14_224",
+        position="sincos2d",
     ),
 }
 ROTARY = ["EVA-02", "DINOv3", "RoPE mixed", "RoPE, shared keys"]
@@ -106,11 +98,10 @@ def stir(module: nn.Module) -> None:
 
 
 def make_vit(variant: str = "class token", dtype: torch.dtype = torch.float64) -> Any:
-    name, args, size, channels, position = VARIANTS[variant]
-    config = ModelConfig(
-        backbone=name, backbone_args={**SMALL, **args}, position_embedding=position
-    )
-    vit = build_backbone(config, size, channels)
+    chosen = VARIANTS[variant]
+    args = {**SMALL, **chosen.args}
+    config = ModelConfig(chosen.backbone, args, position_embedding=chosen.position)
+    vit = build_backbone(config, chosen.size, chosen.channels)
     stir(vit)
     return vit.to(dtype)
 
@@ -196,11 +187,15 @@ def assert_same(a: Any, b: Any, dtype: torch.dtype) -> None:
 @ANY_VARIANT
 @ANY_REGIME
 def test_without_a_mask_each_regime_is_timms_forward(regime: str, variant: str) -> None:
-    name, args, size, channels, _ = VARIANTS[variant]
-    vit = make_vit(variant).eval()
+    chosen, vit = VARIANTS[variant], make_vit(variant).eval()
     # A model that timm built itself and that loads our weights: the state dict stays timm's.
-    args = {**SMALL, **args}
-    oracle = timm.create_model(name, img_size=size, in_chans=channels, num_classes=0, **args)
+    oracle = timm.create_model(
+        chosen.backbone,
+        img_size=chosen.size,
+        in_chans=chosen.channels,
+        num_classes=0,
+        **SMALL | chosen.args,
+    )
     oracle.load_state_dict(vit.state_dict(), strict=True)
     oracle = oracle.double().eval()
     images = make_images(vit, 2)
@@ -449,30 +444,22 @@ def test_each_patch_keeps_its_own_rotation(variant: str) -> None:
     assert (got.patches.flip(1) - expected.patches).abs().max() > 1e-3
 
 
-def test_blocks_that_norm_behind_are_run_dense() -> None:
-    config = ModelConfig(
-        backbone="eva02_tiny_patch14_224", backbone_args={**SMALL, "use_post_norm": True}
-    )
-    vit = build_backbone(config, (16, 16), 3).double()
-    with pytest.raises(UserError, match=r"zero\.attention: 'split'.*EvaBlockPostNorm.*dense"):
+@pytest.mark.parametrize(
+    ("backbone", "args", "kind"),
+    [
+        ("eva02_tiny_patch14_224", {"use_post_norm": True}, "EvaBlockPostNorm"),
+        ("vit_small_patch16_18x2_224", {}, "ParallelThingsBlock"),
+    ],
+)
+def test_split_needs_plain_blocks(backbone: str, args: dict[str, Any], kind: str) -> None:
+    vit = build_backbone(ModelConfig(backbone, {**SMALL, **args}), (16, 16), 3).double()
+    assert not supports_split(vit)
+    with pytest.raises(UserError, match=rf"zero\.attention: 'split'.*{kind}.*choose dense"):
         make_regime("zero pixels split", vit)
     mask, images = mask_of(vit, "unequal"), make_images(vit)
     dropped = at_visible(make_regime("drop", vit)(vit, images, mask), mask)
     zeroed = at_visible(make_regime("zero pixels dense", vit)(vit, images, mask), mask)
     assert_same(zeroed, dropped, torch.float64)
-
-
-def test_split_needs_plain_blocks() -> None:
-    config = ModelConfig(backbone="vit_small_patch16_18x2_224", backbone_args=SMALL)
-    vit = build_backbone(config, (16, 16), 3)
-    assert not supports_split(vit)
-    with pytest.raises(UserError, match=r"model\.regime\.zero\.attention: 'split'.*choose dense"):
-        make_regime("zero pixels split", vit)
-    mask = mask_of(vit, "equal")
-    images = make_images(vit)
-    dropped = at_visible(make_regime("drop", vit)(vit, images, mask), mask)
-    zeroed = at_visible(make_regime("zero pixels dense", vit)(vit, images, mask), mask)
-    assert_same(zeroed, dropped, torch.float32)
 
 
 def test_the_mask_token_follows_from_the_seed() -> None:

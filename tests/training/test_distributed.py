@@ -20,23 +20,6 @@ Mim = Callable[..., Any]
 Tiny = Callable[..., Path]
 Launch = Callable[..., Any]
 
-STOP = """
-import os, signal
-import mim.training.pretrain
-
-real = mim.training.pretrain.image_keys
-calls = 0
-
-def stop(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*args, **kwargs)
-
-mim.training.pretrain.image_keys = stop
-"""
-
 
 def free_port() -> int:
     with socket.socket() as place:
@@ -191,13 +174,13 @@ def test_weights_mean_the_same_on_two_processes(
 
 
 def test_all_stop_at_the_same_step_and_go_on_alone(
-    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch, stop: str
 ) -> None:
     """The signal reaches one process only, in its third step."""
     config = tiny(CHANGES)
     one, two = tmp_path / "one", tmp_path / "two"
     assert mim("pretrain", "--config", config, "--output", one).code == 0
-    codes = ranks(["pretrain", "--config", config, "--output", two], of={1: STOP}).wait()
+    codes = ranks(["pretrain", "--config", config, "--output", two], of={1: stop}).wait()
     assert codes == [143, 143]
     assert checkpoint.checkpoints(two)[-1].name == "step_00000003.pt"
     assert not (two / "result.json").exists()

@@ -196,7 +196,7 @@ def test_a_run_with_both(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
         assert torch.equal(value, saved[f"backbone.{name}"].float()), name
     assert saved["backbone.norm.weight"].dtype == torch.bfloat16
     assert mim("evaluate", "knn", run).code == 0
-    assert mim("visualize", "reconstruct", run, "--out", tmp_path / "pictures").code == 0
+    assert mim("visualize", "reconstruct", run, "--output", tmp_path / "pictures").code == 0
 
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])

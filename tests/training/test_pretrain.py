@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import mim as package
 from mim.cli.main import main
@@ -77,17 +80,12 @@ def final(run: Path) -> dict[str, Any]:
     return state
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list, tuple)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in pairs:
-            yield from leaves(item, f"{name}/{key}")
-    else:
-        yield name, value
+def leaves(value: Any) -> dict[str, Any]:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
 
 
 def assert_identical(left: Any, right: Any) -> None:
-    ones, others = dict(leaves(left)), dict(leaves(right))
+    ones, others = leaves(left), leaves(right)
     assert ones.keys() == others.keys()
     for name, one in ones.items():
         other = others[name]
@@ -110,6 +108,27 @@ def wait_for(found: Callable[[], bool], process: Any, seconds: float = 120) -> N
         assert process.is_alive(), f"it ended with {process.exitcode} before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.fixture
+def sending(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """``with sending(signal.SIGTERM, 3):`` sends a signal to this process in its third step."""
+    real = training.image_keys
+
+    @contextmanager
+    def context(number: int, step: int) -> Iterator[None]:
+        calls = itertools.count(1)
+
+        def send(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == step:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "image_keys", send)
+            yield
+
+    return context
 
 
 def test_a_kill_and_a_resume_change_no_bit(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
@@ -189,22 +208,12 @@ def test_a_signal_ends_the_step_saves_and_exits(
     tmp_path: Path,
     mim: Mim,
     tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
+    sending: Callable[..., AbstractContextManager[None]],
 ) -> None:
     config, straight, stopped = tiny(changes), tmp_path / "straight", tmp_path / "stopped"
     assert mim("pretrain", "--config", config, "--output", straight).code == 0
-    real = training.image_keys
-
-    def send(seed: int, epoch: int, ids: Any, purpose: str) -> Any:
-        send.calls += 1
-        if send.calls == 3:
-            os.kill(os.getpid(), number)
-        return real(seed, epoch, ids, purpose=purpose)
-
-    send.calls = 0
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "image_keys", send)
+    with sending(number, 3):
         outcome = mim("pretrain", "--config", config, "--output", stopped)
     assert outcome.code == code
     assert "saved step 3" in outcome.line and number.name in outcome.line
@@ -232,7 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, mim: Mim, tiny: Tin
     outcome = mim("pretrain", "--config", config, "--output", run, "--resume", "auto")
     assert outcome.code == 0
     told = " ".join(outcome.err.split())
-    assert newest.name in told and f"going on from step {step_of(older)}" in told
+    assert newest.name in told and f"resuming from step {step_of(older)}" in told
     assert_identical(final(straight), final(run))
     assert lines(straight, "images_per_second") == lines(run, "images_per_second")
 
@@ -542,22 +551,13 @@ def test_bf16_and_gradient_checkpointing_and_clipping_train(
 
 @pytest.mark.slow
 def test_compiled_training_is_the_plain_one_and_resumes(
-    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mim: Mim, tiny: Tiny, sending: Callable[..., AbstractContextManager[None]]
 ) -> None:
     changes = {"model.regime.name": "zero", "train.max_steps": 20, "train.log_every": 1}
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     assert mim("pretrain", "--config", tiny(changes), "--output", plain).code == 0
     args = ("pretrain", "--config", tiny(changes), "--output", compiled, "--train.compile", True)
-    real, calls = training.image_keys, []
-
-    def interrupt(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "image_keys", interrupt)
+    with sending(signal.SIGTERM, 8):
         assert mim(*args).code == 143
     assert mim(*args, "--resume", "auto").code == 0
     one, other = final(plain), final(compiled)
@@ -655,23 +655,14 @@ class LargestWeight(Hook):
 
 
 def test_a_hook_of_a_plug_in_and_the_norm_of_the_gradient(
-    tmp_path: Path, mim: Mim, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mim: Mim, tiny: Tiny, sending: Callable[..., AbstractContextManager[None]]
 ) -> None:
     plugin, run = tmp_path / "largest.py", tmp_path / "run"
     plugin.write_text(HOOK)
     changes = {"plugins": [str(plugin)], "log.grad_norm": True, "train.log_every": 1}
     args = ("pretrain", "--config", tiny(changes), "--output", run)
     args = (*args, "--train.hooks", '["largest_weight"]')
-    real, calls = training.image_keys, []
-
-    def interrupt(*given: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*given, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "image_keys", interrupt)
+    with sending(signal.SIGTERM, 3):
         assert mim(*args).code == 143
     assert mim(*args, "--resume", "auto").code == 0
     found = [row for row in lines(run) if "largest_weight" in row]

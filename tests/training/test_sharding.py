@@ -43,21 +43,6 @@ def noted(self, model, accelerator):
 
 mim.training.runtime.sharding.Sharded.__init__ = noted
 """
-STOP = """
-import os, signal
-import mim.training.pretrain
-
-real, calls = mim.training.pretrain.image_keys, 0
-
-def stop(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*args, **kwargs)
-
-mim.training.pretrain.image_keys = stop
-"""
 
 
 def curve(run: Path) -> dict[tuple[int, str], float]:
@@ -104,7 +89,7 @@ def test_shards_are_the_whole(
 
 @pytest.mark.parametrize("first", ["sharded", pytest.param("alone", marks=pytest.mark.slow)])
 def test_a_run_goes_on_sharded_or_not(
-    first: str, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+    first: str, tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch, stop: str
 ) -> None:
     """Stopped in its third step by a signal to one process; moments and weights go along."""
     args = ["pretrain", "--config", tiny(CHANGES), "--resume", "auto", "--output"]
@@ -113,7 +98,7 @@ def test_a_run_goes_on_sharded_or_not(
     shard = [*args, two, "--train.shard", "true"]
     begin = shard if first == "sharded" else [*args, two]
     world = 2 if first == "sharded" else 1
-    codes = ranks(begin, world, of={world - 1: STOP}).wait()
+    codes = ranks(begin, world, of={world - 1: stop}).wait()
     assert codes == [143] * world
     assert checkpoint.checkpoints(two)[-1].name == "step_00000003.pt"
     if first == "sharded":

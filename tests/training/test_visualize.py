@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_attention_is_what_the_run_computes(
     mask = model.draw_mask(images, image_keys(0, -1, batch.sample_ids))
     with torch.no_grad():
         tokens, bias = model.regime.inputs(model.backbone, images, mask)
-        last = attention_maps(model.backbone, tokens, bias)[-1].mean(1)
+        last = attention_maps(model.backbone, replace(tokens, bias=bias))[-1].mean(1)
     for row in range(2):
         seen = shown[row * columns + columns - 1].reshape(-1)
         hidden = mask.is_masked[row].numpy()

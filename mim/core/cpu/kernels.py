@@ -21,7 +21,7 @@ def tune(
     Args:
         model: of timm's modules.
         device: where it runs.
-        precision: fp32, bf16, fp16 or fp8, whose attention is that of bf16.
+        precision: fp32, bf16, fp16 or fp8.
         attention: one fused operation (``fused``), products of matrices (``plain``), or ``auto``.
             On a CPU in bfloat16 torch's fused kernel takes longer than plain products
             (benchmarks/README.md), so there auto is plain, and elsewhere fused.

@@ -82,7 +82,7 @@ class _Linear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        # A gradient of the gradient is asked for where this is recorded too.
+        # Where this is recorded too, a gradient of the gradient is needed.
         times = F.linear if torch.is_grad_enabled() else _times
         x, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         (rows, inner), outer = x.shape, g.shape[1]
@@ -97,16 +97,7 @@ class _Linear(Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear`` by oneDNN where that pays: in float32 and not too small.
-
-    Args:
-        x: (..., K).
-        weight: (N, K).
-        bias: (N).
-
-    Returns:
-        (..., N).
-    """
+    """Compute ``torch.nn.functional.linear`` by oneDNN where it pays: float32, not too small."""
     pays = x.dtype == weight.dtype == torch.float32 and x.numel() * len(weight) >= _LEAST
     if not pays or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -118,7 +109,6 @@ class Linear(nn.Linear):
     """``nn.Linear`` by :func:`onednn_linear`; weights and their names are the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
         return onednn_linear(input, self.weight, self.bias)
 
 
@@ -127,7 +117,7 @@ class PatchProjection(nn.Conv2d):
 
 
 def linear_of(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What computes products with a module's weights where the module itself is not called."""
+    """Choose what multiplies by a module's weights where the module itself is not called."""
     return onednn_linear if isinstance(module, (Linear, PatchProjection)) else F.linear
 
 

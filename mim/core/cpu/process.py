@@ -25,10 +25,8 @@ def tune_process(device: object = "cpu", kept: int = _ALL) -> None:
     quarter of its time (benchmarks/README.md). A process then stays as large as it ever was.
     Nothing happens with another C library, or where the process computes on an accelerator.
 
-    Args:
-        device: where the process computes.
-        kept: bytes that are kept; with fewer than all, blocks of 32 MiB and more are still given
-            back one by one.
+    ``kept`` is the number of bytes that are kept; with fewer than all, blocks of 32 MiB and more
+    are still given back one by one.
     """
     if str(device).startswith("cpu"):
         _keep_freed_memory(kept)

@@ -43,15 +43,9 @@ _MAE = ("decoder_", "mask_token")
 
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
-    """Fixed 2-D sine and cosine position embedding, zeros for prefix tokens (MAE, MoCo v3).
+    """Build a fixed 2-D sine and cosine position embedding (1, prefix + N, dim) (MAE, MoCo v3).
 
-    Args:
-        grid: (rows, columns) of patches.
-        dim: width of a token, divisible by 4.
-        prefix: tokens in front that have no place in the image.
-
-    Returns:
-        (1, prefix + N, dim).
+    ``dim`` must be divisible by 4; prefix tokens have zeros.
     """
     patches = build_sincos2d_pos_embed(list(grid), dim=dim)  # (N, D)
     return torch.cat([patches.new_zeros(prefix, dim), patches])[None]
@@ -66,13 +60,13 @@ def build_backbone(
     setting: str = "model",
     pretrained: bool = False,
 ) -> nn.Module:
-    """The timm model that ``model`` names, without a head.
+    """Build the timm model that ``model`` names, without a head.
 
     Args:
         model: the settings under ``model``.
         size: (height, width) of the images in pixels.
         channels: of the images.
-        seed: its weights follow from it, whatever was drawn before.
+        seed: its weights follow from it alone.
         setting: the block of settings that names the model, for messages.
         pretrained: whether timm downloads the weights it has under that name.
 
@@ -152,11 +146,7 @@ def build_backbone(
 
 
 def check_arguments(args: Mapping[str, Any], setting: str) -> dict[str, Any]:
-    """Arguments for timm, none of which loads a file or is a setting elsewhere.
-
-    Raises:
-        UserError: for one that does, or is.
-    """
+    """Refuse arguments for timm that load a file, or are settings elsewhere (``UserError``)."""
     for name in plain(setting, args):
         if place := _RESERVED.get(name):
             raise setting_error(setting, dict(args), f"must not set {name}: that is {place}")
@@ -198,16 +188,11 @@ def supports_split(vit: nn.Module) -> bool:
 
 
 def load_weights(vit: nn.Module, checkpoint: Path, backbone: str) -> tuple[str, ...]:
-    """Load a file of weights into a timm model.
+    """Load a file of weights into a timm model, which messages call ``backbone``.
 
     It may be safetensors or a torch file with weights only, of timm or of MAE; timm converts it
     and resamples position embeddings to the image size. A classification head, a pooling layer
     and MAE's decoder are left out; all else must match.
-
-    Args:
-        vit: the model.
-        checkpoint: the file.
-        backbone: the model's name, for messages.
 
     Returns:
         Names of the entries that were left out.
@@ -248,12 +233,9 @@ def load_weights(vit: nn.Module, checkpoint: Path, backbone: str) -> tuple[str, 
 
 
 def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
-    """The weights of one ViT for another that differs in the size of the images alone.
+    """Return weights of ``source`` as a state dict for ``target``, for images of another size.
 
     Position embeddings are resampled (bicubic) where the grid of patches differs.
-
-    Returns:
-        A state dict that ``target`` loads.
     """
     state: dict[str, Tensor] = dict(source.state_dict())
     if source.pos_embed is not None and grid_of(source) != grid_of(target):
@@ -265,9 +247,9 @@ def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
 
 
 def misfit_of(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What keeps weights from being loaded into a model with the weights ``own``; empty if nothing.
+    """Name the first keys of ``state`` that are missing, unknown or of another shape than ``own``.
 
-    It names the first keys that are missing, unknown or of another shape.
+    Empty where the weights fit.
     """
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
@@ -284,11 +266,7 @@ def misfit_of(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def load_backbone(vit: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Strict load of timm keys; a classification head in ``state`` is left out.
-
-    Raises:
-        UserError: naming the first keys that are missing, unexpected or of another shape.
-    """
+    """Load timm keys strictly, but for a classification head (``UserError`` where they misfit)."""
     own = vit.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith("head.")}
     misfit = misfit_of(state, own)

@@ -26,21 +26,26 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """What the blocks work on.
+    """What the blocks work on, and who reads whom.
 
     Attributes:
         tokens: (B, L, D), prefix tokens first; of windowed backbones as their blocks take it.
-        rotation: of each patch's token, the sines and cosines its queries and keys are turned by;
-            None without rotary position embeddings. (T, R), the same for all images, or
-            (B, 1, T, R); with a rotation of each block and head one dimension more in front.
+        rotation: sines and cosines that turn each patch's queries and keys; None without rotary
+            position embeddings. (T, R), the same for all images, or (B, 1, T, R); with a rotation
+            of each block and head one dimension more in front.
+        bias: added to the attention scores of every layer, broadcasts to (B, heads, L, L); None
+            where all may read all.
+        num_keys: how many tokens are read (keys and values), the first ones; None reads all.
     """
 
     tokens: Tensor
     rotation: Tensor | None = None
+    bias: Tensor | None = None
+    num_keys: int | None = None
 
 
 class RegimeTraits(Protocol):
-    """What a kind of backbone asks of a regime; see :class:`mim.model.regimes.Regime`."""
+    """What a backbone asks of a :class:`mim.model.regimes.Regime`."""
 
     @property
     def name(self) -> str: ...
@@ -55,11 +60,7 @@ class RegimeTraits(Protocol):
 
 
 class Family(ABC):
-    """A view of a timm model as an encoder of masked images.
-
-    Args:
-        vit: the model; kept, not copied.
-    """
+    """A view of a timm model as an encoder of masked images; the model is kept, not copied."""
 
     is_uniform: bool = True
     """Whether every block returns a token for each patch, as wide as the last block does."""
@@ -68,7 +69,7 @@ class Family(ABC):
     has_one_grid: bool = False
     """Whether it is a ViT with one grid of patches from the first block to the last."""
     takes_sizes: bool = False
-    """Whether images of several sizes may share a batch (:class:`mim.core.patches.Patches`)."""
+    """Whether images of different sizes may share a batch (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
     """Whether several images may stand in one sequence."""
     takes_fixed_positions: bool = False
@@ -79,7 +80,7 @@ class Family(ABC):
 
     @property
     def kind(self) -> str:
-        """The name of timm's class."""
+        """Name of timm's class."""
         return type(self.vit).__name__
 
     @property
@@ -128,7 +129,7 @@ class Family(ABC):
         return False
 
     def length(self, patches: float) -> float:
-        """Tokens the first block works on, with so many patches in the encoder."""
+        """Tokens in the first block, given the number of patches in the encoder."""
         return self.num_prefix + patches
 
     def refusal(self) -> str | None:
@@ -136,35 +137,28 @@ class Family(ABC):
         return None
 
     def check(self, regime: RegimeTraits) -> None:  # noqa: B027 (most refuse nothing)
-        """Refuse a regime that this kind of backbone cannot follow.
-
-        Raises:
-            UserError: naming the setting and the reason.
-        """
+        """Raise a ``UserError`` for a regime that this kind of backbone cannot follow."""
 
     @abstractmethod
     def embed(self, images: Tensor, is_masked: Tensor | None = None) -> Tensor:
-        """Embedded patches, without positions, in the form :meth:`hide` and :meth:`place` take.
+        """Embed the patches of (B, C, H, W) images, without positions.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: normalised.
             is_masked: (B, N) patches whose pixels must reach no other; matters only where embedded
                 patches overlap.
         """
 
     def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-        """``fill``, a (D,) token or a number, in the place of hidden patches.
+        """Put ``fill``, a (D,) token or a number, in the place of hidden patches.
 
-        Args:
-            patches: of :meth:`embed`, (B, N, D) or (B, rows, columns, D).
-            is_masked: (B, N) bool.
-            fill: what stands there instead.
+        ``patches`` are those of :meth:`embed`, (B, N, D) or (B, rows, columns, D).
         """
         flags = is_masked.view(*patches.shape[:-1], 1)
         return torch.where(flags, torch.as_tensor(fill, dtype=patches.dtype), patches)
 
     def hide_pixels(self, images: Tensor, is_masked: Tensor) -> Tensor:
-        """(B, C, H, W) images with 0 in the place of hidden patches, (B, N) bool."""
+        """Set hidden patches, (B, N) bool, of (B, C, H, W) images to 0."""
         (rows, columns), (height, width) = self.grid, self.patch_size
         flags = is_masked.view(-1, 1, rows, columns)
         flags = flags.repeat_interleave(height, 2).repeat_interleave(width, 3)
@@ -172,40 +166,27 @@ class Family(ABC):
 
     @abstractmethod
     def place(self, patches: Tensor) -> Embedded:
-        """Embedded patches with their positions, by timm's own rule, and prefix tokens in front."""
+        """Add positions by timm's own rule, and prefix tokens in front."""
 
     def embed_patches(self, images: Patches) -> Tensor:
-        """:meth:`embed` for images of several sizes: (B, N, D)."""
+        """:meth:`embed` for images of different sizes: (B, N, D)."""
         raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
 
     def place_patches(self, patches: Tensor, images: Patches) -> Embedded:
-        """:meth:`place` for images of several sizes, each by the rule of its own grid.
-
-        Args:
-            patches: (B, N, D), of :meth:`embed_patches`.
-            images: for the place of each patch.
-        """
+        """:meth:`place` for the (B, N, D) of :meth:`embed_patches`, each image on its own grid."""
         raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """Prefix tokens and the patches ``ids`` alone, each with what goes along with it.
+        """Leave prefix tokens and the patches ``ids`` (B, T), each with its rotation.
 
-        Args:
-            embedded: of :meth:`place`, all N patches.
-            ids: (B, T) patch of each token.
-            valid: (B, T) bool, False for padding, which becomes zeros; None where there is none.
+        Padding, ``valid`` (B, T) False, becomes zeros.
         """
         raise NotImplementedError(f"{self.kind} keeps every token")  # refused by check
 
     def embed_at(self, images: Tensor, ids: Tensor) -> Embedded | None:
-        """What :meth:`take` leaves of :meth:`place`, without the patches that it leaves out.
+        """:meth:`embed`, :meth:`place` and :meth:`take` in one, computing the patches ``ids`` only.
 
-        Args:
-            images: (B, C, H, W), normalised.
-            ids: (B, T) patch of each token.
-
-        Returns:
-            None where all patches must be embedded to know some.
+        None where all patches must be embedded to know some.
         """
         return None
 
@@ -214,36 +195,20 @@ class Family(ABC):
         self,
         embedded: Embedded,
         *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
     ) -> Tensor:
-        """The transformer blocks and the final norm.
+        """Run the transformer blocks and the final norm: (B, L, D).
 
         Args:
             embedded: what they work on.
-            bias: added to the attention scores of every layer, broadcasts to (B, heads, L, L); None
-                where all may read all.
-            num_keys: only the first so many tokens are read (keys and values); None reads all.
             checkpointing: compute each block again in the backward pass instead of storing it.
                 timm's own switch is not used because it is off whenever a mask is given.
             layers: receives the output of every block, (B, L, D), before the final norm.
-
-        Returns:
-            (B, L, D).
         """
 
-    def attention(
-        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
-    ) -> Tensor:
-        """The attention weights of a block; only where it :attr:`splits`.
-
-        Args:
-            index: of the block.
-            x: (B, L, D), its input.
-            embedded: what the first block worked on, for what goes along with the tokens.
-            bias: added to the scores.
+    def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        """Attention weights of a block whose input is ``x`` (B, L, D); only where it splits.
 
         Returns:
             (B, heads, L, L); rows are queries and sum to 1.
@@ -251,7 +216,7 @@ class Family(ABC):
         raise NotImplementedError(f"{self.kind} does not show its attention")
 
     def before_blocks(self, tokens: Tensor) -> Tensor:
-        """What stands between the positions and the first block."""
+        """Apply what stands between the positions and the first block."""
         return tokens
 
     def features(self, images: Tensor) -> Tensor:
@@ -259,7 +224,7 @@ class Family(ABC):
         return self.vit.forward_features(images)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """timm's arguments for a classifier that pools patches (``mean``) or the class token."""
+        """Arguments of timm for a classifier on the mean patch (``mean``) or the class token."""
         return {"global_pool": "avg" if mean else "token"}
 
 
@@ -343,32 +308,22 @@ class Transformer(Family):
         return self.vit.norm_pre(tokens)
 
     @abstractmethod
-    def step(
-        self,
-        index: int,
-        x: Tensor,
-        embedded: Embedded,
-        bias: Tensor | None,
-        num_keys: int | None,
-    ) -> Tensor:
-        """One block: (B, L, D) -> (B, L, D); arguments as those of :meth:`run`."""
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        """Run one block: (B, L, D) -> (B, L, D)."""
 
     def run(
         self,
         embedded: Embedded,
         *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
     ) -> Tensor:
         x = self.before_blocks(embedded.tokens)
         for index in range(len(self.vit.blocks)):
             if checkpointing and torch.is_grad_enabled():
-                arguments = (index, x, embedded, bias, num_keys)
-                x = checkpoint(self.step, *arguments, use_reentrant=False)
+                x = checkpoint(self.step, index, x, embedded, use_reentrant=False)
             else:
-                x = self.step(index, x, embedded, bias, num_keys)
+                x = self.step(index, x, embedded)
             if layers is not None:
                 layers.append(x)
         return self.vit.norm(x)
@@ -396,12 +351,11 @@ class Merging(Family):
         self,
         embedded: Embedded,
         *,
-        bias: Tensor | None = None,
-        num_keys: int | None = None,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
     ) -> Tensor:
-        assert bias is None and num_keys is None and layers is None  # see check, is_uniform
+        # See check and is_uniform.
+        assert embedded.bias is None and embedded.num_keys is None and layers is None
         x = embedded.tokens
         for part in self.stages:
             if checkpointing and torch.is_grad_enabled():
@@ -428,44 +382,36 @@ UNIT = "call_as_unit"
 """A block's method under which ``train.shard`` gathers its weights."""
 
 
-def block_outputs(vit: nn.Module, embedded: Embedded, bias: Tensor | None = None) -> list[Tensor]:
-    """The output of every block, each (B, L, D)."""
+def block_outputs(vit: nn.Module, embedded: Embedded) -> list[Tensor]:
+    """Output of every block, each (B, L, D)."""
     layers: list[Tensor] = []
-    family_of(vit).run(embedded, bias=bias, layers=layers)
+    family_of(vit).run(embedded, layers=layers)
     return layers
 
 
-def attention_maps(vit: nn.Module, embedded: Embedded, bias: Tensor | None = None) -> list[Tensor]:
-    """What each token reads in each block.
-
-    Args:
-        vit: the encoder, whose family splits.
-        embedded: (B, L, D) tokens.
-        bias: added to the scores of every layer; None where all may read all.
+def attention_maps(vit: nn.Module, embedded: Embedded) -> list[Tensor]:
+    """What each token reads in each block, where the family of ``vit`` splits.
 
     Returns:
         For each block (B, heads, L, L); rows are queries and sum to 1.
     """
     family = family_of(vit)
-    inputs = [family.before_blocks(embedded.tokens), *block_outputs(vit, embedded, bias)[:-1]]
-    return [family.attention(index, x, embedded, bias) for index, x in enumerate(inputs)]
+    inputs = [family.before_blocks(embedded.tokens), *block_outputs(vit, embedded)[:-1]]
+    return [family.attention(index, x, embedded) for index, x in enumerate(inputs)]
 
 
 def patch_attention(vit: nn.Module, embedded: Embedded) -> Tensor:
-    """How much the last block attends to each patch, the mean over its heads.
-
-    Args:
-        vit: the encoder, whose family splits.
-        embedded: (B, P + N, D) tokens.
+    """How much the last block attends to each patch, where the family of ``vit`` splits.
 
     Returns:
-        (B, N): of the class token's query where there is one, else the mean over all queries.
+        (B, N), the mean over heads: of the class token's query where there is one, else the mean
+        over all queries.
     """
     family = family_of(vit)
     assert isinstance(family, Transformer)  # no other splits
     x, last = family.before_blocks(embedded.tokens), len(family.blocks) - 1
     for index in range(last):
-        x = family.step(index, x, embedded, None, None)
+        x = family.step(index, x, embedded)
     weights = family.attention(last, x, embedded).mean(dim=1)  # (B, L, L)
     rows = weights[:, 0] if family.has_class_token else weights.mean(dim=1)
     return rows[:, family.num_prefix :]

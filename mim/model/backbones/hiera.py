@@ -51,7 +51,7 @@ class HieraFamily(Merging):
         return None
 
     def check(self, regime: RegimeTraits) -> None:
-        """Its global attention takes no mask."""
+        """Refuse masks and orders, which its attention does not take."""
         if regime.hides_keys:
             reason = "needs keys that nobody reads, and the attention of a Hiera takes no mask; "
             reason += "choose the regime drop or token, or false"
@@ -66,7 +66,6 @@ class HieraFamily(Merging):
         return self.vit.patch_embed(images)  # (B, tokens, D)
 
     def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-        """Hide all tokens of a hidden unit."""
         units = spread(is_masked.view(-1, *self.grid), self.vit.mask_unit_size)
         return super().hide(patches, units.flatten(1), fill)
 
@@ -75,11 +74,7 @@ class HieraFamily(Merging):
         return Embedded(self.vit.unroll(self.vit._pos_embed(patches)))
 
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
-        """Take whole units.
-
-        Raises:
-            UserError: where images show different numbers of units.
-        """
+        """Take whole units; a ``UserError`` where images show different numbers of them."""
         if valid is not None:
             raise UserError(
                 "mask: images of a batch show different numbers of mask units, and the attention "

@@ -46,7 +46,6 @@ class NaFlexViT(Transformer):
 
     @property
     def grid(self) -> Grid:
-        """The grid of images of the size it was built for."""
         height, width = self.vit.image_size
         return height // self.patch_size[0], width // self.patch_size[1]
 
@@ -112,17 +111,8 @@ class NaFlexViT(Transformer):
         index = index.expand(*rotation.shape[:-2], *index.shape[-2:])
         return replace(taken, rotation=rotation.gather(-2, index))
 
-    def step(
-        self,
-        index: int,
-        x: Tensor,
-        embedded: Embedded,
-        bias: Tensor | None,
-        num_keys: int | None,
-    ) -> Tensor:
-        return self._inner.step(index, x, embedded, bias, num_keys)
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        return self._inner.step(index, x, embedded)
 
-    def attention(
-        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
-    ) -> Tensor:
-        return self._inner.attention(index, x, embedded, bias)
+    def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        return self._inner.attention(index, x, embedded)

@@ -47,7 +47,7 @@ class PlainViT(Transformer):
         added = vit._pos_embed(patches.new_zeros(1, count, patches.shape[-1]))
         positions = added[0, self.num_prefix :]
         if vit.pos_embed is None or not vit.pos_embed.requires_grad:
-            positions = positions.detach()  # no gradient is summed up for nobody
+            positions = positions.detach()  # a gradient that nobody needs is not summed up
         tokens = patches + F.embedding(ids, positions)  # (B, T, D)
         prefix = added[:, : self.num_prefix].expand(len(tokens), -1, -1)
         return Embedded(torch.cat([prefix, tokens], dim=1))
@@ -56,7 +56,7 @@ class PlainViT(Transformer):
         return self._project(images.values)
 
     def _project(self, patches: Tensor) -> Tensor:
-        """timm's convolution as a product with each patch: (B, T, P) -> (B, T, D)."""
+        """Apply timm's convolution as a product with each patch: (B, T, P) -> (B, T, D)."""
         embed = self.vit.patch_embed
         weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in patchify's order
         return embed.norm(linear_of(embed.proj)(patches, weight, embed.proj.bias))
@@ -67,8 +67,8 @@ class PlainViT(Transformer):
         tables = {grid: self._positions(grid, prefix) for grid in set(images.grids)}
         rows = [F.pad(tables[g], (0, 0, 0, patches.shape[1] - g[0] * g[1])) for g in images.grids]
         tokens = patches + torch.stack(rows).to(patches.dtype)  # (B, N, D)
-        given = (vit.cls_token, vit.reg_token)
-        front = [token.expand(len(tokens), -1, -1) for token in given if token is not None]
+        extra = (vit.cls_token, vit.reg_token)
+        front = [token.expand(len(tokens), -1, -1) for token in extra if token is not None]
         if front:
             first = torch.cat(front, dim=1)
             if prefix:
@@ -77,7 +77,7 @@ class PlainViT(Transformer):
         return Embedded(vit.patch_drop(vit.pos_drop(tokens)))
 
     def _positions(self, grid: Grid, prefix: int) -> Tensor:
-        """(n, D), of the patches of a grid."""
+        """(n, D) for the patches of a grid."""
         table = resample_abs_pos_embed(
             self.vit.pos_embed,
             new_size=list(grid),
@@ -86,23 +86,14 @@ class PlainViT(Transformer):
         )
         return table[0, prefix:]
 
-    def step(
-        self,
-        index: int,
-        x: Tensor,
-        embedded: Embedded,
-        bias: Tensor | None,
-        num_keys: int | None,
-    ) -> Tensor:
-        block = self.vit.blocks[index]
-        if num_keys is None:
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        block, bias = self.vit.blocks[index], embedded.bias
+        if embedded.num_keys is None:
             return block(x, attn_mask=bias) if bias is not None else block(x)
-        return as_unit(block, _few_keys, block, x, num_keys, bias)
+        return as_unit(block, _few_keys, block, x, embedded.num_keys, bias)
 
-    def attention(
-        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
-    ) -> Tensor:
-        block = self.vit.blocks[index]
+    def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        block, bias = self.vit.blocks[index], embedded.bias
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, attn.num_heads, -1)  # (B, L, 3, h, d)
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, h, L, d)
@@ -110,22 +101,15 @@ class PlainViT(Transformer):
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
+        # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "fc_norm": normed}
 
 
 def block_at(block: Block, x: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What a plain timm block puts out at some tokens, which read all; the rest is not computed.
+    """Output (B, M, D) of a plain timm block at the tokens ``ids`` (B, M) of ``x`` (B, L, D).
 
-    Args:
-        block: the block.
-        x: (B, L, D).
-        ids: (B, M), which tokens.
-        bias: (B, 1, 1, L), added to the scores; None where all may be read.
-
-    Returns:
-        (B, M, D).
+    They read all tokens; ``bias`` (B, 1, 1, L) adds to the scores. The rest is not computed.
     """
     return as_unit(block, _few_queries, block, x, ids, bias)
 
@@ -149,7 +133,7 @@ def _after_attention(block: Block, x: Tensor, attended: Tensor) -> Tensor:
 
 
 def _attend(attn: Attention, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
-    """timm's ``Attention.forward`` with queries of ``x`` and keys and values of ``memory``."""
+    """Compute timm's ``Attention.forward`` with queries of ``x``, keys and values of ``memory``."""
     batch, length, _ = x.shape
     width, heads = attn.attn_dim, attn.num_heads
     weight, offset, linear = attn.qkv.weight, attn.qkv.bias, linear_of(attn.qkv)

@@ -53,29 +53,20 @@ class RotaryViT(Transformer):
             return embedded.rotation
         return embedded.rotation[index]
 
-    def step(
-        self,
-        index: int,
-        x: Tensor,
-        embedded: Embedded,
-        bias: Tensor | None,
-        num_keys: int | None,
-    ) -> Tensor:
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
-        if num_keys is None:
-            return block(x, rope=rotation, attn_mask=bias)
-        return as_unit(block, _few_keys, block, x, rotation, num_keys, bias)
+        if embedded.num_keys is None:
+            return block(x, rope=rotation, attn_mask=embedded.bias)
+        return as_unit(block, _few_keys, block, x, rotation, embedded.num_keys, embedded.bias)
 
-    def attention(
-        self, index: int, x: Tensor, embedded: Embedded, bias: Tensor | None = None
-    ) -> Tensor:
+    def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
         block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
         q, k, _ = _project(block.attn, block.norm1(x), rotation, x.shape[1])
         scores = q @ k.transpose(-2, -1) * block.attn.scale
-        return (scores if bias is None else scores + bias).softmax(dim=-1)
+        return (scores if embedded.bias is None else scores + embedded.bias).softmax(dim=-1)
 
     def classifier_args(self, mean: bool) -> dict[str, Any]:
-        """timm's arguments; with ``mean`` a norm follows the pooling (MAE)."""
+        # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
         return {**super().classifier_args(mean), "use_fc_norm": normed}
 
@@ -95,7 +86,7 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 def _project(
     attn: Any, x: Tensor, rotation: Tensor | None, num_keys: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of all tokens, keys and values of the first ``num_keys``, each (B, heads, ., d)."""
+    """Project all queries, keys and values of the first ``num_keys`` tokens: (B, heads, ., d)."""
     few = x[:, :num_keys]
     if attn.qkv is None:
         q, k, v = attn.q_proj(x), attn.k_proj(few), attn.v_proj(few)

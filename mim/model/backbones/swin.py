@@ -25,7 +25,7 @@ class Swin(Merging):
 
     @property
     def _merged(self) -> int:
-        """Patches that one place of the last map covers, in each direction."""
+        """Patches that one place of the last map covers in each direction."""
         return 2 ** (len(self.vit.layers) - 1)
 
     @property
@@ -55,7 +55,7 @@ class Swin(Merging):
         return f"embeds patches by {type(self.vit.patch_embed).__name__}, which may mix patches"
 
     def check(self, regime: RegimeTraits) -> None:
-        """Windows need every token and take no mask but their own."""
+        """Refuse what drops tokens or needs a mask other than the windows' own."""
         if not regime.keeps_all_tokens:
             reason = f"leaves tokens out, and the windows of a {self.kind} need the whole grid; "
             reason += "choose token"
@@ -72,21 +72,19 @@ class Swin(Merging):
         return self.vit.patch_embed(images)  # (B, rows, columns, D)
 
     def hide(self, patches: Tensor, is_masked: Tensor, fill: Tensor | float) -> Tensor:
-        """Hide all patches of a hidden square."""
         return super().hide(patches, spread(is_masked.view(-1, *self.grid), self._merged), fill)
 
     def place(self, patches: Tensor) -> Embedded:
         return Embedded(patches)  # positions stand in the windows' attention alone
 
     def run(self, embedded: Embedded, **options: Any) -> Tensor:
-        """Run all stages; the last map comes row by row, (B, N, D)."""
-        return self.vit.norm(super().run(embedded, **options)).flatten(1, 2)
+        return self.vit.norm(super().run(embedded, **options)).flatten(1, 2)  # row by row
 
     def features(self, images: Tensor) -> Tensor:
         return self.vit.forward_features(images).flatten(1, 2)
 
 
 def spread(units: Tensor, times: int | Grid) -> Tensor:
-    """(B, rows, columns) of units -> of their patches, ``times`` in each direction."""
+    """Repeat (B, rows, columns) of units ``times`` in each direction, for their patches."""
     down, across = (times, times) if isinstance(times, int) else times
     return units.repeat_interleave(down, 1).repeat_interleave(across, 2)

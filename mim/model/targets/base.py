@@ -20,24 +20,17 @@ from mim.model.terms import WithTerms
 
 @dataclass(frozen=True)
 class TargetContext:
-    """What a target must know of the model, the images and the loss.
-
-    Attributes:
-        patch_size: (height, width) of a patch in pixels.
-        channels: of the images.
-        grid: (rows, columns) of patches.
-        width: of the encoder's tokens, D.
-        depth: the encoder's number of blocks.
-        loss: ``model.target.loss``.
-        smooth_l1_beta: ``model.target.smooth_l1_beta``.
-        loss_on: ``model.target.loss_on``.
-    """
+    """What a target must know of the model, the images and the loss (``model.target``)."""
 
     patch_size: tuple[int, int]
+    """(height, width) of a patch in pixels."""
     channels: int
     grid: tuple[int, int]
+    """(rows, columns) of patches."""
     width: int
+    """D, of the encoder's tokens."""
     depth: int
+    """Number of blocks of the encoder."""
     loss: str = "auto"
     smooth_l1_beta: float = 2.0
     loss_on: str = "masked"
@@ -51,25 +44,21 @@ class TargetContext:
 class Target(WithTerms, nn.Module, ABC):
     """Turns images into what the decoder must predict.
 
-    Args:
-        settings: its own, as registered with it; None where it has none.
-        context: the model and images it serves.
-
-    Attributes:
-        name: as registered.
-        dim: length of the vector to be predicted for a patch.
-        needs_teacher: whether :meth:`forward` must be given a teacher.
-        shows_pixels: whether a prediction holds an image, so that :meth:`to_pixels` shows it.
-        takes_sizes: whether images may have several sizes (:class:`mim.core.patches.Patches`).
-        own_loss: the loss of ``model.target.loss: auto``.
+    Its ``settings`` are those registered with it; None without any.
     """
 
     name: ClassVar[str] = ""
+    """As registered."""
     needs_teacher: ClassVar[bool] = False
+    """Whether :meth:`forward` must be given a teacher."""
     shows_pixels: ClassVar[bool] = False
+    """Whether a prediction holds an image, so that :meth:`to_pixels` shows it."""
     takes_sizes: ClassVar[bool] = False
+    """Whether image sizes may differ (:class:`mim.core.patches.Patches`)."""
     own_loss: ClassVar[str] = "mse"
+    """The loss of ``model.target.loss: auto``."""
     dim: int
+    """Length of the vector to be predicted for a patch."""
 
     def __init__(self, settings: Any, context: TargetContext) -> None:
         super().__init__()
@@ -78,30 +67,19 @@ class Target(WithTerms, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """(B, C, H, W) normalised images -> (B, N, dim), without gradient."""
+        """Map (B, C, H, W) normalised images to (B, N, dim), without gradient."""
 
     def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """What must be predicted at some patches: ``ids`` (B, M) int64 -> (B, M, dim).
-
-        A target whose patches do not depend on each other need not compute the rest.
-        """
+        """Compute (B, M, dim) at the patches ``ids`` (B, M) int64, and the rest only if need be."""
         return values_at(self(images, teacher), ids)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
-        """A prediction as patches of pixels that can be shown.
+        """Show a prediction (B, N, dim) as patches of pixels (B, N, P), normalised as the images.
 
-        Here, for vectors that are no pixels: each patch in one colour, the prediction's
-        coordinates along the target's principal components over these images, scaled so that
-        95 of 100 of the target's lie within 2 standard deviations of the images. A target of no
+        By default each patch has one colour: the prediction's coordinates along the principal
+        components of the target (computed here where it is not given) over these images, scaled so
+        that 95 % of the target's lie within 2 standard deviations of the images. A target without
         variation is gray.
-
-        Args:
-            prediction: (B, N, dim).
-            images: (B, C, H, W), normalised.
-            target: (B, N, dim) of these images; computed anew where it is not given.
-
-        Returns:
-            (B, N, P), in the images' normalisation.
         """
         if target is None:
             target = self(images)
@@ -118,17 +96,11 @@ class Target(WithTerms, nn.Module, ABC):
         ids: Tensor | None = None,
         mask: PatchMask | None = None,
     ) -> Tensor:
-        """(..., dim) twice -> (...), the mean over a patch's values, in float32 at least.
+        """Compare (..., dim) twice: (...), the mean over a patch's values, at least float32.
 
-        ``cosine`` is 1 minus the cosine similarity of the two vectors; of a zero vector, 1.
-
-        Args:
-            prediction: (B, M, dim).
-            target: (B, M, dim).
-            images: (B, C, H, W), normalised; this and what follows is for targets that weigh
-                patches by what they show or where they lie.
-            ids: (B, M) int64, which patches they are; None for all N in order.
-            mask: (B, N), what is hidden.
+        ``cosine`` is 1 minus the cosine similarity of the two vectors; of a zero vector, 1. Targets
+        that weigh patches by what they show or where they lie use the images, the mask and the
+        ``ids`` (B, M) of the patches (None: all N in order).
         """
         if prediction.dtype.itemsize < 4:  # half precision loses the small differences
             prediction = prediction.float()
@@ -151,15 +123,10 @@ TARGETS: Registry[type[Target]] = Registry("model.target.name", TargetConfig)
 
 @torch.no_grad()
 def principal_colours(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
-    """Coordinates of predictions along the target's principal components, one a channel.
-
-    Args:
-        prediction: (B, N, dim).
-        target: (B, N, dim), whose components, mean and scale are taken.
-        channels: C; components beyond ``dim`` are 0.
+    """Project predictions (B, N, dim) on the target's principal components, one for each channel.
 
     Returns:
-        (B, N, C) float64, within -2 and 2.
+        (B, N, C) float64, within -2 and 2; components beyond ``dim`` are 0.
     """
     vectors = target.double().flatten(0, 1)  # (B * N, dim)
     mean = vectors.mean(dim=0)
@@ -175,15 +142,7 @@ def principal_colours(prediction: Tensor, target: Tensor, channels: int) -> Tens
 
 
 def per_image_loss(distance: Tensor, valid: Tensor | None) -> Tensor:
-    """The mean over each image's counted patches.
-
-    Args:
-        distance: (B, M).
-        valid: (B, M) bool, False for padding; None where all count.
-
-    Returns:
-        (B,); 0 for an image without a counted patch.
-    """
+    """Average (B, M) over each image's ``valid`` patches: (B,); 0 for an image without any."""
     if distance.shape[1] == 0:  # nothing is masked anywhere; a mean would be NaN
         return distance.sum(dim=1)
     if valid is None:
@@ -193,7 +152,7 @@ def per_image_loss(distance: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def build_target(config: TargetConfig, context: TargetContext) -> Target:
-    """The target that ``config`` names.
+    """Build the target that ``config`` names.
 
     Raises:
         UserError: if the name is unknown, or the target does not fit ``context``.

@@ -116,13 +116,12 @@ class FrozenFeatures(Target):
         self.dim = family.width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatures:
-        """Follows this module to its device and type; see :meth:`torch.nn.Module.to`."""
+        """Move the frozen model along with this module."""
         self._teacher[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, N, D of the frozen model); see :class:`~mim.model.targets.Target`."""
         blocks = self._teacher[0].forward_intermediates(
             images,
             indices=[self._layer],
@@ -170,7 +169,6 @@ class EmaFeatures(Target):
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, N, D); see :class:`~mim.model.targets.Target`."""
         if teacher is None:
             raise ValueError("the target ema_features must be given a teacher")
         layers = teacher.layers(images)[-self.top :]  # each (B, N, D)

@@ -35,16 +35,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def filter_images(images: Tensor, vertical: Tensor, horizontal: Tensor, gain: Tensor) -> Tensor:
-    """Weigh the images' cosine transform.
+    """Multiply the cosine transform of images (B, C, H, W) by ``gain`` (H, W).
 
-    Args:
-        images: (B, C, H, W).
-        vertical: (H, H), :func:`cosine_basis`.
-        horizontal: (W, W).
-        gain: (H, W), the factor of each frequency.
-
-    Returns:
-        (B, C, H, W).
+    ``vertical`` (H, H) and ``horizontal`` (W, W) are :func:`cosine_basis`.
     """
     x = _at_least_float32(images)
     down, across, gain = (m.to(x.dtype) for m in (vertical, horizontal, gain))
@@ -110,7 +103,6 @@ class Frequency(Target):
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """Coefficients of each patch; see :class:`~mim.model.targets.Target`."""
         patches = patchify(images, self.context.patch_size)
         return self._transform(patches, self._analysis, "bnpc,kp->bnkc")
 

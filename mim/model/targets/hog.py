@@ -19,7 +19,7 @@ _EPSILON = 1e-5
 
 
 def oriented_gradients(images: Tensor, bins: int, cell: int) -> Tensor:
-    """Histograms of gradient directions in cells of pixels (Dalal and Triggs 2005).
+    """Compute histograms of gradient directions in cells of pixels (Dalal and Triggs 2005).
 
     A pixel's gradient is the difference of its two neighbours along each axis, 0 across the
     border. It votes with its length for the one bin that holds its direction, which is counted
@@ -89,7 +89,6 @@ class Hog(Target):
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """Histograms of each patch's cells; see :class:`~mim.model.targets.Target`."""
         cell, (height, width) = self.settings.cell, self.context.patch_size
         if images.dtype.itemsize < 4:
             images = images.float()

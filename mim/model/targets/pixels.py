@@ -32,6 +32,12 @@ def _normalized(patches: Tensor) -> Tensor:
     return (patches - mean) / deviation
 
 
+def _denormalized(prediction: Tensor, patches: Tensor) -> Tensor:
+    """Undo the normalisation with the statistics of the true patches, which a viewer must know."""
+    mean, deviation = _statistics(patches)
+    return prediction * deviation + mean
+
+
 @TARGETS.register("pixels")
 class Pixels(Target):
     """The pixels themselves."""
@@ -52,23 +58,20 @@ class Pixels(Target):
         return patches_at(images, self.context.patch_size, ids)
 
     def _of(self, patches: Tensor) -> Tensor:
-        """What is predicted of patches (B, M, P), each by itself."""
+        """Turn patches (B, M, P) into what is predicted, each by itself."""
         return patches
 
     @torch.no_grad()
     def forward(self, images: Images, teacher: Teacher | None = None) -> Tensor:
-        """Every patch; see :class:`~mim.model.targets.Target`."""
         return self._of(self._patches(images))
 
     @torch.no_grad()
     def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
-        """The patches ``ids``; see :class:`~mim.model.targets.Target`."""
         if type(self).forward is not Pixels.forward:  # a target of one's own that changes the whole
             return super().at(images, ids, teacher)
         return self._of(self._patches(images, ids))
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
-        """The prediction as it is; see :class:`~mim.model.targets.Target`."""
         return prediction
 
 
@@ -83,9 +86,7 @@ class NormalizedPixels(Pixels):
         return _normalized(patches)
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
-        """Un-normalised with the true patch's mean and deviation, which a viewer must know."""
-        mean, deviation = _statistics(self._patches(images))
-        return prediction * deviation + mean
+        return _denormalized(prediction, self._patches(images))
 
 
 _CUTOFF = Bound(
@@ -138,7 +139,6 @@ class LowPass(Pixels):
         self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
 
     def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
-        """Those of the filtered images; see :class:`Pixels`."""
         assert isinstance(images, Tensor)  # see takes_sizes
         low = filter_images(images, self._vertical, self._horizontal, self._gain)
         return super()._patches(low, ids)
@@ -147,8 +147,6 @@ class LowPass(Pixels):
         return _normalized(patches) if self.settings.normalize else patches
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
-        """The prediction, un-normalised with the filtered patch's statistics where normalised."""
         if not self.settings.normalize:
             return prediction
-        mean, deviation = _statistics(self._patches(images))
-        return prediction * deviation + mean
+        return _denormalized(prediction, self._patches(images))

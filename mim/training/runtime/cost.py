@@ -25,11 +25,11 @@ from mim.model import MaskedImageModel
 def count_flops(
     model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = -1
 ) -> tuple[int, int]:
-    """(forward, backward) floating-point operations an image in training, by torch's counter.
+    """Counts (forward, backward) floating-point operations an image in training.
 
-    The forward count holds all that a step computes: the mask, where its generator looks at the
-    image, and the teacher, where there is one. Attention is counted in its plain form, since the
-    counter does not know every fused kernel.
+    The forward count holds everything that a step computes, a teacher and a mask generator that
+    reads the image included. Attention is counted in its plain form, since torch's counter does
+    not know every fused kernel.
     """
 
     def loss() -> Tensor:
@@ -46,7 +46,7 @@ def count_flops(
 
 
 def flops_of(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
-    """(forward, backward) operations of a loss and its gradients, which are then dropped."""
+    """Counts (forward, backward) operations of a loss; drops the gradients."""
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):
         with forward:
@@ -58,32 +58,28 @@ def flops_of(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has computed what it was asked for."""
+    """Waits until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def resident_bytes() -> int:
-    """The process's largest resident memory so far."""
+    """Returns the process's largest resident memory so far."""
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        return platform.processor()
-    return platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux only
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def environment(
     device: torch.device, processes: int = 1, plugins: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Hardware and versions, as results record them, and the code: digests of what ran."""
+    """Returns hardware, versions and digests of the code, as results record them."""
     package = Path(__file__).parents[2]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -100,7 +96,7 @@ def environment(
 
 
 def _file_of(plugin: str) -> Path:
-    """The file of a plugin that is named as one or as a module."""
+    """Returns the file of a plug-in that is named as a file or a module."""
     if plugin.endswith(".py"):
         return Path(plugin)
     spec = find_spec(plugin)

@@ -1,4 +1,4 @@
-"""What a machine cannot do, said in one line: devices, precisions, memory, determinism."""
+"""One-line errors for what a machine cannot do: devices, precisions, memory, determinism."""
 
 from __future__ import annotations
 
@@ -17,89 +17,80 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 _OPERATION = re.compile(r"(\S+(?: with \S+)?) does not have a deterministic implementation")
 
 
-def pick_device(wanted: str | None, setting: str = "--device") -> str:
-    """A device that is there; None takes the GPU where there is one.
+def pick_device(name: str | None, setting: str = "--device") -> str:
+    """Checks that a device can be used; None takes a GPU where there is one.
 
     Raises:
-        UserError: if it is not, or torch has no such kind.
+        UserError: if it cannot.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted is None:
+    if name is None:
         return "cuda" if gpus else "cpu"
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise setting_error(setting, wanted, "is no device; choose cpu, cuda or cuda:0") from error
+        raise setting_error(setting, name, "is no device; choose cpu, cuda or cuda:0") from error
     if device.type == "cuda" and (device.index or 0) >= gpus:
         there = f"torch {torch.__version__} sees {gpus} GPUs here" if gpus else "torch sees no GPU"
-        raise setting_error(setting, wanted, f"is not there: {there}; choose cpu")
+        raise setting_error(setting, name, f"is not there: {there}; choose cpu")
     try:
         torch.empty(1, device=device).add(1).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise setting_error(setting, wanted, f"cannot be used: {reason}; choose cpu") from error
-    return wanted
+        raise setting_error(setting, name, f"cannot be used: {reason}; choose cpu") from error
+    return name
 
 
 def refused_precision(precision: str, error: Exception) -> UserError:
-    """The error for a precision that Accelerate refuses on this device."""
+    """Builds the error for a precision that Accelerate refuses on this device."""
     reason = " ".join(str(error).split())[:160]
     return setting_error("train.precision", precision, f"is not for this device: {reason}")
 
 
 @contextmanager
 def memory(config: Config, processes: int) -> Iterator[None]:
-    """Says in one line what to set where the memory of a device, or of the machine, is too small.
-
-    Args:
-        config: of the run.
-        processes: how many share a batch.
-
-    Raises:
-        TrainingError: in the place of torch's error.
-    """
+    """Turns torch's errors for want of memory into a TrainingError that says what to set."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        told = " ".join(str(error).split())
+        text = " ".join(str(error).split())
         kind = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if isinstance(error, (TrainingError, WorkerError)) or not (kind or _NO_MEMORY.search(told)):
+        if isinstance(error, (TrainingError, WorkerError)) or not (kind or _NO_MEMORY.search(text)):
             raise
-        reason = re.sub(r"^\[enforce fail.*?\] err == 0\. ", "", told).partition(". ")[0][:160]
-        told = f"out of memory ({reason})" if reason else "out of memory"
-        raise TrainingError(f"{told}: {_advice(config, processes)}") from error
+        reason = re.sub(r"^\[enforce fail.*?\] err == 0\. ", "", text).partition(". ")[0][:160]
+        problem = f"out of memory ({reason})" if reason else "out of memory"
+        raise TrainingError(f"{problem}: {_advice(config, processes)}") from error
 
 
 def _advice(config: Config, processes: int) -> str:
     batch, parts = config.data.batch_size, config.train.accumulate
     at_once = math.ceil(batch / (processes * parts))
-    share = f"data.batch_size {batch}"
-    share += f" over {processes} processes" if processes > 1 else ""
-    found = f"{share} and train.accumulate {parts} are {at_once} images at once. "
+    over = f" over {processes} processes" if processes > 1 else ""
+    advice = "Choose a smaller model or smaller images"
     if at_once > 1:
-        half = math.ceil(at_once / 2)
-        found += (
-            f"Set train.accumulate to {parts * 2} ({half} at once, the same batch; --resume auto "
-            f"goes on), or data.batch_size to {batch // 2} (another run)"
+        advice = (
+            f"Set train.accumulate to {parts * 2} ({math.ceil(at_once / 2)} at once, the same "
+            f"batch; resume with --resume auto), or data.batch_size to {batch // 2} (another run)"
         )
-    else:
-        found += "Choose a smaller model or smaller images"
     if not config.train.gradient_checkpointing:
-        found += ", or train.gradient_checkpointing to true"
-    return found
+        advice += ", or train.gradient_checkpointing to true"
+    return (
+        f"data.batch_size {batch}{over} and train.accumulate {parts} are {at_once} images at once. "
+        f"{advice}"
+    )
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Lets torch use deterministic operations alone; see ``train.deterministic``.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Restricts torch to deterministic operations; see ``train.deterministic``.
 
     Raises:
         UserError: naming an operation that has no deterministic form on this device.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    # cuBLAS reads it when it is first used.
+    # cuBLAS reads it at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark

@@ -1,4 +1,4 @@
-"""What training computes and keeps in fewer bits than float32.
+"""Training in fewer bits than float32.
 
 Autocast (bf16, fp16) computes products in 16 bits and keeps weights in float32. Two options go
 further: float8 products of the blocks' linear layers, by torchao, and weights in bfloat16, whose
@@ -29,23 +29,21 @@ _FLOAT8_GPU = (8, 9)  # Ada and Hopper are the first that have one
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What autocast computes in; None where there is none."""
+    """Returns the dtype of autocast; None in fp32."""
     return _DTYPES.get(precision)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass in a ``train.precision``."""
+    """Returns the context of a forward pass in a ``train.precision``."""
     dtype = autocast_dtype(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def model_on(config: Config, device: torch.device) -> MaskedImageModel:
-    """The model that a config describes, with the kernels that ``train`` asks for there.
-
-    Its weights are in float32; :func:`narrow_weights` is what changes that.
+    """Builds the model of a config, in float32, with the kernels that ``train`` sets.
 
     Raises:
-        UserError: as :func:`mim.build_model`, and where the device has no such kernels.
+        UserError: as :func:`mim.build_model`, and if the device has no such kernels.
     """
     model = build_model(config).to(device)
     train = config.train
@@ -56,18 +54,18 @@ def model_on(config: Config, device: torch.device) -> MaskedImageModel:
 
 
 def blocks_of(model: MaskedImageModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks of the encoder, and those of the decoder if it has any."""
+    """Returns the blocks of the encoder, and those of the decoder if it has any."""
     return family_of(model.backbone).blocks, list(getattr(model.decoder, "blocks", []))
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether a device computes the numbers of a precision without gaining time by it."""
+    """Tells whether a device imitates a precision without gaining time by it."""
     return precision == "fp8" and device.type != "cuda"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings, of Python and of torch's logs."""
+    """Silences warnings of Python and of logging."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -79,11 +77,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _use_float8(model: MaskedImageModel, device: torch.device) -> None:
-    """Let the blocks' linear layers multiply in float8 (Micikevicius et al., arXiv:2209.05433).
+    """Makes the blocks' linear layers multiply in float8 (Micikevicius et al., arXiv:2209.05433).
 
     Weights, activations (e4m3) and gradients (e5m2) are each scaled by their largest value at every
-    step. Embedding, prediction head and attention are left as they are, and so are queries, keys
-    and values of a block that computes them for a part of its tokens.
+    step. Embedding, prediction head and attention stay as they are, and so do queries, keys and
+    values of a block that computes them for only some of its tokens.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_GPU:
         name = torch.cuda.get_device_name(device)
@@ -102,10 +100,7 @@ def _use_float8(model: MaskedImageModel, device: torch.device) -> None:
 
 
 def narrow_weights(model: MaskedImageModel, train: TrainConfig) -> None:
-    """Turn a model's weights into what ``train.weights`` says they are kept in.
-
-    An EMA teacher stays in float32, where its small steps are not lost.
-    """
+    """Casts weights to ``train.weights``; an EMA teacher, whose steps are small, stays float32."""
     if train.weights == "bf16":
         for part in (model.backbone, model.regime, model.decoder):
             part.to(torch.bfloat16)

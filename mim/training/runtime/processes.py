@@ -1,9 +1,9 @@
-"""Several processes of one run: none waits for another for ever, and the missing one is named.
+"""Processes of one run: none waits for another for ever, and a missing one is named.
 
-torch ends an operation of all processes after a time-out, but does not tell which of them is
-missing, nor does a process that hangs elsewhere learn of it. So a thread of each process tells the
-store of torch's rendezvous that it lives and where its main thread is, and looks there whether
-another has failed.
+torch ends a collective operation after a time-out, but does not say which process is missing, and
+a process that hangs elsewhere never learns of it. So a thread of each process writes into the
+store of torch's rendezvous that it is alive and where its main thread is, and reads there whether
+another process has failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _FAILED, _KNOW = "failed", "know"
 _ANSWER = 4.0
 """Seconds that the store may take to answer."""
-_OF_OTHERS = re.compile(r"gloo|NCCL|nccl|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
+_COLLECTIVE = re.compile(r"gloo|NCCL|nccl|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
 # Where the main thread stands while it waits for the other processes.
 _WAITING = re.compile(r"torch/(distributed|autograd|nn/parallel)/")
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
@@ -38,14 +38,10 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib",
 
 @contextmanager
 def gathering(setting: str, seconds: float) -> Iterator[None]:
-    """Around the start of the process group.
-
-    Args:
-        setting: that holds how long they wait for each other.
-        seconds: its value.
+    """Wraps the start of the process group; ``setting`` has ``seconds`` as its time-out.
 
     Raises:
-        LostProcess: when not all processes come.
+        LostProcess: if not all processes arrive in time.
     """
     try:
         yield
@@ -56,15 +52,15 @@ def gathering(setting: str, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def together(rank: int, world: int, seconds: float) -> Iterator[None]:
-    """Work with the other processes of a run; when one is lost, all end.
+    """Works with the other processes of a run; when one is lost, all end.
 
     Args:
         rank: of this process.
-        world: how many there are; 1 changes nothing.
-        seconds: how long an operation of all processes waits, as the process group was told.
+        world: number of processes; 1 changes nothing.
+        seconds: the time-out of the process group.
 
     Raises:
-        LostProcess: when another process died, hangs or failed; names it.
+        LostProcess: naming another process that died, hangs or failed.
     """
     if world == 1:
         yield
@@ -73,12 +69,14 @@ def together(rank: int, world: int, seconds: float) -> Iterator[None]:
     watch.start()
     try:
         yield
-    except Interrupted:  # by all, after the same step
+    except Interrupted:  # all processes end after the same step
         raise
     except BaseException as error:
         watch.ending.set()
-        if not _of_others(error):
-            watch.tell(f"rank {rank} {_line(error)}")
+        if not _is_collective(error):
+            interrupted = isinstance(error, KeyboardInterrupt)
+            how = "was interrupted" if interrupted else f"failed: {_text(error)}"
+            watch.tell(f"rank {rank} {how}")
             watch.linger()
             raise
         reason = watch.explain(error)
@@ -88,17 +86,11 @@ def together(rank: int, world: int, seconds: float) -> Iterator[None]:
         watch.stop()
 
 
-def _of_others(error: BaseException) -> bool:
-    """Whether it says that an operation of all processes failed."""
+def _is_collective(error: BaseException) -> bool:
+    """Tells whether an operation of all processes failed."""
     if isinstance(error, dist.DistError):
         return True
-    return type(error) is RuntimeError and _OF_OTHERS.search(str(error)) is not None
-
-
-def _line(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "was interrupted"
-    return f"failed: {_text(error)}"
+    return type(error) is RuntimeError and _COLLECTIVE.search(str(error)) is not None
 
 
 def _text(error: BaseException) -> str:
@@ -107,14 +99,14 @@ def _text(error: BaseException) -> str:
 
 
 class _Watch(threading.Thread):
-    """Tells the store that this process lives, and ends it when another has failed.
+    """Tells the store that this process is alive, and ends it when another has failed.
 
     Attributes:
-        ending: set when the main thread is on its way out by itself.
-        told: why all end, once another has told.
+        ending: set when the main thread is already ending.
+        reason: why all processes end, once another has said so.
     """
 
-    told = ""
+    reason = ""
 
     def __init__(self, rank: int, world: int, seconds: float) -> None:
         super().__init__(name="mim-processes", daemon=True)
@@ -133,11 +125,11 @@ class _Watch(threading.Thread):
     def _beat(self) -> None:
         self._count += 1
         waits, place = self._place()
-        told = (str(self._count), socket.gethostname(), "waits" if waits else "works", place)
-        self._store.set(str(self.rank), "\n".join(told))
+        beat = (str(self._count), socket.gethostname(), "waits" if waits else "works", place)
+        self._store.set(str(self.rank), "\n".join(beat))
 
     def _place(self) -> tuple[bool, str]:
-        """Whether the main thread waits for others, and the line of mim or a plugin it is at."""
+        """Returns whether the main thread waits for others, and its line in mim or a plug-in."""
         frame = sys._current_frames().get(self._main)
         if frame is None:
             return False, "its end"
@@ -154,18 +146,16 @@ class _Watch(threading.Thread):
                     return
                 self._beat()
                 failed = self._store.check([_FAILED])
-            self.told = self._store.get(_FAILED).decode()
+            self.reason = self._store.get(_FAILED).decode()
             self._know()
         except (dist.DistError, RuntimeError):
-            self.told = self._no_store()
-        # The main thread notices by itself, where it waits for the others.
+            self.reason = self._no_store()
+        # If the main thread waits for the others, it notices by itself.
         if self._stopped.wait(4 * self.interval) or self.ending.is_set():
             return
-        self._end(f"{self.told}; rank {self.rank} was at {self._place()[1]}")
-
-    def _end(self, reason: str) -> NoReturn:
-        """End the process from beside its main thread, which hangs."""
-        sys.stderr.write(f"mim: error: rank {self.rank}: {reason}\n")
+        # It hangs elsewhere.
+        where = f"rank {self.rank} was at {self._place()[1]}"
+        sys.stderr.write(f"mim: error: rank {self.rank}: {self.reason}; {where}\n")
         sys.stderr.flush()
         os._exit(LostProcess.code)
 
@@ -174,16 +164,16 @@ class _Watch(threading.Thread):
         self.join(self.interval)
 
     def tell(self, reason: str) -> str:
-        """Let the others know why this process ends; returns the reason that was told first."""
-        told = _within(_ANSWER, lambda: self._store.compare_set(_FAILED, "", reason))
-        return reason if told is None else told.decode()
+        """Tells the others why this process ends; returns the reason that was told first."""
+        first = _within(_ANSWER, lambda: self._store.compare_set(_FAILED, "", reason))
+        return reason if first is None else first.decode()
 
     def linger(self) -> None:
-        """Let the others read why: the store ends with rank 0."""
+        """Gives the others time to read the reason: the store ends with rank 0."""
         _within(3 * self.interval, self._until_all_know)
 
     def _know(self) -> int:
-        """How many processes know that the run ends."""
+        """Returns how many processes know that the run ends, this one included."""
         if not self._knows:
             self._knows = True
             return self._store.add(_KNOW, 1)
@@ -199,16 +189,15 @@ class _Watch(threading.Thread):
         return f"nobody answers at {address}, where rank 0 runs: it, or its machine, is gone"
 
     def explain(self, error: BaseException) -> str:
-        """Who is missing, in a line, after an operation of all processes has failed."""
-        if self.told:
-            return self.told
-        limit = 3 * self.interval + _ANSWER
-        found = _within(limit, self._look)
+        """Names the missing process after an operation of all processes has failed."""
+        if self.reason:
+            return self.reason
+        found = _within(3 * self.interval + _ANSWER, self._look)
         if found is None:
             return self._no_store()
-        told, before, after = found
-        if told:
-            return told
+        reason, before, after = found
+        if reason:
+            return reason
         others = [rank for rank in range(self.world) if rank != self.rank]
         silent = [rank for rank in others if after[rank] == before[rank]]
         lines = [f"rank {r} on {after[r][1]} no longer answers" for r in silent]
@@ -219,7 +208,7 @@ class _Watch(threading.Thread):
         return self.tell("; ".join(lines[:4]) + f"{more} (after: {_text(error)[:200]})")
 
     def _look(self) -> tuple[str, list[list[str]], list[list[str]]]:
-        """What another has told, if any has; and the beats, some time apart."""
+        """Returns the reason that another process gave, if any, and beats some time apart."""
         before = self._beats()
         for _ in range(3):
             time.sleep(self.interval)
@@ -228,7 +217,7 @@ class _Watch(threading.Thread):
         return "", before, self._beats()
 
     def _beats(self) -> list[list[str]]:
-        """What each rank told last: a count, its host, whether it waits, and its place."""
+        """Returns the last beat of each rank: count, host, whether it waits, and place."""
         keys = [str(rank) for rank in range(self.world)]
         unknown = ["0", "?", "", "?"]
         return [
@@ -238,7 +227,7 @@ class _Watch(threading.Thread):
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """The store's answer; None where it gives none, which torch does not bound in all cases."""
+    """Asks the store, with a time-out that torch does not always keep; None is no answer."""
     answers: list[T] = []
 
     def run() -> None:

@@ -1,8 +1,8 @@
-"""One copy of weights, gradients and moments among all processes (PyTorch's FSDP2).
+"""Weights, gradients and moments sharded over all processes (PyTorch's FSDP2).
 
-Each block's weights are gathered for its part of a step, those of the next one meanwhile, and its
-gradients are shared out when it has them; what is left of the model is gathered for the whole step.
-What is saved is whole, so that a run goes on with any number of processes, sharded or not.
+Each block's weights are gathered for its part of a step, and its gradients are scattered after it.
+The rest of the model is gathered for the whole step. Checkpoints hold full tensors, so that a run
+resumes with any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mim.training.runtime.precision import blocks_of
 
 
 class Losses(NamedTuple):
-    """What a step needs of a model's output; FSDP follows tensors through tuples alone."""
+    """The losses of a step as a tuple, since FSDP finds output tensors only in tuples."""
 
     loss: Tensor
     reconstruction: Tensor
 
 
 class Sharded(nn.Module):
-    """A model whose parameters lie on all processes; shards those of ``model`` in place."""
+    """Shards the parameters of ``model`` over all processes, in place."""
 
     def __init__(self, model: MaskedImageModel, accelerator: Accelerator) -> None:
         super().__init__()
@@ -50,7 +50,6 @@ class Sharded(nn.Module):
         fully_shard(self, mesh=mesh)
 
     def forward(self, images: Images, mask: PatchMask, weight: Tensor | None = None) -> Losses:
-        """As :meth:`MaskedImageModel.forward`."""
         with self._autocast():
             output = self.model(images, mask, weight)
         return Losses(output.loss.float(), output.reconstruction.float())
@@ -61,7 +60,7 @@ def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def gather_full(value: Any) -> Any:
-    """A state with every sharded tensor gathered; all processes call it, in the same order."""
+    """Gathers every sharded tensor of a state; all processes call it, in the same order."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -72,22 +71,22 @@ def gather_full(value: Any) -> Any:
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a model, sharded or not, a whole state."""
+    """Loads a full state into a model, sharded or not."""
     own = model.state_dict()
-    model.load_state_dict({k: _shared_out(v, own[k]) if k in own else v for k, v in state.items()})
+    model.load_state_dict({k: _shard(v, own[k]) if k in own else v for k, v in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer, of sharded parameters or not, a whole state."""
+    """Loads a full state into an optimizer, of sharded parameters or not."""
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                moments[name] = _shared_out(value, parameter)
+                moments[name] = _shard(value, parameter)
 
 
-def _shared_out(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has, where ``like`` is sharded."""
+def _shard(value: Tensor, like: Tensor) -> Tensor:
+    """Returns this process's part of a full tensor if ``like`` is sharded."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     value = value.to(like.device)

@@ -1,4 +1,4 @@
-"""TensorBoard and wandb, through Accelerate's trackers; wandb is imported only where asked for.
+"""TensorBoard and wandb, through Accelerate's trackers; wandb is imported only if configured.
 
 Names are an interface, see docs/howto/trackers.md.
 """
@@ -29,17 +29,17 @@ from mim.core.progress import note
 from mim.core.settings import flatten, to_dict
 
 _MOST_WAITING = 1000
-"""Calls that a tracker may be behind."""
+"""Number of waiting calls at which a tracker is dropped."""
 
 
 def tracker_names(config: Config) -> list[str]:
-    """The trackers that a config asks for."""
+    """Lists the trackers that a config enables."""
     names = ["tensorboard"] if config.log.tensorboard else []
     return [*names, "wandb"] if config.log.wandb != "disabled" else names
 
 
 def _tags(config: Config) -> list[str]:
-    """What runs are filtered by; wandb takes up to 64 characters each."""
+    """Lists the tags that runs are filtered by; wandb allows 64 characters each."""
     model = config.model
     tags = (
         f"regime:{model.regime.name}",
@@ -55,8 +55,8 @@ def _tags(config: Config) -> list[str]:
 
 
 @contextmanager
-def _one_line(config: Config) -> Iterator[None]:
-    """What wandb refuses (no key, no network) as a mistake in the settings."""
+def _wandb_errors(config: Config) -> Iterator[None]:
+    """Turns what wandb refuses (no key, no network) into a UserError."""
     if config.log.wandb == "disabled":
         yield
         return
@@ -70,15 +70,14 @@ def _one_line(config: Config) -> Iterator[None]:
 
 
 class Trackers:
-    """The trackers of a run, none of which can stop it or keep it waiting.
+    """The trackers of a run, none of which can stop it or make it wait.
 
-    Each is called by a thread of its own, in order. One that fails (its server, its disk, its
-    process), or is busy with one call for too long, is told in a line and left out from then on:
-    ``metrics.jsonl`` has everything. Leaving waits for them, so long at most.
+    A thread calls each of them, in order. A tracker that fails, or that takes too long for a
+    call, is dropped with a note: ``metrics.jsonl`` has everything.
 
     Args:
         trackers: of Accelerate.
-        seconds: how long one may take for a call, and for all that is left at the end.
+        seconds: how long one may take for a call, and for all remaining calls at the end.
     """
 
     def __init__(self, trackers: Sequence[GeneralTracker], seconds: float) -> None:
@@ -99,16 +98,14 @@ class Trackers:
             for tracker, calls in list(self._trackers):
                 done = calls.wait(max(0.0, end - time.monotonic()))
                 calls.end()
-                if error := calls.error or (
-                    None if done else _no_answer(tracker.name, self._seconds)
-                ):
-                    _tell(tracker.name, error)
+                if error := _error(tracker.name, calls, done, self._seconds):
+                    _note_failure(tracker.name, error)
         finally:
             self._trackers.clear()
             threading.excepthook = self._hook
 
     def _in_thread(self, args: threading.ExceptHookArgs) -> None:
-        # TensorBoard writes in a thread of its own, and raises the same in the next call here.
+        # TensorBoard writes in a thread of its own and raises the same error in the next call.
         if not type(args.thread).__module__.startswith("tensorboard."):
             self._hook(args)
 
@@ -125,39 +122,38 @@ class Trackers:
                 continue
             self._trackers.remove(pair)
             calls.end()
-            _tell(tracker.name, error)
+            _note_failure(tracker.name, error)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Give numbers."""
         self._each(lambda tracker: tracker.log(values, step=step))
 
     def picture(self, path: Path, step: int) -> None:
-        """Show a picture as ``reconstructions``."""
+        """Shows a picture as ``reconstructions``."""
         self._each(lambda tracker: track_picture([tracker], path, step))
 
 
 def _no_answer(name: str, seconds: float) -> TimeoutError:
-    """The error for a tracker that hangs; the end of the process does not wait for it either."""
+    """Builds the error for a tracker that hangs, and keeps it from delaying Python's exit."""
     if name == "wandb":
         atexit.register(_leave_wandb)
     return TimeoutError(f"no answer for {seconds:g} s, see log.timeout")
 
 
-def _within(seconds: float, name: str, act: Callable[[], object]) -> None:
-    """Do something with a tracker.
+def _error(name: str, calls: BackgroundWriter, done: bool, seconds: float) -> BaseException | None:
+    return calls.error or (None if done else _no_answer(name, seconds))
 
-    Raises:
-        TimeoutError: where that takes longer; what it itself raises.
-    """
+
+def _within(seconds: float, name: str, act: Callable[[], object]) -> None:
+    """Calls a tracker; raises what it raises, or TimeoutError if it takes longer."""
     calls = BackgroundWriter(f"mim-{name}")
     calls.ask(act)
     done = calls.wait(seconds)
     calls.end()
-    if error := calls.error or (None if done else _no_answer(name, seconds)):
+    if error := _error(name, calls, done, seconds):
         raise error
 
 
-def _tell(
+def _note_failure(
     name: str,
     error: BaseException,
     loses: str = "gets nothing more of this run",
@@ -169,7 +165,7 @@ def _tell(
 
 
 def _leave_wandb() -> None:
-    """Before wandb waits for its service, at the end of Python, for ever."""
+    """Ends wandb's service, for which wandb would wait for ever when Python exits."""
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if child.name().startswith("wandb-core"):
@@ -185,16 +181,12 @@ def _leave_wandb() -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Trackers:
-    """Open the trackers of a run: its config, its name, group and tags.
+    """Opens the trackers of a run and gives them its config, name, group and tags.
 
-    Args:
-        accelerator: of the run.
-        config: of the run.
-        step: where it goes on; then a tracker that cannot start is left out, as one that fails
-            later.
+    A tracker that cannot start is left out when a run resumes.
 
     Raises:
-        UserError: if a run that begins cannot reach wandb, has no key for it, or cannot write
+        UserError: if a new run cannot reach wandb, has no key for it, or cannot write
             TensorBoard's files.
     """
     seconds = config.log.timeout
@@ -216,12 +208,12 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
     started = []
     for name in accelerator.log_with:  # one by one, so that each can fail alone
         called = str(getattr(name, "value", name))
-        # One that comes too late comes to a copy: none is closed by Accelerate.
-        its = copy.copy(accelerator)
-        its.log_with, its.trackers = [name], []
-        start = partial(its.init_trackers, config.log.project, config=scalars, init_kwargs=options)
+        # Into a copy, so that Accelerate closes none, not even one that starts too late.
+        own = copy.copy(accelerator)
+        own.log_with, own.trackers = [name], []
+        start = partial(own.init_trackers, config.log.project, config=scalars, init_kwargs=options)
         try:
-            with _one_line(config):
+            with _wandb_errors(config):
                 if sys.stdin is not None and sys.stdin.isatty():
                     start()  # wandb may ask for a key
                 else:
@@ -235,14 +227,14 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> Track
                 raise UserError(f"log.{called}: {reason}") from error
             if step == 0:
                 raise
-            _tell(called, error)
+            _note_failure(called, error)
         else:
-            started += its.trackers
+            started += own.trackers
     return Trackers(started, seconds)
 
 
 def track_picture(trackers: Sequence[GeneralTracker], path: Path, step: int) -> None:
-    """Show a picture as ``reconstructions``."""
+    """Shows a picture as ``reconstructions``."""
     for tracker in trackers:
         with Image.open(path, formats=["PNG"]) as image:
             if tracker.name == "tensorboard":
@@ -260,22 +252,20 @@ def track_report(
     table: tuple[list[str], list[list[str]]],
     text: str,
 ) -> None:
-    """Give a comparison's report to the trackers: a table, and the files as an artifact.
-
-    One that fails, or takes longer than ``log.timeout``, is told in a line.
+    """Gives a comparison's report to the trackers; notes those that fail or take too long.
 
     Args:
-        config: the base config; its ``log`` says where to.
+        config: the base config; its ``log`` names the trackers.
         name: of the comparison.
         folder: of the comparison.
-        files: of the report.
+        files: of the report, given as an artifact.
         table: (heads, rows), logged as ``results``.
         text: Markdown, shown as ``report`` where a tracker shows text.
     """
     names = tracker_names(config)
     if not names:
         return
-    PartialState(cpu=True)  # the trackers ask it who is the main process; no GPU is touched
+    PartialState(cpu=True)  # which the trackers need; touches no GPU
 
     def to_tensorboard() -> None:
         board = TensorBoardTracker("report", folder / "logs")
@@ -310,4 +300,4 @@ def track_report(
         try:
             _within(config.log.timeout, called, give[called])
         except (Exception, SystemExit) as error:  # theirs are of any kind
-            _tell(called, error, "does not get the report", "")
+            _note_failure(called, error, "does not get the report", "")
