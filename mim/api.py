@@ -25,23 +25,19 @@ def compare(
 ) -> Path:
     """Run a comparison and write its report.
 
-    What fails is told on stderr and in the report. What is kept of an earlier call, and what is
-    refused, says :func:`mim.compare.runner.run_comparison`.
-
     Args:
         config: the comparison.
         command: how it was called, for the report.
         show: live (a table of all runs, on a terminal), plain (lines), quiet (failures alone), all
-            on stderr; auto is live on a terminal and plain elsewhere. Where it is live, what a run
-            prints to stderr goes to ``stderr.log`` in its folder.
+            on stderr; auto is live on a terminal and plain elsewhere.
         launch: where the runs are computed; by default here, one after the other.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        UserError: for a mistake in the config, before any training.
-        KeyboardInterrupt: after a signal, with everything saved.
+        UserError, KeyboardInterrupt: as :func:`mim.compare.runner.run_comparison`, which also says
+            what is kept of an earlier call.
     """
     return compare_runs(config, command, show, launch)[0]
 
@@ -56,18 +52,20 @@ def compare_runs(
         show = "live" if Console(stderr=True).is_terminal else "plain"
     output = Path(config.output)
     watch = functools.partial(live_overview, output, Console(stderr=True))
-
-    def report() -> None:
-        write_report(output)
-        _track(config, output)
-
-    shown = watch if show == "live" else None
-    failed = run_comparison(config, command, show, launch, watch=shown, on_end=report)
+    failed = run_comparison(
+        config,
+        command,
+        show,
+        launch,
+        watch=watch if show == "live" else None,
+        on_end=lambda: _report(config, output),
+    )
     return output / "report.html", failed
 
 
-def _track(config: CompareConfig, output: Path) -> None:
-    """Give the report to the trackers, where there are any."""
+def _report(config: CompareConfig, output: Path) -> None:
+    """Write the report and give it to the trackers, where there are any."""
+    write_report(output)
     files = [output / name for name in ("report.html", "report.md", "results.csv")]
     files += sorted((output / "tables").iterdir())
     text = (output / "report.md").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ def _add_steps(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def _give(options: argparse.Namespace, figures: Mapping[str, Any], table: str) -> None:
-    """The figures and the table, to where the options want them."""
+    """Show the figures and the table where the options ask for them."""
     from mim.compare.cost import append_table
 
     if getattr(options, "append", None):
@@ -82,16 +82,16 @@ def _run_step(options: argparse.Namespace) -> int:
 
 def _variants(text: str) -> dict[str, list[str]]:
     """JSON of names and dotted settings -> the settings as arguments."""
-    wanted = "must be a JSON mapping of names to mappings of dotted settings"
+    form = "must be a JSON mapping of names to mappings of dotted settings"
     try:
-        told = json.loads(text)
+        variants = json.loads(text)
     except ValueError as error:
-        raise setting_error("--variants", text, f"{wanted} ({error})") from error
-    if not isinstance(told, dict) or not all(isinstance(each, dict) for each in told.values()):
-        raise setting_error("--variants", text, wanted)
+        raise setting_error("--variants", text, f"{form} ({error})") from error
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise setting_error("--variants", text, form)
     return {
         name: [f"--{key}={_argument(value)}" for key, value in settings.items()]
-        for name, settings in told.items()
+        for name, settings in variants.items()
     }
 
 

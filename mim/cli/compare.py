@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from mim.cli.options import Verb, add_json, add_pairs, read_pairs, say, show
+from mim.cli.options import Verb, add_json, add_words, read_pairs, say, show
 
 DETAILS = (
     "Pre-train every combination of the axes from one base config (--base.KEY VALUE), evaluate "
     "each the same way, and write report.html, report.md and results.csv. Call it again to go "
-    "on: finished runs are kept. --show live, plain or quiet says what is told meanwhile (live "
+    "on: finished runs are kept. --show live, plain or quiet says what is shown meanwhile (live "
     "is a table of all runs, and the default on a terminal); --json FILE also writes every "
     "run's state and numbers (- for stdout). --plan runs nothing and says what the comparison "
     "takes and what difference it can show. --jobs N computes N runs at once: they share the "
@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every run's state and numbers")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--launcher", default="local", help="local or submitit")
-    add_pairs(parser, "--slurm", "what a job of submitit needs")
+    add_words(parser, "--slurm", "what a job of submitit needs")
 
 
 def _config_kind() -> type:

@@ -22,7 +22,7 @@ from mim.cli.options import (
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    about = "decode so many of each split, not all"
+    about = "number of images of each split to decode; by default all"
     parser.add_argument("--images", type=at_least_one, help=about)
     add_file(parser, "--output", "the sheet; by default inspect.png", "PNG")
     parser.set_defaults(output="inspect.png")
@@ -48,7 +48,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
 
 def _stats_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--images", type=at_least_one, help="read so many, not all")
+    parser.add_argument("--images", type=at_least_one, help="number to read; by default all")
     add_file(parser, "--output", "also write them to this YAML file")
 
 
@@ -124,7 +124,7 @@ PACK = Verb(
     _pack_options,
     _run_pack,
     "Write an image set as a few large files, with labels, ids, class names and digests, for\n"
-    "--data.source packed --data.path OUT. Call it again after a kill: it goes on; or when it\n"
-    "has ended: it checks every byte.",
+    "--data.source packed --data.path OUT. Called again after a kill it resumes; called\n"
+    "again when it has ended it checks every byte.",
 )
 VERB = VerbGroup("data", "Look at data sets and prepare them.", [INSPECT, STATS, PACK])

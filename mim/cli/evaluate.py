@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mim.cli.options import Verb, add_device, add_json, add_pairs, read_pairs, show
+from mim.cli.options import Verb, add_device, add_json, add_words, read_pairs, show
 from mim.core.errors import UserError
 
 DETAILS = (
@@ -23,7 +23,7 @@ DETAILS = (
     "segment      semantic segmentation of images of its own (--set path=DIR); pictures\n"
     "detect       detection, likewise\n"
     "analysis     each layer's probe, reach of attention, effective rank; figures\n\n"
-    "What trains goes on where it was interrupted when the same is called again on a folder,\n"
+    "Training that was interrupted resumes when the same is called again on the run folder,\n"
     "and takes several processes: accelerate launch -m mim evaluate ...; when one is lost,\n"
     "the others say which and end with exit code 75.\n\n"
     "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
@@ -38,12 +38,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
-    add_pairs(parser, "--set", "settings")
+    add_words(parser, "--set", "settings")
     own = "Python files or modules that register evaluations or components of your own"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
     add_device(parser)
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, of the encoder")
-    lost = "of several processes: seconds after which one that others wait for is lost; 600"
+    lost = "seconds after which a process that others wait for counts as lost; by default 600"
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help=lost)
     add_json(parser, "write every number")
 

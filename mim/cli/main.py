@@ -36,27 +36,14 @@ from mim.core.cpu.process import choose_waiting
 from mim.core.errors import UserError
 from mim.core.signals import between_imports
 
-if (
-    "RANK" in os.environ
-):  # torch would show C++ stacks of connections that break; mim names the cause
+if "RANK" in os.environ:  # torch would show C++ stacks of broken connections; mim names the cause
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Large tensors in pages of 2 MB: the first touch of each small page costs more than a write to it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _IN_ORDER: list[Verb | VerbGroup] = [
-    pretrain.VERB,
-    evaluate.VERB,
-    compare.VERB,
-    report.VERB,
-    visualize.VERB,
-    bench.VERB,
-    data.VERB,
-    export.VERB,
-    imports.VERB,
-    runs.VERB,
-    runs.DIFF,
-    doctor.VERB,
-    debug.VERB,
+    *(pretrain.VERB, evaluate.VERB, compare.VERB, report.VERB, visualize.VERB, bench.VERB),
+    *(data.VERB, export.VERB, imports.VERB, runs.VERB, runs.DIFF, doctor.VERB, debug.VERB),
     completion.VERB,
 ]
 VERBS = {verb.name: verb for verb in _IN_ORDER}
@@ -113,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """Says what is wrong, in a line; None for an error that is not the user's to mend."""
+    """Say what is wrong, in a line; return None for an error that is not the user's to mend."""
     code = getattr(error, "code", None)
     # Some of these are of modules that import torch, which most verbs need not wait for.
     kind = type(error).__name__
@@ -146,7 +133,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _unread() -> bool:
-    """Whether who read the output, such as ``head``, has gone; another pipe may have broken."""
+    """Whether the output's reader, such as ``head``, has gone; another pipe may have broken."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -157,7 +144,7 @@ def _several() -> bool:
 
 
 def _tell(error: Exception | str) -> None:
-    """Which process it was, of several, and what is wrong."""
+    """Say what is wrong, and in which process where there are more than one."""
     who = f"rank {os.environ.get('RANK', '0')}: " if _several() else ""
     print(f"mim: error: {who}{error}", file=sys.stderr)
 

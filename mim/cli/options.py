@@ -23,22 +23,13 @@ class OutputFile(str):
     """A file that a verb writes: one that cannot be written is refused before the work."""
 
 
-def _output_file(text: str) -> OutputFile:
-    return OutputFile(text)
-
-
 class VerbParser(argparse.ArgumentParser):
     """Raises a mistake as one line and takes no option by its beginning."""
 
     def __init__(self, prog: str, description: str, add_help: bool = True) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog=prog,
-            description=description,
-            add_help=add_help,
-            formatter_class=raw,
-            allow_abbrev=False,
-        )
+        form: Any = {"add_help": add_help, "formatter_class": raw, "allow_abbrev": False}
+        super().__init__(prog=prog, description=description, **form)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{self.prog}: {message}")
@@ -174,7 +165,7 @@ def add_file(
     parser: argparse.ArgumentParser, option: str, about: str, metavar: str = "FILE"
 ) -> None:
     """A file that the verb writes; see :class:`OutputFile`."""
-    add = parser.add_argument(option, type=_output_file, metavar=metavar, help=about)
+    add = parser.add_argument(option, type=OutputFile, metavar=metavar, help=about)
     add.complete = FILE  # type: ignore[attr-defined]
 
 
@@ -184,7 +175,7 @@ def add_json(parser: argparse.ArgumentParser, about: str = "write all of it as J
 
 
 def show(options: argparse.Namespace, value: Any, text: Callable[[], None]) -> None:
-    """Give what ``--json`` asks for, and unless that is stdout's, the text."""
+    """Write what ``--json`` asks for; print the text unless the JSON goes to stdout."""
     from mim.core.files import write_json_atomic
     from mim.core.terminal import show_json
 
@@ -217,18 +208,15 @@ def add_list(
     parser.add_argument(option, type=read, action="extend", help=f"{about}; separated by commas")
 
 
-def add_pairs(parser: argparse.ArgumentParser, option: str, about: str) -> None:
-    """``KEY=VALUE`` pairs; an option that is repeated adds to them."""
-    add_words(parser, option, about, "KEY=VALUE")
-
-
-def add_words(parser: argparse.ArgumentParser, option: str, about: str, metavar: str) -> None:
+def add_words(
+    parser: argparse.ArgumentParser, option: str, about: str, metavar: str = "KEY=VALUE"
+) -> None:
     """Words; an option that is repeated adds to them."""
     parser.add_argument(option, nargs="+", action="extend", default=[], metavar=metavar, help=about)
 
 
 def read_pairs(pairs: Sequence[str], option: str) -> dict[str, Any]:
-    """The values of :func:`add_pairs`, read as YAML.
+    """The values of ``KEY=VALUE`` words, read as YAML.
 
     Raises:
         UserError: for a pair that cannot be read.
@@ -262,7 +250,7 @@ def at_least_one(text: str) -> int:
 
 
 def prepare_file(path: Path, option: str) -> None:
-    """Refuse, before the work, a place where no file can be written.
+    """Refuse, before the work, a path where no file can be written.
 
     Raises:
         UserError: naming the option.

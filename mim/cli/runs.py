@@ -10,7 +10,7 @@ from mim.cli.options import Verb, add_json, add_words, show
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="where to look")
-    add_words(parser, "--where", "conditions", "KEY=VALUE")
+    add_words(parser, "--where", "conditions")
     add_words(parser, "--show", "more columns", "KEY")
     add_json(parser)
 

@@ -56,20 +56,20 @@ def _run(options: argparse.Namespace) -> int:
     from mim.training.checkpoint import read_config
     from mim.training.settings import load_config
 
-    place = Path(options.run)
-    config = load_config(place) if place.is_file() else read_config(place)
-    if options.what not in ("masks", "algebra") and not place.is_dir():
-        raise UserError(f"visualize {options.what}: {str(place)!r} is not a run folder")
-    folder = place.parent if place.is_file() else place
+    path = Path(options.run)
+    config = load_config(path) if path.is_file() else read_config(path)
+    if options.what not in ("masks", "algebra") and not path.is_dir():
+        raise UserError(f"visualize {options.what}: {str(path)!r} is not a run folder")
+    folder = path.parent if path.is_file() else path
     output = Path(options.output or folder / f"{options.what}.png")
     prepare_file(output, "--output")
     if options.what == "masks":
-        figure = _masks(config, place, options)
+        figure = _masks(config, path, options)
     elif options.what == "reconstruct":
-        given = (options.indices, options.generators, options.ratios)
-        figure = visualize.reconstruction_figure(place, options.images or 4, *given)
+        chosen = (options.indices, options.generators, options.ratios)
+        figure = visualize.reconstruction_figure(path, options.images or 4, *chosen)
     elif options.what == "attention":
-        figure = visualize.attention_figure(place, options.images or 4, options.indices)
+        figure = visualize.attention_figure(path, options.images or 4, options.indices)
     else:
         figure = visualize.algebra_figure(config)
     visualize.save_figure(figure, output)
@@ -78,11 +78,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _masks(config: Config, place: Path, options: argparse.Namespace) -> Figure:
+def _masks(config: Config, path: Path, options: argparse.Namespace) -> Figure:
     from mim.evaluate.visualize import RATIOS, draw_masks, mask_figure
     from mim.training.loading import load
 
-    model = load(place) if place.is_dir() else None
+    model = load(path) if path.is_dir() else None
     drawn = draw_masks(config, options.generators, options.ratios or RATIOS, model=model)
     refused = [item for item in drawn if item.refusal]
     if len(refused) == len(drawn):

@@ -28,7 +28,7 @@ _SIDE = 96
 def write_disagreement(
     output: Path, groups: Mapping[str, Sequence[Path]], evaluation: str, data: DataConfig
 ) -> bool:
-    """Finds the images and keeps them; returns whether there were any.
+    """Find the images and keep them; return whether there were any.
 
     Args:
         output: the comparison's folder.

@@ -15,13 +15,13 @@ class Forecast:
     """What is known of a comparison before it runs.
 
     Attributes:
-        groups: how many there are.
-        seeds: of each group, or (least, most).
-        references: runs that train nothing.
-        finished: runs that have a result already.
+        groups: their number.
+        seeds: the least and the most that a group takes.
+        references: number of runs that train nothing.
+        finished: number of runs that have a result already.
         seconds: what each finished run took.
         jobs: runs at once.
-        values: group -> seed -> the primary measure, of finished runs; what spreads over seeds.
+        values: group -> seed -> the primary measure, of finished runs.
         scale: printed over stored value: 100 for points of per cents.
         against: whether all groups are compared with one of them.
     """

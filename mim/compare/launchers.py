@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -42,7 +42,7 @@ class Launch:
     Attributes:
         jobs: how many at once. Of several on one machine, speed and memory tell little.
         launcher: local, or submitit (SLURM; needs ``mim[slurm]``).
-        slurm: what submitit is told: timeout_min, slurm_partition, gpus_per_node, ...
+        slurm: submitit's parameters: timeout_min, slurm_partition, gpus_per_node, ...
     """
 
     jobs: int = 1
@@ -58,28 +58,8 @@ class Launch:
             raise setting_error("--slurm", self.slurm, "is for --launcher submitit")
 
 
-class Jobs(Protocol[T]):
-    """Where runs are computed.
-
-    Attributes:
-        running: what was started and has not ended.
-    """
-
-    @property
-    def running(self) -> Collection[object]: ...
-
-    def start(self, item: T) -> None:
-        """Start a run."""
-
-    def wait(self) -> list[tuple[T, int]]:
-        """Those that have ended, one at least, each with its exit code."""
-
-    def stop(self) -> list[tuple[T, int | None]]:
-        """Let all save, and wait for them; each with its exit code, None where it does not end."""
-
-
 class LocalJobs(Generic[T]):
-    """A process of this machine for each run.
+    """A process of this machine for each run; ``running`` are those that have not ended.
 
     Args:
         work: computes a run; returns its exit code.
@@ -92,7 +72,7 @@ class LocalJobs(Generic[T]):
         self._context = server_context()
 
     def start(self, item: T) -> None:
-        """Start a process."""
+        """Start a run."""
         place = min(set(range(self.count)) - {place for _, _, place in self.running.values()})
         arguments = (self.work, item, place, self.count)
         process = self._context.Process(target=_child, args=arguments)
@@ -166,15 +146,15 @@ def server_context() -> Any:
 
 _SECONDS = 1.0
 _LEAVE = 60.0
-"""Seconds that jobs which are stopped have to save and leave. SLURM's own limit is KillWait."""
+"""Seconds that stopped jobs have to save and leave. SLURM's own limit is KillWait."""
 _CANCEL = 10.0
 """Seconds more, once they are killed."""
 FOLDER = "submitit"
-"""In the comparison's folder: what jobs were told and wrote."""
+"""In the comparison's folder: the jobs' inputs and logs."""
 
 
 class Job(Generic[T]):
-    """One run as a job; called again after a pre-emption it goes on from its checkpoint.
+    """One run as a job; after a pre-emption it is called again and resumes from its checkpoint.
 
     Args:
         work: computes a run; returns its exit code.
@@ -200,7 +180,7 @@ class Job(Generic[T]):
 
 
 class SubmittedJobs(Generic[T]):
-    """A job of the cluster for each run; this process waits for them.
+    """A job of the cluster for each run; this process waits for those in ``running``.
 
     Args:
         work: computes a run; returns its exit code.

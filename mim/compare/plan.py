@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class CompareConfig:
     """What decides: an evaluation, or one of its numbers (knn.accuracy); by default the first
     evaluation."""
     margin: float = 1.0
-    """Two groups are as good as each other within so many points."""
+    """Points within which two groups are as good as each other."""
     against: str = ""
     """The group that all others are compared with, by its value on an axis; by default all pairs
     are compared."""
@@ -118,21 +118,18 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a comparison, or one of its two kinds of reference.
-
-    Attributes:
-        folder: name of its folder.
-        kind: run, untrained, pixels or given.
-        axes: dotted key -> value.
-        config: of the run; ``output`` is its folder.
-        given: the run folder whose encoder is evaluated, of kind given.
-    """
+    """One run of a comparison, or a reference."""
 
     folder: str
+    """Name of its folder."""
     kind: str
+    """``run``, ``untrained``, ``pixels`` or ``given``."""
     axes: dict[str, Any]
+    """Dotted key -> value."""
     config: Config
+    """Of the run; ``output`` is its folder."""
     given: str = ""
+    """Of kind ``given``: the run folder whose encoder is evaluated."""
 
 
 def _label(axes: dict[str, Any]) -> str:
@@ -206,44 +203,39 @@ def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
 
 
 def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
+    """The untrained encoder for each seed and encoder, raw pixels for each set of images."""
     varied = {key for settings in config.variants.values() for key in settings}
 
-    def kept(run: Planned, belongs: Callable[[str], bool]) -> dict[str, Any]:
-        """The axes that a reference depends on."""
-        return {
-            key: value
-            for key, value in run.axes.items()
-            if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
-        }
+    def untrained(run: Planned) -> list[Any]:
+        tree = to_dict(run.config)
+        encoder = [
+            tree["model"][key] for key in ("backbone", "backbone_args", "position_embedding")
+        ]
+        return [run.config.seed, tree["data"], encoder]
 
-    seen = set()
-    for run in runs:
-        encoder = to_dict(run.config)
-        key = json.dumps([run.config.seed, encoder["data"], _encoder_part(encoder)], sort_keys=True)
-        if key in seen:
-            continue
-        seen.add(key)
-        axes = kept(run, lambda key: key == "seed" or _is_encoder_axis(key))
-        folder = "untrained" + ("," + _label(axes) if axes else "")
-        yield Planned(folder, "untrained", axes, replace(run.config, output=str(output / folder)))
-    seen.clear()
-    for run in runs:
-        key = json.dumps(to_dict(run.config)["data"], sort_keys=True)
-        if key in seen:
-            continue
-        seen.add(key)
-        axes = kept(run, lambda key: key.startswith("data."))
-        folder = "pixels" + ("," + _label(axes) if axes else "")
-        yield Planned(folder, "pixels", axes, replace(run.config, output=str(output / folder)))
+    def pixels(run: Planned) -> Any:
+        return to_dict(run.config)["data"]
 
+    def of_encoder(key: str) -> bool:
+        parts = ("seed", "model.backbone", "model.position_embedding", "data.")
+        return key.startswith(parts)
 
-def _encoder_part(tree: dict[str, Any]) -> list[Any]:
-    model = tree["model"]
-    return [model["backbone"], model["backbone_args"], model["position_embedding"]]
+    def of_data(key: str) -> bool:
+        return key.startswith("data.")
 
-
-def _is_encoder_axis(key: str) -> bool:
-    return key.startswith(("model.backbone", "model.position_embedding", "data."))
+    kinds = {"untrained": (untrained, of_encoder), "pixels": (pixels, of_data)}
+    for kind, (identity, belongs) in kinds.items():
+        distinct: dict[str, Planned] = {}
+        for run in runs:
+            distinct.setdefault(json.dumps(identity(run), sort_keys=True), run)
+        for run in distinct.values():
+            axes = {
+                key: value
+                for key, value in run.axes.items()
+                if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
+            }
+            folder = kind + ("," + _label(axes) if axes else "")
+            yield Planned(folder, kind, axes, replace(run.config, output=str(output / folder)))
 
 
 def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planned]:

@@ -91,7 +91,7 @@ def values_of(
 
 
 def keep_disagreement(planned: list[Planned], config: CompareConfig) -> None:
-    """Keeps the test images on which groups disagree, where all groups saw the same images."""
+    """Keep the test images on which groups disagree, where all groups saw the same images."""
     output = Path(config.output)
     groups = groups_of(planned)
     runs = [item for own in groups.values() for item in own.values()]

@@ -7,21 +7,20 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from mim import moved
-from mim.compare.launchers import Jobs, Launch, LocalJobs, SubmittedJobs
+from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
 from mim.compare.rounds import keep_disagreement, rounds
 from mim.core import progress
@@ -44,37 +43,14 @@ from mim.evaluate import (
     run_encoder,
     untrained_encoder,
 )
-from mim.evaluate.protocol import (
-    Protocol as EvaluationProtocol,
-)
-from mim.evaluate.protocol import (
-    encoder_digest,
-    files_of,
-    outdated,
-    protocol_of,
-)
+from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, protocol_of
 from mim.training import checkpoint
 from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
 from mim.training.settings import checked
 
-
-class Watched(Protocol):
-    """Who shows the runs meanwhile.
-
-    Attributes:
-        active: folders of the runs that are being worked on, which files do not tell.
-    """
-
-    active: set[str]
-
-
-@dataclass
-class _Nobody:
-    active: set[str] = field(default_factory=set)
-
-
-Watch = Callable[[], AbstractContextManager[Watched]]
+Watch = Callable[[], AbstractContextManager[set[str]]]
+"""Shows the runs meanwhile; holds the folders of those that are being computed."""
 
 
 class State(NamedTuple):
@@ -100,8 +76,8 @@ def run_comparison(
     """Train and evaluate what is left of a comparison.
 
     Finished runs are kept, and so is each evaluation whose settings, images and encoder are those
-    it was measured with; an interrupted run goes on from its checkpoint; a run whose config has
-    changed is refused. A run that fails is reported, and the others go on.
+    it was measured with; an interrupted run resumes from its checkpoint; a run whose config has
+    changed is refused. A run that fails is reported, and the others continue.
 
     Args:
         config: the comparison.
@@ -134,7 +110,7 @@ def run_comparison(
         planned, config = with_copies(hold_to_images(planned, config), config)
         states = _states(planned, config, command)
         if show != "quiet":
-            _tell(planned, states, config)
+            _note_states(planned, states, config)
         with _signals_interrupt():
             failed: list[str] = []
             begun: set[str] = set()
@@ -146,11 +122,11 @@ def run_comparison(
         on_end()
     if failed:
         names = ", ".join(failed)
-        print(f"{len(failed)} of {len(begun)} failed: {names}", file=sys.stderr)
+        progress.note(f"{len(failed)} of {len(begun)} failed: {names}")
     return failed
 
 
-def _tell(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
+def _note_states(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
     """Say what is measured again, and what a row lacks."""
     for item in planned:
         state = states[item.folder]
@@ -166,12 +142,11 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
     output, digests = Path(config.output), dict[str, str]()
     before = _inputs_before(output)
     inputs = {i.folder: files_of(to_dict(i.config), digests) for i in planned}
-    states = {
-        item.folder: _state(
-            item, config.evaluations, before.get(item.folder, {}), inputs[item.folder]
-        )
-        for item in planned
-    }
+    states = {}
+    for item in planned:
+        known = (before.get(item.folder, {}), inputs[item.folder])
+        states[item.folder] = _state(item, config.evaluations, *known)
+    rules = ("evaluations", "primary", "margin", "against", "seeds")
     overview = {
         "format": checkpoint.FORMAT,
         "name": config.name,
@@ -179,20 +154,11 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
         "variants": config.variants,
         "command": command,
         "base": to_dict(config.base),
-        "evaluations": config.evaluations,
-        "primary": config.primary,
-        "margin": config.margin,
-        "against": config.against,
-        "seeds": config.seeds,
+        **{key: getattr(config, key) for key in rules},
         "runs": [item.folder for item in planned],
         "planned": [
-            {
-                "folder": item.folder,
-                "kind": item.kind,
-                "axes": item.axes,
-                "seed": item.config.seed,
-                "inputs": inputs[item.folder],
-            }
+            {"folder": item.folder, "kind": item.kind, "axes": item.axes}
+            | {"seed": item.config.seed, "inputs": inputs[item.folder]}
             for item in planned
         ],
     }
@@ -202,7 +168,7 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
 
 
 def _announce(output: Path, folders: list[str]) -> None:
-    """Names the runs that have been begun or are about to be, for whoever reads the folder."""
+    """Write down which runs have begun or are about to, for whoever reads the folder."""
     path = output / "comparison.json"
     overview = json.loads(path.read_text(encoding="utf-8"))
     checkpoint.write_json_atomic(path, {**overview, "runs": folders})
@@ -221,18 +187,15 @@ def _inputs_before(output: Path) -> dict[str, dict[str, str]]:
 
 
 def _state(
-    item: Planned,
-    evaluations: dict[str, Any],
-    before: Mapping[str, str],
-    inputs: Mapping[str, str],
+    item: Planned, evaluations: dict[str, Any], before: Mapping[str, str], inputs: Mapping[str, str]
 ) -> State:
     """What is left of a run.
 
     Args:
         item: the run.
         evaluations: all that it shall have.
-        before: digests of what its training was to read when it began.
-        inputs: the same of now.
+        before: digests of the files that its training was to read when it began.
+        inputs: the digests of today.
 
     Raises:
         UserError: if the folder holds a run with another config, or of other files.
@@ -253,18 +216,16 @@ def _state(
             raise UserError(f"output: {str(run)!r} {reason}. {other}")
     result = read_result(run)
     if result.get("status") == "failed" and (item.kind != "run" or "steps" in result):
-        result = update_result(run, _without_failure)  # it was an evaluation that failed
+        kept = {key: value for key, value in result.items() if key != "error"}
+        result = update_result(
+            run, lambda _: {**kept, "status": "finished"}
+        )  # an evaluation failed
     if result.get("status") != "finished":
         (run / NAME).unlink(missing_ok=True)  # of a failure: try again
         return State("train", {})
     left = _left(item, evaluations, result)
     again = {name: reason for name, reason in left.items() if reason}
     return State("evaluate" if left else "done", again)
-
-
-def _without_failure(result: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in result.items() if key != "error"}
-    return {**kept, "status": "finished"}
 
 
 def _left(item: Planned, evaluations: dict[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
@@ -276,7 +237,7 @@ def _left(item: Planned, evaluations: dict[str, Any], result: Mapping[str, Any])
     return outdated(result, _protocols(item, evaluations), legacy)
 
 
-def _protocols(item: Planned, evaluations: dict[str, Any]) -> dict[str, EvaluationProtocol]:
+def _protocols(item: Planned, evaluations: dict[str, Any]) -> dict[str, Protocol]:
     """What the numbers of a run's evaluations depend on."""
     config, weights = item.config, None
     if item.given:
@@ -305,7 +266,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     run = Path(item.config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tune_process(device)
-    facts: dict[str, Any] = {"kind": item.kind, "name": item.folder, "axes": item.axes}
+    facts = _facts(item)
     if item.kind == "run":
         pretrain(item.config)
     else:
@@ -321,9 +282,13 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     if evaluations:
         _evaluate(item, evaluations, device)
     ended = time.monotonic()
-    # Of this call: a run that goes on later has spent more. wall_seconds is of the training.
+    # Of this call: a run that was resumed has spent more. wall_seconds is of the training.
     seconds = {"run": ended - began, "evaluate": ended - evaluating if evaluations else 0.0}
     update_result(run, lambda result: {**result, "seconds": seconds})
+
+
+def _facts(item: Planned) -> dict[str, Any]:
+    return {"kind": item.kind, "name": item.folder, "axes": item.axes}
 
 
 def _evaluate(item: Planned, evaluations: dict[str, Any], device: str) -> None:
@@ -358,9 +323,8 @@ def _encoder(item: Planned) -> Encoder:
 
 def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
     """Evaluations that raw pixels cannot have, and why."""
-    reason = "it needs an encoder, and raw pixels have none"
     names = [n for n in evaluations if issubclass(EVALUATIONS.get(n), EncoderEvaluation)]
-    return dict.fromkeys(names, reason)
+    return dict.fromkeys(names, "it needs an encoder, and raw pixels have none")
 
 
 def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
@@ -370,16 +334,7 @@ def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
 
 
 def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -> int:
-    """:func:`run_one`; what fails is noted in the run folder.
-
-    Args:
-        item: the run.
-        evaluations: of it.
-        show: as of :func:`run_comparison`.
-
-    Returns:
-        The exit code.
-    """
+    """Call :func:`run_one`, note a failure in the run folder, and return the exit code."""
     if show != "plain":
         progress.silence()
     try:
@@ -390,18 +345,17 @@ def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -
                 os.dup2(file.fileno(), 2)
         run_one(item, evaluations)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        progress.note(str(stop))
         return stop.code
     except KeyboardInterrupt:
         return 130
     except InUse as error:  # by a job of an earlier call: what it writes is its own
-        print(error, file=sys.stderr)
+        progress.note(str(error))
         return _NOTED
     except Exception as error:
-        known = isinstance(error, (UserError, TrainingError, OSError))
-        if not known:
-            traceback.print_exc()
         plain = isinstance(error, (UserError, TrainingError))
+        if not plain and not isinstance(error, OSError):
+            traceback.print_exc()
         _write_failure(item, str(error) if plain else f"{type(error).__name__}: {error}")
         return _NOTED
     return 0
@@ -409,22 +363,14 @@ def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -
 
 def _write_failure(item: Planned, error: str) -> None:
     """Note a failure beside what the run has reached: its training, evaluations that ended."""
-    failure = {
-        "format": checkpoint.FORMAT,
-        "status": "failed",
-        "error": error,
-        "kind": item.kind,
-        "name": item.folder,
-        "axes": item.axes,
-        "seed": item.config.seed,
-        "config": to_dict(item.config),
-    }
+    failure = {"format": checkpoint.FORMAT, "status": "failed", "error": error, **_facts(item)}
+    failure |= {"seed": item.config.seed, "config": to_dict(item.config)}
     run = Path(item.config.output)
     try:
         run.mkdir(parents=True, exist_ok=True)
         update_result(run, lambda result: {**result, **failure})
     except (OSError, UserError) as cannot:  # such as a full disk, which may be what failed
-        print(f"{item.folder}: {error}; it cannot be noted: {cannot}", file=sys.stderr)
+        progress.note(f"{item.folder}: {error}; it cannot be noted: {cannot}")
 
 
 def _run_all(
@@ -435,17 +381,17 @@ def _run_all(
     launch: Launch,
     watch: Watch | None,
 ) -> list[str]:
-    """Runs what is left, so many at once as there are jobs; returns the folders that failed."""
+    """Run what is left, ``launch.jobs`` at once; return the folders that failed."""
     failed = []
     stopped: list[tuple[Planned, int | None]] = []
     work = functools.partial(run_noted, evaluations=config.evaluations)
-    jobs: Jobs[Planned]
+    jobs: LocalJobs[Planned] | SubmittedJobs[Planned]
     if launch.launcher == "submitit":
         jobs = SubmittedJobs(work, Path(config.output), launch.slurm)
     else:
         jobs = LocalJobs(functools.partial(work, show=show), launch.jobs)
     with contextlib.ExitStack() as stack:
-        watched = stack.enter_context(watch()) if watch is not None else _Nobody()
+        active = stack.enter_context(watch()) if watch is not None else set[str]()
         left = deque(enumerate(planned, start=1))
         try:
             while left or jobs.running:
@@ -453,13 +399,12 @@ def _run_all(
                     number, item = left.popleft()
                     todo = states[item.folder].todo
                     if show == "plain":
-                        line = f"[{number}/{len(planned)}] {item.folder}: {todo}"
-                        print(line, file=sys.stderr, flush=True)
+                        progress.note(f"[{number}/{len(planned)}] {item.folder}: {todo}")
                     if todo != "done":
-                        watched.active.add(item.folder)
+                        active.add(item.folder)
                         jobs.start(item)
                 for item, code in jobs.wait() if jobs.running else []:
-                    watched.active.discard(item.folder)
+                    active.discard(item.folder)
                     if code in _INTERRUPTED:
                         stopped.append((item, code))
                         raise KeyboardInterrupt
@@ -472,7 +417,7 @@ def _run_all(
             stopped += jobs.stop()
             stack.close()  # the table gives the terminal back
             for item, last in stopped:
-                print(f"{item.folder}: {_left_as(item, last)}", file=sys.stderr, flush=True)
+                progress.note(f"{item.folder}: {_left_as(item, last)}")
             raise
     return failed
 

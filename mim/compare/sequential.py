@@ -67,7 +67,7 @@ class Progress:
     """Where a sequential comparison stands.
 
     Attributes:
-        differences: pair -> its difference, of a decided pair as it was at its deciding look.
+        differences: pair -> its difference; of a decided pair, that of its deciding look.
         decided: pair -> seeds at which it was decided.
         looks: how many looks were taken.
         running: groups that need another seed.
@@ -80,7 +80,7 @@ class Progress:
 
 
 def follow(values: Values, rule: SeedRule, margin: float, reference: str | None = None) -> Progress:
-    """Takes every look that the seeds so far allow, from the first, and says who goes on.
+    """Take every look that the seeds so far allow, and find the groups that need another seed.
 
     Args:
         values: group -> seed -> the primary measure; seeds are 0, 1, 2, ... A seed that failed is
@@ -112,7 +112,7 @@ def follow(values: Values, rule: SeedRule, margin: float, reference: str | None 
             if found is None:
                 continue
             differences[pair] = found
-            if found.shown or _within(found, margin):
+            if found.shown or found.is_within(margin):
                 decided[pair] = n
     running = {group for pair in pairs if pair not in decided for group in pair}
     if done >= rule.most:
@@ -130,11 +130,9 @@ def next_round(
     """The runs to compute next, as (group, seed); none once the comparison has ended.
 
     Args:
-        values: see :func:`follow`; a group without any value, whose runs all failed, is left out.
-        started: group -> how many of its seeds were begun, failed ones among them.
-        rule: of the seeds.
-        margin: see :func:`follow`.
-        reference: see there.
+        values: as for :func:`follow`; a group whose runs all failed, and has none, is left out.
+        started: group -> number of its seeds that were begun, failed ones among them.
+        rule, margin, reference: as for :func:`follow`.
     """
     first = [(g, s) for g, n in started.items() for s in range(n, rule.least)]
     if first:
@@ -166,12 +164,6 @@ def _look(
     if spread is None or not spread.pooled:
         family = Family("separate", count=family.count)
     return difference(first, second, family, spread, level=level)
-
-
-def _within(found: Difference, margin: float) -> bool:
-    if found.low is None or found.high is None:
-        return False
-    return -margin < found.low and found.high < margin
 
 
 def nominal_level(n: int, rule: SeedRule, family: Family) -> float:

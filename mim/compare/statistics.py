@@ -85,15 +85,6 @@ class Family:
         values = [_critical(self.kind, self.groups, end, level) for end in ends]
         return float(np.interp(1 / df, [1 / end for end in ends], values))
 
-    def p(self, t: float, df: float) -> float:
-        """The adjusted p-value of a difference of ``t`` standard errors."""
-        t = abs(t)
-        if not self._is_tabled:
-            return min(1.0, 2 * self.count * float(stats.t.sf(t, df)))
-        if self.kind == "pairs":
-            return float(stats.studentized_range.sf(t * math.sqrt(2), self.groups, df))
-        return 1 - _dunnett(t, self.groups - 1, df)
-
 
 @lru_cache(maxsize=4096)
 def _critical(kind: str, groups: int, df: float, level: float) -> float:
@@ -256,10 +247,8 @@ class Difference:
         n: seeds in common.
         error: standard error of the mean over seeds; None with fewer than three seeds.
         df: its degrees of freedom.
-        low: end of the 95 % interval, which holds for all of its family at once; None without.
-        high: the other end.
+        low, high: the 95 % interval, which holds for all of its family at once; None without.
         wide: the interval for new images, (low, high), from the same family.
-        unit: standard error over the residual sd; of a forecast.
     """
 
     mean: float
@@ -274,6 +263,14 @@ class Difference:
     def shown(self) -> bool:
         """Whether a difference is shown: there is an interval and it leaves out 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def is_within(self, margin: float) -> bool:
+        """Whether the interval lies within ``margin`` of 0."""
+        return (
+            self.low is not None
+            and self.high is not None
+            and -margin < self.low <= self.high < margin
+        )
 
     def p_equal(self, margin: float) -> float:
         """P-value of two one-sided tests of being further apart than ``margin``; 1 without."""

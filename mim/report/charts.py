@@ -6,8 +6,6 @@ colour blindness tell apart; line styles and markers say the same again.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +63,7 @@ class Cloud:
     @property
     def sd(self) -> float | None:
         """Sample standard deviation of the heights; none with one seed."""
-        summary = summarize(self.y)
-        return summary.sd if summary else None
+        return float(self.y.std(ddof=1)) if len(self.y) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,7 @@ def forests(comparison: Comparison, analyses: Sequence[Analysis]) -> list[Forest
     """The differences of every measure that has any, the primary one's first."""
     found = []
     for analysis in analyses:
-        measure = analysis.measure
-        verdicts = analysis.verdicts
+        measure, verdicts = analysis.measure, analysis.verdicts
         if len(verdicts) > _MOST_ROWS:
             verdicts = analysis.best[:_MOST_ROWS]
         rows = tuple(_forest_row(comparison, measure, verdict) for verdict in verdicts)
@@ -199,6 +195,11 @@ def styles(comparison: Comparison) -> dict[str, Style]:
     return found
 
 
+def style_of(group: Group, look: dict[str, Style]) -> Style:
+    """The style of a group, or that of its kind of reference."""
+    return look.get(group.label) or Style(*_REFERENCE_LINES[group.kind], "o")
+
+
 def loss_charts(comparison: Comparison) -> list[Chart]:
     """Training and held-out loss over epochs: mean over seeds, band of one standard deviation."""
     look = styles(comparison)
@@ -241,40 +242,13 @@ def mean_curve(group: Group, key: str) -> tuple[Floats, Floats, Floats | None, i
         return None
     epochs = np.array([curves[0][step][0] for step in steps], dtype=np.float64)
     values = np.array([[curve[step][1] for step in steps] for curve in curves], dtype=np.float64)
-    spread = values.std(axis=0, ddof=1) if len(curves) > 1 else None
-    return epochs, values.mean(axis=0), spread, len(curves)
+    return epochs, *mean_and_spread(values), len(curves)
 
 
-def robustness_charts(comparison: Comparison) -> list[Chart]:
-    """Error against severity of the corruptions, the mean over them; 0 is without any."""
-    errors = re.compile(r"robustness\.error_(\w+)_severity_(\d+)")
-    keys = [m for key in comparison.evaluation_keys if (m := errors.fullmatch(key))]
-    severities = sorted({int(m[2]) for m in keys})
-    if not severities:
-        return []
-    look = styles(comparison)
-    lines = []
-    for group in (*comparison.groups, *comparison.references):
-        clean = group.values("robustness.clean_accuracy")
-        curves = []
-        for seed, accuracy in clean.items():
-            curve = [1 - accuracy]
-            for severity in severities:
-                found = [group.values(m[0]).get(seed) for m in keys if int(m[2]) == severity]
-                known = [value for value in found if value is not None]
-                curve.append(float(np.mean(known)) if known else math.nan)
-            curves.append(curve)
-        if not curves:
-            continue
-        values = 100 * np.array(curves, dtype=np.float64)
-        spread = values.std(axis=0, ddof=1) if len(curves) > 1 else None
-        style = look.get(group.label) or Style(*_REFERENCE_LINES[group.kind], "o")
-        x = np.array([0, *severities], dtype=np.float64)
-        lines.append(Line(group.label, style, x, values.mean(axis=0), spread, len(curves)))
-    ends = [f"{line.label} {line.mean[0]:.3g} to {line.mean[-1]:.3g}" for line in lines]
-    title = "Error under corruptions"
-    alt = f"{title} against severity, in per cent. {'; '.join(ends)}."
-    return [Chart("robustness", title, "severity (0: none)", "error (%)", alt, lines=tuple(lines))]
+def mean_and_spread(values: Floats) -> tuple[Floats, Floats | None]:
+    """(seeds, n) -> mean and sample standard deviation over seeds; none with one seed."""
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+    return values.mean(axis=0), spread
 
 
 def quality_charts(comparison: Comparison) -> list[Chart]:
@@ -282,13 +256,9 @@ def quality_charts(comparison: Comparison) -> list[Chart]:
     first: dict[str, Measure] = {}
     for measure in evaluation_measures(comparison):
         first.setdefault(measure.section, measure)
-    charts = []
-    for measure in first.values():
-        for key, name in (("train_flops", "training compute"), ("wall_seconds", "wall time")):
-            chart = _quality(comparison, measure, key, name)
-            if chart:
-                charts.append(chart)
-    return charts
+    costs = (("train_flops", "training compute"), ("wall_seconds", "wall time"))
+    charts = [_quality(comparison, measure, *cost) for measure in first.values() for cost in costs]
+    return [chart for chart in charts if chart is not None]
 
 
 def _quality(comparison: Comparison, measure: Measure, key: str, name: str) -> Chart | None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim.core.errors import UserError, setting_error
+from mim.core.settings import flatten
 from mim.report.status import (
     ODD,
     UNREADABLE,
@@ -89,7 +90,12 @@ class Run:
     @cached_property
     def answers(self) -> dict[str, dict[str, NDArray[Any]]]:
         """Evaluation -> ``sample_ids``, ``labels`` and measures, an answer for each test image."""
-        return _read_answers(self.folder / "predictions.npz")
+        found: dict[str, dict[str, NDArray[Any]]] = {}
+        arrays = read_arrays(self.folder / "predictions.npz", "predictions") or {}
+        for name, array in arrays.items():
+            evaluation, _, key = name.partition("/")
+            found.setdefault(evaluation, {})[key] = array
+        return found
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,15 @@ class Group:
     @cached_property
     def task(self) -> str:
         """All that gives a loss its meaning, as text: equal where losses can be compared."""
-        return _task(self)
+        settings = flatten(self.config) | flatten(self.axes)
+        parts = tuple(f"{part}." for part in _TASK)
+        task = {
+            key: value
+            for key, value in settings.items()
+            if (key in _TASK or key.startswith(parts)) and key not in _NOT_TASK
+        }
+        patch = re.search(r"patch(\d+)", str(settings.get("model.backbone", "")))
+        return json.dumps([patch and patch[0], task], sort_keys=True)
 
     def values(self, key: str) -> dict[int, float]:
         """seed -> value of a measure, over the finished runs that have it."""
@@ -175,21 +189,17 @@ def read_comparison(folder: Path) -> Comparison:
     """
     path = folder / "comparison.json"
     if not path.is_file():
+        reason = "is not a comparison folder (it holds no comparison.json)"
         inside = sorted(str(found.parent) for found in folder.glob("*/comparison.json"))
-        hint = (
-            f"; {', '.join(inside[:3])} {'is one' if len(inside) == 1 else 'are'}" if inside else ""
-        )
-        reason = f"is not a comparison folder (it holds no comparison.json){hint}"
+        if inside:
+            reason += f"; {', '.join(inside[:3])} {'is one' if len(inside) == 1 else 'are'}"
         raise UserError(f"{folder}: {reason}")
     content = _read_json(path)
     names = content.get("runs", [])
     plans = {item["folder"]: item for item in content.get("planned", [])}
-    runs = tuple(
-        _read_run(folder / name, content.get("base", {}), plans.get(name)) for name in names
-    )
-    axes = content.get("axes", {})
-    base = content.get("base", {})
-    labels = axis_labels([key for key in axes if key != "seed"])
+    axes, base = content.get("axes", {}), content.get("base", {})
+    runs = tuple(_read_run(folder / name, base, plans.get(name)) for name in names)
+    labels = axis_labels(without_seed(axes))
     groups = _group([run for run in runs if run.kind == "run"], labels, base)
     references = [
         group
@@ -238,18 +248,26 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     return rows
 
 
-def _read_answers(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
-    found: dict[str, dict[str, NDArray[Any]]] = {}
+def read_arrays(
+    path: Path, what: str, keys: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]] | None:
+    """The arrays of an ``.npz`` file; None where there is none.
+
+    Args:
+        path: the file.
+        what: what it holds, for the message of an error.
+        keys: of the arrays; by default all.
+
+    Raises:
+        UserError: if the file or an array in it cannot be read.
+    """
     if not path.is_file():
-        return found
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            for name in file.files:
-                evaluation, _, key = name.partition("/")
-                found.setdefault(evaluation, {})[key] = file[name]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as predictions ({error})") from error
-    return found
+            return {key: file[key] for key in keys or file.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as {what} ({error})") from error
 
 
 def axis_labels(keys: Iterable[str]) -> dict[str, str]:
@@ -272,32 +290,9 @@ def show_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def same_task(groups: Iterable[Group]) -> bool:
     """Whether the losses of groups mean the same: same target, masks, data and patch size."""
     return len({group.task for group in groups if group.config}) <= 1
-
-
-def _task(group: Group) -> str:
-    settings = flatten(group.config) | flatten(group.axes)
-    task = {
-        key: value
-        for key, value in settings.items()
-        if key.startswith(tuple(f"{part}." for part in _TASK)) or key in _TASK
-        if key not in _NOT_TASK
-    }
-    patch = re.search(r"patch(\d+)", str(settings.get("model.backbone", "")))
-    return json.dumps([patch and patch[0], task], sort_keys=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -367,7 +362,7 @@ def read_measures(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     """The finite numbers of a result; evaluations under ``evaluation.measure``."""
     found: dict[str, Any] = {key: result.get(key) for key in (*LOSSES, *COSTS)}
     for evaluation, numbers in (result.get("evaluations") or {}).items():
-        found.update({f"{evaluation}.{key}": value for key, value in numbers.items()})
+        found |= {f"{evaluation}.{key}": value for key, value in numbers.items()}
     flops = (found["flops_forward"], found["flops_backward"], found["steps"])
     batch = flatten(config).get("data.batch_size")
     if _is_number(batch) and all(_is_number(value) for value in flops):
@@ -383,13 +378,12 @@ def _is_number(value: Any) -> bool:
 def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
-        if not run.placed:  # the list of runs without a result shows it
-            continue
-        axes = {key: value for key, value in run.axes.items() if key != "seed"}
-        members.setdefault(json.dumps(axes, sort_keys=True), []).append(run)
+        if run.placed:  # the list of runs without a result shows the others
+            key = json.dumps(without_seed(run.axes), sort_keys=True)
+            members.setdefault(key, []).append(run)
     groups = []
     for group in members.values():
-        axes = {key: value for key, value in group[0].axes.items() if key != "seed"}
+        axes = without_seed(group[0].axes)
         label = _group_label(axes, labels)
         kind = group[0].kind
         if kind != "run":
@@ -399,6 +393,11 @@ def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) 
             label = str(settings.get("model.regime.name", "pre-trained"))
         groups.append(Group(label, kind, axes, tuple(group)))
     return groups
+
+
+def without_seed(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes on which groups lie."""
+    return {key: value for key, value in axes.items() if key != "seed"}
 
 
 def _group_label(axes: Mapping[str, Any], labels: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mim.core.errors import UserError
-from mim.report.collect import Comparison, Group
+from mim.report.collect import Comparison, Group, read_arrays
 from mim.report.figures import Picture
 from mim.report.statistics import Analysis
-from mim.report.tables import Cell, Column, Row, Table
+from mim.report.tables import Cell, Column, Row, Table, text_columns
 from mim.report.tiles import encode_image
 
 _CLASSES = 8
@@ -30,39 +28,35 @@ class Disputed:
     """(group, "2 of 3")."""
 
 
-def class_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table | None:
-    """The classes on which groups differ most; None without answers of two groups."""
-    evaluation = _primary(analyses)
-    shares = _shares(comparison.groups, evaluation)
-    if len(shares) < 2:
-        return None
-    labels = next(iter(shares.values()))[1]
-    if not len(labels):
-        return None
+def class_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
+    """The classes on which groups differ most; it has rows where two groups kept their answers."""
+    shares = _shares(comparison.groups, _primary(analyses))
+    labels = next((own[1] for own in shares.values()), np.zeros(0, dtype=np.int64))
     by_class = {
         int(label): [float(right[labels == label].mean()) for _, _, right, _ in shares.values()]
-        for label in np.unique(labels)
+        for label in np.unique(labels if len(shares) > 1 else [])
     }
-    names = _kept(comparison).get("classes", ())
+    names = _disputed_images(comparison).get("classes", ())
     ranked = sorted(by_class, key=lambda label: (-np.ptp(by_class[label]), label))[:_CLASSES]
     rows = []
     for label in ranked:
-        name = str(names[label]) if label < len(names) else f"class {label}"
-        cells = [Cell(f"{100 * v:.1f}", value=v) for v in by_class[label]]
         count = int((labels == label).sum())
-        rows.append(Row((Cell(name), Cell(str(count), value=count), *cells)))
-    heads = [Column(f"{label} (%)") for label in shares]
-    shown = (
-        f"The {len(ranked)} of {len(by_class)} classes" if len(by_class) > _CLASSES else "Classes"
-    )
+        cells = [Cell(f"{100 * v:.1f}", value=v) for v in by_class[label]]
+        rows.append(Row([Cell(_name(names, label)), Cell(str(count), value=count), *cells]))
+    many = len(by_class) > _CLASSES
+    shown = f"The {len(ranked)} of {len(by_class)} classes" if many else "Classes"
     caption = f"{shown} on which encoders differ most, right answers, mean over seeds; exploratory"
-    columns = (Column("Class", numeric=False), Column("images"), *heads)
-    return Table(caption, columns, tuple(rows), "classes")
+    heads = [Column(f"{label} (%)") for label in shares]
+    return Table(caption, [*text_columns("Class"), Column("images"), *heads], rows, "classes")
+
+
+def _name(classes: Sequence[str] | NDArray[Any], label: int) -> str:
+    return str(classes[label]) if label < len(classes) else f"class {label}"
 
 
 def disagreement(comparison: Comparison, analyses: Sequence[Analysis]) -> list[Disputed]:
     """The images that the comparison has kept, the most disputed first."""
-    kept, evaluation = _kept(comparison), _primary(analyses)
+    kept, evaluation = _disputed_images(comparison), _primary(analyses)
     shares = _shares(comparison.groups, evaluation)
     if not kept or str(kept["evaluation"]) != evaluation or len(shares) < 2:
         return []
@@ -75,9 +69,7 @@ def disagreement(comparison: Comparison, analyses: Sequence[Analysis]) -> list[D
                 break
             answers.append((label, f"{round(float(right[places[0]]) * seeds)} of {seeds}"))
             if len(labels):
-                index = int(labels[places[0]])
-                known = index < len(kept["classes"])
-                name = str(kept["classes"][index]) if known else f"class {index}"
+                name = _name(kept["classes"], int(labels[places[0]]))
         else:
             said = ", ".join(f"{group} {count}" for group, count in answers)
             picture = encode_image(image, f"Test image {sample_id}, {name}: right by {said} seeds")
@@ -110,12 +102,6 @@ def _shares(groups: Sequence[Group], evaluation: str) -> dict[str, Shares]:
     return found
 
 
-def _kept(comparison: Comparison) -> dict[str, NDArray[Any]]:
-    path = comparison.folder / "disagreement.npz"
-    if not path.is_file():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in ("evaluation", "sample_ids", "images", "classes")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as images ({error})") from error
+def _disputed_images(comparison: Comparison) -> dict[str, NDArray[Any]]:
+    keys = ("evaluation", "sample_ids", "images", "classes")
+    return read_arrays(comparison.folder / "disagreement.npz", "images", keys) or {}

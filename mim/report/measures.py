@@ -169,41 +169,22 @@ def loss_measures(comparison: Comparison) -> list[Measure]:
 def cost_measures(comparison: Comparison) -> list[Measure]:
     """What a run costs, in units that suit the largest value."""
     seconds, unit = time_unit(_largest(comparison, ["wall_seconds"]))
-
-    decimals = {
-        key: _decimals(comparison, [key], scale=scale)
-        for key, scale in (
-            ("images_per_second", 1.0),
-            ("peak_memory_bytes", 2.0**-20),
-            ("wall_seconds", 1 / seconds),
-        )
-    }
     tokens = [run.measures.get("encoder_tokens", 0.0) for run in comparison.runs]
     whole = all(value == int(value) for value in tokens)
     flops = _decimals(comparison, ["flops_forward", "flops_backward"], digits=4, scale=1e-9)
     per_image = partial(Measure, section="Per image", higher=False, exact=True)
-    speed = partial(Measure, section="On this machine")
+
+    def on_machine(key: str, label: str, scale: float, unit: str, higher: bool) -> Measure:
+        decimals = _decimals(comparison, [key], scale=scale)
+        return Measure(key, "On this machine", label, scale, unit, decimals, higher)
+
     return [
         per_image("encoder_tokens", label="tokens in encoder", decimals=0 if whole else 1),
         per_image("flops_forward", label="forward GFLOPs", scale=1e-9, decimals=flops),
         per_image("flops_backward", label="backward GFLOPs", scale=1e-9, decimals=flops),
-        speed("images_per_second", label="images/s", decimals=decimals["images_per_second"]),
-        speed(
-            "peak_memory_bytes",
-            label="peak memory",
-            scale=2.0**-20,
-            unit="MiB",
-            decimals=decimals["peak_memory_bytes"],
-            higher=False,
-        ),
-        speed(
-            "wall_seconds",
-            label="wall time",
-            scale=1 / seconds,
-            unit=unit,
-            decimals=decimals["wall_seconds"],
-            higher=False,
-        ),
+        on_machine("images_per_second", "images/s", 1.0, "", True),
+        on_machine("peak_memory_bytes", "peak memory", 2.0**-20, "MiB", False),
+        on_machine("wall_seconds", "wall time", 1 / seconds, unit, False),
     ]
 
 
@@ -214,9 +195,8 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return (60.0, "min") if seconds >= 600 else (1.0, "s")
 
 
-def _largest(comparison: Comparison, keys: Iterable[str]) -> float:
-    wanted = tuple(keys)
-    values = [abs(run.measures.get(key, 0.0)) for run in comparison.runs for key in wanted]
+def _largest(comparison: Comparison, keys: Sequence[str]) -> float:
+    values = [abs(run.measures.get(key, 0.0)) for run in comparison.runs for key in keys]
     return max(values, default=0.0)
 
 
@@ -225,6 +205,4 @@ def _decimals(
 ) -> int:
     """Decimals that show ``digits`` digits of the largest value."""
     largest = _largest(comparison, keys) * scale
-    if largest <= 0:
-        return 1
-    return min(max(digits - 1 - math.floor(math.log10(largest)), 0), 6)
+    return 1 if largest <= 0 else min(max(digits - 1 - math.floor(math.log10(largest)), 0), 6)

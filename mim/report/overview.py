@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,18 @@ from mim.report.tables import means_table, runs_table
 _SECONDS = 2.0
 
 
-@dataclass
-class Watched:
-    """What the comparison knows and the files do not: which runs are being worked on."""
-
-    active: set[str] = field(default_factory=set)
-
-
 @contextmanager
-def live_overview(folder: Path, console: Console) -> Iterator[Watched]:
-    """Shows the state of all runs on a terminal until the block ends, and then leaves it there."""
-    watched, done = Watched(), threading.Event()
+def live_overview(folder: Path, console: Console) -> Iterator[set[str]]:
+    """Show the state of all runs on a terminal until the block ends, and then leave it there.
+
+    Yields:
+        The folders that are being computed, which the files do not say; the caller keeps them.
+    """
+    active, done = set[str](), threading.Event()
     with Live(console=console, auto_refresh=False, transient=False) as live:
 
         def refresh() -> None:
-            live.update(overview(read_comparison(folder), set(watched.active)), refresh=True)
+            live.update(overview(read_comparison(folder), set(active)), refresh=True)
 
         def follow() -> None:
             while not done.wait(_SECONDS):
@@ -45,11 +41,11 @@ def live_overview(folder: Path, console: Console) -> Iterator[Watched]:
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            yield watched
+            yield active
         finally:
             done.set()
             thread.join()
-            watched.active.clear()
+            active.clear()
             refresh()
 
 
@@ -73,10 +69,10 @@ def overview(comparison: Comparison, active: Collection[str] = ()) -> Grid:
 
 
 def training_left(comparison: Comparison) -> float | None:
-    """Seconds of training before all runs are done, by those done and the one that trains.
+    """Estimate the seconds of training that are left; None while nothing is known.
 
     A run that has not begun is taken to last as long as its group's finished ones, or else as the
-    mean of all that are known. None while nothing is known.
+    mean of all that are known.
     """
     known: dict[str, list[float]] = {}
     left, waiting = 0.0, []

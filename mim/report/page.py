@@ -5,32 +5,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from importlib import resources
 from itertools import combinations, starmap
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.core.errors import UserError
+from mim.core.files import write_atomic
 from mim.core.fingerprints import same_images
 from mim.report import disagreement, figures, interactive, layers, robustness, tables
-from mim.report.charts import (
-    Chart,
-    Forest,
-    forests,
-    loss_charts,
-    quality_charts,
-    robustness_charts,
+from mim.report.charts import Chart, Forest, forests, loss_charts, quality_charts
+from mim.report.collect import (
+    Comparison,
+    axis_labels,
+    read_comparison,
+    same_task,
+    show_value,
+    without_seed,
 )
-from mim.report.collect import Comparison, axis_labels, read_comparison, same_task, show_value
 from mim.report.finding import finding
 from mim.report.gallery import gallery
 from mim.report.recipe import recipe_table
@@ -38,14 +38,15 @@ from mim.report.statistics import MOST_PAIRED, Analysis, analyse
 from mim.report.tables import Table
 from mim.report.tiles import reconstructions, viewer
 
+C = TypeVar("C", Chart, Forest)
+
 
 def write_report(folder: Path) -> Path:
     """Write the report of a comparison into its folder.
 
     ``report.html``, ``report.md``, ``results.csv``; ``tables/`` with each table as ``.tex``,
-    ``.csv`` and ``.md``; ``figures/`` with each chart as ``.svg``, ``.png`` and
-    ``.pdf``. Each file appears
-    whole or not at all; nothing is written before all are ready.
+    ``.csv`` and ``.md``; ``figures/`` with each chart as ``.svg``, ``.png`` and ``.pdf``. Nothing
+    is written before all are ready, and each file is replaced as a whole.
 
     Args:
         folder: holds ``comparison.json`` and the run folders that it names.
@@ -74,8 +75,18 @@ def write_report(folder: Path) -> Path:
     # Last: who sees the page finds the others.
     contents["report.html"] = report_html(report, stills=stills)
     for name, written in contents.items():
-        _write(folder / name, written)
+        content = written.encode() if isinstance(written, str) else written
+        try:
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_atomic(folder / name, partial(_write, content))
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise UserError(f"{folder / name}: {reason}") from error
     return folder / "report.html"
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 class Report:
@@ -90,7 +101,7 @@ class Report:
         self.charts: list[Chart] = [
             *loss_charts(self.few),
             *quality_charts(self.few),
-            *robustness_charts(self.few),
+            *robustness.robustness_charts(self.few),
         ]
 
     @property
@@ -100,7 +111,7 @@ class Report:
 
     @cached_property
     def tables(self) -> list[tuple[str, Table]]:
-        """(heading, table) of all that have rows."""
+        """(heading, table) of those that have rows."""
         comparison, analyses = self.comparison, self.analyses
         found = [
             ("Results", tables.comparison_table(comparison, analyses)),
@@ -116,7 +127,7 @@ class Report:
             ("Settings", tables.settings_table(comparison)),
             ("Data and environment", tables.facts_table(comparison)),
         ]
-        return [(title, table) for title, table in found if table is not None]
+        return [(title, table) for title, table in found if table.rows]
 
 
 def _draw(chart: Chart | Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
@@ -162,12 +173,12 @@ def report_html(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     comparison, few, charts = report.comparison, report.few, report.charts
-    if stills is None:
-        stills = {chart.key: _draw(chart, ("svg",))["svg"] for chart in report.figures}
-    pictures = {
-        chart.key: figures.Picture(figures.data_uri("image/svg+xml", stills[chart.key]), chart.alt)
-        for chart in report.figures
-    }
+    drawn = stills or {chart.key: _draw(chart, ("svg",))["svg"] for chart in report.figures}
+
+    def pictures(shown: Iterable[C]) -> list[tuple[C, figures.Picture]]:
+        uris = ((chart, figures.data_uri("image/svg+xml", drawn[chart.key])) for chart in shown)
+        return [(chart, figures.Picture(uri, chart.alt)) for chart, uri in uris]
+
     plotly = interactive.plotly_script() if charts else ""
     scripts = [script for script in (plotly, _asset("report.js")) if script]
     if live:
@@ -179,7 +190,7 @@ def report_html(
         comparison=comparison,
         summary=summary_line(comparison),
         finding=report.finding,
-        forests=[(chart, pictures[chart.key]) for chart in report.forests],
+        forests=pictures(report.forests),
         has_primary=any(each.primary and each.verdicts for each in report.analyses),
         tables=defaultdict(lambda: None, {table.key: table for _, table in report.tables}),
         runs_table=tables.runs_table(comparison) if live else None,
@@ -189,13 +200,13 @@ def report_html(
         disagreement=disagreement.disagreement(comparison, report.analyses),
         tiles=reconstructions(few),
         viewer=seen,
-        curves=[(c, pictures[c.key]) for c in charts if c.lines and c.key != "robustness"],
-        robustness=[(c, pictures[c.key]) for c in charts if c.key == "robustness"],
-        quality=[(chart, pictures[chart.key]) for chart in charts if chart.clouds],
+        curves=pictures(c for c in charts if c.lines and c.key != "robustness"),
+        robustness=pictures(c for c in charts if c.key == "robustness"),
+        quality=pictures(c for c in charts if c.clouds),
         gallery=shown,
         left_out=[path.relative_to(comparison.folder) for path in left_out],
         configs=configs(few),
-        base_config=tables.base_config_text(comparison),
+        base_config=json.dumps(comparison.base, indent=2, ensure_ascii=False),
         style=Markup(_asset("report.css")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts, live),
@@ -301,8 +312,7 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
             f"Charts, pictures, configs and the likeness of encoders show the {shown} groups of "
             f"{total} with the best mean of the first measure; tables and results.csv hold all."
         )
-    axes = {key: values for key, values in comparison.axes.items() if key != "seed"}
-    if any(len(values) > MOST_PAIRED for values in axes.values()):
+    if any(len(values) > MOST_PAIRED for values in without_seed(comparison.axes).values()):
         found.append(
             f"Of an axis with more than {MOST_PAIRED} values, each is set against the first "
             "alone; results.csv holds what other differences are made of."
@@ -374,16 +384,3 @@ def warnings(comparison: Comparison, analyses: Sequence[Analysis] = ()) -> list[
             "The runs did not share one environment: do not compare their speed, memory or time."
         )
     return found
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mim.report.collect import Comparison, flatten, show_value
-from mim.report.tables import Cell, Column, Row, Table
+from mim.core.settings import flatten
+from mim.report.collect import Comparison, show_value
+from mim.report.tables import Cell, Row, Table, text_columns
 
 _BACKBONE = {"patch_size": "patch", "embed_dim": "width", "depth": "depth", "num_heads": "heads"}
 
 
-def recipe_table(comparison: Comparison) -> Table | None:
-    """The recipe of every row in words; None where no config is known."""
+def recipe_table(comparison: Comparison) -> Table:
+    """The recipe of every row in words, where its config is known."""
     rows = [
-        Row((Cell(group.label), Cell(recipe(flatten(group.config)))))
+        Row([Cell(group.label), Cell(recipe(flatten(group.config)))])
         for group in comparison.groups
         if group.config
     ]
-    if not rows:
-        return None
-    columns = (Column("Encoder", numeric=False), Column("Recipe", numeric=False))
-    return Table("What each row is, in words", columns, tuple(rows), "recipes")
+    return Table("What each row is, in words", text_columns("Encoder", "Recipe"), rows, "recipes")
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -32,12 +30,8 @@ def recipe(config: Mapping[str, Any]) -> str:
 
 
 def _encoder(config: Mapping[str, Any]) -> str:
-    given = {
-        words: config[f"model.backbone_args.{key}"]
-        for key, words in _BACKBONE.items()
-        if config.get(f"model.backbone_args.{key}") is not None
-    }
-    size = ", ".join(f"{words} {show_value(value)}" for words, value in given.items())
+    sizes = {words: config.get(f"model.backbone_args.{key}") for key, words in _BACKBONE.items()}
+    size = ", ".join(f"{words} {show_value(n)}" for words, n in sizes.items() if n is not None)
     text = f"{config.get('model.backbone', 'encoder')}{f' ({size})' if size else ''}"
     regime = config.get("model.regime.name")
     return f"{text} under the regime {regime}" if regime else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mim.core.settings import flatten
 from mim.report.status import (
     ODD,
     UNREADABLE,
-    Progress,
     is_unfinished,
     last_metrics,
     read_progress,
@@ -29,9 +28,9 @@ from mim.report.status import (
 _CONDITION = re.compile(r"([A-Za-z_][\w.]*)(<=|>=|!=|=|<|>)(.*)")
 # Facts of a result beside its evaluations, as one reads them.
 _MEASURES = (
-    "steps", "epochs", "train_loss", "val_loss", "encoder_tokens", "flops_forward",
-    "flops_backward", "images_per_second", "peak_memory_bytes", "wall_seconds",
-)  # fmt: skip
+    *("steps", "epochs", "train_loss", "val_loss", "encoder_tokens", "flops_forward"),
+    *("flops_backward", "images_per_second", "peak_memory_bytes", "wall_seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class FoundRun:
     """Numbers of the result; evaluations as ``linear.accuracy``."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Environment and data of the result, with dotted keys."""
-    progress: Progress | None = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -83,24 +81,11 @@ def _read(folder: Path) -> FoundRun:
         last = last_metrics(folder)
         names = {"loss": "train_loss", "val_loss": "val_loss", "step": "steps", "epoch": "epochs"}
         measures |= {name: last[key] for key, name in names.items() if key in last}
-        return FoundRun(
-            folder, progress.status, "run", progress.reason, config, measures, {}, progress
-        )
-    facts = {
-        key: value
-        for section in ("environment", "data")
-        for key, value in flatten({section: result.get(section) or {}}).items()
-        if value != {}
-    }
-    return FoundRun(
-        folder,
-        str(result.get("status", "finished")),
-        str(result.get("kind", "run")),
-        str(result.get("error") or ""),
-        config,
-        measures,
-        facts,
-    )
+        return FoundRun(folder, progress.status, "run", progress.reason, config, measures)
+    sections = {name: result.get(name) for name in ("environment", "data")}
+    facts = flatten({name: section for name, section in sections.items() if section})
+    status, kind = str(result.get("status", "finished")), str(result.get("kind", "run"))
+    return FoundRun(folder, status, kind, str(result.get("error") or ""), config, measures, facts)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -196,25 +181,23 @@ class Difference:
 
 def diff_runs(first: FoundRun, second: FoundRun) -> list[Difference]:
     """What differs between two runs: settings, data, environment, results; but not their place."""
-    found = []
-    pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("config", first.config, second.config),
-        ("facts", first.facts, second.facts),
-        ("result", _with_status(first), _with_status(second)),
+    one, other = _all_values(first), _all_values(second)
+    order = {"config": 0, "data": 1, "environment": 1, "result": 2}
+    keys = sorted(dict.fromkeys([*one, *other]), key=lambda key: order[key[0]])
+    return [
+        Difference(*key, one.get(key), other.get(key))
+        for key in keys
+        if one.get(key) != other.get(key)
     ]
-    for section, one, other in pairs:
-        for key in dict.fromkeys([*one, *other]):
-            if section == "config" and key in ("output", "resume"):
-                continue
-            if one.get(key) != other.get(key):
-                name, _, rest = key.partition(".")
-                where, label = (name, rest) if section == "facts" else (section, key)
-                found.append(Difference(where, label, one.get(key), other.get(key)))
-    return found
 
 
-def _with_status(run: FoundRun) -> dict[str, Any]:
-    return {"status": run.status, **run.measures}
+def _all_values(run: FoundRun) -> dict[tuple[str, str], Any]:
+    """(section, key) -> value, without the place of the run."""
+    found = {("config", k): v for k, v in run.config.items() if k not in ("output", "resume")}
+    for key, value in run.facts.items():
+        section, _, rest = key.partition(".")
+        found[section, rest] = value
+    return found | {("result", k): v for k, v in {"status": run.status, **run.measures}.items()}
 
 
 _MISSING = "\u2013"
@@ -270,16 +253,11 @@ def as_json(run: FoundRun) -> dict[str, Any]:
 
 def diff_rows(differences: Sequence[Difference]) -> list[list[str]]:
     """Differences as cells: part, key, both values, and the change of a number."""
-    return [
-        [
-            item.section,
-            item.key,
-            _show(item.first),
-            _show(item.second),
-            "" if item.change is None else f"{item.change:+.4g}",
-        ]
-        for item in differences
-    ]
+    rows = []
+    for item in differences:
+        change = "" if item.change is None else f"{item.change:+.4g}"
+        rows.append([item.section, item.key, _show(item.first), _show(item.second), change])
+    return rows
 
 
 def _show(value: Any) -> str:

@@ -15,11 +15,8 @@ from mim.report.collect import read_comparison
 from mim.report.page import Report, report_html
 
 _FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "result.json",
-    "reconstructions.npz",
-    "reconstructions_ratios.npz",
+    *("config.yaml", "metrics.jsonl", "result.json"),
+    *("reconstructions.npz", "reconstructions_ratios.npz"),
 )
 
 
@@ -39,7 +36,7 @@ class LiveReport:
         self._page: tuple[str, bytes] = ("", b"")
 
     def version(self) -> str:
-        """A digest of the files; looked at every so many seconds only."""
+        """A digest of the files, which are looked at no more often than ``every``."""
         with self._lock:
             return self._look()
 
@@ -85,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        """The page, or the version that tells whether there is news."""
+        """Answer with the page, or with its version, which changes when the page does."""
         # Another site's page must not read this one under a name of its own (DNS rebinding).
         asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]")
         if self.server.loopback and not _is_loopback(asked):

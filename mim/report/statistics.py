@@ -219,12 +219,8 @@ class _Judge:
     """Verdicts of one measure, all of one family where it is the primary one."""
 
     def __init__(self, comparison: Comparison, analysis: Analysis, groups: list[Group]) -> None:
-        self.measure, self.margin, self.primary = (
-            analysis.measure,
-            analysis.margin,
-            analysis.primary,
-        )
-        self.groups, self.images = groups, 0
+        self.measure, self.margin = analysis.measure, analysis.margin
+        self.primary, self.groups, self.images = analysis.primary, groups, 0
         values = {group.label: group.values(self.measure.key) for group in groups}
         alike = all(comparable(self.measure, groups[0], group) for group in groups[1:])
         self.spread = pooled_spread(values) if alike else None
@@ -233,7 +229,8 @@ class _Judge:
         against = self.reference.label if self.reference else None
         count = len(family_pairs(list(values), against))
         self.family = Family("pairs" if against is None else "reference", len(groups), count)
-        self.rule = _rule(comparison) if analysis.primary else None
+        seeds = comparison.rules.get("seeds")
+        self.rule = SeedRule(**seeds) if seeds and analysis.primary else None
         if self.rule is not None:
             self.progress = follow(values, self.rule, self.margin, against)
         if not analysis.primary:  # each stands by itself; Holm's correction follows
@@ -275,7 +272,7 @@ class _Judge:
         seeds, level = found.n, LEVEL
         if self.rule is not None:
             seeds, level = self.rule.most, nominal_level(self.rule.most, self.rule, self.family)
-            equal = _is_within(found, self.margin)
+            equal = found.is_within(self.margin)
         kind: Kind = "difference" if found.shown else "equal" if equal else "undecided"
         if kind != "undecided" or not forecast:
             return Verdict(first, second, found, kind)
@@ -299,19 +296,6 @@ def _widened(found: Difference, images: Source) -> Difference:
     times = math.sqrt(1 + images.variance / found.error**2)
     reach = (found.high - found.mean) * times
     return replace(found, wide=(found.mean - reach, found.mean + reach))
-
-
-def _is_within(found: Difference, margin: float) -> bool:
-    return (
-        found.low is not None
-        and found.high is not None
-        and (-margin < found.low and found.high < margin)
-    )
-
-
-def _rule(comparison: Comparison) -> SeedRule | None:
-    given = comparison.rules.get("seeds")
-    return SeedRule(**given) if given else None
 
 
 def _reference(comparison: Comparison, groups: list[Group]) -> Group | None:

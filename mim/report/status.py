@@ -16,7 +16,7 @@ from mim.core.files import parse_yaml
 from mim.core.progress import clock
 
 QUIET = 600.0
-"""A run that has written nothing for so many seconds is taken to have stopped."""
+"""Seconds after which a run that has written nothing is taken to have stopped."""
 _TAIL = 65536
 """Bytes at the end of metrics.jsonl that are read: the state is in the last lines."""
 
@@ -32,12 +32,13 @@ ODD: tuple[type[Exception], ...] = (
 
 def why_unreadable(folder: Path, error: Exception) -> str:
     """The reason, for people."""
-    told = isinstance(error, UserError)
-    return str(error) if told else f"{folder}: its files are not what a run writes ({error})"
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{folder}: its files are not what a run writes ({error})"
 
 
 def is_unfinished(result: Mapping[str, Any]) -> bool:
-    """Whether a ``result.json`` is none of a run: empty, or evaluations of one that goes on."""
+    """Whether the run has not ended: its ``result.json`` is empty, or holds evaluations alone."""
     return "steps" not in result and result.get("status", "unfinished") == "unfinished"
 
 
@@ -101,7 +102,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
         file.seek(max(path.stat().st_size - _TAIL, 0))
         lines = file.read().decode("utf-8", errors="replace").split("\n")
     found: dict[str, Any] = {}
-    for line in lines[:-1]:  # what follows the last line end is not whole yet
+    for line in lines[:-1]:  # what follows the last line end is still being written
         try:
             found.update(json.loads(line))
         except ValueError:  # the first of the tail may be cut

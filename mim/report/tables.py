@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mim.compare.statistics import Difference
 from mim.core.progress import clock
+from mim.core.settings import flatten
 from mim.report.collect import (
     COSTS,
     LOSSES,
     REFERENCES,
     Comparison,
     axis_labels,
-    flatten,
     show_value,
+    without_seed,
 )
 from mim.report.measures import (
     MISSING,
@@ -32,7 +32,7 @@ from mim.report.measures import (
     loss_measures,
     summarize,
 )
-from mim.report.statistics import Analysis, Verdict, against_references, analyse, leader
+from mim.report.statistics import Analysis, Verdict, against_references, leader
 from mim.report.status import UNREADABLE
 
 
@@ -43,6 +43,11 @@ class Column:
     label: str
     section: str = ""
     numeric: bool = True
+
+
+def text_columns(*labels: str) -> list[Column]:
+    """Columns of words."""
+    return [Column(label, numeric=False) for label in labels]
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,17 @@ class Cell:
     value: float | None = None
     """What the column is sorted by; None sorts by the text, and a dash last."""
 
+    @property
+    def full_text(self) -> str:
+        """The text, and the note in parentheses."""
+        return f"{self.text} ({self.note})" if self.note else self.text
+
 
 @dataclass(frozen=True)
 class Row:
     """One row; ``kind`` tells a reference from a run."""
 
-    cells: tuple[Cell, ...]
+    cells: Sequence[Cell]
     kind: str = "run"
 
 
@@ -70,8 +80,8 @@ class Table:
     """A table with its caption."""
 
     caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    columns: Sequence[Column]
+    rows: Sequence[Row]
     key: str = ""
     """Names its files."""
 
@@ -95,16 +105,14 @@ class Table:
         return spans if any(section for section, _ in spans) else []
 
 
-def comparison_table(comparison: Comparison, analyses: Sequence[Analysis] | None = None) -> Table:
+def comparison_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     """A row per group: mean ± standard deviation over seeds; the reference rows last."""
-    analyses = analyse(comparison) if analyses is None else analyses
     qualities = [each.measure for each in analyses if each.measure.key not in LOSSES]
     return means_table(comparison, qualities, analyses, "results")
 
 
-def cost_table(comparison: Comparison, analyses: Sequence[Analysis] | None = None) -> Table:
+def cost_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     """The same of the losses, of compute, speed and memory."""
-    analyses = analyse(comparison) if analyses is None else analyses
     measures = [*loss_measures(comparison), *cost_measures(comparison)]
     return means_table(comparison, measures, analyses, "cost")
 
@@ -117,26 +125,21 @@ def means_table(
     bold = any(leaders.get(measure.key) for measure in measures)
     rows = []
     for group in (*comparison.groups, *comparison.references):
-        done, n = len(group.runs), len(group.finished)
-        count = str(n) if n == done else f"{n} of {done}"
-        cells = [Cell(group.label), Cell(count if done else MISSING, value=float(n))]
+        total, n = len(group.runs), len(group.finished)
+        count = str(n) if n == total else f"{n} of {total}"
+        cells = [Cell(group.label), Cell(count if total else MISSING, value=float(n))]
         for measure in measures:
             summary = summarize(group.values(measure.key).values())
-            fewer = summary is not None and summary.n != n
-            note = f"n = {summary.n}" if fewer and summary else ""
+            note = f"n = {summary.n}" if summary and summary.n != n else ""
             best = leaders.get(measure.key) == group.label
             mean = summary.mean if summary else None
             cells.append(Cell(measure.summary(summary), note, best, mean))
         if key != "cost" or any(cell.text != MISSING for cell in cells[2:]):
-            rows.append(Row(tuple(cells), group.kind))
+            rows.append(Row(cells, group.kind))
     heads = [Column(measure.head, measure.section) for measure in measures]
     strong = "; bold: shown to be ahead of every other row" if bold else ""
-    return Table(
-        f"Mean ± standard deviation over seeds{strong}",
-        (Column("Encoder", numeric=False), Column("n"), *heads),
-        tuple(rows),
-        key,
-    )
+    caption = f"Mean ± standard deviation over seeds{strong}"
+    return Table(caption, [*text_columns("Encoder"), Column("n"), *heads], rows, key)
 
 
 MOST_DRAWN = 36
@@ -172,35 +175,28 @@ VERDICTS = {
 }
 
 
-def difference_table(
-    comparison: Comparison, analyses: Sequence[Analysis] | None = None
-) -> Table | None:
-    """Differences of the pairs with their intervals and verdicts; none without a pair."""
-    analyses = analyse(comparison) if analyses is None else analyses
-    columns: list[Column] = []
-    rows: dict[tuple[str, str], list[Cell]] = {}
-    for place, each in enumerate(each for each in analyses if each.verdicts):
-        columns.append(_in_points(each.measure))
+def difference_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
+    """Differences of the pairs with their intervals and verdicts."""
+    compared = [each for each in analyses if each.verdicts]
+    names: dict[tuple[str, str], str] = {}
+    cells: dict[tuple[str, str], dict[int, Cell]] = {}
+    for place, each in enumerate(compared):
         for verdict in each.verdicts:
-            row = rows.setdefault(verdict.key, [Cell(pair_name(comparison, verdict))])
-            row += [Cell(MISSING)] * (place + 1 - len(row))
-            row.append(_difference_cell(each.measure, verdict.found, verdict.kind))
-    if not rows:
-        return None
-    return Table(
-        "Mean difference with its 95% interval",
-        (Column("Difference", numeric=False), *columns),
-        tuple(
-            Row((*row, *[Cell(MISSING)] * (len(columns) + 1 - len(row)))) for row in rows.values()
-        ),
-        "differences",
-    )
+            names.setdefault(verdict.key, pair_name(comparison, verdict))
+            cell = _difference_cell(each.measure, verdict.found, verdict.kind)
+            cells.setdefault(verdict.key, {})[place] = cell
+    rows = [
+        Row([Cell(name), *(cells[key].get(n, Cell(MISSING)) for n in range(len(compared)))])
+        for key, name in names.items()
+    ]
+    columns = [*text_columns("Difference"), *(_in_points(each.measure) for each in compared)]
+    return Table("Mean difference with its 95% interval", columns, rows, "differences")
 
 
 def pair_name(comparison: Comparison, verdict: Verdict) -> str:
     """The two values that differ, and in parentheses where both groups stand on the other axes."""
     first, second = verdict.first, verdict.second
-    labels = axis_labels([key for key in comparison.axes if key != "seed"])
+    labels = axis_labels(without_seed(comparison.axes))
     axes = dict.fromkeys([*first.axes, *second.axes])
     differing = [key for key in axes if first.axes.get(key) != second.axes.get(key)]
     if len(differing) != 1:
@@ -221,28 +217,20 @@ def _in_points(measure: Measure) -> Column:
     return Column(measure.head.replace("(%)", "(points)"), measure.section)
 
 
-def margin_table(
-    comparison: Comparison, analyses: Sequence[Analysis] | None = None
-) -> Table | None:
-    """How far each group stands above the reference rows; none without evaluations."""
-    analyses = analyse(comparison) if analyses is None else analyses
+def margin_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
+    """How far each group stands above the reference rows; it has rows where there is a quality."""
     qualities = [each for each in analyses if each.measure.key not in LOSSES]
     rows = []
-    for kind, name in REFERENCES.items():
+    for kind, name in REFERENCES.items() if qualities else ():
         found = [against_references(comparison, each, kind) for each in qualities]
         for place, group in enumerate(comparison.groups):
             cells = [Cell(f"{group.label} \u2212 {name}")]
             for each, column in zip(qualities, found, strict=True):
                 cells.append(_difference_cell(each.measure, column[place][1]))
-            rows.append(Row(tuple(cells)))
-    if not qualities or not rows:
-        return None
-    return Table(
-        "Mean difference from the references, with its 95% interval for all encoders at once",
-        (Column("Difference", numeric=False), *(_in_points(each.measure) for each in qualities)),
-        tuple(rows),
-        "margins",
-    )
+            rows.append(Row(cells))
+    caption = "Mean difference from the references, with its 95% interval for all encoders at once"
+    columns = [*text_columns("Difference"), *(_in_points(each.measure) for each in qualities)]
+    return Table(caption, columns, rows, "margins")
 
 
 def _difference_cell(measure: Measure, found: Difference | None, kind: str = "") -> Cell:
@@ -257,83 +245,67 @@ def _difference_cell(measure: Measure, found: Difference | None, kind: str = "")
     return Cell(text, ", ".join(notes), strong=shown, value=found.mean)
 
 
-def settings_table(comparison: Comparison) -> Table | None:
-    """Where the config of each group departs from the base; none where nothing does."""
+def settings_table(comparison: Comparison) -> Table:
+    """Where the config of each group departs from the base."""
     base = flatten(comparison.base)
     rows = []
     for group in comparison.groups:
         config = flatten(group.config) if group.config else base | flatten(group.axes)
         for key in dict.fromkeys([*base, *config]):
-            if key in ("seed", "output", "resume"):
-                continue
             ours, theirs = (_setting(settings, key) for settings in (config, base))
-            if ours != theirs:
-                rows.append(Row((Cell(group.label), Cell(key), Cell(theirs), Cell(ours))))
-    if not rows:
-        return None
-    heads = ("Encoder", "Setting", "Base", "Here")
-    columns = tuple(Column(head, numeric=False) for head in heads)
-    return Table("Settings that differ from the base config", columns, tuple(rows), "settings")
+            if ours != theirs and key not in ("seed", "output", "resume"):
+                rows.append(Row([Cell(text) for text in (group.label, key, theirs, ours)]))
+    columns = text_columns("Encoder", "Setting", "Base", "Here")
+    return Table("Settings that differ from the base config", columns, rows, "settings")
 
 
-def facts_table(comparison: Comparison) -> Table | None:
+def facts_table(comparison: Comparison) -> Table:
     """Environment and data of the runs; where runs disagree, every value and how often."""
     rows = []
     for section in ("data", "environment"):
         runs = [run for run in comparison.runs if run.kind == "run" and getattr(run, section)]
         facts = [flatten(getattr(run, section)) for run in runs]
         for key in dict.fromkeys(key for fact in facts for key in fact):
-            shown = [_setting(fact, key) for fact in facts]
-            values = Counter(shown)
+            values = Counter(_setting(fact, key) for fact in facts)
             several = [f"{value} ({count} of {len(facts)} runs)" for value, count in values.items()]
-            text = "; ".join(several) if len(values) > 1 else next(iter(values))
-            rows.append(Row((Cell(f"{section}: {key.replace('_', ' ')}"), Cell(text))))
-    if not rows:
-        return None
-    columns = (Column("What", numeric=False), Column("Value", numeric=False))
-    return Table("What the runs saw, and where they ran", columns, tuple(rows), "facts")
+            text = "; ".join(several if len(values) > 1 else values)
+            rows.append(Row([Cell(f"{section}: {key.replace('_', ' ')}"), Cell(text)]))
+    columns = text_columns("What", "Value")
+    return Table("What the runs saw, and where they ran", columns, rows, "facts")
 
 
-def failures_table(comparison: Comparison) -> Table | None:
-    """Runs without a result, and why; none where all finished."""
+def failures_table(comparison: Comparison) -> Table:
+    """Runs without a result, and why."""
     rows = [
-        Row((Cell(run.name), Cell(run.status), Cell(run.error or "no reason was recorded")))
+        Row([Cell(run.name), Cell(run.status), Cell(run.error or "no reason was recorded")])
         for run in comparison.runs
         if not run.finished
     ]
-    if not rows:
-        return None
-    columns = tuple(Column(head, numeric=False) for head in ("Run", "Status", "Reason"))
-    return Table("Runs that have no result", columns, tuple(rows), "failures")
+    columns = text_columns("Run", "Status", "Reason")
+    return Table("Runs that have no result", columns, rows, "failures")
 
 
 def runs_table(comparison: Comparison) -> Table:
     """Every run and where it is."""
     rows = []
     for run in comparison.runs:
-        progress = run.progress
-        share = 1.0 if run.finished else 0.0
-        if progress is not None and progress.total:
-            share = progress.step / progress.total
-        left = progress.seconds_left if progress is not None else None
-        loss = progress.loss if progress is not None else run.measures.get("train_loss")
-        cells = (
+        done, left, loss = float(run.finished), None, run.measures.get("train_loss")
+        if run.progress is not None:
+            left, loss = run.progress.seconds_left, run.progress.loss
+            if run.progress.total:
+                done = run.progress.step / run.progress.total
+        cells = [
             Cell(run.name),
             Cell(run.status),
-            Cell(f"{share:.0%}", value=share),
+            Cell(f"{done:.0%}", value=done),
             Cell(f"{loss:.4g}" if loss is not None else MISSING, value=loss),
             Cell(clock(left) if left is not None else MISSING, value=left),
             Cell(run.error if run.status in ("failed", UNREADABLE) else ""),
-        )
+        ]
         rows.append(Row(cells, run.kind))
-    heads = ("done", "loss", "time left")
-    columns = (
-        Column("Run", numeric=False),
-        Column("State", numeric=False),
-        *(Column(head) for head in heads),
-        Column("Reason", numeric=False),
-    )
-    return Table("All runs, in their order", columns, tuple(rows), "runs")
+    numbers = [Column(head) for head in ("done", "loss", "time left")]
+    columns = [*text_columns("Run", "State"), *numbers, *text_columns("Reason")]
+    return Table("All runs, in their order", columns, rows, "runs")
 
 
 def results_csv(comparison: Comparison) -> str:
@@ -341,27 +313,21 @@ def results_csv(comparison: Comparison) -> str:
 
     Columns: ``run``, the axes (dotted keys), ``seed``, ``kind``, each measure, ``status``.
     """
-    axes = [key for key in comparison.axes if key != "seed"]
-    axes += [
-        key for run in comparison.runs for key in run.axes if key != "seed" and key not in axes
-    ]
-    axes = list(dict.fromkeys(axes))
+    named = [comparison.axes, *(run.axes for run in comparison.runs)]
+    axes = list(dict.fromkeys(key for each in named for key in without_seed(each)))
     measures = [*LOSSES, *comparison.evaluation_keys, *COSTS]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", *axes, "seed", "kind", *measures, "status"])
+    rows: list[Sequence[Any]] = [["run", *axes, "seed", "kind", *measures, "status"]]
     for run in comparison.runs:
-        known = run.placed
-        writer.writerow(
-            [
-                run.folder.name,
-                *(show_value(run.axes[key]) if key in run.axes else "" for key in axes),
-                run.seed if known and run.kind not in ("pixels", "given") else "",
-                run.kind,
-                *(run.measures.get(key, "") for key in measures),
-                run.status,
-            ]
-        )
+        place = [show_value(run.axes[key]) if key in run.axes else "" for key in axes]
+        seed = run.seed if run.placed and run.kind not in ("pixels", "given") else ""
+        numbers = [run.measures.get(key, "") for key in measures]
+        rows.append([run.folder.name, *place, seed, run.kind, *numbers, run.status])
+    return _csv(rows)
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
@@ -372,11 +338,8 @@ def markdown(table: Table) -> str:
         "|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|",
     ]
     for row in table.rows:
-        texts = [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
-        marked = [
-            f"**{escape_markdown(text)}**" if cell.strong else escape_markdown(text)
-            for text, cell in zip(texts, row.cells, strict=True)
-        ]
+        texts = [(escape_markdown(cell.full_text), cell.strong) for cell in row.cells]
+        marked = [f"**{text}**" if strong else text for text, strong in texts]
         lines.append("| " + " | ".join(marked) + " |")
     return "\n".join(lines)
 
@@ -394,11 +357,10 @@ def latex(table: Table) -> str:
     if table.sections:
         parts, rules, start = [], [], 1
         for section, span in table.sections:
-            title = escape_latex(section)
             if not section:
                 parts += [""] * span
             else:
-                parts.append(f"\\multicolumn{{{span}}}{{c}}{{{title}}}")
+                parts.append(f"\\multicolumn{{{span}}}{{c}}{{{escape_latex(section)}}}")
                 rules.append(f"\\cmidrule(lr){{{start}-{start + span - 1}}}")
             start += span
         lines += [" & ".join(parts) + " \\\\", "".join(rules)]
@@ -407,7 +369,7 @@ def latex(table: Table) -> str:
     for row in table.rows:
         cells = []
         for cell in row.cells:
-            text = escape_latex(f"{cell.text} ({cell.note})" if cell.note else cell.text)
+            text = escape_latex(cell.full_text)
             cells.append(f"\\textbf{{{text}}}" if cell.strong else text)
         lines.append(" & ".join(cells) + " \\\\")
     lines += ["\\bottomrule", "\\end{tabular}", "\\end{table}"]
@@ -439,14 +401,7 @@ def escape_latex(text: str) -> str:
 
 def table_csv(table: Table) -> str:
     """A table as it is printed, in CSV; the numbers as measured are in ``results.csv``."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(table.heads)
-    for row in table.rows:
-        writer.writerow(
-            [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
-        )
-    return buffer.getvalue()
+    return _csv([table.heads, *([cell.full_text for cell in row.cells] for row in table.rows)])
 
 
 def escape_markdown(text: str) -> str:
@@ -456,8 +411,3 @@ def escape_markdown(text: str) -> str:
 
 def _setting(settings: Mapping[str, Any], key: str) -> str:
     return show_value(settings[key]) if key in settings else MISSING
-
-
-def base_config_text(comparison: Comparison) -> str:
-    """The base config, for reading."""
-    return json.dumps(comparison.base, indent=2, ensure_ascii=False)

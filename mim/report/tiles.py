@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim.core.errors import UserError
 from mim.report.charts import styles
-from mim.report.collect import Comparison, Run
+from mim.report.collect import Comparison, Run, read_arrays
 from mim.report.figures import Picture, data_uri
 
 Pixels = NDArray[np.uint8]
@@ -153,7 +150,7 @@ def viewer(comparison: Comparison) -> dict[str, Any] | None:
     own = {label: round(float(array["is_masked"].mean()), 2) for label, array in arrays.items()}
     seen = {label: {own[label]: (a["prediction"], a["is_masked"])} for label, a in arrays.items()}
     for label, run in shown.items():
-        extra = _load_ratios(run)
+        extra = _load_ratios(run, _is_grey(arrays[label]["original"]))
         for place, ratio in enumerate(extra.get("ratio", ())):
             pair = (extra["prediction"][place], extra["is_masked"][place])
             seen[label].setdefault(round(float(ratio), 2), pair)
@@ -203,9 +200,9 @@ def _pictures_of(run: Run) -> Path:
     return run.folder / "reconstructions.npz"
 
 
-def _load(run: Run) -> Mapping[str, NDArray[Any]]:
+def _load(run: Run) -> dict[str, NDArray[Any]]:
     keys = ("original", "masked", "prediction", "composite", "is_masked")
-    arrays = dict(_read(_pictures_of(run), keys))
+    arrays = read_arrays(_pictures_of(run), "reconstructions", keys) or {}
     grey = _is_grey(arrays["original"])
     return arrays | {key: _as_grey(arrays[key], grey) for key in keys[1:-1]}
 
@@ -225,23 +222,13 @@ def _as_grey(images: Pixels, grey: NDArray[np.bool_]) -> Pixels:
     return np.asarray(np.where(grey[:, None, None, None], mean, images))
 
 
-def _load_ratios(run: Run) -> Mapping[str, NDArray[Any]]:
+def _load_ratios(run: Run, grey: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
     path = run.folder / "reconstructions_ratios.npz"
-    if not path.is_file():
-        return {}
-    arrays = dict(_read(path, ("ratio", "prediction", "is_masked")))
-    grey = _is_grey(_read(_pictures_of(run), ("original",))["original"])
-    if arrays["prediction"].shape[1] == len(grey):
+    keys = ("ratio", "prediction", "is_masked")
+    arrays = read_arrays(path, "reconstructions", keys) or {}
+    if arrays and arrays["prediction"].shape[1] == len(grey):
         arrays["prediction"] = _as_grey(arrays["prediction"], grey)
     return arrays
-
-
-def _read(path: Path, keys: tuple[str, ...]) -> Mapping[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as reconstructions ({error})") from error
 
 
 def _size(height: int, width: int) -> tuple[int, int]:

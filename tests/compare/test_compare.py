@@ -301,11 +301,7 @@ def test_bad_axes_stop_before_any_training(
     ],
 )
 def test_bad_evaluations_stop_before_any_training(
-    evaluations: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    mim: Mim,
-    write: Callable[..., Path],
+    evaluations: dict[str, Any], message: str, tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
     outcome = mim("compare", "--config", write({"seed": [0]}, evaluations=evaluations))
     assert outcome.code == 2

@@ -35,9 +35,7 @@ def test_bytes_of_a_step_by_hand(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_written_to_stderr_meanwhile_is_not_lost(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_written_to_stderr_meanwhile_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
     def step() -> None:
         import os
 

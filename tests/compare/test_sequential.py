@@ -7,13 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mim.compare.sequential import (
-    SeedRule,
-    follow,
-    largest_statistics,
-    next_round,
-    nominal_level,
-)
+from mim.compare.sequential import SeedRule, follow, largest_statistics, next_round, nominal_level
 from mim.compare.statistics import Family
 from mim.core.errors import UserError
 

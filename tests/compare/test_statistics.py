@@ -65,10 +65,11 @@ def test_critical_values_are_those_of_printed_tables() -> None:
 
 
 def test_dunnett_is_scipys() -> None:
-    first, second, control = np.random.default_rng(0).normal(size=(3, 6))
-    expected = stats.dunnett(first, second, control=control)
-    own = [Family("reference", 3).p(t, 15) for t in expected.statistic]
-    assert own == pytest.approx(expected.pvalue, abs=1e-3)
+    first, second, control = rows = np.random.default_rng(0).normal(size=(3, 6))
+    interval = stats.dunnett(first, second, control=control).confidence_interval()
+    error = math.sqrt(rows.var(axis=1, ddof=1).mean() * 2 / 6)
+    expected = (interval.high - interval.low) / 2 / error
+    assert expected == pytest.approx(Family("reference", 3).critical(15), abs=0.01)
 
 
 def test_degrees_between_tabled_ones_are_interpolated() -> None:
@@ -104,9 +105,38 @@ def test_a_run_that_failed_costs_one_degree_of_freedom() -> None:
     assert found.error == pytest.approx(spread.sd * math.sqrt(2 / 3))
 
 
-def test_below_three_seeds_there_is_no_interval() -> None:
-    found = difference({0: 5.0, 1: 5.1}, {0: 1.0, 1: 1.0})
-    assert found is not None and found.n == 2 and found.low is None and not found.shown
+def test_an_interval_by_hand_and_by_scipy() -> None:
+    # Differences 1, 2, 3: mean 2, sd 1, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
+    found = difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    half = 4.302652729911275 / math.sqrt(3)
+    assert found is not None and found.mean == pytest.approx(2.0)
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
+    assert not found.shown  # 2 - 2.484 is below 0
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=7), rng.normal(size=7) - 2
+    found = difference(dict(enumerate(first)), dict(enumerate(second)), level=0.1)
+    expected = stats.ttest_rel(first, second).confidence_interval(0.9)
+    assert found is not None and found.shown
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_only_common_seeds_are_paired() -> None:
+    found = difference({0: 1.0, 1: 5.0, 7: 99.0}, {1: 3.0, 0: 2.0, 8: -99.0})
+    assert found is not None and found.n == 2
+    assert found.mean == pytest.approx((-1 + 2) / 2)
+
+
+def test_equal_differences_make_an_interval_of_no_width() -> None:
+    first, second = {0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}
+    found, same = difference(first, second), difference(first, first)
+    assert found is not None and (found.low, found.high) == (2.0, 2.0)
+    assert same is not None and not same.shown
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_below_three_seeds_there_is_no_interval(seeds: int) -> None:
+    found = difference(dict.fromkeys(range(seeds), 9.0), dict.fromkeys(range(seeds), 0.0))
+    assert found is not None and found.n == seeds and found.low is None and not found.shown
     assert found.p_equal(100.0) == 1.0
     assert difference({0: 1.0}, {1: 1.0}) is None
     assert Design(Family("pairs", 3, 3), 2, 1.0).smallest() is None

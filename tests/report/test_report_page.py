@@ -29,16 +29,18 @@ from mim.report import write_report
 from mim.report.charts import loss_charts, mean_curve, quality_charts, styles
 from mim.report.collect import axis_labels, read_comparison
 from mim.report.finding import Finding, finding
-from mim.report.measures import Measure
+from mim.report.measures import Measure, evaluation_measures, summarize
 from mim.report.page import Report, report_html, report_markdown
 from mim.report.statistics import against_references, analyse
 from mim.report.tables import (
+    Table,
     comparison_table,
     cost_table,
     difference_table,
     latex,
     margin_table,
     markdown,
+    results_csv,
     table_csv,
 )
 from mim.report.tiles import reconstructions, viewer
@@ -95,6 +97,11 @@ def report(folder: Path) -> Page:
 
 def by_regime(values: dict[str, list[float]]) -> Callable[[dict[str, Any], int], float]:
     return lambda axes, seed: values[axes["model.regime.name"]][seed]
+
+
+def table_of(make: Callable[..., Table], folder: Path) -> Table:
+    comparison = read_comparison(folder)
+    return make(comparison, analyse(comparison))
 
 
 def finding_of(folder: Path) -> Finding:
@@ -221,11 +228,10 @@ def test_one_seed_shows_no_difference(fake_comparison: Write) -> None:
     text = finding_of(folder).text
     assert "zero (99.0\u00a0%) has the highest mean; 1 seed gives no interval" in text
     assert "better" not in text
-    table = difference_table(read_comparison(folder))
-    assert table is not None
+    table = table_of(difference_table, folder)
     assert [cell.note for cell in table.rows[0].cells[1:]] == ["n = 1, no interval"] * 5
     assert not any(cell.strong for cell in table.rows[0].cells)
-    assert "±" not in comparison_table(read_comparison(folder)).rows[0].cells[2].text
+    assert "±" not in table_of(comparison_table, folder).rows[0].cells[2].text
 
 
 def test_references_are_beaten_or_not(fake_comparison: Write) -> None:
@@ -248,7 +254,7 @@ def test_raw_pixels_are_compared_with_every_seed(fake_comparison: Write) -> None
 def test_table_holds_mean_spread_and_references(fake_comparison: Write) -> None:
     values = {"drop": [0.90, 0.92, 0.91], "zero": [0.9, 0.9, 0.9]}
     folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
-    table = comparison_table(read_comparison(folder))
+    table = table_of(comparison_table, folder)
     heads = [(column.section, column.label) for column in table.columns]
     rows = {row.cells[0].text: [cell.text for cell in row.cells] for row in table.rows}
     assert list(rows) == ["drop", "zero", "untrained encoder", "raw pixels"]
@@ -256,7 +262,7 @@ def test_table_holds_mean_spread_and_references(fake_comparison: Write) -> None:
     assert rows["drop"][linear] == "91.0\u00a0±\u00a01.0"
     assert rows["raw pixels"][linear] == "87.2"
     assert rows["drop"][1] == "3" and rows["raw pixels"][1] == "1"
-    table = cost_table(read_comparison(folder))
+    table = table_of(cost_table, folder)
     heads = [(column.section, column.label) for column in table.columns]
     rows = {row.cells[0].text: [cell.text for cell in row.cells] for row in table.rows}
     assert list(rows) == ["drop", "zero"], "references cost nothing"
@@ -269,7 +275,7 @@ def test_failed_runs_are_shown_and_not_averaged(fake_comparison: Write) -> None:
     folder = fake_comparison(
         axes=REGIMES, failed=("regime=drop,seed=1",), linear=by_regime(values), error="it blew up"
     )
-    row = comparison_table(read_comparison(folder)).rows[0]
+    row = table_of(comparison_table, folder).rows[0]
     assert row.cells[1].text == "2 of 3"
     assert row.cells[2].text.startswith("90.5")
     page = report(folder)
@@ -316,8 +322,7 @@ def test_csv_columns_and_rows(fake_comparison: Write) -> None:
 def test_pairs_differ_in_one_axis(fake_comparison: Write) -> None:
     axes = {"model.regime.name": ["drop", "zero"], "mask.ratio": [0.5, 0.75], "seed": [0, 1]}
     folder = fake_comparison(axes=axes)
-    table = difference_table(read_comparison(folder))
-    assert table is not None
+    table = table_of(difference_table, folder)
     assert [row.cells[0].text for row in table.rows] == [
         "zero \u2212 drop (mask ratio 0.5)",
         "zero \u2212 drop (mask ratio 0.75)",
@@ -336,7 +341,11 @@ def test_other_targets_make_losses_incomparable(fake_comparison: Write) -> None:
     axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1, 2]}
     comparison = read_comparison(fake_comparison(axes=axes))
     assert not any(each.measure.section == "Loss" for each in analyse(comparison))
-    assert not any(cell.strong for row in cost_table(comparison).rows for cell in row.cells)
+    assert not any(
+        cell.strong
+        for row in cost_table(comparison, analyse(comparison)).rows
+        for cell in row.cells
+    )
 
 
 def test_unlabelled_data(fake_comparison: Write) -> None:
@@ -344,14 +353,14 @@ def test_unlabelled_data(fake_comparison: Write) -> None:
     text = report(folder).text
     assert "No evaluation was run" in text
     assert "untrained encoder" in text and "raw pixels" in text
-    assert margin_table(read_comparison(folder)) is None
+    assert not table_of(margin_table, folder).rows
 
 
 def test_single_run(fake_comparison: Write) -> None:
     folder = fake_comparison(axes={"seed": [0]})
     text = finding_of(folder).sentence
     assert text.startswith("By linear probe accuracy: drop 9") and "nothing to compare" in text
-    assert difference_table(read_comparison(folder)) is None
+    assert not table_of(difference_table, folder).rows
     report(folder)
 
 
@@ -530,7 +539,7 @@ def test_a_write_that_fails_leaves_the_old_report(
 
 
 def bold(folder: Path, column: tuple[str, str] = ("Linear probe", "accuracy (%)")) -> list[str]:
-    table = comparison_table(read_comparison(folder))
+    table = table_of(comparison_table, folder)
     place = [(head.section, head.label) for head in table.columns].index(column)
     return [row.cells[0].text for row in table.rows if row.cells[place].strong]
 
@@ -551,16 +560,14 @@ def test_bold_only_where_every_interval_supports_it(fake_comparison: Write, tmp_
     folder = fake_comparison(axes=one, linear=by_regime(ahead), folder=tmp_path / "one")
     assert bold(folder) == [], "one seed gives no interval"
     # Less is better: drop's held-out loss is the lowest, by the same amount in each seed.
-    costs = cost_table(read_comparison(tmp_path / "ahead"))
+    costs = table_of(cost_table, tmp_path / "ahead")
     place = [column.label for column in costs.columns].index("held-out loss")
     assert [row.cells[0].text for row in costs.rows if row.cells[place].strong] == ["drop"]
 
 
 def test_cells_carry_what_they_are_sorted_by(fake_comparison: Write) -> None:
     values = {"drop": [0.90, 0.92, 0.91], "zero": [0.9, 0.9, 0.9]}
-    table = comparison_table(
-        read_comparison(fake_comparison(axes=REGIMES, linear=by_regime(values)))
-    )
+    table = table_of(comparison_table, fake_comparison(axes=REGIMES, linear=by_regime(values)))
     place = [column.section for column in table.columns].index("Linear probe")
     means = [row.cells[place].value for row in table.rows]
     assert means == pytest.approx([0.91, 0.9, 0.764, 0.872])
@@ -569,7 +576,7 @@ def test_cells_carry_what_they_are_sorted_by(fake_comparison: Write) -> None:
 def test_exports_hold_the_same_cells(fake_comparison: Write) -> None:
     evil = "a&b_50%{x}~^\\#$|`"
     axes = {"model.regime.name": ["drop", evil], "seed": [0, 1, 2]}
-    table = comparison_table(read_comparison(fake_comparison(axes=axes)))
+    table = table_of(comparison_table, fake_comparison(axes=axes))
     rows = list(csv.reader(io.StringIO(table_csv(table))))
     assert rows[0][:3] == ["Encoder", "n", "Linear probe: accuracy (%)"]
     assert [row[0] for row in rows[1:]] == ["drop", evil, "untrained encoder", "raw pixels"]
@@ -703,7 +710,7 @@ def test_runs_on_their_way_are_told_from_waiting_and_stopped_ones(fake_compariso
     assert (progress.step, progress.total) == (700, 1400)
     assert progress.seconds_left == pytest.approx(70)
     assert runs[names[3]].error == "at step 700 of 1400, 1:10 left"
-    rows = comparison_table(read_comparison(folder)).rows
+    rows = table_of(comparison_table, folder).rows
     assert [row.cells[1].text for row in rows[:2]] == ["3", "0 of 3"]
     page = report(folder)
     assert "at step 700 of 1400, 1:10 left" in page.text
@@ -927,6 +934,28 @@ def test_predictions_of_grey_images_have_no_tint(fake_comparison: Write) -> None
     assert tinted == [False, True]
 
 
+def test_summary_uses_the_sample_standard_deviation() -> None:
+    summary, one = summarize([1.0, 2.0, 6.0]), summarize([4.0])
+    assert summary is not None and one is not None
+    assert (summary.mean, summary.n) == (3.0, 3)
+    assert summary.sd == pytest.approx(math.sqrt(7.0))  # (4 + 1 + 9) / 2
+    assert one.sd is None and one.n == 1
+    assert summarize([]) is None
+
+
+def test_chosen_settings_are_no_columns_of_the_table(fake_comparison: Write) -> None:
+    folder = fake_comparison(metrics=False)
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        for numbers in result.get("evaluations", {}).values():
+            numbers |= {"chosen_k": 5, "converged": 1.0, "mean_strength_10_per_class": 0.1}
+        path.write_text(json.dumps(result))
+    comparison = read_comparison(folder)
+    heads = {measure.key for measure in evaluation_measures(comparison)}
+    assert heads and not any("chosen" in h or "converged" in h or "mean_" in h for h in heads)
+    assert "linear.chosen_k" in results_csv(comparison).splitlines()[0]
+
+
 def test_every_group_has_a_look_of_its_own(fake_comparison: Write) -> None:
     names = [f"generator_{letter}" for letter in "abcdefghij"]
     axes = {"mask.name": names, "seed": [0]}
@@ -947,6 +976,5 @@ def test_an_interval_says_on_which_side_of_zero_it_lies() -> None:
 
 def test_losses_that_nobody_may_compare_have_no_columns(fake_comparison: Write) -> None:
     axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1]}
-    table = difference_table(read_comparison(fake_comparison(axes=axes)))
-    assert table is not None
+    table = table_of(difference_table, fake_comparison(axes=axes))
     assert {column.section for column in table.columns} == {"", "Linear probe", "k-NN"}

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from scipy import stats
 
 from mim.compare.cost.step import bench_step, describe, with_regime
 from mim.core.config import Config
@@ -16,14 +17,11 @@ from mim.core.errors import setting_error
 
 _LINES = {"drop": "-", "zero": "--", "token": "-."}
 _MARKERS = {"drop": "o", "zero": "s", "token": "^"}
-_LOGARITHMIC = 4.0  # values that span so many times the least are drawn on a logarithmic axis
+_LOGARITHMIC = 4.0  # the span of values, as a factor, from which an axis is logarithmic
 
 
 class Fit(NamedTuple):
-    """Two least-squares descriptions of y over x, each with the share of variance it explains.
-
-    ``y = intercept + slope * x`` and ``y ~ x ** exponent`` (in logarithms).
-    """
+    """``y = intercept + slope * x`` and ``y ~ x ** exponent`` by least squares, with their R2."""
 
     intercept: float
     slope: float
@@ -34,26 +32,14 @@ class Fit(NamedTuple):
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     """How y grows with x; both positive, at least two different x."""
-    given, found = np.asarray(x, float), np.asarray(y, float)
-    slope, intercept, linear = _line(given, found)
-    exponent, _, power = _line(np.log(given), np.log(found))
-    return Fit(intercept, slope, linear, exponent, power)
-
-
-def _line(x: Any, y: Any) -> tuple[float, float, float]:
-    """(slope, intercept, R squared)."""
-    slope, intercept = np.polyfit(x, y, 1)
-    spread = float(np.sum((y - y.mean()) ** 2))
-    left = float(np.sum((y - intercept - slope * x) ** 2))
-    return float(slope), float(intercept), 1.0 if spread == 0 else 1 - left / spread
+    line = stats.linregress(x, y)
+    power = stats.linregress(np.log(x), np.log(y))
+    r2 = [1.0 if len(set(y)) == 1 else float(found.rvalue**2) for found in (line, power)]
+    return Fit(float(line.intercept), float(line.slope), r2[0], float(power.slope), r2[1])
 
 
 def bench_growth(
-    key: str,
-    configs: Mapping[str, Config],
-    regimes: Sequence[str],
-    rounds: int = 3,
-    steps: int = 1,
+    key: str, configs: Mapping[str, Config], regimes: Sequence[str], rounds: int = 3, steps: int = 1
 ) -> dict[str, Any]:
     """Time and weigh training steps of configs that differ in one setting, under several regimes.
 
@@ -136,13 +122,9 @@ def format_growth(figures: dict[str, Any]) -> str:
     for regime, found in figures["fits"].items():
         parts = [regime]
         for measure, unit in (("seconds_per_step", 1e-3), ("step_memory", 2**20)):
-            told = Fit(**found[measure])
-            parts += [
-                f"{told.intercept / unit:,.3g} + {told.slope / unit:,.3g} x",
-                f"{told.linear_r2:.3f}",
-                f"x^{told.exponent:.2f}",
-                f"{told.power_r2:.3f}",
-            ]
+            law = Fit(**found[measure])
+            line = f"{law.intercept / unit:,.3g} + {law.slope / unit:,.3g} x"
+            parts += [line, f"{law.linear_r2:.3f}", f"x^{law.exponent:.2f}", f"{law.power_r2:.3f}"]
         rows.append(f"| {' | '.join(parts)} |")
     return "\n".join([describe(figures), "", *rows])
 

@@ -26,7 +26,6 @@ from mim.data import (
     Batch,
     ImageSource,
     Picture,
-    Subset,
     normalize,
     open_source,
     train_loader,
@@ -193,11 +192,9 @@ def _stages(
 
 def _contents(source: ImageSource, indices: Tensor) -> Iterator[bytes]:
     """The files of the images, where the source reads files."""
-    while isinstance(source, Subset):
-        indices, source = source.indices[indices], source.source
-    read: Callable[[int], bytes] | None = getattr(source, "encoded", None)
-    if read is not None:
-        yield from (read(index) for index in indices.tolist())
+    for index in indices.tolist():
+        if (content := source.encoded(index)) is not None:
+            yield content
 
 
 def format_data_table(figures: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.rng import image_keys
 from mim.core.signals import end_at_once
+from mim.model import MaskedImageModel
 from mim.model.regimes import REGIMES
 from mim.training.checkpoint import write_text_atomic
 from mim.training.optim import build_optimizer
@@ -43,41 +44,38 @@ from mim.training.settings import checked
 _WARM_UP = 3  # the first steps pay for page faults and allocation
 _COMPILED = "-compiled"  # after the name of a peer: torch.compile of its model
 LR = 1e-4
-# A peer whose loss is so many times ours, or ours its, does not do the same work.
+# A peer whose loss differs from ours by more than this factor does not do the same work.
 _SAME_LOSS = 2.0
 
 
 class _Work(NamedTuple):
-    """A training step in its two parts, and what stays in memory between two steps.
-
-    Attributes:
-        learn: forward and backward of a step, by its number; returns the loss.
-        descend: the optimizer's part.
-        kept: weights, moments and images.
-    """
+    """A training step in its two parts, and what stays in memory between two steps."""
 
     learn: Callable[[int], Tensor]
-    descend: Callable[[], None]
-    kept: Callable[[], list[Tensor]]
+    """Forward and backward of a step, by its number; returns the loss."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
 
     def step(self, number: int) -> Tensor:
         loss = self.learn(number)
-        self.descend()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.model, MaskedImageModel):
+            self.model.update_teacher()
         return loss
+
+    def kept_tensors(self) -> list[Tensor]:
+        """Weights, moments and images."""
+        states = self.optimizer.state.values()
+        moments = (value for state in states for value in state.values())
+        found = [*self.model.parameters(), *self.model.buffers(), *moments, self.images]
+        return [value for value in found if isinstance(value, Tensor)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What one process times.
-
-    Attributes:
-        name: of the regime or the peer.
-        config: for a regime of ours, with that regime; for a peer, what it is built to.
-        is_peer: whether ``name`` is a peer.
-        mae_path: a checkout of facebookresearch/mae, for the peer of that name.
-        threads: of torch's operations.
-        products: whether its products are timed alone, too.
-    """
+    """What one process times: a regime of ours, or a peer built to the sizes of the config."""
 
     name: str
     config: Config
@@ -85,6 +83,7 @@ class _Subject:
     mae_path: Path | None
     threads: int
     products: bool
+    """Whether its matrix products are timed alone, too."""
 
 
 def bench_step(
@@ -112,14 +111,13 @@ def bench_step(
         products: whether the products of each step are timed alone, too.
 
     Returns:
-        ``environment``, and under ``regimes`` and ``peers`` for each: images a second (median,
-        lowest, highest over rounds), seconds a step, tokens in the encoder, tokens a second,
-        operations an image, the bytes of torch's tensors between two steps (``kept_memory``) and
-        at the peak of a step, the last loss, the share of ``matrix_flops_per_second`` that its
-        operations came to, and the share of a step that its products take when run alone.
-        ``ratio_to_first``, its speed over that of the first row, and ``ratio_to_fastest_peer`` of
-        each regime where there are peers. A ratio is the median over rounds of the ratio within a
-        round.
+        ``environment``, and under ``regimes`` and ``peers`` a row each: images and tokens a
+        second, seconds a step, operations an image, bytes of torch's tensors between two steps
+        (``kept_memory``) and at the peak of one, the last loss, the share of
+        ``matrix_flops_per_second`` that its operations came to, and the share of a step that its
+        products take when run alone. ``ratio_to_first`` is its speed over that of the first row,
+        ``ratio_to_fastest_peer`` that of a regime over the fastest peer's; a ratio is the median
+        over rounds of the ratio within a round.
 
     Raises:
         UserError: for an unknown regime or peer, one that does not fit the config, a package that
@@ -151,13 +149,10 @@ def bench_step(
     sizes = {subject.name: subject.config.data.batch_size for subject in subjects}
     first = ours_first[0]
     for name, seconds in times.items():
-        row = figures[name]
-        size = sizes[name]
-        speed = size / statistics.median(seconds)
-        row["seconds_per_step"] = statistics.median(seconds)
-        row["images_per_second"] = speed
-        row["slowest"] = size / max(seconds)
-        row["fastest"] = size / min(seconds)
+        row, size, typical = figures[name], sizes[name], statistics.median(seconds)
+        speed = size / typical
+        row |= {"seconds_per_step": typical, "images_per_second": speed}
+        row |= {"slowest": size / max(seconds), "fastest": size / min(seconds)}
         row["tokens_per_second"] = speed * row["encoder_tokens"]
         flops = row["flops_forward"] + row["flops_backward"]
         if products:
@@ -244,9 +239,9 @@ def _interleave(
     processes = []
     figures: dict[str, dict[str, Any]] = {}
 
-    def start(life: Callable[[Connection, _Subject], None], subject: _Subject) -> Connection:
+    def start(serve: Callable[[Connection, _Subject], None], subject: _Subject) -> Connection:
         line, far = context.Pipe()
-        process = context.Process(target=life, args=(far, subject), daemon=True)
+        process = context.Process(target=serve, args=(far, subject), daemon=True)
         process.start()
         far.close()
         processes.append(process)
@@ -268,9 +263,9 @@ def _interleave(
             rates.append(_matrix_rate(subjects[0].config))
             for name, line in lines.items():
                 line.send((number * steps, steps))
-                told = _answer(line, name)
-                times[name].append(told.pop("seconds"))
-                figures[name].update(told)
+                measured = _answer(line, name)
+                times[name].append(measured.pop("seconds"))
+                figures[name] |= measured
                 if name in aside:
                     aside[name].send(True)
                     products[name].append(_answer(aside[name], name)["seconds"])
@@ -279,7 +274,7 @@ def _interleave(
             figures[name].update(_answer(line, name))
     finally:
         for line in (*lines.values(), *aside.values()):
-            line.close()  # a subject whose line ends goes home
+            line.close()  # its process then ends
         for process in processes:
             process.join(timeout=10)
             if process.is_alive():
@@ -289,19 +284,19 @@ def _interleave(
 
 def _answer(line: Connection, name: str) -> dict[str, Any]:
     try:
-        kind, told = line.recv()
+        kind, content = line.recv()
     except EOFError as error:
-        reason = "its process ended without a word; it may have run out of memory"
+        reason = "its process ended without an answer; it may have run out of memory"
         raise UserError(f"mim bench step: {name}: {reason}") from error
     if kind == "mistake":
-        raise UserError(told)
-    return told
+        raise UserError(content)
+    return content
 
 
 def _built(
     line: Connection, subject: _Subject, device: torch.device
 ) -> tuple[_Work, dict[str, Any]] | None:
-    """What a subject's process works on; None where the parent has been told why it cannot."""
+    """Build what a process times; None where it cannot, and the parent has got the reason."""
     end_at_once()
     torch.set_num_threads(subject.threads)
     try:
@@ -316,8 +311,8 @@ def _built(
     return None
 
 
-def _asked(line: Connection) -> Iterator[Any]:
-    """What the parent asks for, till it is gone."""
+def _requests(line: Connection) -> Iterator[Any]:
+    """What the parent asks for, until it is gone."""
     while True:
         try:
             yield line.recv()
@@ -326,7 +321,7 @@ def _asked(line: Connection) -> Iterator[Any]:
 
 
 def _serve(line: Connection, subject: _Subject) -> None:
-    """The life of a subject's process: build, warm up, then step whenever it is told to."""
+    """Run a subject's process: build, warm up, then step whenever the parent asks."""
     device = _device()
     built = _built(line, subject, device)
     if built is None:
@@ -335,13 +330,13 @@ def _serve(line: Connection, subject: _Subject) -> None:
     for number in range(_WARM_UP):
         work.step(number)
     line.send(("ready", figures))
-    for asked in _asked(line):
-        if asked is None:  # last, since the count itself changes what the C library keeps
-            kept = bytes_of(work.kept())
+    for request in _requests(line):
+        if request is None:  # last, since the count itself changes what the C library keeps
+            kept = bytes_of(work.kept_tensors())
             peak = kept + bytes_added(lambda: work.step(0), device)
             line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
             continue
-        first, steps = asked
+        first, steps = request
         wait_for(device)
         began = time.perf_counter()
         for number in range(first, first + steps):
@@ -352,7 +347,7 @@ def _serve(line: Connection, subject: _Subject) -> None:
 
 
 def _serve_products(line: Connection, subject: _Subject) -> None:
-    """The life of the process that times a subject's products; they are those it has uncompiled."""
+    """Run the process that times a subject's products, as they are without compilation."""
     device, config = _device(), subject.config
     plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
     name = subject.name.removesuffix(_COMPILED) if subject.is_peer else subject.name
@@ -365,7 +360,7 @@ def _serve_products(line: Connection, subject: _Subject) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     line.send(("ready", {}))
-    for _ in _asked(line):
+    for _ in _requests(line):
         line.send(("done", {"seconds": measure(partial(wait_for, device))}))
 
 
@@ -408,18 +403,7 @@ def _regime(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, A
             total += loss.detach()
         return total
 
-    def descend() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_teacher()
-
-    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
-
-
-def _kept(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> list[Tensor]:
-    moments = (value for state in optimizer.state.values() for value in state.values())
-    found = [*model.parameters(), *model.buffers(), *moments, images]
-    return [value for value in found if isinstance(value, Tensor)]
+    return _Work(learn, model, optimizer, images), figures
 
 
 def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any]]:
@@ -450,11 +434,7 @@ def _peer(subject: _Subject, device: torch.device) -> tuple[_Work, dict[str, Any
         loss.backward()
         return loss.detach()
 
-    def descend() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return _Work(learn, descend, lambda: _kept(model, optimizer, images)), figures
+    return _Work(learn, model, optimizer, images), figures
 
 
 def _matrix_rate(config: Config) -> float:
