@@ -308,10 +308,12 @@ def test_every_listed_torchvision_set_exists_with_its_arguments() -> None:
 
     import torchvision
 
-    for name, (parts, (mean, std)) in torchvision_sets._TORCHVISION.items():
+    for name, parts in torchvision_sets._TORCHVISION.items():
         parameters = inspect.signature(getattr(torchvision.datasets, name)).parameters
         for arguments in parts or ():
             assert set(arguments) <= set(parameters), name
+    for name, (mean, std) in torchvision_sets._STATISTICS.items():
+        assert name in torchvision_sets._TORCHVISION
         assert len(mean) == len(std) in (1, 3), name
 
 
