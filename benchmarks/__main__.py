@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import check_gpu, format_check_gpu
 from benchmarks.many import bench_index, bench_report, format_many
 from benchmarks.ranks import check_scale, format_check
 from benchmarks.scale import Machine, bench_scale, format_scale
@@ -18,6 +19,8 @@ from mim.core.config import Config
 from mim.core.errors import UserError, choice_error
 from mim.core.files import prepare_folder, write_json_atomic
 from mim.training.settings import checked, read_args
+
+_CONFIGURED = ("scale", "gpu")  # they read a config, and settings above it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--check", type=int, metavar="PROCESSES", help=check)
     scale.add_argument("--rounds", type=int, default=5, help="timed rounds of --check")
 
+    about = "Compare a GPU with the CPU and count what waits. Settings stand above the config."
+    gpu = names.add_parser("gpu", parents=[files], help=about, description=about)
+    gpu.add_argument("--config", required=True, help="a pre-training config")
+    gpu.add_argument("--steps", type=int, default=10, help="that are watched for waits")
+
     about = "Time the report of a comparison of many runs, which are made up."
     report = names.add_parser("report", parents=[files], help=about, description=about)
     report.add_argument("--runs", default="100,1000,10000", help="how many, separated by commas")
@@ -51,14 +59,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, settings: Sequence[str]) -> tuple[dict[str, Any], str]:
     """All figures, and the table that shows them."""
-    if options.name != "scale":
+    if options.name not in _CONFIGURED:
         if options.name == "report":
             figures = bench_report(_numbers(options.runs, "--runs"))
         else:
             figures = bench_index(_numbers(options.images, "--images"))
         return figures, format_many(figures)
-    gpus, machine = _numbers(options.gpus, "--gpus"), _machine(options.machine)
     config = checked(read_args(Config, ["--config", options.config, *settings]))
+    if options.name == "gpu":
+        figures = check_gpu(config, options.steps)
+        return figures, format_check_gpu(figures)
+    gpus, machine = _numbers(options.gpus, "--gpus"), _machine(options.machine)
     if options.check is not None:
         figures = check_scale(config, options.check, options.rounds)
         return figures, format_check(figures)
@@ -93,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options, settings = parser.parse_known_args(args)
-    if settings and options.name != "scale":
+    if settings and options.name not in _CONFIGURED:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         for option in ("json", "append"):

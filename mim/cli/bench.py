@@ -30,13 +30,13 @@ def _add_shared(parser: argparse.ArgumentParser, rounds: int, of: str) -> None:
     add_config(parser, required=True)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds over {of}")
     add_json(parser, "write every figure")
+    add_file(parser, "--append", "add the table to this Markdown file")
 
 
 def _add_steps(parser: argparse.ArgumentParser, steps: int) -> None:
     """What those take that time training steps."""
     add_list(parser, "--regimes", f"by default {','.join(REGIMES)}")
     parser.add_argument("--steps", type=int, default=steps, help="steps of each in a round")
-    add_file(parser, "--append", "add the table to this Markdown file")
 
 
 def _give(options: argparse.Namespace, figures: Mapping[str, Any], table: str) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mim.core.device import to_device
+
 Grid: TypeAlias = tuple[int, int]
 
 
@@ -105,7 +107,7 @@ class Patches:
         images, longest = values.shape[:2]
         if len(grids) != images or max((r * c for r, c in grids), default=0) > longest:
             raise ValueError(f"{images} images of {longest} patches at most have other grids")
-        sizes = torch.tensor(grids, dtype=torch.int64, device=values.device).view(-1, 2)
+        sizes = to_device(torch.tensor(grids, dtype=torch.int64).view(-1, 2), values.device)
         ids = torch.arange(longest, device=values.device).expand(images, -1)  # (B, N)
         valid = ids < sizes.prod(dim=1, keepdim=True)
         columns = sizes[:, 1:]

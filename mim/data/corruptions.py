@@ -411,13 +411,10 @@ def _bytes(x: Pixels) -> NDArray[np.uint8]:
 
 
 def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDArray[np.uint8]:
-    """A corrupted image.
+    """Corrupt an image (H, W, C) uint8, C of 1 or 3, by one of :data:`CORRUPTIONS`.
 
-    Args:
-        image: (H, W, C) uint8, C of 1 or 3.
-        name: one of :data:`CORRUPTIONS`.
-        severity: 0 leaves the image as it is, 5 is the strongest.
-        key: what is drawn follows from it alone; see :func:`mim.core.rng.image_keys`.
+    Severity 0 leaves it unchanged, 5 is the strongest. What is drawn follows from the key alone,
+    see :func:`mim.core.rng.image_keys`.
 
     Raises:
         UserError: for an unknown name, or channels that it cannot have.
@@ -446,14 +443,9 @@ def check_channels(name: str, channels: int) -> None:
 
 
 class Corrupted(ImageSource):
-    """The images of a source as evaluations see them, corrupted.
+    """The images of a source as evaluations see them, at their final size, corrupted.
 
-    Args:
-        source: the images.
-        config: image_size and channels are read: corruptions are made of images of the final size.
-        name: of :data:`CORRUPTIONS`.
-        severity: 0 to 5.
-        seed: what is drawn for an image follows from it, the name and the image's id.
+    What is drawn for an image follows from the seed, the corruption's name and the image's id.
     """
 
     def __init__(

@@ -27,16 +27,11 @@ def label_table(
     train: Sequence[Any] | NDArray[Any],
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor | None, list[str]]:
-    """Labels of a split, and the classes, which are those of train.
+    """Labels (n,) int64 of a split, and the classes, which are those of train.
 
-    Args:
-        here: (n,) numbers or words of the split.
-        train: (m,) likewise of train.
-        names: of the classes that the numbers count, where they are known.
-
-    Returns:
-        (n,) int64 and the names. Without labels, None and no names: where all are missing, or all
-        are one negative number, as in test splits.
+    ``here`` (n,) and ``train`` (m,) are numbers or words. ``names`` are those of the classes that
+    numbers count, where they are known. Without labels, returns None and no names: where all are
+    missing, or all are one negative number, as in test splits.
 
     Raises:
         UserError: if some are missing or negative, if they are neither numbers nor words, for one
@@ -69,9 +64,13 @@ def label_table(
 
 
 def _clean(given: Sequence[Any] | NDArray[Any]) -> NDArray[Any] | None:
-    """(n,) int64, or words in one spelling; None where there are no labels."""
-    values: NDArray[Any] | None = given if isinstance(given, np.ndarray) else _as_array(given)
-    assert values is not None
+    """(n,) int64, or words in one spelling; None without labels."""
+    values: NDArray[Any] | None
+    if isinstance(given, np.ndarray):
+        values = given
+    else:
+        values = np.empty(len(given), dtype=object)
+        values[:] = given
     if values.ndim != 1:
         raise UserError("has lists for labels; a label is one number or word")
     if values.dtype.kind == "f":
@@ -98,14 +97,8 @@ def _clean(given: Sequence[Any] | NDArray[Any]) -> NDArray[Any] | None:
     return values.astype(np.int64)
 
 
-def _as_array(given: Sequence[Any]) -> NDArray[Any]:
-    values = np.empty(len(given), dtype=object)
-    values[:] = given
-    return values
-
-
 def _of_objects(values: NDArray[Any]) -> NDArray[Any] | None:
-    """Numbers or words in the place of Python's; None where all are missing."""
+    """An array of numbers or words in place of one of Python objects; None if all are missing."""
     missing = np.array([value is None for value in values], dtype=bool)
     if missing.all() and len(values):
         return None
@@ -126,10 +119,10 @@ def _of_objects(values: NDArray[Any]) -> NDArray[Any] | None:
 
 
 def check_labels(labels: Tensor | None, classes: Sequence[str], count: int) -> None:
-    """Sees that labels (n,) are positions in the classes, whatever source they come from.
+    """Check that labels (n,) are positions in the classes.
 
     Raises:
-        UserError: if not.
+        UserError: if they are not.
     """
     if labels is None:
         return

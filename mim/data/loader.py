@@ -37,7 +37,7 @@ from mim.data.weights import Weigh, batch_weights
 Augment: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) uint8 and their keys (B,) -> images; must pickle."""
 
-# Photographs are decoded so many at a time, so that a large batch never holds all at full size.
+# Photographs are decoded in parts, so that memory never holds a large batch at full size.
 _DECODED_AT_ONCE = 64
 _KEPT_BYTES = 1 << 28
 _SIGNAL_SECONDS = 1.0  # within which torch tells of a worker that died
@@ -48,7 +48,7 @@ class Batch:
     """Images of one step."""
 
     images: Any
-    """(B, C, H, W) uint8; where images keep their own sizes, :class:`mim.core.patches.Patches`."""
+    """(B, C, H, W) uint8; :class:`mim.core.patches.Patches` where images keep their own sizes."""
     labels: Tensor | None
     """(B,) int64, or None where the source has none."""
     sample_ids: Tensor
@@ -70,8 +70,8 @@ class Batch:
         return len(self.images)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a loader process sends: each tensor would go as a file of its own, which takes
-        longer than the few numbers of all but the images."""
+        """Give numpy arrays in the place of small tensors: each would go through a file of its own,
+        which takes longer than sending its few numbers."""
         return {
             name: value.numpy()
             if name != "images" and isinstance(value, Tensor) and value.device.type == "cpu"
@@ -147,17 +147,13 @@ class StepBatches(Dataset[Any]):
         step: int,
         stand_in: bool = True,
     ) -> Batch:
-        """Reads images.
+        """Read the images at positions (B,) and cut them.
 
-        Args:
-            indices: (B,) positions.
-            seed: of the run; None asks for the evaluation transform.
-            epoch: see :class:`Batch`.
-            step: see :class:`Batch`.
-            stand_in: whether a neighbour takes the place of an unreadable image, or nothing.
+        Without a seed they are cut as evaluations see them. An unreadable image is replaced by
+        another, or with ``stand_in=False`` left out.
         """
         parts, positions, faults = [], [], []
-        whole = self._room(len(indices))
+        room = self._room(len(indices))
         filled = 0
         for part in indices.split(_DECODED_AT_ONCE):
             images: list[Picture] = []
@@ -168,13 +164,13 @@ class StepBatches(Dataset[Any]):
             keys = None
             if seed is not None:
                 keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
-            out = None if whole is None else whole[filled : filled + len(part)]
+            out = None if room is None else room[filled : filled + len(part)]
             filled += len(part)
             parts.append(self._cut(images, part, keys, out))
         found = torch.cat(positions)
         labels = self.source.labels
         return Batch(
-            images=cat_images(parts) if whole is None else whole[:filled],
+            images=cat_images(parts) if room is None else room[:filled],
             labels=None if labels is None else labels[found],
             sample_ids=self.source.sample_ids[found],
             epoch=epoch,
@@ -198,9 +194,9 @@ class StepBatches(Dataset[Any]):
     def _cut(
         self, images: list[Picture], indices: Tensor, keys: Tensor | None, out: Tensor | None
     ) -> Images:
-        """What the model is given of images at positions; without keys as evaluations see them.
+        """The model's images at positions, as evaluations see them without keys.
 
-        Where ``out`` is given, the images are written there.
+        Where ``out`` is given, they are written there.
         """
         if self.config.keeps_aspect:
             assert self.patch_size is not None
@@ -254,7 +250,7 @@ class _TrainBatches(StepBatches):
         weights = batch_weights(self.weigh, self.source, everywhere, epoch, number, given)
         own = weights[mine].clone()
         for row in (batch.sample_ids != self.source.sample_ids[indices]).nonzero()[:, 0]:
-            # A stand-in for an unreadable image counts as that one does, unless it is left out.
+            # A replaced image counts as the one that it replaces, unless its own weight is 0.
             place = (self.source.sample_ids == batch.sample_ids[row]).nonzero()[:, 0]
             own[row] *= bool(self.weigh(self.source, place, epoch)[0] > 0)
         return replace(
@@ -285,23 +281,23 @@ class _EvalBatches(StepBatches):
 
 
 def _keep_freed_memory(worker: int) -> None:
-    """Lets a loader process use the memory of one image for the next."""
+    """Let a loader process reuse the memory of one image for the next."""
     tune_process(kept=_KEPT_BYTES)
 
 
-def _alone(batch: Any) -> Any:
-    """Collates nothing: the data set already gives whole batches."""
+def _identity(batch: Any) -> Any:
+    """Collate nothing: the data set already gives batches."""
     return batch
 
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Says in one line that a loader process was killed.
+    """Report in one line that a loader process was killed.
 
     torch raises this from a signal handler, hence anywhere in the loop over the batches.
 
     Raises:
-        WorkerError: in the place of torch's RuntimeError.
+        WorkerError: in place of torch's RuntimeError.
     """
     try:
         yield
@@ -310,8 +306,8 @@ def worker_deaths() -> Iterator[None]:
         if not isinstance(error, RuntimeError):  # a torn pipe is seen before the signal
             try:
                 time.sleep(_SIGNAL_SECONDS)
-            except RuntimeError as told:
-                found = told
+            except RuntimeError as signalled:
+                found = signalled
         if "DataLoader worker" not in str(found):
             raise
         what = " ".join(str(found).split())
@@ -324,9 +320,9 @@ def worker_deaths() -> Iterator[None]:
 class BatchLoader:
     """Iterates over the batches of ``steps``; may be iterated more than once.
 
-    Unreadable images are noted in the source's ledger, which ends the run at too many of them. A
-    mistake of the user that shows only now raises :class:`UserError` here, also where a
-    worker process met it; one that was killed raises :class:`WorkerError`.
+    Unreadable images are recorded in the source's ledger, which ends the run at too many of them. A
+    user's mistake that a worker process meets raises :class:`UserError` here; a worker that was
+    killed raises :class:`WorkerError`.
     """
 
     def __init__(
@@ -339,7 +335,7 @@ class BatchLoader:
     ) -> None:
         self.steps = steps
         self._ledger = batches.source.ledger
-        # Batches that are made on the accelerator need no process and no way there.
+        # Batches that are made on the accelerator are not sent through processes.
         resident = batches.reader is not None
         workers = 0 if resident else min(workers, len(steps))
         self._loader: DataLoader[Any] = DataLoader(
@@ -347,7 +343,7 @@ class BatchLoader:
             batch_size=None,
             sampler=steps,
             num_workers=workers,
-            collate_fn=_alone,
+            collate_fn=_identity,
             pin_memory=torch.cuda.is_available() and not resident,
             persistent_workers=workers > 0,
             worker_init_fn=_keep_freed_memory,
@@ -371,7 +367,7 @@ class BatchLoader:
 
 
 def steps_per_epoch(source: ImageSource, config: DataConfig) -> int:
-    """Whole batches in one pass over the images; what is left over waits for another epoch.
+    """Full batches in one pass over the images; an incomplete last one is dropped.
 
     Raises:
         UserError: if there are fewer images than one batch has.
@@ -401,19 +397,16 @@ def train_loader(
     weigh: Weigh | None = None,
     patch_size: Grid | None = None,
 ) -> BatchLoader:
-    """This process's share of the training batches of steps ``start_step`` to ``total_steps``.
+    """This process's part of the training batches of steps ``start_step`` to ``total_steps``.
 
-    Step s belongs to epoch ``s // steps_per_epoch``. A process takes a contiguous share of the
-    global batch, so the shares of all ranks, one after the other, are the batch of one process.
+    Step s belongs to epoch ``s // steps_per_epoch``. A process takes a contiguous part of the
+    global batch, so the parts of all ranks, one after the other, are the batch of one process.
 
     Args:
-        source: the training images.
         config: batch_size is global; workers are for each process.
         seed: the run's seed; order and augmentation follow from it.
         start_step: the first step to give; earlier ones are not read.
         total_steps: the step to stop before.
-        rank: number of this process.
-        world: count of processes.
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         augment: follows the crop and the mirror; what it draws must follow from the keys.
         weigh: how much each image counts, from :func:`mim.data.open_weights`.
@@ -444,26 +437,22 @@ def eval_loader(
 ) -> BatchLoader:
     """Every image once, in order, under the evaluation transform.
 
-    A process takes a contiguous share: the shares of all ranks, one after the other, are the
-    images in order. Shares differ by one image at most, and nothing is dropped or repeated, but
-    that an unreadable image is left out. Where ``indices`` choose some, to be shown, a neighbour
-    stands in for it.
+    A process takes a contiguous part: the parts of all ranks, one after the other, are the images
+    in order. Parts differ by one image at most, and no image is dropped or repeated, except that an
+    unreadable one is left out. Where ``indices`` choose images to show, another replaces it.
 
     Args:
-        source: the images.
-        config: image_size, channels and workers are read; batch_size is a default.
+        config: batch_size is a default.
         batch_size: images a batch of one process; by default this process's part of
             ``data.batch_size``.
-        rank: number of this process.
-        world: count of processes.
-        indices: positions in the source, in the order wanted; by default all.
+        indices: positions in the source, in their order; by default all.
         start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         patch_size: (height, width) of a patch in pixels; needed where images keep their aspect.
     """
     _check_rank(rank, world)
     chosen = torch.as_tensor(range(len(source)) if indices is None else indices).long()
-    share = chosen.tensor_split(world)[rank]
+    part = chosen.tensor_split(world)[rank]
     size = max(1, config.batch_size // world) if batch_size is None else batch_size
-    batches = _EvalBatches(source, config, share, size, indices is not None, patch_size)
+    batches = _EvalBatches(source, config, part, size, indices is not None, patch_size)
     steps = range(len(batches.parts))
     return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)

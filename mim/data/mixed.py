@@ -12,20 +12,19 @@ from torch import Tensor
 from mim.core.config import STREAMED, DataConfig, MixConfig
 from mim.core.errors import setting_error
 from mim.core.rng import image_keys, permutation
-from mim.data.images.transforms import Picture
 from mim.data.opening import open_source
-from mim.data.sources.base import SOURCES, ImageSource, Split
+from mim.data.sources.base import SOURCES, ImageSource, Split, View
 from mim.data.unreadable import Fault
 
 
 @SOURCES.register("mixed")
-class Mixed(ImageSource):
+class Mixed(View):
     """The sources of ``data.mix``, from which an epoch draws in the ratio of their weights.
 
-    Each source goes round its images in keyed orders, one whole pass after the other, and an epoch
-    ends before any source would begin to repeat itself. So over epochs all images of a source are
-    seen equally often, no image comes twice in an epoch, and a step's images follow from the seed
-    and the step. Evaluations see all images of all sources once. Classes of the same name are one.
+    Each source is read in keyed orders, one complete pass after the other, and an epoch ends before
+    any source would repeat an image. So over epochs all images of a source are seen equally often,
+    and no image comes twice in an epoch. Evaluations see all images of all sources once. Classes
+    of the same name are one.
     """
 
     def __init__(self, config: DataConfig, split: Split) -> None:
@@ -85,7 +84,7 @@ class Mixed(ImageSource):
         order = permutation(seed, epoch, len(everything))
         if all(part.groups is None for part in self.parts):
             return everything[order]
-        # Whose turn it is is drawn; each source keeps its own order, in which groups stay together.
+        # Which source comes next is drawn; each keeps its own order, with its groups together.
         turns = torch.arange(len(self.parts)).repeat_interleave(torch.tensor(self._counts))[order]
         for place, positions in enumerate(chosen):
             everything[turns == place] = positions
@@ -101,33 +100,13 @@ class Mixed(ImageSource):
                 return part, index - start
         raise IndexError(index)
 
-    def image(self, index: int) -> Picture:
-        part, position = self._find(index)
-        return part.image(position)
-
-    def describe(self, index: int) -> str:
-        part, position = self._find(index)
-        return part.describe(position)
-
-    def encoded(self, index: int) -> bytes | None:
-        part, position = self._find(index)
-        return part.encoded(position)
-
-    def glance(self, index: int) -> bytes:
-        part, position = self._find(index)
-        return part.glance(position)
-
-    def stamp(self, index: int) -> str:
-        part, position = self._find(index)
-        return part.stamp(position)
-
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         ledgers = [part.ledger for part in self.parts if part.ledger is not None]
         return [fault for ledger in ledgers for fault in ledger.faults()]
 
 
 def _part(config: DataConfig, item: MixConfig) -> DataConfig:
-    """The config of one source; what is not said for it is as for all."""
+    """The config of one source; other settings are those of the mixture."""
     return replace(
         config,
         source=item.source,

@@ -16,16 +16,11 @@ _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's own
 
 
 def open_source(config: DataConfig, split: Split, folder: Path | None = None) -> ImageSource:
-    """The images that the config names.
+    """The images of a split, "train" or "val".
 
-    A set without a val split of its own gives ``data.val_fraction`` of its images to "val" by
-    :func:`holdout`. ``mean`` and ``std`` of the result are those of the config where it has them,
-    else the set's own, in ``data.channels`` channels.
-
-    Args:
-        config: all that says which images, and the statistics, is read.
-        split: "train" or "val".
-        folder: the run folder, where unreadable images are named; None names them in messages.
+    A set without a val split gives ``data.val_fraction`` of its images to "val" by :func:`holdout`.
+    ``mean`` and ``std`` are those of the config, or else the set's own, in ``data.channels``
+    channels. Unreadable images are recorded in ``folder``, the run folder, if there is one.
 
     Raises:
         UserError: for an unknown source, a path that it does not read, a missing or empty folder,
@@ -36,7 +31,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
     kind = family if name not in SOURCES and family in SOURCES else name
     maker = SOURCES.get(kind)
-    # A run that has its fingerprint has been trained on these images, whatever its path says.
+    # A run with a fingerprint was trained on these images, whatever its path says.
     reads = getattr(maker, "reads_path", True)
     if config.path is not None and not reads and config.fingerprint is None:
         reason = (

@@ -1,7 +1,7 @@
-"""Some of a source's images: by class, by number, by share, by a list of files.
+"""Choose some of a source's images by class, number, fraction or a list of files.
 
 What is drawn is drawn by key from names and ids alone, never from a run's seed: the same images on
-every machine, and a smaller part inside a larger one.
+every machine, and a smaller subset inside a larger one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, SubsetConfig
 from mim.core.errors import choice_error, setting_error
-from mim.core.files import decode_text, write_atomic
+from mim.core.files import decode_text, write_text_atomic
 from mim.core.rng import image_keys, name_to_int
 from mim.data.labels import one_spelling
 from mim.data.sources.base import ImageSource, Split, Subset
@@ -132,7 +132,7 @@ def _keys(ids: Tensor, purpose: str) -> Tensor:
 
 
 def _drawn_classes(source: ImageSource, count: int) -> list[int]:
-    """So many classes with the smallest keys, ascending."""
+    """The ``count`` classes with the smallest keys, ascending."""
     if count > len(source.classes):
         reason = f"is more than the {len(source.classes)} classes of {source.name}"
         raise setting_error("data.subset.classes", count, reason)
@@ -160,12 +160,7 @@ def _keep_classes(source: ImageSource, kept: list[int]) -> ImageSource:
 
 
 def _first_of_each(source: ImageSource, counts: Tensor) -> Tensor:
-    """Positions, ascending, of the images with the smallest keys of each class.
-
-    Args:
-        source: labelled, or of one class in all.
-        counts: (K,) how many of each.
-    """
+    """Positions, ascending, of the ``counts`` (K,) images of each class with the smallest keys."""
     labels = torch.zeros(len(source), dtype=torch.int64) if source.labels is None else source.labels
     order = torch.argsort(_keys(source.sample_ids, "subset"), stable=True)
     order = order[torch.argsort(labels[order], stable=True)]  # by class, then by key
@@ -198,12 +193,12 @@ def _by_files(source: ImageSource, given: str) -> Tensor:
         UserError: if a line names no image, or several.
     """
     setting = "data.subset.files"
-    wanted = {line: line.strip("/").removeprefix("./") for line in read_lines(setting, given)}
-    by_path = {path: line for line, path in wanted.items()}
-    found: dict[str, list[int]] = {line: [] for line in wanted}
+    paths = {line: line.strip("/").removeprefix("./") for line in read_lines(setting, given)}
+    by_path = {path: line for line, path in paths.items()}
+    found: dict[str, list[int]] = {line: [] for line in paths}
     for position in range(len(source)):
         path = one_spelling(source.describe(position))
-        # the whole path, or any end of it that begins behind a slash
+        # The full path, or any end of it that begins after a slash.
         while True:
             if path in by_path:
                 found[by_path[path]].append(position)
@@ -223,8 +218,8 @@ def _by_files(source: ImageSource, given: str) -> Tensor:
 def choose(source: ImageSource, config: DataConfig, split: Split) -> ImageSource:
     """The images of a source that ``data.subset`` keeps.
 
-    Classes are chosen in both splits, images in train alone. Labels count from 0 over the classes
-    that stay, in the source's order.
+    Classes are chosen in both splits, images in train alone. Labels count from 0 over the remaining
+    classes, in the source's order.
 
     Raises:
         UserError: for classes or files that the source has not, or more than it has.
@@ -248,10 +243,6 @@ def choose(source: ImageSource, config: DataConfig, split: Split) -> ImageSource
 
 
 def write_list(path: Path, source: ImageSource) -> None:
-    """The names of a source's images as a text file, one a line."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{source.describe(place)}\n" for place in range(len(source)))
-
-    write_atomic(path, write)
+    """Write the names of a source's images to a text file, one a line."""
+    names = (source.describe(place) for place in range(len(source)))
+    write_text_atomic(path, "".join(f"{name}\n" for name in names))

@@ -1,9 +1,9 @@
-"""Images that cannot be read: counted, named in a file, and replaced.
+"""Unreadable images: counted, recorded in a file, and replaced.
 
-In training, a keyed neighbour stands in for an unreadable image: positions are drawn from the
-image's id alone until one can be read, so it is the same image in every epoch, process and run. It
-comes with its own label and id. Evaluations leave unreadable images out, since an image that is
-measured twice falsifies a mean.
+In training, another image replaces an unreadable one: positions are drawn from the image's id alone
+until one can be read, so that it is the same in every epoch, process and run. It comes with its own
+label and id. Evaluations leave unreadable images out, since an image that counts twice falsifies a
+mean.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Ledger:
     Args:
         split: "train" or "val".
         count: images of the source.
-        limit: share of them that may be unreadable, ``data.max_unreadable``.
-        folder: where ``unreadable.txt`` is kept; None keeps it in memory. Every process of a run
-            adds its lines: split, name and reason, with tabs between.
+        limit: ``data.max_unreadable``, the fraction of them that may be unreadable.
+        folder: where each process of a run adds lines to ``unreadable.txt``: split, name and
+            reason, with tabs between them. None keeps them in memory.
     """
 
     def __init__(self, split: str, count: int, limit: float, folder: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class Ledger:
         self.limit = limit
         self.path = None if folder is None else folder / FILE
         self._known: dict[str, str] = {}
-        self._earlier = set(self._read())  # of an earlier start: counted once they are met again
+        self._earlier = set(self._read())  # by an earlier start: counted only when met again
 
     def _read(self) -> dict[str, str]:
         if self.path is None or not self.path.is_file():
@@ -56,14 +56,14 @@ class Ledger:
         return len(self._known)
 
     def faults(self) -> list[Fault]:
-        """What is known."""
+        """All that were recorded."""
         return [Fault(name, reason) for name, reason in self._known.items()]
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Takes note.
+        """Record faults.
 
         Raises:
-            UserError: if there are now more than may be; names the first.
+            UserError: if there are now more than ``limit`` allows; names the first.
         """
         new = [fault for fault in faults if fault.name not in self._known]
         if not new:

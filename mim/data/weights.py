@@ -1,8 +1,8 @@
 """How much each training image counts in the loss: a file, a column of the source, a function.
 
 A weight of 0 leaves an image out: it adds nothing to loss and gradients. Weights follow from the
-image and the epoch alone, so that every process knows those of the whole batch.
-A function of one's own is registered, in a file named under ``plugins``, and named in the config::
+image and the epoch alone, so that every process knows those of the global batch. A custom function
+is registered in a file named under ``plugins``, and named in the config::
 
     @WEIGHTS.register("mine")
     def mine(source: ImageSource, indices: Tensor, epoch: int) -> Tensor: ...
@@ -145,12 +145,12 @@ def _read_csv(path: Path, given: str, source: ImageSource) -> Tensor:
 
 
 def _by_id(ids: Tensor, values: Tensor, given: str, source: ImageSource) -> Tensor:
-    """The weights of the source's images, in its order; ``ids`` ascend."""
-    wanted = source.sample_ids
+    """The weights of the source's images, in its order; ``ids`` are ascending."""
+    sample_ids = source.sample_ids
     if not len(ids):
         raise setting_error("data.weights", given, "holds no weights")
-    place = torch.searchsorted(ids, wanted).clamp(max=len(ids) - 1)
-    lacking = (ids[place] != wanted).nonzero()[:, 0]
+    place = torch.searchsorted(ids, sample_ids).clamp(max=len(ids) - 1)
+    lacking = (ids[place] != sample_ids).nonzero()[:, 0]
     if len(lacking):
         first = source.describe(int(lacking[0]))
         reason = f"has no weight for {len(lacking)} of {len(source)} images, the first of them"

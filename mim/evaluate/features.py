@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mim.core.cpu.kernels import tune
+from mim.core.device import to_device
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.patches import Images, Patches
 from mim.data import eval_loader, normalize
@@ -131,7 +132,7 @@ def extract_features(
             raise setting_error("data.aspect", encoder.data.aspect, reason)
     for batch in eval_loader(source, encoder.data, batch_size=batch_size, patch_size=patch_size):
         with torch.inference_mode():
-            images = normalize(batch.images.to(device), source.mean, source.std)
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
             if encoder.vit is None:
                 assert isinstance(images, Tensor)  # see pixels_encoder
                 pooled = images.flatten(1)

@@ -16,6 +16,7 @@ Shapes: B images, K classes, C channels, H x W pixels.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig, ModelConfig
+from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
 from mim.core.rng import image_keys, random_bits, seed_of
@@ -216,14 +218,21 @@ def erase(images: Tensor, keys: Tensor, probability: float) -> Tensor:
     Returns:
         ``images``.
     """
-    if probability > 0:
-        erasing = RandomErasing(probability, mode="pixel", device="cpu")
-        for image, bits in zip(images, random_bits(keys, 1)[:, 0].tolist(), strict=True):
-            # timm's own first draw; seeding three generators for nothing would cost more than all.
-            if random.Random(bits).random() > probability:
-                continue
-            with _seeded(bits):
-                erasing(image)
+    erasing = RandomErasing(probability, mode="pixel", device="cpu")
+    rows, noise = [], []
+    for row, bits in enumerate(random_bits(keys, 1)[:, 0].tolist() if probability > 0 else ()):
+        # timm's own first draw; seeding three generators for nothing would cost more than all.
+        if random.Random(bits).random() > probability:
+            continue
+        rows.append(row)
+        noise.append(torch.full(images.shape[1:], math.nan, dtype=images.dtype))
+        with _seeded(bits):
+            erasing(noise[-1])
+    if rows:  # all of them go to the device at once, which a copy for each would wait for
+        drawn, place = (
+            to_device(x, images.device) for x in (torch.stack(noise), torch.tensor(rows))
+        )
+        images.index_copy_(0, place, torch.where(drawn.isnan(), images[place], drawn))
     return images
 
 
@@ -429,7 +438,7 @@ class Classifier:
         ]
         pixels = eval_transform(pictures, self.data)
         device = next(self.model.parameters()).device
-        logits = self.model(normalize(pixels.to(device), self.mean, self.std))
+        logits = self.model(normalize(to_device(pixels, device), self.mean, self.std))
         return [self.classes[index] for index in logits.argmax(1).tolist()]
 
 
@@ -467,11 +476,12 @@ class FinetuneTask(ClassificationTask):
         s, device = self.settings, images.device
         draws = None
         if self.drop_paths is not None:
-            draws = self.drop_paths.draw(batch, s.seed).to(device)
+            draws = to_device(self.drop_paths.draw(batch, s.seed), device)
         keys = image_keys(s.seed, batch.epoch, batch.sample_ids, purpose="erase")
         assert batch.labels is not None
         images = erase(images, keys, s.erasing)
-        mixed, targets = mix_images(images, batch.labels.to(device), self.classes, s, batch.step)
+        labels = to_device(batch.labels, device)
+        mixed, targets = mix_images(images, labels, self.classes, s, batch.step)
         return Labelled(mixed, targets, draws)
 
     def loss(self, learner: nn.Module, part: Labelled) -> Loss:

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mim.core.config import DataConfig
+from mim.core.device import to_device
 from mim.core.errors import choice_error, setting_error
 from mim.core.fields import Count, Natural
 from mim.core.files import parse_yaml
@@ -257,11 +258,12 @@ def right_answers(
     count = right.clone()  # unreadable images are left out
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in eval_loader(source, data, batch_size, rank, world):
-        logits = predict(normalize(batch.images.to(device), source.mean, source.std))  # (B, K)
+        images = to_device(batch.images, device)
+        logits = predict(normalize(images, source.mean, source.std))  # (B, K)
         if classes is not None:
             logits = logits[:, torch.as_tensor(classes, device=device)]  # (B, P)
         assert batch.labels is not None
-        right += (logits.argmax(1) == batch.labels.to(device)).sum()
+        right += (logits.argmax(1) == to_device(batch.labels, device)).sum()
         count += len(batch)
     total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
     return float(total / counted)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mim.core.config import FREE, DataConfig
 from mim.core.cpu.kernels import tune
 from mim.core.cpu.process import tune_process
+from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import (
     Between,
@@ -402,7 +403,7 @@ class ClassificationTask(SupervisedTask):
         )
 
     def prepare(self, batch: Batch) -> Labelled:
-        images = batch.images.to(self.accelerator.device, non_blocking=True)
+        images = to_device(batch.images, self.accelerator.device)
         return self.targets(batch, normalize(images, self.train.mean, self.train.std))
 
     def parts(self, inputs: Labelled, count: int) -> Iterator[tuple[Labelled, float]]:
@@ -489,10 +490,10 @@ def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) 
     right = [torch.zeros(0, 2, task.heads, dtype=torch.bool)]
     ids, labels = ([torch.zeros(0, dtype=torch.int64)] for _ in range(2))
     for batch in eval_loader(source, task.data, rank=rank, world=world):
-        images = normalize(batch.images.to(device), source.mean, source.std)
+        images = normalize(to_device(batch.images, device), source.mean, source.std)
         logits = task.logits(model, images)  # (H, B, K)
         assert batch.labels is not None
-        wanted = batch.labels.to(device)[None, :, None]
+        wanted = to_device(batch.labels, device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
         found = torch.stack([best[..., 0], best.any(2)])  # (2, H, B)
         right.append(found.permute(2, 0, 1).cpu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 LOADED, ADAPTED, LEFT_OUT = "loaded", "adapted", "left out"
@@ -11,36 +11,29 @@ LOADED, ADAPTED, LEFT_OUT = "loaded", "adapted", "left out"
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the file.
-
-    Attributes:
-        key: its name there.
-        outcome: loaded (the values as they were), adapted, or left out.
-        target: the model's key it went to; empty where it was left out.
-        note: how it was adapted, or why it was left out.
-    """
+    """One entry of the file."""
 
     key: str
     outcome: str
+    """Loaded unchanged, adapted, or left out."""
     target: str = ""
+    """The model's key it went to; empty where it was left out."""
     note: str = ""
+    """How it was adapted, or why it was left out."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """All entries of a file, and what the file did not give.
-
-    Attributes:
-        family: whose layout the file has.
-        entries: one for each key of the file.
-        initial: keys of the model that keep their initial values.
-        notes: what was assumed, and what holds for all entries.
-    """
+    """All entries of a file, and what it lacked."""
 
     family: str
+    """Whose layout the file has."""
     entries: tuple[Entry, ...]
+    """One for each key of the file."""
     initial: tuple[str, ...] = ()
+    """Keys of the model that keep their initial values."""
     notes: tuple[str, ...] = ()
+    """What was assumed, and what holds for all entries."""
 
     def of(self, outcome: str) -> tuple[Entry, ...]:
         """The entries with one outcome."""
@@ -73,15 +66,7 @@ class Account:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ``import.json``."""
-        return {
-            "family": self.family,
-            "entries": [
-                {"key": e.key, "outcome": e.outcome, "target": e.target, "note": e.note}
-                for e in self.entries
-            ],
-            "initial": list(self.initial),
-            "notes": list(self.notes),
-        }
+        return asdict(self)
 
 
 def some(names: Iterable[str], count: int = 3) -> str:

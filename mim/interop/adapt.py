@@ -1,4 +1,4 @@
-"""Fitting weights to another image size, patch size or number of channels, where that is sound."""
+"""Adapt weights to another image size, patch size or number of channels, where that is sound."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from mim.core.errors import UserError
-
-Grid = tuple[int, int]
+from mim.core.patches import Grid
 
 
 def square_grid(count: int) -> Grid | None:
-    """(side, side) of a square grid with so many patches; None if there is none."""
+    """(side, side) of a square grid of ``count`` patches; None if there is none."""
     side = math.isqrt(count)
     return (side, side) if side and side * side == count else None
 
@@ -23,20 +22,17 @@ def square_grid(count: int) -> Grid | None:
 def adapt_positions(
     positions: Tensor, old: Grid, new: Grid, prefix: int, name: str
 ) -> tuple[Tensor, str]:
-    """Position embeddings of another grid, by antialiased bicubic interpolation, as timm does it.
+    """Resample position embeddings from an old grid (rows, columns) to a new one, as timm does.
 
     Args:
-        positions: (1, prefix + rows * columns, D) of the grid ``old``.
-        old: (rows, columns) it is for.
-        new: (rows, columns) it shall be for.
-        prefix: embeddings in front that belong to no patch; they stay as they are.
+        positions: (1, prefix + rows * columns, D) of the old grid; those of the prefix stay.
         name: for the message.
 
     Returns:
-        The embeddings and what was done; nothing, where the grids are the same.
+        The embeddings, and what was done: empty where the grids are the same.
 
     Raises:
-        UserError: if it does not hold that many.
+        UserError: if the count of positions does not fit the old grid.
     """
     if positions.ndim != 3 or positions.shape[1] != prefix + old[0] * old[1]:
         raise UserError(
@@ -57,19 +53,14 @@ def _by(sides: Grid) -> str:
 def adapt_patch_embedding(
     weight: Tensor, channels: int, patch: tuple[int, int]
 ) -> tuple[Tensor, str]:
-    """The patch embedding for another number of channels and another patch size.
+    """Adapt a patch embedding (D, C, height, width) to other channels and another patch size.
 
-    Sound are: from several channels to 1, by their sum, exact where all channels of the images
-    hold the same values; from 1 to several, each its share, exact in the same sense; and another
-    patch size by the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2022, arXiv:2212.08013).
-
-    Args:
-        weight: (D, C, height, width).
-        channels: wanted.
-        patch: (height, width) wanted.
+    Sound are: from several channels to 1, by their sum, exact where all channels of the images hold
+    the same values; from 1 to several, in equal parts, exact in the same sense; and another patch
+    size by the pseudo-inverse of the resize (FlexiViT, Beyer et al. 2022, arXiv:2212.08013).
 
     Returns:
-        The weight and what was done; nothing, where it fits as it is.
+        The weight, and what was done: empty where it fits already.
 
     Raises:
         UserError: for channels that the file says nothing about, such as from 3 to 4.

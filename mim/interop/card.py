@@ -19,7 +19,7 @@ def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -34,14 +34,7 @@ def _settings(config: Config) -> str:
 
 
 def card_text(run: Path, config: Config, usage: str, to: str) -> str:
-    """Markdown with the header that model hubs read.
-
-    Args:
-        run: the run folder, for its results.
-        config: of the run.
-        usage: Python that loads the file.
-        to: its layout.
-    """
+    """Markdown with the header that model hubs read; ``usage`` is Python that loads the file."""
     result = checkpoint.read_result(run)
     model, data, imported = config.model, config.data, result.get("imported")
     seen = result.get("data", {})
@@ -66,7 +59,7 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
         "deviation": data.std if data.std is not None else "the source's own",
     }
     numbers = {
-        name: _shown(result[key])
+        name: _number(result[key])
         for key, name in (
             ("steps", "steps"),
             ("epochs", "epochs"),
@@ -76,18 +69,14 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
         if key in result
     }
     for evaluation, values in result.get("evaluations", {}).items():
-        numbers |= {f"{evaluation} {key}": _shown(value) for key, value in values.items()}
+        numbers |= {f"{evaluation} {key}": _number(value) for key, value in values.items()}
     library = {"timm": "timm", "hf": "transformers"}.get(to, "mim")
-    tags = ["masked-image-modeling", "image-feature-extraction", "mim"]
-    front = "\n".join(
-        ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
-    )
+    origin = "whose weights were imported" if imported else "pre-trained by masked image modelling"
     parts = [
-        front,
+        f"---\nlibrary_name: {library}\ntags:\n- masked-image-modeling\n"
+        "- image-feature-extraction\n- mim\n---",
         f"# {run.name or run.resolve().name}",
-        f"A ViT pre-trained by masked image modelling.\n\n{_table(what)}"
-        if not imported
-        else f"A ViT whose weights were imported.\n\n{_table(what)}",
+        f"A ViT {origin}.\n\n{_table(what)}",
         f"## Use\n\n```python\n{usage}\n```\n\nImages are scaled to 0 to 1, then normalised by the "
         "mean and deviation below.",
         f"## Images\n\n{_table(images)}",
@@ -95,8 +84,3 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
         f"## Config\n\n```yaml\n{_settings(config)}```",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def write_card(path: Path, run: Path, config: Config, usage: str, to: str) -> None:
-    """Write :func:`card_text` to a file."""
-    checkpoint.write_text_atomic(path, card_text(run, config, usage, to))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.settings import to_dict
-from mim.interop.card import write_card
+from mim.data import open_source
+from mim.interop.card import card_text
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
     build_backbone,
@@ -35,17 +36,14 @@ PARTS = ("encoder", "model")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
-
-    Attributes:
-        path: the file or folder.
-        card: the model card.
-        usage: Python that loads it.
-    """
+    """What an export wrote."""
 
     path: Path
+    """The file or folder."""
     card: Path
+    """The model card."""
     usage: str
+    """Python that loads it."""
 
 
 @dataclass(frozen=True)
@@ -88,40 +86,56 @@ class _Job:
             raise setting_error("--to", to, reason)
         return vit
 
-    @property
     def metadata(self) -> dict[str, str]:
-        """What a safetensors file says of itself; ``mim import`` needs no more."""
+        """What a safetensors file says of itself, which is all that ``mim import`` needs."""
         tree = to_dict(self.config)
         for key in ("output", "resume", "log", "plugins"):
             tree.pop(key, None)
         tree["data"].pop("path", None)
         return {"backbone": self.config.model.backbone, "mim_config": json.dumps(tree)}
 
+    def includes_decoder(self) -> bool:
+        """Whether the decoder goes with the encoder; by default, where it is one of MAE's.
 
-def _has_own_decoder(run: Path) -> bool:
-    """Whether the decoder was trained, or came with an imported file."""
-    return checkpoint.read_result(run).get("imported", {}).get("decoder", True)
+        Raises:
+            UserError: if the decoder was asked for and is not one of MAE's.
+        """
+        model = self.config.model
+        imported = checkpoint.read_result(self.run).get("imported", {})
+        is_mae = (
+            model.regime.name == "drop"
+            and model.decoder.name == "transformer"
+            and model.target.name in ("pixels", "normalized_pixels")
+            and model.target.loss in ("auto", "mse")  # auto is mse for pixels
+            and model.target.loss_on == "masked"
+            and bool(checkpoint.checkpoints(self.run))
+            and bool(imported.get("decoder", True))
+        )
+        if self.part == "model" and not is_mae:
+            reason = (
+                "needs model.regime.name=drop, model.decoder.name=transformer, "
+                "model.target.loss=mse, loss_on=masked, a target of pixels and a trained decoder; "
+                f"this run has {model.regime.name}, {model.decoder.name}, {model.target.loss}, "
+                f"{model.target.loss_on}, {model.target.name}; use --part encoder"
+            )
+            raise setting_error("--part", "model", reason)
+        return is_mae and self.part != "encoder"
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
 def _write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    plain = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-    content = save(plain, metadata={"format": "pt", **metadata})
-    checkpoint.write_atomic(path, lambda temporary: _write(temporary, content))
+    content = save(_plain(state), metadata={"format": "pt", **metadata})
 
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
 
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    checkpoint.write_atomic(path, write)
 
 
 # --- timm, safetensors, facebookresearch/mae ---
-
-
-def timm_arguments(config: Config) -> dict[str, Any]:
-    """What ``timm.create_model`` must be given besides the name."""
-    extra = dict(config.model.backbone_args)
-    extra["img_size"] = config.data.image_size
-    extra["in_chans"] = config.data.channels
-    return extra
 
 
 def _timm(job: _Job) -> str:
@@ -129,26 +143,25 @@ def _timm(job: _Job) -> str:
         raise setting_error(
             "--part", "model", "has no place in timm's layout; use --to safetensors"
         )
-    _write_safetensors(job.output, to_timm(job.encoder()), job.metadata)
-    given = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(job.config).items())
-    eps = job.config.model.norm_eps
-    first = "import timm\n\n"
-    if eps is not None:
-        first = (
+    _write_safetensors(job.output, to_timm(job.encoder()), job.metadata())
+    model, data = job.config.model, job.config.data
+    extra = {**model.backbone_args, "img_size": data.image_size, "in_chans": data.channels}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in extra.items())
+    imports = "import timm\n\n"
+    if model.norm_eps is not None:
+        imports = (
             "from functools import partial\n\nimport timm\nfrom timm.layers import LayerNorm\n\n"
         )
-        given += f", norm_layer=partial(LayerNorm, eps={eps!r})"
+        arguments += f", norm_layer=partial(LayerNorm, eps={model.norm_eps!r})"
     return (
-        f"{first}timm.create_model({job.config.model.backbone!r}, "
-        f"checkpoint_path={str(job.output)!r}, num_classes=0, {given})"
+        f"{imports}timm.create_model({model.backbone!r}, "
+        f"checkpoint_path={str(job.output)!r}, num_classes=0, {arguments})"
     )
 
 
 def _safetensors(job: _Job) -> str:
-    if job.part == "model":
-        _write_safetensors(job.output, job.state(), job.metadata)
-    else:
-        _write_safetensors(job.output, to_timm(job.encoder()), job.metadata)
+    state = job.state() if job.part == "model" else to_timm(job.encoder())
+    _write_safetensors(job.output, state, job.metadata())
     return (
         "from safetensors.torch import load_file\n\n"
         f"state = load_file({str(job.output)!r})  # mim import takes it too"
@@ -157,11 +170,7 @@ def _safetensors(job: _Job) -> str:
 
 def _mae(job: _Job) -> str:
     job.plain_vit("mae")
-    decoder = job.part == "model" or (job.part is None and _is_mae(job))
-    if decoder and not _is_mae(job):
-        raise setting_error("--part", "model", _not_mae(job))
-    state = to_mae(job.mae_state() if decoder else job.encoder())
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    state = _plain(to_mae(job.mae_state() if job.includes_decoder() else job.encoder()))
     checkpoint.write_atomic(job.output, lambda temporary: torch.save({"model": state}, temporary))
     return (
         "import torch\n\n"
@@ -170,39 +179,13 @@ def _mae(job: _Job) -> str:
     )
 
 
-def _not_mae(job: _Job) -> str:
-    model = job.config.model
-    wanted = "needs model.regime.name=drop, model.decoder.name=transformer, model.target.loss=mse, "
-    wanted += "loss_on=masked, a target of pixels and a trained decoder; this run has "
-    return (
-        f"{wanted}{model.regime.name}, {model.decoder.name}, {model.target.loss}, "
-        f"{model.target.loss_on}, {model.target.name}; use --part encoder"
-    )
-
-
-def _is_mae(job: _Job) -> bool:
-    model = job.config.model
-    return (
-        model.regime.name == "drop"
-        and model.decoder.name == "transformer"
-        and model.target.name in ("pixels", "normalized_pixels")
-        and model.target.loss in ("auto", "mse")  # auto is mse for pixels
-        and model.target.loss_on == "masked"
-        and bool(checkpoint.checkpoints(job.run))
-        and _has_own_decoder(job.run)
-    )
-
-
 # --- Hugging Face ---
 
 
-def _check_hf(vit: VisionTransformer, config: Config) -> None:
-    """Refuse what Hugging Face's ViT computes otherwise.
-
-    Raises:
-        UserError: naming it.
-    """
-    patch, grid, blocks = patch_size_of(vit), grid_of(vit), _blocks(vit)
+def _check_hf(vit: VisionTransformer) -> None:
+    """Raise UserError for the first thing that Hugging Face's ViT computes otherwise."""
+    patch, grid = patch_size_of(vit), grid_of(vit)
+    blocks: list[Any] = list(vit.blocks)
     reasons = [
         (not supports_split(vit), "blocks of another kind"),
         (not vit.has_class_token or vit.num_prefix_tokens != 1, "other tokens than a class token"),
@@ -210,7 +193,7 @@ def _check_hf(vit: VisionTransformer, config: Config) -> None:
         (isinstance(vit.norm, nn.Identity), "no norm after its last block"),
         (patch[0] != patch[1] or grid[0] != grid[1], "patches or a grid that are not square"),
         (vit.patch_embed.proj.bias is None, "a patch embedding without bias"),
-        (not _is_gelu(vit), "another activation than gelu"),
+        (not all(_is_gelu(block.mlp.act) for block in blocks), "another activation than gelu"),
         (len({norm.eps for norm in _norms(vit)}) != 1, "norms of different epsilons"),
         (any(block.attn.qkv.bias is None for block in blocks), "queries without bias"),
     ]
@@ -221,32 +204,23 @@ def _check_hf(vit: VisionTransformer, config: Config) -> None:
         )
 
 
-def _blocks(vit: VisionTransformer) -> list[Any]:
-    return list(vit.blocks)
-
-
 def _norms(vit: VisionTransformer) -> list[nn.LayerNorm]:
     return [part for part in vit.modules() if isinstance(part, nn.LayerNorm)]
 
 
-def _is_gelu(vit: VisionTransformer) -> bool:
-    activations = [block.mlp.act for block in _blocks(vit)]
-    return all(
-        isinstance(act, nn.GELU) and getattr(act, "approximate", "none") == "none"
-        for act in activations
-    )
+def _is_gelu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.GELU) and activation.approximate == "none"
 
 
 def _hf(job: _Job) -> str:
     vit, config = job.plain_vit("hf"), job.config
-    _check_hf(vit, config)
-    whole = job.part == "model" or (job.part is None and _is_mae(job))
-    if whole and not _is_mae(job):
-        raise setting_error("--part", "model", _not_mae(job))
-    block = _blocks(vit)[0]
+    _check_hf(vit)
+    has_decoder = job.includes_decoder()
+    kind = "ViTMAEForPreTraining" if has_decoder else "ViTModel"
+    block: Any = vit.blocks[0]
     described: dict[str, Any] = {
-        "architectures": ["ViTMAEForPreTraining" if whole else "ViTModel"],
-        "model_type": "vit_mae" if whole else "vit",
+        "architectures": [kind],
+        "model_type": "vit_mae" if has_decoder else "vit",
         "hidden_size": vit.embed_dim,
         "num_hidden_layers": len(vit.blocks),
         "num_attention_heads": block.attn.num_heads,
@@ -262,20 +236,17 @@ def _hf(job: _Job) -> str:
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
-    if whole:
+    if has_decoder:
         decoder = config.model.decoder.transformer
-        ratio = sum(config.mask.ratio_range) / 2
         described |= {
             "decoder_hidden_size": decoder.width,
             "decoder_num_hidden_layers": decoder.depth,
             "decoder_num_attention_heads": decoder.heads,
             "decoder_intermediate_size": int(decoder.width * decoder.mlp_ratio),
-            "mask_ratio": ratio,
+            "mask_ratio": sum(config.mask.ratio_range) / 2,
             "norm_pix_loss": config.model.target.name == "normalized_pixels",
         }
-        state = to_hf(job.mae_state(), model=True)
-    else:
-        state = to_hf(job.encoder(), model=False)
+    state = to_hf(job.mae_state() if has_decoder else job.encoder(), model=has_decoder)
     mean, std = normalisation(config)
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -291,14 +262,12 @@ def _hf(job: _Job) -> str:
     _write_safetensors(job.output / "model.safetensors", state, {})
     checkpoint.write_json_atomic(job.output / "config.json", described)
     checkpoint.write_json_atomic(job.output / "preprocessor_config.json", processor)
-    kind = "ViTMAEForPreTraining" if whole else "ViTModel"
-    call = f"{kind}.from_pretrained({str(job.output)!r}"
-    call += ")" if whole else ", add_pooling_layer=False)"
-    return f"from transformers import {kind}\n\n{call}"
+    extra = "" if has_decoder else ", add_pooling_layer=False"
+    return f"from transformers import {kind}\n\n{kind}.from_pretrained({str(job.output)!r}{extra})"
 
 
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel that the images of a config are normalised by.
+    """Mean and standard deviation of each channel that normalise the images of a config.
 
     Raises:
         UserError: if they are the source's own and it cannot be opened.
@@ -306,7 +275,6 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     data = config.data
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
-    from mim.data import open_source
 
     try:
         source = open_source(data, "train")
@@ -319,10 +287,7 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _with_normalisation(config: Config) -> Config:
-    """The config with the source's own mean and deviation written out, where it can be opened.
-
-    The images may be gone or elsewhere, and an encoder can be exported all the same.
-    """
+    """The config with the source's own statistics filled in, where its images are still there."""
     try:
         mean, std = normalisation(config)
     except UserError:
@@ -431,7 +396,7 @@ def export_run(run: str | Path, to: str, output: str | Path, part: str | None = 
         raise setting_error("--output", str(output), "holds a run; choose another folder")
     usage = kind.write(_Job(run, config, output, part))
     card = output.with_suffix(".md") if kind.suffix else output / "README.md"
-    # Who reads the card has the file, not this machine's folders.
-    place = output.name if kind.suffix else "."
-    write_card(card, run, config, usage.replace(repr(str(output)), repr(place)), to)
+    # Readers of the card have the file, not this machine's folders.
+    relative = usage.replace(repr(str(output)), repr(output.name if kind.suffix else "."))
+    checkpoint.write_text_atomic(card, card_text(run, config, relative, to))
     return Exported(output, card, usage)

@@ -6,8 +6,9 @@ import argparse
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +31,23 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors and what the file says of them.
-
-    Attributes:
-        path: the file.
-        tensors: in float32, by the file's own keys without the wrappers' prefixes.
-        config: a ``config.json`` beside the file (Hugging Face, timm); empty without one.
-        processor: a ``preprocessor_config.json`` beside it; empty without one.
-        metadata: of a safetensors file; ``mim_config`` is the config of this package's own files.
-        arguments: of the training script, where the file holds them (facebookresearch/mae).
-        left_out: entries besides the weights -> why they were left out.
-        notes: what a reader must know: which part was taken, which precision it had.
-    """
+    """Named tensors and what the file says of them."""
 
     path: Path
     tensors: dict[str, Tensor]
-    config: dict[str, Any] = field(default_factory=dict)
-    processor: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    """In float32, by the file's own keys without the wrappers' prefixes."""
+    config: dict[str, Any]
+    """A ``config.json`` beside the file (Hugging Face, timm); empty without one."""
+    processor: dict[str, Any]
+    """A ``preprocessor_config.json`` beside it; empty without one."""
+    metadata: dict[str, str]
+    """Of a safetensors file; ``mim_config`` is the config of this package's own files."""
+    arguments: dict[str, Any]
+    """Of the training script, where the file holds them (facebookresearch/mae)."""
+    left_out: dict[str, str]
+    """Entries besides the weights -> why they were left out."""
+    notes: tuple[str, ...]
+    """Which part was taken, and which precision it had."""
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any]:
@@ -88,15 +85,12 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and (names := _unsafe_names(path)):
-            raise UserError(
-                f"{str(path)!r} was not loaded: it asks for {some(names)}, and what is no tensor "
-                "may run code. Save its state dict alone, best as safetensors"
-            ) from error
-        # torch's own text goes on to say how to load it all the same, which runs what it holds.
+        names = _unsafe_names(path) if zipfile.is_zipfile(path) else []
+        what = f"asks for {some(names)}" if names else "is no file of weights alone"
+        # torch's own message says how to load it all the same, which would run what it holds.
         raise UserError(
-            f"{str(path)!r} was not loaded: it is no file of weights alone, and what is no tensor "
-            "may run code. Save its state dict alone, best as safetensors"
+            f"{str(path)!r} was not loaded: it {what}, and what is no tensor may run code. Save "
+            "its state dict alone, best as safetensors"
         ) from error
     except Exception as error:  # torch raises many kinds for a broken file
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
@@ -105,14 +99,21 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _of_folder(folder: Path) -> Path:
-    for name in (_INDEX, *_BESIDE):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{str(folder)!r} holds none of {', '.join(_BESIDE)}")
+def _find_weights(path: Path) -> Path:
+    """The file of weights that a path leads to, which may be a folder."""
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            raise UserError(f"{str(path)!r} is a run folder already; every verb takes it")
+        for name in (_INDEX, *_BESIDE):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{str(path)!r} holds none of {', '.join(_BESIDE)}")
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} does not exist")
+    return path
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(index: Path) -> dict[str, Tensor]:
     places = _beside(index.parent, index.name).get("weight_map")
     if not isinstance(places, Mapping):
         raise UserError(f"{index} has no weight_map")
@@ -124,7 +125,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors |= _read_safetensors(shard)[0]
     if missing := [key for key in places if key not in tensors]:
         raise UserError(f"{index}: its parts lack {some(missing)}")
-    return tensors, {}
+    return tensors
 
 
 def _unwrap(
@@ -136,35 +137,24 @@ def _unwrap(
     if key is not None and not isinstance(content.get(key), Mapping):
         names = [name for name, value in content.items() if isinstance(value, Mapping)]
         raise choice_error("--key", key, names)
-    chosen = key
-    if chosen is None:  # in a state dict itself no value is a mapping
+    if key is None:  # in a state dict itself no value is a mapping
         wrapped = [n for n in _WRAPPERS if isinstance(content.get(n), Mapping) and content[n]]
-        chosen = wrapped[0] if wrapped else None
-    if chosen is None:
-        return content, {}, ""
-    rest = {
-        f"{name}": f"stands beside the weights, which are under {chosen!r}"
-        for name in content
-        if name != chosen
-    }
-    return content[chosen], rest, chosen
+        if not wrapped:
+            return content, {}, ""
+        key = wrapped[0]
+    reason = f"stands beside the weights, which are under {key!r}"
+    return content[key], {str(name): reason for name in content if name != key}, key
 
 
 def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without what DDP, torch.compile or Lightning put before each of them."""
-    while tensors:
-        for prefix in _PREFIXES:
-            if all(name.startswith(prefix) for name in tensors):
-                tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
-                break
-        else:
-            break
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _strip({name[len(prefix) :]: value for name, value in tensors.items()})
     return tensors
 
 
-def _dino_teacher(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _dino_teacher(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """DINO's and DINOv2's training files hold ``backbone.*`` beside ``dino_head.*``."""
     heads = [name for name in tensors if name.startswith(("dino_head.", "ibot_head.", "head."))]
     rest = [name for name in tensors if name not in heads]
@@ -186,33 +176,26 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
         UserError: if it is missing, cut short, would run code, or holds other things than finite
             floating-point tensors.
     """
-    path = Path(path)
-    if path.is_dir():
-        if (path / "config.yaml").is_file():
-            raise UserError(f"{str(path)!r} is a run folder already; every verb takes it")
-        path = _of_folder(path)
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist")
+    path = _find_weights(Path(path))
+    state: Mapping[str, Any]
     metadata: dict[str, str] = {}
     arguments: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     notes: list[str] = []
     if path.name == _INDEX:
-        found, metadata = _read_shards(path)
-        state: Mapping[str, Any] = found
-        left_out: dict[str, str] = {}
+        state = _read_shards(path)
     elif path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
-        left_out = {}
     else:
         content = _read_torch(path)
         state, left_out, chosen = _unwrap(content, path, key)
         if chosen:
             notes.append(f"the weights stood under {chosen!r}")
-            given = content.get("args")
-            if isinstance(given, argparse.Namespace):
-                arguments = dict(vars(given))
-            elif isinstance(given, Mapping):
-                arguments = dict(given)
+            script = content.get("args")
+            if isinstance(script, argparse.Namespace):
+                arguments = dict(vars(script))
+            elif isinstance(script, Mapping):
+                arguments = dict(script)
             if isinstance(content.get("fingerprint"), str):  # a checkpoint of this package's
                 metadata = {"mim_config": content["fingerprint"]}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -239,8 +222,8 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
 
 
 def _as_floats(tensors: dict[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """float32 values; whole numbers (an index) as they are, for whoever reads the names."""
-    kinds: dict[torch.dtype, int] = {}
+    """The values in float32, but integers (an index) unchanged; adds notes on their precision."""
+    kinds: Counter[torch.dtype] = Counter()
     found = {}
     for name, value in tensors.items():
         found[name] = value
@@ -251,7 +234,7 @@ def _as_floats(tensors: dict[str, Tensor], path: Path, notes: list[str]) -> dict
                 f"{str(path)!r}: {name} is {str(value.dtype).removeprefix('torch.')}; only "
                 "float32, float64, float16 and bfloat16 are read"
             )
-        kinds[value.dtype] = kinds.get(value.dtype, 0) + 1
+        kinds[value.dtype] += 1
         found[name] = value.float()
         if not bool(found[name].isfinite().all()):
             raise UserError(f"{str(path)!r}: {name} has values that are not finite")

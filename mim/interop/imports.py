@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm import create_model, list_models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.files import file_digest, parse_yaml
-from mim.core.settings import flatten, to_dict
+from mim.core.files import file_digest
+from mim.core.settings import dotted, flatten, read_mapping, to_dict
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
 from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
 from mim.interop.files import Weights, read_weights
@@ -60,19 +59,16 @@ _DECODER_PIXELS = ("decoder.head.weight", "decoder.head.bias")
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """A model with a file's weights.
-
-    Attributes:
-        config: that describes it.
-        model: in eval mode, on the CPU.
-        account: what became of every entry of the file.
-        source: the file.
-    """
+    """A model with a file's weights."""
 
     config: Config
+    """Describes the model."""
     model: MaskedImageModel
+    """In eval mode, on the CPU."""
     account: Account
+    """What became of every entry of the file."""
     source: Path
+    """The file."""
 
     @property
     def has_decoder(self) -> bool:
@@ -114,7 +110,6 @@ def import_model(
         raise choice_error("--part", part, PARTS)
     weights = read_weights(file, key)
     found = convert(weights.tensors, style)
-    where = f"{str(weights.path)!r}"
     left_out = {**weights.left_out, **found.left_out}
     pieces = dict(found.pieces)
     if part == "encoder":
@@ -123,11 +118,14 @@ def import_model(
                 left_out[source] = "the encoder alone was asked for (--part encoder)"
     state = {target: piece.value for target, piece in pieces.items()}
     reader = _Reader(weights, found, state, backbone)
-    inferred = reader.config(_given(config, overrides, backbone))
-    resolved = load_config(None, inferred)
+    user_settings = {} if config is None else flatten(read_mapping(config))
+    user_settings |= dotted(overrides)
+    if backbone is not None:
+        user_settings["model.backbone"] = backbone
+    resolved = load_config(None, reader.config(user_settings))
     model = build_model(resolved).eval()
     own = model.state_dict()
-    fitted, notes = _fit(state, own, model, reader, where)
+    fitted, notes = _fit(state, own, model, reader)
 
     entries = [Entry(source, LEFT_OUT, "", reason) for source, reason in left_out.items()]
     for source in weights.tensors:
@@ -146,50 +144,16 @@ def import_model(
     )
     model.load_state_dict({**own, **fitted})
     if model.teacher is not None and not any(key.startswith("teacher.") for key in fitted):
-        # It follows the encoder, and so begins as the one that was imported.
+        # It is an average of the encoder, and so begins as the imported one.
         model.teacher = Teacher(model.backbone, resolved.model.teacher_decay)
     return Imported(resolved, model, account, weights.path)
-
-
-def _given(
-    config: str | Path | None,
-    overrides: Sequence[str] | Mapping[str, Any],
-    backbone: str | None,
-) -> dict[str, Any]:
-    """Dotted settings that the user gave; the last word on each."""
-    given: dict[str, Any] = {}
-    if config is not None:
-        path = Path(config)
-        if not path.is_file():
-            raise UserError(f"config: {str(path)!r} is not a file")
-        try:
-            tree = parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"config: {path} cannot be read: {error}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"config: {path} holds no mapping of settings")
-        given |= flatten(tree)
-    if isinstance(overrides, Mapping):
-        given |= overrides
-    else:
-        for item in overrides:
-            name, equals, value = item.removeprefix("--").partition("=")
-            if not equals:
-                raise UserError(f"override {item!r} has not the form key=value")
-            given[name] = value
-    if backbone is not None:
-        given["model.backbone"] = backbone
-    return given
 
 
 class _Reader:
     """What weights and the files beside them say of the model.
 
-    Args:
-        weights: as read.
-        found: as converted.
-        state: this package's name -> tensor.
-        backbone: timm's name, where the user gave one.
+    ``state`` holds the tensors by this package's names, and ``backbone`` is timm's name, where the
+    user gave one.
     """
 
     def __init__(
@@ -271,16 +235,14 @@ class _Reader:
         if "data.image_size" in given or "data.channels" in given:
             for name in ("data.mean", "data.std"):
                 values = settings.get(name)
-                wanted = _number(given.get("data.channels", self.channels))
-                if isinstance(values, (list, tuple)) and len(values) != wanted:
+                channels = _number(given.get("data.channels", self.channels))
+                if isinstance(values, (list, tuple)) and len(values) != channels:
                     del settings[name]
         settings |= {key: value for key, value in given.items() if value is not None}
         return settings
 
     def _encoder(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        state, depth = self.state, 0
-        while f"backbone.blocks.{depth}.norm1.weight" in state:
-            depth += 1
+        state, depth = self.state, self._depth("backbone")
         block = "backbone.blocks.0"
         hidden = self._size(f"{block}.mlp.fc1.weight", 0)
         args: dict[str, Any] = {}
@@ -293,7 +255,7 @@ class _Reader:
                     "weights do not show an activation or the order of norms: those of the plain "
                     f"ViT are taken ({name}); name another by --backbone"
                 )
-            base = create_model_meta(name)
+            base = _meta_model(name)
             if patch_size_of(base) != self.patch:
                 same = self.patch[0] == self.patch[1]
                 args["patch_size"] = self.patch[0] if same else list(self.patch)
@@ -307,7 +269,7 @@ class _Reader:
         else:
             if name not in list_models():
                 raise choice_error("--backbone", name, list_models("vit_*patch16_224"))
-            base = create_model_meta(name, self.named_args)
+            base = _meta_model(name, self.named_args)
             args |= self.named_args
         has_class = "backbone.cls_token" in state
         pooled = "backbone.fc_norm.weight" in state
@@ -346,6 +308,10 @@ class _Reader:
             settings["model.position_embedding"] = "sincos2d"
         settings |= self._norm_eps()
         return settings
+
+    def _depth(self, part: str) -> int:
+        pattern = re.compile(rf"{part}\.blocks\.\d+\.norm1\.weight")
+        return sum(pattern.fullmatch(key) is not None for key in self.state)
 
     def _size(self, key: str, dim: int) -> int:
         if key not in self.state:
@@ -404,7 +370,7 @@ class _Reader:
         return {} if eps == 1e-6 else {"model.norm_eps": eps}
 
     def _rest(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Regime, decoder, target, mask and normalisation."""
+        """Settings of regime, decoder, target, mask and normalisation."""
         settings: dict[str, Any] = {}
         beside, arguments = self.weights.config, self.weights.arguments
         activation = beside.get("hidden_act", "gelu")
@@ -436,9 +402,9 @@ class _Reader:
         return settings
 
     def _normalisation(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        timm_says = self.weights.config.get("pretrained_cfg") or {}
-        mean = self.weights.processor.get("image_mean", timm_says.get("mean"))
-        std = self.weights.processor.get("image_std", timm_says.get("std"))
+        timm_config = self.weights.config.get("pretrained_cfg") or {}
+        mean = self.weights.processor.get("image_mean", timm_config.get("mean"))
+        std = self.weights.processor.get("image_std", timm_config.get("std"))
         if isinstance(mean, list) and isinstance(std, list) and len(mean) == self.channels:
             return {"data.mean": mean, "data.std": std}
         if self.channels != 3:
@@ -451,9 +417,7 @@ class _Reader:
         return {"data.mean": list(IMAGENET_DEFAULT_MEAN), "data.std": list(IMAGENET_DEFAULT_STD)}
 
     def _transformer(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        state, depth = self.state, 0
-        while f"decoder.blocks.{depth}.norm1.weight" in state:
-            depth += 1
+        depth = self._depth("decoder")
         width = self._size("decoder.embed.weight", 0)
         place = "model.decoder.transformer"
         heads = given.get(f"{place}.heads", self.weights.config.get("decoder_num_attention_heads"))
@@ -485,8 +449,8 @@ def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
     return check_arguments(args, "model_args")
 
 
-def create_model_meta(name: str, args: Mapping[str, Any] | None = None) -> Any:
-    """A timm model without memory for its weights, to ask for its sizes."""
+def _meta_model(name: str, args: Mapping[str, Any] | None = None) -> Any:
+    """A timm model on the meta device, to read its sizes."""
     with torch.device("meta"):
         model = create_model(name, num_classes=0, **(args or {}))
     if not isinstance(model, VisionTransformer):
@@ -514,7 +478,6 @@ def _fit(
     own: Mapping[str, Tensor],
     model: MaskedImageModel,
     reader: _Reader,
-    where: str,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights in the model's shapes, and what was done to which.
 
@@ -525,19 +488,20 @@ def _fit(
     fitted, notes = dict(state), {}
     grid, patch = grid_of(model.backbone), patch_size_of(model.backbone)
     channels = int(own[_PATCH].shape[1])
-    if state[_PATCH].shape[0] == own[_PATCH].shape[0]:  # else told below, as another architecture
+    if state[_PATCH].shape[0] == own[_PATCH].shape[0]:  # else it is a misfit, below
         fitted[_PATCH], notes[_PATCH] = adapt_patch_embedding(state[_PATCH], channels, patch)
         changed = notes[_PATCH]
         if changed and any(key in state for key in _DECODER_PIXELS):
             raise UserError(
-                f"{where}: its decoder predicts patches of {reader.channels} channels and "
-                f"{reader.patch[0]} x {reader.patch[1]} pixels and cannot predict others; keep "
-                "data.channels and the patch size, or leave it out with --part encoder"
+                f"{str(reader.weights.path)!r}: its decoder predicts patches of "
+                f"{reader.channels} channels and {reader.patch[0]} x {reader.patch[1]} pixels and "
+                "cannot predict others; keep data.channels and the patch size, or leave it out "
+                "with --part encoder"
             )
     _move_prefix_positions(fitted, own, model, reader, notes)
     for key in ("backbone.pos_embed", "decoder.pos_embed"):
         if key not in fitted or key not in own or fitted[key].shape[2:] != own[key].shape[2:]:
-            continue  # told below
+            continue  # a misfit, below
         prefix = own[key].shape[1] - grid[0] * grid[1]
         if fitted[key].shape[1] == prefix + reader.grid[0] * reader.grid[1]:
             fitted[key], note = adapt_positions(fitted[key], reader.grid, grid, prefix, key)
@@ -547,10 +511,10 @@ def _fit(
         for part in ("decoder.", "regime.", "target.", "teacher.", "mask_network.")
         if not any(key.startswith(part) for key in fitted)
     }
-    wanted = {key: own[key] for key in own if not key.startswith(tuple(whole))}
-    misfit = misfit_of(fitted, wanted)
+    required = {key: own[key] for key in own if not key.startswith(tuple(whole))}
+    misfit = misfit_of(fitted, required)
     if misfit:
-        raise UserError(f"{where} is no such model: it {misfit}")
+        raise UserError(f"{str(reader.weights.path)!r} is no such model: it {misfit}")
     return fitted, notes
 
 
@@ -561,20 +525,20 @@ def _move_prefix_positions(
     reader: _Reader,
     notes: dict[str, str],
 ) -> None:
-    """Where only one of file and model has positions for prefix tokens: the same sums otherwise.
+    """Where only one of file and model has positions for prefix tokens, keep the sums the same.
 
-    They are added to the tokens themselves, or are zero.
+    The positions are added to the tokens themselves, or are zero.
     """
     key, vit = "backbone.pos_embed", model.backbone
     if key not in fitted or key not in own or not reader.prefix:
         return
     assert isinstance(vit, VisionTransformer)  # no other kind is imported
     positions = fitted[key]
-    wanted = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    if wanted == reader.position_prefix or reader.prefix != vit.num_prefix_tokens:
+    positioned = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    if positioned == reader.position_prefix or reader.prefix != vit.num_prefix_tokens:
         return
-    if wanted:
-        zeros = positions.new_zeros(1, wanted, positions.shape[2])
+    if positioned:
+        zeros = positions.new_zeros(1, positioned, positions.shape[2])
         fitted[key] = torch.cat([zeros, positions], dim=1)
         notes[key] = "zeros put in for the prefix tokens, which have no position"
         return
@@ -628,17 +592,16 @@ def import_run(
     account = {**origin, **imported.account.to_dict()}
     checkpoint.write_json_atomic(output / "import.json", account)
     optimizer = build_optimizer(config.optim, imported.model, 0.0)
+    counters = {"elapsed": 0.0, "train_seconds": 0.0, "train_loss": float("nan")}
     start = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
         "model": state,
         "optimizer": optimizer.state_dict(),
         "ema": state if config.train.ema_decay else {},
         "scaler": {},
-        "pending": torch.zeros(0),
-        "elapsed": 0.0,
-        "train_seconds": 0.0,
-        "train_loss": float("nan"),
-        "val_loss": float("nan"),
+        "watch": {},
+        "state": {**counters, "images": 0, "rows": []},
+        "hooks": {},
     }
     checkpoint.save_checkpoint(output, start, 0, config.train.keep_checkpoints)
     backbone = checkpoint.backbone_state(state)

@@ -9,6 +9,7 @@ transformers 4 and 5 write.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -48,45 +49,38 @@ _RELATIVE = re.compile(
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor under this package's name.
-
-    Attributes:
-        target: that name.
-        sources: the file's keys it was made of.
-        value: the tensor.
-        note: what was done to the values; empty where they are as they were.
-    """
+    """A tensor under this package's name."""
 
     target: str
+    """That name."""
     sources: tuple[str, ...]
+    """The file's keys it was made of."""
     value: Tensor
     note: str = ""
+    """What was done to the values; empty where they are unchanged."""
 
 
 @dataclass
 class Converted:
-    """A file's tensors under this package's names.
-
-    Attributes:
-        family: whose layout it was, for a reader.
-        style: which table was used, one of ``FAMILIES``.
-        pieces: target -> piece.
-        left_out: the file's key -> why no part of the model takes it.
-        unread: keys that no table knows.
-    """
+    """A file's tensors under this package's names."""
 
     family: str
+    """Whose layout it was, for a reader."""
     style: str
+    """Which table was used, one of ``FAMILIES``."""
     pieces: dict[str, Piece] = field(default_factory=dict)
+    """target -> piece."""
     left_out: dict[str, str] = field(default_factory=dict)
+    """The file's key -> why no part of the model takes it."""
     unread: list[str] = field(default_factory=list)
+    """Keys that no table knows."""
 
     def add(self, target: str, source: str, value: Tensor, note: str = "") -> None:
-        """Note that a key of the file is a key of the model."""
+        """Make a key of the model from one of the file."""
         self.join(target, (source,), value, note)
 
     def join(self, target: str, sources: tuple[str, ...], value: Tensor, note: str = "") -> None:
-        """Note that keys of the file together are a key of the model."""
+        """Make a key of the model from several of the file."""
         if target in self.pieces:
             both = ", ".join([*self.pieces[target].sources, *sources])
             raise UserError(f"mixed key styles: {both} are the same weight ({target})")
@@ -151,11 +145,8 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
             found.unread.remove(key)
             found.left_out[key] = INDEX
     if found.unread:
-        others = [
-            key
-            for key in found.unread
-            if any(claim.match(key) for style, claim in _CLAIMS.items() if style != seen)
-        ]
+        claims = [claim for style, claim in _CLAIMS.items() if style != seen]
+        others = [key for key in found.unread if any(claim.match(key) for claim in claims)]
         if others:
             raise UserError(
                 f"mixed key styles: {some(others)} beside the {seen} layout; a file must have one"
@@ -224,7 +215,7 @@ def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
     )
     found = Converted(_timm_family(tensors, has_decoder, is_dinov2), "timm")
     registers = "register_tokens" in tensors
-    biases: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    biases: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     for full, value in tensors.items():
         if prefix and not full.startswith(prefix):
             continue
@@ -234,7 +225,7 @@ def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
         key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         if match := re.fullmatch(r"(blocks\.\d+)\.attn\.([qv])_bias", key):
-            biases.setdefault(match[1], {})[match[2]] = (full, value)
+            biases[match[1]][match[2]] = (full, value)
         elif key == "register_tokens":
             found.add("backbone.reg_token", full, value)
         elif registers and key == "pos_embed":
@@ -361,6 +352,13 @@ _HF_DINO = {
     "mlp.weights_in": "mlp.fc1",
     "mlp.weights_out": "mlp.fc2",
 }
+_HF_INNER = {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for table in (*_HF_BLOCK.values(), _HF_DINO)
+    for theirs, ours in table.items()
+    for kind in ("weight", "bias")
+} | {f"layer_scale{n}.lambda1": f"ls{n}.gamma" for n in (1, 2)}
+"""Names in a block of the encoder, but those of queries, keys and values."""
 _HF_QKV = {
     "old": [f"attention.attention.{name}" for name in ("query", "key", "value")],
     "new": [f"attention.{name}_proj" for name in "qkv"],
@@ -385,9 +383,7 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
     elif any("layer_scale1" in key for key in tensors):
         family = "Hugging Face DINOv2"
     found = Converted(family, "hf")
-    inner = {f"{a}.{k}": f"{b}.{k}" for k in ("weight", "bias") for a, b in _inner_pairs()}
-    inner |= {f"layer_scale{n}.lambda1": f"ls{n}.gamma" for n in (1, 2)}
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    parts: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     for full, value in tensors.items():
         key = names[full]
         match = _HF_PLACE.fullmatch(key)
@@ -399,14 +395,14 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
             stem, _, kind = within.rpartition(".")
             letter = _HF_LETTER.get(stem)
             if letter is not None and kind in ("weight", "bias"):
-                place = parts.setdefault(f"{block}.attn.qkv.{kind}", {})
+                place = parts[f"{block}.attn.qkv.{kind}"]
                 if letter in place:
                     raise UserError(
                         f"mixed key styles: {place[letter][0]} and {full} are the same weight"
                     )
                 place[letter] = (full, value)
-            elif within in inner:
-                found.add(f"{block}.{inner[within]}", full, value)
+            elif within in _HF_INNER:
+                found.add(f"{block}.{_HF_INNER[within]}", full, value)
             else:
                 found.unread.append(full)
         elif registers and key == "embeddings.position_embeddings":
@@ -449,11 +445,6 @@ def _from_hf(tensors: Mapping[str, Tensor]) -> Converted:
     return found
 
 
-def _inner_pairs() -> list[tuple[str, str]]:
-    tables = (*_HF_BLOCK.values(), _HF_DINO)
-    return list({pair: None for table in tables for pair in table.items()})
-
-
 _CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], Converted]] = {
     "mim": _from_mim,
     "hf": _from_hf,
@@ -476,10 +467,35 @@ _PLAIN_BLOCK = re.compile(
 _PLAIN_STEM = {*_HF_STEM.values()} - {"dist_token"}
 
 
-def _refuse_extra(keys: Iterable[str], where: str) -> None:
-    keys = list(keys)
-    if keys:
-        raise UserError(f"{where} has no place for {some(keys)}; export --to timm keeps all")
+def _rename(
+    state: Mapping[str, Tensor],
+    where: str,
+    stem: Mapping[str, str],
+    decoder: Mapping[str, str],
+    block: Callable[[str, str, str, str, Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Rename the encoder's ``stem``, the ``decoder`` around its blocks, and each ``block`` tensor.
+
+    Raises:
+        UserError: if a weight has no new name.
+    """
+    found: dict[str, Tensor] = {}
+    extra = []
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        plain = _PLAIN_BLOCK.fullmatch(name)
+        if plain and part in ("backbone", "decoder"):
+            number, layer, kind = plain.groups()
+            found |= block(part, number, layer, kind, value)
+        elif part == "backbone" and name in stem:
+            found[stem[name]] = value
+        elif part == "decoder" and name in decoder:
+            found[decoder[name]] = value
+        else:
+            extra.append(key)
+    if extra:
+        raise UserError(f"{where} has no place for {some(extra)}; export --to timm keeps all")
+    return found
 
 
 def to_mae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -488,21 +504,14 @@ def to_mae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: if a weight has no place there.
     """
-    back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
-    found, extra = {}, []
-    for key, value in state.items():
-        part, _, name = key.partition(".")
-        plain = _PLAIN_BLOCK.fullmatch(name)
-        if part == "backbone" and (plain or name in _PLAIN_STEM):
-            found[name] = value
-        elif part == "decoder" and plain:
-            found[f"decoder_{name}"] = value
-        elif part == "decoder" and name in back:
-            found[back[name]] = value
-        else:
-            extra.append(key)
-    _refuse_extra(extra, "facebookresearch/mae's layout")
-    return found
+
+    def block(part: str, n: str, layer: str, kind: str, value: Tensor) -> dict[str, Tensor]:
+        prefix = "decoder_" if part == "decoder" else ""
+        return {f"{prefix}blocks.{n}.{layer}.{kind}": value}
+
+    stem = {name: name for name in _PLAIN_STEM}
+    decoder = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
+    return _rename(state, "facebookresearch/mae's layout", stem, decoder, block)
 
 
 def to_hf(state: Mapping[str, Tensor], model: bool) -> dict[str, Tensor]:
@@ -516,32 +525,20 @@ def to_hf(state: Mapping[str, Tensor], model: bool) -> dict[str, Tensor]:
     Raises:
         UserError: if a weight has no place there.
     """
-    stem = {ours: theirs for theirs, ours in _HF_STEM.items()}
-    back = {ours: theirs for theirs, ours in _HF_DECODER.items()}
     inner = {ours: theirs for theirs, ours in _HF_BLOCK["old"].items()}
     prefix = "vit." if model else ""
-    found: dict[str, Tensor] = {}
-    extra = []
-    for key, value in state.items():
-        part, _, name = key.partition(".")
-        plain = _PLAIN_BLOCK.fullmatch(name)
-        if part == "decoder" and not model:
-            continue
-        if plain and part in ("backbone", "decoder"):
-            number, what, kind = plain.groups()
-            block = f"{prefix}encoder.layer.{number}"
-            if part == "decoder":
-                block = f"decoder.decoder_layers.{number}"
-            if what == "attn.qkv":
-                for theirs, piece in zip(_HF_QKV["old"], value.chunk(3), strict=True):
-                    found[f"{block}.{theirs}.{kind}"] = piece
-            else:
-                found[f"{block}.{inner[what]}.{kind}"] = value
-        elif part == "backbone" and name in _PLAIN_STEM:
-            found[prefix + stem[name]] = value
-        elif part == "decoder" and name in back:
-            found[back[name]] = value
-        else:
-            extra.append(key)
-    _refuse_extra(extra, "Hugging Face's ViT")
-    return found
+
+    def block(part: str, n: str, layer: str, kind: str, value: Tensor) -> dict[str, Tensor]:
+        place = f"{prefix}encoder.layer.{n}"
+        if part == "decoder":
+            place = f"decoder.decoder_layers.{n}"
+        if layer != "attn.qkv":
+            return {f"{place}.{inner[layer]}.{kind}": value}
+        names = [f"{place}.{theirs}.{kind}" for theirs in _HF_QKV["old"]]
+        return dict(zip(names, value.chunk(3), strict=True))
+
+    stem = {ours: prefix + theirs for theirs, ours in _HF_STEM.items() if ours in _PLAIN_STEM}
+    decoder = {ours: theirs for theirs, ours in _HF_DECODER.items()}
+    if not model:
+        state = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+    return _rename(state, "Hugging Face's ViT", stem, decoder, block)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mim.core.config import MaskConfig
+from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Patches
 from mim.core.registry import Registry
@@ -151,19 +152,20 @@ class MaskGenerator(ABC):
         for what, values in (("sample_ids", sample_ids), ("images", images)):
             if values is not None and len(values) != len(keys):
                 raise ValueError(f"{len(keys)} keys and {len(values)} {what}: one each is needed")
+        low, high = self.ratios.ratio_at(epoch)
+        drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
+        if high > low and len(keys):
+            drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
+            low, high = float(drawn.min()), float(drawn.max())  # before they leave the host
         seen = logits = None
         if self.sees_images:
             lacks_teacher = self.needs_attention and attention is None
             if images is None or lacks_teacher or (self.is_trained and network is None):
                 reason = "looks at the images; draw its masks with model.draw_mask(images, keys)"
                 raise setting_error("mask.name", self.name, reason)
-            keys = keys.to(images.device)
             seen = attention(images) if self.needs_attention and attention else None
             logits = network(images) if self.is_trained and network else None
-        low, high = self.ratios.ratio_at(epoch)
-        drawn = torch.full((len(keys),), low, dtype=torch.float64, device=keys.device)
-        if high > low:
-            drawn = low + (high - low) * uniforms(keys, 1, stream=1)[:, 0]
+            keys, drawn = to_device(keys, images.device), to_device(drawn, images.device)
         request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits)
         return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
 
@@ -183,7 +185,9 @@ class MaskGenerator(ABC):
         """
         self.check_sizes()
         keys = keys.cpu()
-        hidden = torch.zeros(images.valid.shape, dtype=torch.bool)
+        longest = images.valid.shape[1]
+        valid = torch.arange(longest) < torch.tensor(images.lengths)[:, None]  # not from the device
+        hidden = torch.zeros_like(valid)
         by_grid: dict[Grid, list[int]] = {}
         for image, grid in enumerate(images.grids):
             by_grid.setdefault(grid, []).append(image)
@@ -193,7 +197,7 @@ class MaskGenerator(ABC):
             ids = None if sample_ids is None else sample_ids.cpu()[rows]
             drawn = self(grid, keys[rows], epoch=epoch, sample_ids=ids)
             hidden[rows, : drawn.num_patches] = drawn.is_masked
-        return PatchMask(hidden, keys=keys, valid=images.valid.cpu())
+        return PatchMask(hidden, keys=keys, valid=valid)
 
     def check_sizes(self) -> None:
         """Raise a ``UserError`` if the generator cannot take images of different sizes."""
@@ -235,8 +239,7 @@ class RankedMask(MaskGenerator):
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         patches = grid[0] * grid[1]
-        visible = patches - hidden_count(high, patches), patches - hidden_count(low, patches)
-        return visible if visible[0] == visible[1] else None
+        return patches - hidden_count(high, patches), patches - hidden_count(low, patches)
 
     def draw(self, request: MaskRequest) -> Tensor:
         return self.ranks(request) < request.counts()[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -108,16 +109,11 @@ class PatchMask:
         return self.is_masked.shape[0]
 
     def __getitem__(self, rows: slice) -> PatchMask:
-        low, high = self._counts
-        keys = None if self.keys is None else self.keys[rows]
-        valid = None if self.valid is None else self.valid[rows]
-        counts = (low, high) if low == high and valid is None else None
-        return PatchMask(self.is_masked[rows], counts=counts, keys=keys, valid=valid)
+        """Keep some images; rows stay as long as the longest of all.
 
-    @property
-    def _counts(self) -> tuple[int, int]:
-        assert self.counts is not None  # set at construction
-        return self.counts
+        The longest of those that are kept would have to be read from the device.
+        """
+        return self._each(lambda value: value[rows])
 
     @property
     def num_patches(self) -> int:
@@ -127,7 +123,13 @@ class PatchMask:
     @property
     def num_visible(self) -> int:
         """K, the largest number of visible patches in a row."""
-        return self._counts[1]
+        return self.visible_ids.shape[1]
+
+    @property
+    def least_visible(self) -> int:
+        """The smallest number of visible patches in a row."""
+        assert self.counts is not None  # set at construction
+        return self.counts[0]
 
     @property
     def num_masked(self) -> int:
@@ -172,13 +174,23 @@ class PatchMask:
         ids = ids.masked_fill(~valid, self.num_patches).sort(dim=1).values  # padding goes last
         return ids.masked_fill(~valid, 0), valid
 
+    @property
+    def device(self) -> torch.device:
+        """Where the mask is."""
+        return self.is_masked.device
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchMask:
         """Move to another device."""
-        if self.is_masked.device == torch.device(device):
+        if self.device == torch.device(device):
             return self
-        moved = object.__new__(PatchMask)
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PatchMask:
+        """The same mask in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PatchMask:
+        changed = object.__new__(PatchMask)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                value = value.to(device, non_blocking=non_blocking)
-            object.__setattr__(moved, name, value)
-        return moved
+            object.__setattr__(changed, name, change(value) if isinstance(value, Tensor) else value)
+        return changed

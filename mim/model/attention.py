@@ -39,7 +39,7 @@ def with_prefix(valid: Tensor, num_prefix: int) -> Tensor:
     return F.pad(valid, (num_prefix, 0), value=True)
 
 
-def causal(length: int, num_prefix: int = 0) -> Tensor:
+def causal(length: int, num_prefix: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Let each token read itself and those before it: (1, 1, L, L) bool.
 
     The first ``num_prefix`` of the ``length`` tokens also read each other: the prefix-causal order
@@ -50,7 +50,7 @@ def causal(length: int, num_prefix: int = 0) -> Tensor:
     """
     if not 0 <= num_prefix <= length:
         raise setting_error("num_prefix", num_prefix, f"must lie between 0 and {length} tokens")
-    places = torch.arange(length)
+    places = torch.arange(length, device=device)
     before = places[None, :] <= places[:, None]  # (queries, keys)
     inside = (places < num_prefix)[None, :]
     return (before | (inside & inside.mT))[None, None]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mim.core.device import to_device
 from mim.model.attention import to_additive
 
 
@@ -81,8 +82,7 @@ class Packing:
             source[row, : len(first)] = first
             source[row, front : front + len(second)] = second
         owner = torch.where(source < 0, -1, source // length)
-        device = valid.device
-        source, owner = source.clamp(min=0).to(device), owner.to(device)
+        source, owner = (to_device(x, valid.device) for x in (source.clamp(min=0), owner))
         return cls(source, owner, valid, None if num_keys is None else front)
 
     def pack(self, tokens: Tensor) -> Tensor:

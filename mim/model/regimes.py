@@ -142,7 +142,7 @@ class Regime(WithTerms, nn.Module, ABC):
             return bias
         both_ways = num_prefix + self.causal_prefix
         if ids is None:
-            allowed = causal(tokens.shape[1], both_ways).to(tokens.device)
+            allowed = causal(tokens.shape[1], both_ways, tokens.device)
         else:
             prefix = torch.arange(num_prefix, device=ids.device).expand(len(ids), -1)
             places = torch.cat([prefix, ids + num_prefix], dim=1)  # (B, L)
@@ -211,9 +211,7 @@ REGIMES: Registry[type[Regime]] = Registry("model.regime.name", RegimeConfig)
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
-    if family.num_prefix:
-        return
-    if mask.num_visible == 0 or not (mask.is_equal or bool(mask.is_visible.any(dim=1).all())):
+    if family.num_prefix == 0 and mask.least_visible == 0:
         raise UserError(
             "mask: an image has every patch masked and the backbone has no prefix token, "
             "so nothing is left to attend to; lower mask.ratio or add a class token"

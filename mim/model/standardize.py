@@ -44,7 +44,7 @@ class Standardize(nn.Module):
             rows = x.reshape(-1, x.shape[-1])
             mean = _mean_over_processes(rows.mean(0))
             var = _mean_over_processes((rows - mean).square().mean(0))
-            count = _mean_over_processes(var.new_tensor(float(len(rows))))
+            count = _mean_over_processes(var.new_full((), len(rows)))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 count = count * torch.distributed.get_world_size()
             self.seen += 1

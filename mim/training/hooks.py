@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mim.core.config import Config
+from mim.core.device import to_device
 from mim.core.progress import RunProgress
 from mim.core.registry import Registry
 from mim.data import Batch, ImageSource, eval_loader, normalize
@@ -98,11 +99,11 @@ class HeldOut(Hook):
             world,
             patch_size=model.patch_size,
         ):
-            images = normalize(batch.images.to(device), source.mean, source.std)
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
             mask = fixed_masks(model, images, batch.sample_ids)
             with autocast(config.train.precision, device):
                 losses = model(images, mask).loss_per_image
-            total += torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
+            total += torch.stack([losses.double().sum(), total.new_full((), len(losses))])
         model.train(training)
         loss, count = accelerator.reduce(total, "sum").tolist()
         self.loss = loss / count

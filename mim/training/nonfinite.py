@@ -72,7 +72,7 @@ class Guard:
 
     def __init__(self, limit: int, in_a_row: int, device: torch.device) -> None:
         self.limit = limit
-        self.in_a_row = torch.tensor(float(in_a_row), device=device)
+        self.in_a_row = torch.full((), float(in_a_row), device=device)
 
     def step(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
@@ -299,8 +299,10 @@ class Watch:
         """
         if not self.limit:
             return
-        for name, weight in self.model.named_parameters():
-            if not gather_full(weight.detach()).isfinite().all():
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        finite = torch.stack([gather_full(w.detach()).isfinite().all() for w in weights])
+        for name, is_finite in zip(names, finite.tolist(), strict=True):  # waits once
+            if not is_finite:
                 self._record(last, math.nan, False, False)
                 raise self.diverged(last, f"{name} is not finite", 1)
 

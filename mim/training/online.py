@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mim.core.config import Config
+from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Images
 from mim.data import Batch, ImageSource, eval_loader, normalize
@@ -72,7 +73,7 @@ class OnlineProbe(Hook):
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
         assert batch.labels is not None
-        labels = batch.labels.to(inputs.images.device, non_blocking=True)
+        labels = to_device(batch.labels, inputs.images.device)
         features = self._features(inputs.images)
         logits = self.head(features)  # (B, K)
         loss = F.cross_entropy(logits, labels)
@@ -83,7 +84,7 @@ class OnlineProbe(Hook):
         self.optimizer.step()
         right = (logits.detach().argmax(1) == labels).sum()
         total = loss.detach().double() * len(labels)
-        self.sums += torch.stack([total, right.double(), total.new_tensor(len(labels))])
+        self.sums += torch.stack([total, right.double(), total.new_full((), len(labels))])
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.passed(self.config.train.validate_every) or trainer.done
@@ -113,10 +114,10 @@ class OnlineProbe(Hook):
             world=self.accelerator.num_processes,
             patch_size=self.model.patch_size,
         ):
-            images = normalize(batch.images.to(device), source.mean, source.std)
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
             assert batch.labels is not None
-            right = self.head(self._features(images)).argmax(1) == batch.labels.to(device)
-            counts += torch.stack([right.sum(), right.new_tensor(len(batch), dtype=torch.long)])
+            right = self.head(self._features(images)).argmax(1) == to_device(batch.labels, device)
+            counts += torch.stack([right.sum(), right.new_full((), len(batch), dtype=torch.long)])
         self.head.train()
         right, count = self.accelerator.reduce(counts, "sum").tolist()
         return float(right / count)

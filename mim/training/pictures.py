@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim.core.config import Config, MaskScheduleConfig
+from mim.core.device import to_device
 from mim.core.errors import UserError
 from mim.core.patches import Images, Patches, patchify, unpatchify
 from mim.core.rng import image_keys
@@ -99,7 +100,7 @@ def read_images(
     """Reads images as the model takes them, on its device, and their sample ids."""
     patch, count = model.patch_size, len(indices)
     (batch,) = eval_loader(source, config.data, batch_size=count, indices=indices, patch_size=patch)
-    images = batch.images.to(next(model.parameters()).device)
+    images = to_device(batch.images, next(model.parameters()).device)
     return normalize(images, source.mean, source.std), batch.sample_ids
 
 

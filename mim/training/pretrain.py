@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mim.core.config import Config
 from mim.core.cpu.process import tune_process
+from mim.core.device import to_device
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
 from mim.core.fingerprints import same_images
@@ -123,14 +124,14 @@ class PretrainTask(Task):
         """Normalises the images and draws their masks."""
         device, train = self.accelerator.device, self.images.train
         keys = image_keys(self.config.seed, batch.epoch, batch.sample_ids, purpose="mask")
-        images = normalize(batch.images.to(device, non_blocking=True), train.mean, train.std)
+        images = normalize(to_device(batch.images, device), train.mean, train.std)
         mask = self.model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
         if mask.num_masked == 0 and self.config.model.target.loss_on == "masked":
             raise TrainingError(
                 f"mask: no patch of the batch of step {batch.step} is hidden, so "
                 "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
             )
-        weight = None if batch.weight is None else batch.weight.to(device)
+        weight = None if batch.weight is None else to_device(batch.weight, device)
         return Inputs(images, mask, weight, batch.total_weight)
 
     def parts(self, inputs: Inputs, count: int) -> Iterator[tuple[Inputs, Tensor | float]]:

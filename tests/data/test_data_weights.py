@@ -24,6 +24,7 @@ from mim.data import (
     open_weights,
     train_loader,
 )
+from mim.data.storage.cache import cached
 
 CONFIG = DataConfig(source="digits", image_size=8, channels=1, batch_size=8)
 
@@ -98,6 +99,15 @@ def test_a_column_of_the_source(source: ImageSource) -> None:
     weigh = open_weights(outer, CONFIG)
     assert weigh is not None
     assert weigh(outer, torch.tensor([2, 0]), 0).tolist() == [5, 3]
+
+
+def test_a_cache_keeps_the_column_of_its_source(source: ImageSource) -> None:
+    inner = Subset(source, range(40))
+    inner.weights = torch.arange(40.0)
+    config = replace(CONFIG, cache="memory")
+    weigh = open_weights(cached(inner, config), config)
+    assert weigh is not None
+    assert weigh(inner, torch.tensor([2, 0]), 0).tolist() == [2, 0]
 
 
 def test_a_function_sees_images_and_epoch(

@@ -74,7 +74,7 @@ def test_pipeline_and_clone(run: Path) -> None:
     )
     features = MIMFeatures(str(run), batch_size=8)
     assert features.get_params() == {
-        "run": str(run), "pool": "mean", "batch_size": 8, "device": None,
+        "run": str(run), "pool": "mean", "batch_size": 8, "device": None, "trust": False,
     }  # fmt: skip
     pipeline = make_pipeline(clone(features), LogisticRegression()).fit(images[:30], labels[:30])
     assert pipeline.score(images[30:], labels[30:]) == 1.0

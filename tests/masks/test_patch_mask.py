@@ -125,9 +125,11 @@ def test_slices_are_masks_of_those_images() -> None:
     unequal = PatchMask(rows("xx.", "x..", ".x.", "..."))
     part = unequal[1:3]
     assert torch.equal(part.is_masked, rows("x..", ".x."))
-    assert part.is_equal and part.visible_valid is None  # the padding of other rows is gone
-    assert part.visible_ids.tolist() == [[1, 2], [0, 2]]
-    assert not unequal[:2].is_equal
+    assert part.visible_valid is not None and part.masked_valid is not None
+    for row, visible, hidden in ((0, [1, 2], [0]), (1, [0, 2], [1])):
+        assert part.visible_ids[row][part.visible_valid[row]].tolist() == visible
+        assert part.masked_ids[row][part.masked_valid[row]].tolist() == hidden
+    assert part.num_visible == unequal.num_visible  # its own would be read from the device
     equal = PatchMask(rows("xx.", ".xx", "x.x"))
     assert len(equal[1:]) == 2 and equal[1:].masked_ids.tolist() == [[1, 2], [0, 2]]
     assert torch.equal(equal[::2].is_masked, rows("xx.", "x.x"))

@@ -9,7 +9,7 @@ alike, and an image is the same whether it comes from a file, from memory or fro
 The weights are those of Pillow's Resample.c and of torch's antialiased bicubic for uint8
 (``compute_index_ranges_int16_weights``).
 
-Shapes: B images, C channels, h x w pixels as they are, H x W as wanted, T taps of a filter.
+Shapes: B images, C channels, h x w pixels as they are, H x W as resized, T taps of a filter.
 """
 
 from __future__ import annotations
@@ -36,48 +36,42 @@ def _bicubic(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _table(size: int, wanted: int, how: str) -> Tensor:
-    """(parts, wanted, size): the weights of every part of a line, by first pixel, then length."""
+def _table(size: int, out_size: int, how: str) -> Tensor:
+    """(parts, out_size, size): the weights of every part of a line, by first pixel, then length."""
     first = torch.arange(size)
     start = first.repeat_interleave(size - first)
     length = torch.cat([torch.arange(1, size - at + 1) for at in range(size)])
-    return _computed_weights(start, length, size, wanted, how)
+    return _computed_weights(start, length, size, out_size, how)
 
 
-def resize_weights(start: Tensor, length: Tensor, size: int, wanted: int, how: str) -> Tensor:
-    """The weights that bring a part of each line of pixels to a wanted length.
+def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int, how: str) -> Tensor:
+    """The weights that resize a part of each line of ``size`` pixels to ``out_size`` pixels.
 
-    Pixels outside the part do not count, as if it had been cut out first.
-
-    Args:
-        start: (B,) int64, first pixel of each part.
-        length: (B,) int64, its pixels, at least 1.
-        size: pixels in a line.
-        wanted: pixels of the result.
-        how: "pil" or "torch", whose rounding is meant.
+    Pixels outside the part do not count, as if it had been cropped first. ``start`` and ``length``
+    (B,) int64 are of each part, and ``how`` is "pil" or "torch", whose rounding is meant.
 
     Returns:
-        (B, wanted, size) float64, whole multiples of a power of 2, that sum to 1 in each row but
+        (B, out_size, size) float64, whole multiples of a power of 2, that sum to 1 in each row but
         for rounding.
     """
-    if start.device.type == "cpu" and size * (size + 1) // 2 * wanted * size <= _TABLE:
+    if start.device.type == "cpu" and size * (size + 1) // 2 * out_size * size <= _TABLE:
         place = start * size - start * (start - 1) // 2 + length - 1
-        return _table(size, wanted, how)[place]
-    return _computed_weights(start, length, size, wanted, how)
+        return _table(size, out_size, how)[place]
+    return _computed_weights(start, length, size, out_size, how)
 
 
-def _computed_weights(start: Tensor, length: Tensor, size: int, wanted: int, how: str) -> Tensor:
+def _computed_weights(start: Tensor, length: Tensor, size: int, out_size: int, how: str) -> Tensor:
     device = start.device
-    scale = length.double() / wanted  # (B,)
+    scale = length.double() / out_size  # (B,)
     spread = scale.clamp(min=1.0)
     support = (_SUPPORT * spread)[:, None]
-    places = torch.arange(wanted, dtype=torch.float64, device=device)
-    centre = (places + 0.5) * scale[:, None]  # (B, wanted)
+    places = torch.arange(out_size, dtype=torch.float64, device=device)
+    centre = (places + 0.5) * scale[:, None]  # (B, out_size)
     # Towards zero, like a cast to int in C.
     first = (centre - support + 0.5).trunc().long().clamp(min=0)
     last = (centre + support + 0.5).trunc().long().minimum(length[:, None])
-    taps = math.ceil(_SUPPORT * max(1.0, size / wanted)) * 2 + 1
-    place = first[:, :, None] + torch.arange(taps, device=device)  # (B, wanted, T)
+    taps = math.ceil(_SUPPORT * max(1.0, size / out_size)) * 2 + 1
+    place = first[:, :, None] + torch.arange(taps, device=device)  # (B, out_size, T)
     weights = _bicubic((place - centre[:, :, None] + 0.5) * (1.0 / spread)[:, None, None])
     weights = torch.where(place < last[:, :, None], weights, torch.zeros_like(weights))
     total = weights[:, :, 0].clone()
@@ -85,13 +79,13 @@ def _computed_weights(start: Tensor, length: Tensor, size: int, wanted: int, how
         total += weights[:, :, tap]
     weights /= total[:, :, None]
     weights = _rounded_weights(weights, how)
-    lines = torch.zeros(len(start), wanted, size + taps, dtype=torch.float64, device=device)
+    lines = torch.zeros(len(start), out_size, size + taps, dtype=torch.float64, device=device)
     lines.scatter_(2, start[:, None, None] + place, weights)
     return lines[:, :, :size]
 
 
 def _rounded_weights(weights: Tensor, how: str) -> Tensor:
-    """(B, wanted, T) rounded to the places that the library keeps, half away from zero."""
+    """(B, out_size, T) rounded to the places that the library keeps, half away from zero."""
     if how == "pil":
         unit = weights.new_full((1, 1, 1), 2.0**_PIL_PLACES)
     else:
@@ -112,17 +106,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def crop_resize(
     images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int], how: str
 ) -> Tensor:
-    """Cut a box out of each image, resize it by bicubic interpolation, mirror it where asked.
+    """Crop each image (B, C, h, w), resize it by bicubic interpolation, mirror it where asked.
 
-    Args:
-        images: (B, C, h, w) uint8.
-        boxes: (B, 4) int64 as (top, left, height, width), on the device of the images.
-        mirrored: (B,) bool, likewise.
-        size: (H, W) of the result.
-        how: "pil" or "torch", see :func:`mim.data.images.transforms.resizer`.
-
-    Returns:
-        (B, C, H, W) uint8.
+    ``boxes`` (B, 4) int64 are (top, left, height, width), ``mirrored`` is (B,) bool, both on the
+    device of the images. ``how`` is one of :func:`mim.data.images.transforms.resizer`.
+    Returns (B, C, H, W) uint8.
     """
     if images.device.type != "cpu":
         return _crop_resize(images, boxes, mirrored, size, how).contiguous()

@@ -67,12 +67,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MOST_TEXT
 
 
 class UnreadableImage(UserError):
-    """An image that cannot be decoded whole.
-
-    Attributes:
-        name: what messages call it.
-        reason: why.
-    """
+    """An image that cannot be decoded completely."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"unreadable image {name}: {reason}")
@@ -85,7 +80,7 @@ class UnreadableImage(UserError):
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Turns what decoders raise on damaged files into :class:`UnreadableImage`."""
+    """Turn what decoders raise on damaged files into :class:`UnreadableImage`."""
     try:
         yield
     except DECODE_ERRORS as error:
@@ -132,11 +127,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_image(file: BinaryIO, max_pixels: int | None = None) -> Image.Image:
-    """Reads the header alone.
-
-    Args:
-        file: where the image begins.
-        max_pixels: width times height at most; by default the limit of PIL.
+    """Read the header of an image file; ``max_pixels`` is by default the limit of PIL.
 
     Raises:
         ValueError: if it begins no image, or one of too many pixels.
@@ -175,7 +166,7 @@ def _array(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def check_header(path: Path, name: str, max_pixels: int) -> None:
-    """Looks at the beginning of a file, without decoding.
+    """Check the header of a file, without decoding.
 
     Raises:
         UnreadableImage: if it begins no image, or one that is too large.
@@ -227,13 +218,7 @@ def _jpeg(data: bytes, image: Image.Image, decoder: str) -> NDArray[np.uint8] | 
 
 
 def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
-    """The image in a file.
-
-    Args:
-        data: the whole file.
-        name: what a message calls it.
-        max_pixels: width times height at most.
-        decoder: ``data.decode``.
+    """The image in the content of a file.
 
     Returns:
         A loaded PIL image of one of the modes that ``prepare`` knows, or (H, W, C) uint8.

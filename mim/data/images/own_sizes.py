@@ -24,14 +24,7 @@ from mim.data.images.transforms import Picture, cut_out, prepare, resize, resize
 
 
 def own_grid(height: int, width: int, patch: Grid, max_patches: int) -> Grid:
-    """(rows, columns) of patches of an image.
-
-    Args:
-        height: of the image in pixels, at least that of a patch.
-        width: likewise.
-        patch: (height, width) of a patch in pixels.
-        max_patches: the most that an image may have.
-    """
+    """(rows, columns) of patches of an image, at most ``max_patches``; sizes are in pixels."""
     _, (tall, wide) = get_image_size_for_seq((height, width), patch, max_patches, max_ratio=1.0)
     return tall // patch[0], wide // patch[1]
 
@@ -52,14 +45,9 @@ def _cut(
 def train_patches(
     images: Sequence[Picture], keys: Tensor, config: DataConfig, patch: Grid, names: Sequence[str]
 ) -> Patches:
-    """The training images of one batch.
+    """The training images of one batch of any sizes and modes, by their keys (B,) int64.
 
-    Args:
-        images: B images of any sizes and modes.
-        keys: (B,) int64, one for each image.
-        config: channels, augment, crop_scale, flip and max_patches are read.
-        patch: (height, width) of a patch in pixels.
-        names: what messages call the images.
+    ``patch`` is in pixels, and ``names`` are what messages call the images.
 
     Raises:
         UserError: if an image is smaller than a patch; names it.
@@ -82,7 +70,7 @@ def train_patches(
 def eval_patches(
     images: Sequence[Picture], config: DataConfig, patch: Grid, names: Sequence[str]
 ) -> Patches:
-    """Whole images, resized to whole patches; arguments as :func:`train_patches`."""
+    """Uncropped images, resized to whole patches; arguments as :func:`train_patches`."""
     cut = []
     for image, name in zip(images, names, strict=True):
         upright, height, width = _upright(image, config, patch, name)
@@ -108,7 +96,7 @@ def cat_images(parts: Sequence[Images]) -> Images:
 def _upright(
     image: Picture, config: DataConfig, patch: Grid, name: str
 ) -> tuple[Picture, int, int]:
-    """The image with the wanted channels, its height and its width."""
+    """The image with ``data.channels`` channels, its height and its width."""
     upright = prepare(image, config.channels)
     height, width = size_of(upright)
     if height < patch[0] or width < patch[1]:

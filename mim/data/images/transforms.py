@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mim.core.config import DataConfig
+from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.patches import Images, Patches
 from mim.core.rng import uniforms
@@ -34,7 +35,7 @@ _TRIES = 10
 _TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
 _ALONE_FROM = 65  # pixels; below, the calls for each image cost more than dense products
 _AT_ONCE = 1 << 17  # numbers; what is normalised at once stays in a core's cache
-_LONGEST = 16  # times the wanted size; of a longer image the ends are cut off before it is scaled
+_LONGEST = 16  # times the final size; a longer image loses its ends before it is scaled
 _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -50,7 +51,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Picture, channels: int) -> Picture:
-    """An upright image with the wanted channels: 1 is grayscale, 3 RGB, 4 RGBA; an array of as many
+    """Make an image upright with 1 (grayscale), 3 (RGB) or 4 (RGBA) channels; an array of as many
     channels is taken as it is.
 
     EXIF orientation is applied, and where it is damaged the image stays as stored. Alpha is left
@@ -97,14 +98,13 @@ def crop_parameters(
     """The crop and the mirror of each key, distributed as in torchvision's RandomResizedCrop.
 
     An area and an aspect ratio are drawn until the crop fits, ten times at most; then the largest
-    central crop of an allowed ratio is taken. A key always spends the same count of numbers.
+    central crop of an allowed ratio is taken. A key always uses the same count of numbers.
 
     Args:
         keys: (B,) int64, from :func:`mim.core.rng.image_keys` with purpose "augment".
-        heights: (B,) int64, of the images.
-        widths: (B,) int64, of the images.
-        scale: share of the area, from and to, drawn uniformly.
-        ratio: width over height, from and to, its logarithm drawn uniformly.
+        heights: (B,) int64, of the images, as are widths.
+        scale: smallest and largest fraction of the area, drawn uniformly.
+        ratio: smallest and largest width over height, its logarithm drawn uniformly.
 
     Returns:
         boxes (B, 4) int64 as (top, left, height, width), and mirrored (B,) bool.
@@ -154,12 +154,8 @@ def resizer(config: DataConfig) -> str:
 def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
     """(H, W, C) uint8, by antialiased bicubic interpolation: lines first, then columns.
 
+    The image is one of :func:`prepare`, and ``how`` one of :func:`resizer`.
     :func:`mim.data.images.batched.crop_resize` gives the same bytes.
-
-    Args:
-        image: prepared, see :func:`prepare`.
-        size: (H, W) of the result.
-        how: "pil" or "torch".
     """
     if how == "torch":
         pixels = _pixels(image)
@@ -209,16 +205,9 @@ def _output(out: Tensor | None, count: int, config: DataConfig) -> Tensor:
 def train_transform(
     images: Sequence[Picture], keys: Tensor, config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """The training images of one batch: MAE's augmentation, or none as ``data.augment`` says.
+    """The training images (B, C, H, W) uint8 of one batch, by their keys (B,) int64.
 
-    Args:
-        images: B images of any sizes and modes.
-        keys: (B,) int64, one for each image.
-        config: image_size, channels, augment, crop_scale, crop_ratio and flip are read.
-        out: (B, C, H, W) uint8, where the result is to be; by default new memory.
-
-    Returns:
-        (B, C, H, W) uint8.
+    MAE's augmentation, or none as ``data.augment`` says; written to ``out`` where it is given.
     """
     if config.augment == "none":
         return eval_transform(images, config, out)
@@ -254,13 +243,9 @@ def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None
 def covering(
     given: tuple[int, int], size: tuple[int, int]
 ) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
-    """How an image is scaled until it just covers ``size``, and cut about its centre.
+    """How an image of a (height, width) is scaled until it just covers ``size``, and then cropped.
 
-    Of a long thin image only the middle is scaled: the whole would be as much larger as it is long.
-
-    Args:
-        given: (height, width) of the image.
-        size: (height, width) of the result.
+    Of a long thin image only the middle is scaled: all of it would become as much larger.
 
     Returns:
         The box (top, left, height, width) that is scaled, the (height, width) it is scaled to, and
@@ -268,15 +253,15 @@ def covering(
     """
     scale = max(size[0] / given[0], size[1] / given[1])
     kept, corner, scaled, centre = [], [], [], []
-    for whole, wanted in zip(given, size, strict=True):
-        most = math.ceil(_LONGEST * wanted / scale)
+    for whole, final in zip(given, size, strict=True):
+        most = math.ceil(_LONGEST * final / scale)
         # As much at either end, so that the centre stays where it is.
         away = max(0, (whole - most) // 2)
         kept.append(whole - 2 * away)
         corner.append(away)
         # Rounding must not leave a side one pixel short.
-        scaled.append(max(round(kept[-1] * scale), wanted))
-        centre.append((scaled[-1] - wanted) // 2)
+        scaled.append(max(round(kept[-1] * scale), final))
+        centre.append((scaled[-1] - final) // 2)
     return (corner[0], corner[1], kept[0], kept[1]), (scaled[0], scaled[1]), (centre[0], centre[1])
 
 
@@ -289,17 +274,9 @@ def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
 def eval_transform(
     images: Sequence[Picture], config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """Images as evaluations see them: resized until they cover the size, then the centre crop.
+    """Images (B, C, H, W) uint8 as evaluations see them: resized to cover the size, then cropped.
 
-    An image that has the size already is left untouched.
-
-    Args:
-        images: B images of any sizes and modes.
-        config: image_size and channels are read.
-        out: (B, C, H, W) uint8, where the result is to be; by default new memory.
-
-    Returns:
-        (B, C, H, W) uint8.
+    An image that has the size already is unchanged. Written to ``out`` where it is given.
     """
     how, planes = resizer(config), _output(out, len(images), config)
     for row, image in enumerate(images):
@@ -310,7 +287,7 @@ def eval_transform(
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     """(C, 1, 1) float32 on the device of ``like``."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+    return to_device(torch.tensor(values, dtype=torch.float32), like.device)[:, None, None]
 
 
 @overload
@@ -318,15 +295,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 @overload
 def normalize(images: Patches, mean: Sequence[float], std: Sequence[float]) -> Patches: ...
 def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
-    """Images to what the model reads: each channel less its mean, over its standard deviation.
+    """Normalise (B, C, H, W) uint8, or patches of uint8, to float32; padding holds 0.
 
-    Args:
-        images: (B, C, H, W) uint8, or patches of uint8, on any device.
-        mean: one value a channel on the scale 0 to 1.
-        std: likewise, above 0.
-
-    Returns:
-        The same as float32; padding holds 0.
+    ``mean`` and ``std`` are of each channel on the scale 0 to 1.
     """
     if isinstance(images, Patches):
         values = images.values.unflatten(-1, (-1, len(mean)))  # (B, N, pixels, C)

@@ -1,12 +1,12 @@
 """Files by URL: fetched once into a local cache, whole or not at all.
 
-A failed request is tried again after a pause that doubles, and goes on where it stopped if the
-server can. A file counts as fetched when it has as many bytes as the server said, and the SHA-256
-that a file ``SHA256SUMS`` beside it gives, where there is one.
+A failed request is repeated after a pause that doubles, and resumes where it stopped if the server
+can. A file is complete when it has as many bytes as the server said, and the SHA-256 that a file
+``SHA256SUMS`` in the same folder gives, if there is one.
 
-A server may be wrong, or hostile: a page in the place of a file is none, what is larger than the
-disk is not begun, and a redirect leads to no address of this machine or its network that the URL
-did not name.
+A server may be wrong, or hostile. An HTML page is never taken for a file, a download that exceeds
+the free disk is not begun, and a redirect may not lead to an address of this machine or its network
+that the URL did not name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from mim.core.errors import UserError
-from mim.core.files import decode_text
+from mim.core.files import decode_text, file_digest
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ FIRST_PAUSE = 1.0
 _PASSING = (408, 425, 429)  # refusals that mean "later"
 _CHUNK = 1 << 20
 SECONDS = 60.0
-"""Without any byte, after which a request counts as failed."""
+"""Without any byte, after which a request has failed."""
 _MOST_TEXT = 1 << 24  # bytes of checksums, or of names of classes
 _KEPT_FREE = 1 << 30  # bytes of the disk that are left to others
 _DIGEST = re.compile(r"([0-9a-fA-F]{64})\s+\*?(.+)")
@@ -121,9 +121,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def open_url(request: str | urllib.request.Request, trusted: bool = False) -> Any:
     """The answer to a request, as ``urlopen`` gives it.
 
-    Args:
-        request: what is asked for.
-        trusted: whether the server may refer to others of this machine.
+    A ``trusted`` server may redirect to others of this machine.
 
     Raises:
         Refused: if it is a page, or refers to where it should not.
@@ -223,14 +221,11 @@ def _append(url: str, part: Path) -> None:
         raise OSError(f"ended after {size} of {have + int(length)} bytes")
 
 
-def _check(path: Path, wanted: str) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != wanted:
+def _check(path: Path, expected: str) -> None:
+    found = file_digest(path)
+    if found != expected:
         path.unlink()
-        raise OSError(f"SHA-256 is {digest.hexdigest()} instead of {wanted}")
+        raise OSError(f"SHA-256 is {found} instead of {expected}")
 
 
 def fetch(urls: Sequence[str]) -> list[Path]:
@@ -254,12 +249,12 @@ def fetch(urls: Sequence[str]) -> list[Path]:
             if not path.is_file():
                 if folder not in digests:
                     digests[folder] = _digests(folder)
-                wanted = digests[folder].get(name)
+                expected = digests[folder].get(name)
 
-                def get(url: str = url, part: Path = part, wanted: str | None = wanted) -> None:
+                def get(url: str = url, part: Path = part, expected: str | None = expected) -> None:
                     _append(url, part)
-                    if wanted is not None:
-                        _check(part, wanted)
+                    if expected is not None:
+                        _check(part, expected)
 
                 try:
                     retry(url, get)

@@ -1,4 +1,4 @@
-"""What a look through a large file found, kept for later runs on the same file."""
+"""What a scan of a large file found, stored for later runs on the same file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def version_of(place: Place) -> str | None:
 
 
 def _path(place: Place, what: str) -> Path | None:
-    """Where it is kept; None if nothing tells one version of the file from the next."""
+    """Where it is stored; None if nothing tells one version of the file from the next."""
     if (version := version_of(place)) is None:
         return None
     digest = hashlib.blake2b(f"{what}/{version}".encode(), digest_size=16).hexdigest()
@@ -44,11 +44,9 @@ def _path(place: Place, what: str) -> Path | None:
 
 
 def recall(place: Place, what: str) -> dict[str, Any] | None:
-    """What :func:`keep` was given for this very version of a file, else None.
+    """The arrays that :func:`keep` stored for this version of a file, else None.
 
-    Args:
-        place: the file.
-        what: the kind and the format of what is kept.
+    ``what`` is their kind and format.
 
     Raises:
         UserError: if the file is missing.
@@ -61,10 +59,14 @@ def recall(place: Place, what: str) -> dict[str, Any] | None:
 
 
 def keep(place: Place, what: str, arrays: dict[str, Any]) -> None:
-    """Keeps arrays for later runs; see :func:`recall`."""
+    """Store arrays for later runs; :func:`recall` reads them."""
     path = _path(place, what)
-    if path is None:
-        return
+    if path is not None:
+        write_arrays(path, arrays)
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write arrays as ``.npz``, atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 
 class Names:
-    """Strings, one behind the other.
+    """Strings in one buffer.
 
     A list of a million strings costs twice as much, and is copied into every worker, page by page,
     as reference counts change. Tensors stay in shared memory, however workers start.
 
-    Args:
-        text: (bytes,) uint8, the names as the file system has them.
-        ends: (n,) int64, where each ends.
+    ``text`` (bytes,) uint8 holds the names as the file system has them, and ``ends`` (n,) int64
+    where each ends.
     """
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:

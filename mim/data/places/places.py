@@ -24,7 +24,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand(pattern: str) -> list[str]:
-    """``a{00..02}b{x,y}`` to all it stands for, as a shell does.
+    """All names that ``a{00..02}b{x,y}`` stands for, as in a shell.
 
     Raises:
         ValueError: for a range whose ends are not whole numbers, or more than 100,000 names.
@@ -56,18 +56,16 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def is_local(given: str, ending: str) -> bool:
-    """Whether a place is files (of such names, on disk or by URL) rather than a name elsewhere."""
+    """Whether a path names files with this ending, on disk or by URL, rather than a hub's name."""
     return Path(given).exists() or is_url(given) or given.endswith(ending)
 
 
 def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequence[Place]:
-    """The files that a folder, file, pattern or URL names, in order; URLs are fetched.
+    """The files that a folder, file, pattern or URL names, in order.
 
-    Args:
-        setting: for messages.
-        given: its value.
-        ending: of the files in a folder, ``.tar``; if it holds none, those below it count.
-        streaming: whether files by URL are read in place, where their server can.
+    A folder stands for its files with the ending, ``.tar``; if it holds none, for those below it.
+    Files by URL are fetched, or with ``streaming`` read in place, where their server can.
+    ``setting`` and its value ``given`` are for messages.
 
     Raises:
         UserError: if there are none, or one is missing.
@@ -95,7 +93,7 @@ def find(setting: str, given: str, ending: str, streaming: bool = False) -> Sequ
 
 
 def open_urls(urls: Sequence[str], headers: Headers = ()) -> list[Place]:
-    """Files by URL, to be read in place; those that cannot be are fetched, and a line says so.
+    """Files by URL, to be read in place; where the server cannot, they are fetched with a warning.
 
     Raises:
         UserError: for a URL that is refused, or fails each time.
@@ -113,9 +111,9 @@ def open_urls(urls: Sequence[str], headers: Headers = ()) -> list[Place]:
 def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[Place]]:
     """Files of train, and of val, which may be none.
 
-    ``data.val_path`` names those of val; else a folder does in which ``train/`` stands beside
-    ``val/`` or ``test/``; else the files' names, see :func:`split_of_file`. Files of test are used
-    where there are none of val.
+    ``data.val_path`` names those of val; without it a folder does in which ``train/`` stands beside
+    ``val/`` or ``test/``; without that the files' names, see :func:`split_of_file`. Files of test
+    are used where there are none of val.
 
     Raises:
         UserError: see :func:`find`.
@@ -137,9 +135,9 @@ def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[P
         raise setting_error("data.path", config.path, str(error)) from error
     files = find("data.path", config.path, ending, streaming)
     splits = [split_of_file(place.name) for place in files]
-    named = "val" if "val" in splits else "test"
     if not {None, "train"} & {*splits}:
         return files, []
-    val = [place for place, split in zip(files, splits, strict=True) if split == named]
-    train_files = zip(files, splits, strict=True)
-    return [place for place, split in train_files if split in (None, "train")], val
+    held_out = "val" if "val" in splits else "test"
+    pairs = list(zip(files, splits, strict=True))
+    train_files = [place for place, split in pairs if split in (None, "train")]
+    return train_files, [place for place, split in pairs if split == held_out]

@@ -1,4 +1,4 @@
-"""Files by URL read in place: any stretch of bytes is one request, and nothing is kept.
+"""Read parts of files by URL: each part is one request, and nothing is stored.
 
 It needs a server that answers range requests (RFC 9110, section 14), as object stores and common
 web servers do. Each answer says how long the whole file is and, as a rule, which version of it
@@ -34,19 +34,14 @@ _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file that is read by range requests.
-
-    Args:
-        url: where it is.
-        size: its bytes.
-        version: as the server names it; empty where it names none.
-        headers: sent along, such as who asks; not to where the server refers.
-    """
+    """A file that is read by range requests."""
 
     url: str
     size: int
     version: str
+    """As the server names it; empty where it names none."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Sent along, such as a token, but not to where the server redirects."""
 
     @property
     def name(self) -> str:
@@ -54,7 +49,7 @@ class RemoteFile:
         return PurePosixPath(urllib.parse.urlsplit(self.url).path).name
 
     def read(self, offset: int, size: int) -> bytes:
-        """So many bytes from a place on; tried again where a request fails.
+        """``size`` bytes from ``offset`` on.
 
         Raises:
             UserError: if it fails each time, is refused, or the file is another one now.
@@ -64,20 +59,20 @@ class RemoteFile:
 
         def get() -> bytes:
             status, headers, data = _request(self.url, offset, size, self.headers)
-            if status != 206 or _told(headers) != (self.size, self.version):
+            if status != 206 or _size_and_version(headers) != (self.size, self.version):
                 raise UserError(f"{self.url}: the file has changed since it was opened")
             if len(data) != size:
                 raise OSError(f"ended after {len(data)} of {size} bytes")
             return data
 
-        return _patiently(self.url, get)
+        return _retry(self.url, get)
 
     def open(self) -> io.BufferedReader:
-        """As a file, of which stretches of 64 KB are read where it is read from."""
+        """A file object that reads 64 KB at a time."""
         return io.BufferedReader(_Raw(self), _BUFFER)
 
     def unbuffered(self) -> io.RawIOBase:
-        """As a file of which each read is one request, of so many bytes."""
+        """A file object of which each read is one request."""
         return _Raw(self)
 
 
@@ -114,14 +109,14 @@ def _request(url: str, offset: int, size: int, headers: Headers = ()) -> tuple[i
         return answer.status, answer.headers, answer.read(size + 1) if answer.status == 206 else b""
 
 
-def _told(headers: Message) -> tuple[int, str]:
-    """The size of the whole file, -1 where it is not told, and its version."""
+def _size_and_version(headers: Message) -> tuple[int, str]:
+    """The size of the file, -1 where it is unknown, and its version."""
     found = _TOTAL.match(headers.get("Content-Range", ""))
     version = headers.get("ETag") or headers.get("Last-Modified") or ""
     return (-1 if found is None else int(found[1])), version
 
 
-def _patiently(url: str, get: Callable[[], T]) -> T:
+def _retry(url: str, get: Callable[[], T]) -> T:
     try:
         return retry(url, get)
     except urllib.error.HTTPError as error:
@@ -134,13 +129,13 @@ def open_remote(url: str, headers: Headers = ()) -> RemoteFile | None:
     Raises:
         UserError: if it is refused, or fails each time.
     """
-    status, told, _ = _patiently(url, lambda: _request(url, 0, 1, headers))
-    size, version = _told(told)
+    status, answered, _ = _retry(url, lambda: _request(url, 0, 1, headers))
+    size, version = _size_and_version(answered)
     return RemoteFile(url, size, version, tuple(headers)) if status == 206 and size >= 0 else None
 
 
 def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """``work`` of each item, in order, several at once: they wait for answers most of the time."""
+    """``work`` of each item, in order, in threads: they wait for answers most of the time."""
     if len(items) < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(_REQUESTS) as pool:

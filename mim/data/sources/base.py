@@ -8,10 +8,9 @@ own::
     class Mine(ImageSource):
         def __init__(self, settings: MySettings, config: DataConfig, split: Split) -> None: ...
 
-One without settings is given ``config`` and ``split`` alone.
-
-It sets the attributes of :class:`ImageSource`. One without a val split of its own sets
-``has_val = False`` and gives all its images; ``open_source`` then holds a keyed share out.
+Without settings of its own it is constructed with ``config`` and ``split`` alone. It sets the
+attributes of :class:`ImageSource`. A source without a val split sets ``has_val = False`` and gives
+all its images; ``open_source`` then holds some of them out.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
-from mim.data.images.decode import UnreadableImage
+from mim.data.images.decode import UnreadableImage, decode, decoding
 from mim.data.images.transforms import Picture
 from mim.data.unreadable import Fault, Ledger
 
@@ -39,7 +38,7 @@ Split: TypeAlias = Literal["train", "val"]
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's channels."""
-_GLANCES = 128  # images of which a fingerprint reads some bytes
+_GLANCES = 128  # images whose bytes a fingerprint samples
 _GLANCED = 1 << 16  # bytes read at the beginning, in the middle and at the end of a larger file
 
 
@@ -61,14 +60,14 @@ class ImageSource(ABC):
     reads_path: bool = True
     """Whether ``data.path`` says where its images are; if not, a path is refused."""
     has_val: bool = True
-    """Whether the set comes divided; if not, ``open_source`` holds a share out."""
+    """Whether the set comes divided; if not, ``open_source`` holds some images out."""
     ledger: Ledger | None = None
-    """Where loaders note the images that cannot be read; of ``open_source``."""
+    """Where loaders record unreadable images; set by ``open_source``."""
     groups: Tensor | None = None
-    """(n,) int64, images of one number lie together and are read at once; None where any image is
-    as near as any other."""
+    """(n,) int64: images with the same number are stored together and read at once. None where
+    every image can be read alone."""
     groups_mixed: int = 1
-    """So many groups are shuffled together in an epoch's order."""
+    """How many groups are shuffled together in an epoch's order."""
     weights: Tensor | None = None
     """(n,) how much each image counts in training, or None where all count alike."""
 
@@ -83,8 +82,8 @@ class ImageSource(ABC):
     def order(self, seed: int, epoch: int) -> Tensor:
         """(epoch_size,) positions of the images of an epoch, in their order.
 
-        A keyed permutation. With ``groups`` it goes through them in a keyed order, of which
-        ``groups_mixed`` in a row are shuffled together, so that each is read once.
+        A keyed permutation. With ``groups``, the groups follow in a keyed order, and each
+        ``groups_mixed`` consecutive ones are shuffled together, so that each is read once.
         """
         shuffled = permutation(seed, epoch, len(self))
         if self.groups is None:
@@ -100,11 +99,11 @@ class ImageSource(ABC):
         """Image at a position: PIL of any mode, or (height, width, channels) uint8.
 
         Raises:
-            UnreadableImage: if it cannot be decoded; loaders let another stand in for it.
+            UnreadableImage: if it cannot be decoded; loaders replace it by another.
         """
 
     def ahead(self, indices: Tensor) -> None:
-        """Tells the positions that are read next; a source far away may fetch them together."""
+        """Announce the positions read next; a remote source may fetch them together."""
         return
 
     def describe(self, index: int) -> str:
@@ -120,7 +119,7 @@ class ImageSource(ABC):
         return None
 
     def glance(self, index: int) -> bytes:
-        """Bytes that change, as a rule, when the image does: some of its file, or its pixels.
+        """Sample bytes of the file, or the pixels: they differ, as a rule, when the image does.
 
         The same on every machine.
 
@@ -130,30 +129,24 @@ class ImageSource(ABC):
         return np.asarray(self.image(index)).tobytes()
 
     def file_sizes(self) -> Sequence[int] | None:
-        """Bytes of each image's file, where this takes no long look; else None."""
+        """Bytes of each image's file; None where finding out is expensive."""
         return None
 
     def stamp(self, index: int) -> str:
-        """What tells this version of an image from any other, without reading it.
+        """Identify this version of an image without reading it, by path, size and time.
 
-        Such as path, size and time of its file: on another machine it may be another one. Empty
-        where the images cannot change.
+        It may differ between machines. Empty where the images cannot change.
         """
         return ""
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
-        """Looks cheaply for images that cannot be read; ``open_source`` calls this.
-
-        Args:
-            indices: (m,) positions to look at; by default all.
-        """
+        """Find unreadable images cheaply, at (m,) positions or all; ``open_source`` calls this."""
         return []
 
     def fingerprint(self) -> str:
-        """Digest of ids and labels, and after a dot one of what the images hold.
+        """Digest of ids and labels, then a dot and :meth:`content_digest`.
 
-        Two runs with the same one saw the same images. The second part reads the sizes of all files
-        where that is cheap, and some bytes of 128 images, spread over the set.
+        Two runs with the same fingerprint saw the same images.
         """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.name.encode())
@@ -164,7 +157,7 @@ class ImageSource(ABC):
         return f"{digest.hexdigest()}.{self.content_digest()}"
 
     def content_digest(self) -> str:
-        """Digest of what the images hold, see :meth:`fingerprint`."""
+        """Digest of all file sizes where they are cheap, and of sample bytes of 128 images."""
         digest = hashlib.blake2b(digest_size=8)
         sizes = self.file_sizes()
         if sizes is not None:
@@ -179,7 +172,7 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
     def stamps(self) -> str:
-        """Digest of the stamps of all images and of what a glance at them shows."""
+        """Digest of the fingerprint and of the stamps of all images."""
         digest = hashlib.blake2b(self.fingerprint().encode(), digest_size=16)
         for index in range(len(self)):
             digest.update(f"{self.stamp(index)}\n".encode(errors="surrogateescape"))
@@ -187,26 +180,66 @@ class ImageSource(ABC):
 
 
 def some_bytes(size: int, read: Callable[[int, int], bytes]) -> bytes:
-    """The size of a file, and its beginning, middle and end.
-
-    Args:
-        size: of the file.
-        read: gives the bytes at an offset, so many.
-    """
-    told = size.to_bytes(8, "little")
+    """The size of a file, and its beginning, middle and end; ``read(offset, size)`` gives bytes."""
+    header = size.to_bytes(8, "little")
     if size <= 3 * _GLANCED:
-        return told + read(0, size)
-    places = (0, (size - _GLANCED) // 2, size - _GLANCED)
-    return told + b"".join(read(place, _GLANCED) for place in places)
+        return header + read(0, size)
+    offsets = (0, (size - _GLANCED) // 2, size - _GLANCED)
+    return header + b"".join(read(offset, _GLANCED) for offset in offsets)
 
 
-class Subset(ImageSource):
-    """Some images of a source, in the order of ``indices``.
+class EncodedSource(ImageSource):
+    """Images that are stored as image files, of which :meth:`read` gives the bytes."""
 
-    Args:
-        source: what to choose from.
-        indices: (m,) positions in it.
-    """
+    def __init__(self, config: DataConfig) -> None:
+        self._max_pixels, self._decoder = config.max_pixels, config.decode
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The bytes of an image's file; raises one of ``DECODE_ERRORS`` where there are none."""
+
+    def encoded(self, index: int) -> bytes:
+        with decoding(self.describe(index)):
+            return self.read(index)
+
+    def image(self, index: int) -> Picture:
+        return decode(self.encoded(index), self.describe(index), self._max_pixels, self._decoder)
+
+    def glance(self, index: int) -> bytes:
+        data = self.encoded(index)
+        return some_bytes(len(data), lambda offset, size: data[offset : offset + size])
+
+
+class View(ImageSource):
+    """Images of other sources under positions of its own."""
+
+    @abstractmethod
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        """The source of the image at a position, and its position there."""
+
+    def image(self, index: int) -> Picture:
+        source, position = self._find(index)
+        return source.image(position)
+
+    def describe(self, index: int) -> str:
+        source, position = self._find(index)
+        return source.describe(position)
+
+    def encoded(self, index: int) -> bytes | None:
+        source, position = self._find(index)
+        return source.encoded(position)
+
+    def glance(self, index: int) -> bytes:
+        source, position = self._find(index)
+        return source.glance(position)
+
+    def stamp(self, index: int) -> str:
+        source, position = self._find(index)
+        return source.stamp(position)
+
+
+class Subset(View):
+    """The images of a source at ``indices`` (m,), in their order."""
 
     def __init__(self, source: ImageSource, indices: Tensor | Sequence[int]) -> None:
         self.source = source
@@ -221,27 +254,15 @@ class Subset(ImageSource):
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed
 
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        return self.source, int(self.indices[index])
+
     def ahead(self, indices: Tensor) -> None:
         self.source.ahead(self.indices[indices])
-
-    def image(self, index: int) -> Picture:
-        return self.source.image(int(self.indices[index]))
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(int(self.indices[index]))
-
-    def encoded(self, index: int) -> bytes | None:
-        return self.source.encoded(int(self.indices[index]))
-
-    def glance(self, index: int) -> bytes:
-        return self.source.glance(int(self.indices[index]))
 
     def file_sizes(self) -> Sequence[int] | None:
         sizes = self.source.file_sizes()
         return None if sizes is None else [sizes[index] for index in self.indices.tolist()]
-
-    def stamp(self, index: int) -> str:
-        return self.source.stamp(int(self.indices[index]))
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         return self.source.check(self.indices if indices is None else self.indices[indices])
@@ -252,18 +273,10 @@ SOURCES: Registry[SourceFactory] = Registry("data.source", DataConfig)
 
 
 def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:
-    """Positions of one part of a keyed division of the images.
+    """Positions (m,), ascending, of one part of a keyed division of n >= 2 images.
 
-    The images with the smallest keys are held out; keys depend on the ids alone, so the division
-    is the same on any machine and for any seed of a run, and the order of the images is kept.
-
-    Args:
-        sample_ids: (n,) int64, n at least 2.
-        fraction: share held out; the count is rounded, at least 1 and at most n - 1.
-        split: "val" for what is held out, "train" for the rest.
-
-    Returns:
-        (m,) int64, ascending.
+    "val" is the ``fraction`` with the smallest keys, rounded, at least 1 and at most n - 1 images.
+    Keys depend on the ids (n,) alone, so the division is the same on any machine and for any seed.
     """
     count = len(sample_ids)
     held = min(max(round(count * fraction), 1), count - 1)
@@ -271,6 +284,17 @@ def holdout(sample_ids: Tensor, fraction: float, split: Split) -> Tensor:
     order = torch.argsort(keys, stable=True)
     part = order[:held] if split == "val" else order[held:]
     return part.sort().values
+
+
+def required_path(config: DataConfig) -> str:
+    """``data.path`` of a source that cannot do without.
+
+    Raises:
+        UserError: if it is not set.
+    """
+    if config.path is None:
+        raise setting_error("data.path", None, f"is needed by data.source={config.source}")
+    return config.path
 
 
 def needs_package(source: str, package: str) -> UserError:
@@ -283,11 +307,7 @@ class InMemory(ImageSource):
     """Images of one size as one array; ids are positions in the whole set."""
 
     def __init__(
-        self,
-        name: str,
-        pixels: NDArray[np.uint8],
-        labels: NDArray[np.int64],
-        classes: list[str],
+        self, name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64], classes: list[str]
     ) -> None:
         self.name = name
         self.pixels = pixels  # (n, H, W) or (n, H, W, 3)

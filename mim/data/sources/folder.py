@@ -16,21 +16,19 @@ from mim.core.files import is_hidden
 from mim.data.images.decode import (
     UnreadableImage,
     check_header,
-    decode,
     decoding,
     open_regular,
     read_file,
 )
-from mim.data.images.transforms import Picture
 from mim.data.labels import label_table
 from mim.data.places.listing import list_images, tell_left_out
 from mim.data.places.splits import find_splits
-from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split, some_bytes
+from mim.data.sources.base import SOURCES, EncodedSource, Split, required_path, some_bytes
 from mim.data.unreadable import Fault, Ledger
 
-# Reading so many headers takes a second or two; above that a bad file shows when it is decoded.
 HEADERS_CHECKED = 20_000
-"""Files of which a source reads the headers when it is opened; of more, none."""
+"""The most files whose headers are read when a source is opened, which takes a second or two; with
+more, a bad file shows when it is decoded."""
 
 
 def _folders(path: Path) -> list[str]:
@@ -46,30 +44,24 @@ def _folders(path: Path) -> list[str]:
         )
 
 
-class Files(ImageSource):
+class Files(EncodedSource):
     """Images that are files below one folder; ids come from their paths relative to it."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mean, std = IMAGENET
     setting = "data.path"
     """What messages call the folder."""
 
     def __init__(self, config: DataConfig) -> None:
-        if config.path is None:
-            raise setting_error(self.setting, None, f"is needed by data.source={config.source}")
-        self.root = Path(config.path)
+        super().__init__(config)
+        self._given = required_path(config)
+        self.root = Path(self._given)
         if not self.root.is_dir():
             raise setting_error(self.setting, config.path, "is not a folder")
         self.name = config.source
-        self._given = config.path
         self._resolved = self.root.resolve()
-        self._max_pixels = config.max_pixels
-        self._decoder = config.decode
         self._keeps_list = config.index_cache
 
     def _find(self, part: str, folders: Sequence[str]) -> Tensor:
-        """Takes the images below folders of a part; returns how many lie below each."""
+        """Find the images below folders of a part; returns how many each holds."""
         listing = list_images(self.root, part, folders, keep=self._keeps_list)
         self._names, self.sample_ids = listing.names, listing.ids
         tell_left_out((self.root / part).as_posix(), listing.left_out)
@@ -89,13 +81,8 @@ class Files(ImageSource):
         """The file of an image."""
         return self.root / self._names[index]
 
-    def encoded(self, index: int) -> bytes:
-        """The content of an image's file."""
-        with decoding(self.describe(index)):
-            return read_file(self.path(index))
-
-    def image(self, index: int) -> Picture:
-        return decode(self.encoded(index), self.describe(index), self._max_pixels, self._decoder)
+    def read(self, index: int) -> bytes:
+        return read_file(self.path(index))
 
     def glance(self, index: int) -> bytes:
         with decoding(self.describe(index)), open_regular(self.path(index)) as file:
@@ -110,12 +97,12 @@ class Files(ImageSource):
         if len(self) > HEADERS_CHECKED:
             return None
         stats = (self._stat(index) for index in range(len(self)))
-        return [0 if told is None else told.st_size for told in stats]
+        return [0 if stat is None else stat.st_size for stat in stats]
 
     def stamp(self, index: int) -> str:
-        if (told := self._stat(index)) is None:
+        if (stat := self._stat(index)) is None:
             return ""
-        return f"{self._resolved}/{self._names[index]}/{told.st_size}/{told.st_mtime_ns}"
+        return f"{self._resolved}/{self._names[index]}/{stat.st_size}/{stat.st_mtime_ns}"
 
     def _stat(self, index: int) -> os.stat_result | None:
         try:
@@ -124,11 +111,12 @@ class Files(ImageSource):
             return None
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
-        """Reads the header of each file, if they are 20,000 at most."""
-        if (len(self) if indices is None else len(indices)) > HEADERS_CHECKED:
+        """Read the header of each file, of 20,000 files at most."""
+        positions = range(len(self)) if indices is None else indices.tolist()
+        if len(positions) > HEADERS_CHECKED:
             return []
         faults = []
-        for index in range(len(self)) if indices is None else indices.tolist():
+        for index in positions:
             name = self.describe(index)
             try:
                 with decoding(name):
@@ -143,8 +131,8 @@ class ImageFolder(Files):
     """Images in one folder a class: ``data.path/train/CLASS/...`` and ``data.path/val/CLASS/...``.
 
     ``training/``, ``valid/`` and ``validation/`` are other names of these, in any case; ``test/``
-    or ``testing/`` stand in for a missing ``val/``. Without it, or with the class folders directly
-    in ``data.path``, a share of the images is held out. Ids come from the paths relative to
+    or ``testing/`` stand in for a missing ``val/``. Without either, or with the class folders
+    directly in ``data.path``, some images are held out. Ids come from the paths relative to
     ``data.path``, with forward slashes.
     """
 
@@ -164,7 +152,7 @@ class ImageFolder(Files):
             raise setting_error(self.setting, config.path, f"cannot be read: {error}") from error
 
     def _divide(self, split: Split) -> tuple[str, str]:
-        """Folders, relative to the root, of the training images and of the wanted ones."""
+        """Folders, relative to the root, of the training images and of those of the split."""
         train, val = self._splits()
         self.has_val = val is not None
         return train or ".", (train if split == "train" else val) or train or "."
@@ -177,13 +165,7 @@ class ImageFolder(Files):
         return classes
 
     def _list(self, part: str, folders: Sequence[str], labels: Tensor) -> Tensor:
-        """Takes the files of one part; returns the position of each one's class.
-
-        Args:
-            part: folder relative to the root.
-            folders: names of its class folders.
-            labels: (f,) of each.
-        """
+        """Find the files of the class folders of one part; returns the label (n,) of each."""
         order = torch.argsort(labels, stable=True)
         paths = [name if part == "." else f"{part}/{name}" for name in folders]
         chosen = [paths[place] for place in order.tolist()]
@@ -196,17 +178,10 @@ class ImageFolder(Files):
 
 
 class ClassFolders(ImageFolder):
-    """All images of ``path/CLASS/...``, undivided.
-
-    Args:
-        path: the folder.
-        config: how images are read; ``max_unreadable`` of them at most may be unreadable.
-        setting: what messages call the folder.
-        mean: of each channel, by which the images are normalised.
-        std: likewise.
+    """All images of ``path/CLASS/...``, undivided; ``setting`` is what messages call the path.
 
     Raises:
-        UserError: if it is no folder, has no class, or one without an image.
+        UserError: if it is not a folder, has no class, or one without an image.
     """
 
     def __init__(
@@ -231,8 +206,8 @@ class ClassFolders(ImageFolder):
 class FlatFolder(Files):
     """Unlabelled images at any depth below ``data.path``.
 
-    If it holds ``train/``, training images are those below, and ``val/`` holds the val images, both
-    by the names of ``imagefolder``; else a share is held out. Ids are as those of ``imagefolder``.
+    ``train/`` and ``val/`` divide them, under the names that ``imagefolder`` knows; without them
+    some images are held out. Ids are those of ``imagefolder``.
     """
 
     labels = None

@@ -12,7 +12,7 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.data.places.places import Place, divide, is_local, open_urls
 from mim.data.places.splits import find_splits
-from mim.data.sources.base import SOURCES, ImageSource, Split, needs_package
+from mim.data.sources.base import SOURCES, ImageSource, Split, needs_package, required_path
 from mim.data.sources.row_groups import RowGroups, check_tables
 from mim.data.sources.tables import HuggingFaceSettings, TableSource, image_column, label_column
 
@@ -24,9 +24,9 @@ def huggingface(settings: HuggingFaceSettings, config: DataConfig, split: Split)
     """A data set of parquet files, or one that the package ``datasets`` reads.
 
     ``data.path`` names parquet files (a file, a folder, a pattern or URLs, as for shards) or a data
-    set on the hub, USER/NAME or hf://datasets/USER/NAME. Files whose names say val or
-    test, or ``data.val_path``, are val; of the hub, the split so named; with none, a share is held
-    out. The id of an image is that of its split and row.
+    set on the hub, USER/NAME or hf://datasets/USER/NAME. Files whose names say val or test, or
+    ``data.val_path``, are val; of a data set on the hub, the split of that name. Without them some
+    images are held out. The id of an image comes from its split and row.
 
     With ``data.streaming`` parquet files are read where they are, a row group at a time; without,
     the package makes memory-mapped tables of them first.
@@ -34,15 +34,14 @@ def huggingface(settings: HuggingFaceSettings, config: DataConfig, split: Split)
     Raises:
         UserError: if the package is missing, or the data set cannot be read.
     """
-    if config.path is None:
-        raise setting_error("data.path", None, "is needed by data.source=huggingface")
+    path = required_path(config)
     try:
         import datasets  # noqa: F401
     except ImportError as error:
         raise needs_package("huggingface", "datasets") from error
     if not config.streaming:
         return HuggingFace(settings, config, split)
-    if is_local(config.path, ".parquet"):
+    if is_local(path, ".parquet"):
         train, val = divide(config, ".parquet")
         return RowGroups(settings, config, split, train, val)
     return RowGroups(settings, config, split, *_hub_files(settings, config))
@@ -59,30 +58,23 @@ class HuggingFace(TableSource):
         part = "val" if split == "val" and self.has_val else "train"
         dataset = parts[part]
         super().__init__(config, part, len(dataset))
-        if config.path is not None and not is_local(config.path, ".parquet"):
+        if not is_local(required_path(config), ".parquet"):
             self._folder = Path(datasets.config.HF_CACHE_HOME).resolve()
         self._image = image_column(settings, dataset.column_names)
         label = label_column(settings, dataset.column_names)
         if label is not None:
             names = getattr(parts["train"].features[label], "names", None)
-            values, train = (_values(table, label) for table in (dataset, parts["train"]))
-            self._label(label, values, train, names)
-        self.dataset = _undecoded(dataset.select_columns([self._image]), self._image)
+            self._label(label, _values(dataset, label), _values(parts["train"], label), names)
+        self.dataset = dataset.select_columns([self._image])
+        if isinstance(dataset.features[self._image], datasets.Image):
+            # Images are decoded by this package's rules, not by those of datasets.
+            self.dataset = self.dataset.cast_column(self._image, datasets.Image(decode=False))
 
     def stamp(self, index: int) -> str:
         return f"{self.dataset._fingerprint}/{index}"
 
     def _value(self, index: int) -> Any:
         return self.dataset[index][self._image]
-
-
-def _undecoded(dataset: Any, column: str) -> Any:
-    """The table with files in the place of images: they are decoded by this package's rules."""
-    import datasets
-
-    if isinstance(dataset.features[column], datasets.Image):
-        return dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset
 
 
 def _values(dataset: Any, column: str) -> Any:
@@ -92,11 +84,11 @@ def _values(dataset: Any, column: str) -> Any:
 
 def _hub_name(settings: HuggingFaceSettings, config: DataConfig) -> tuple[str, str | None]:
     """Name and revision of a data set on the hub."""
-    assert config.path is not None
-    given = _SCHEME.fullmatch(config.path)
-    if given is None:
-        return config.path, settings.revision
-    return given["name"], settings.revision or given["revision"]
+    path = required_path(config)
+    match = _SCHEME.fullmatch(path)
+    if match is None:
+        return path, settings.revision
+    return match["name"], settings.revision or match["revision"]
 
 
 def _unloadable(config: DataConfig, error: Exception) -> UserError:
@@ -124,10 +116,9 @@ def _load(settings: HuggingFaceSettings, config: DataConfig) -> dict[str, Any]:
     """The tables of train, and of val where there is one."""
     import datasets
 
-    assert config.path is not None
     name, revision = _hub_name(settings, config)
     try:
-        if is_local(config.path, ".parquet"):
+        if is_local(required_path(config), ".parquet"):
             train, val = divide(config, ".parquet")
             check_tables([*train, *val])
             files = {"train": [str(path) for path in train]}
@@ -150,7 +141,7 @@ def _load(settings: HuggingFaceSettings, config: DataConfig) -> dict[str, Any]:
 def _hub_files(
     settings: HuggingFaceSettings, config: DataConfig
 ) -> tuple[list[Place], list[Place], Any]:
-    """The parquet files of a data set on the hub: train, val and what its card says of columns."""
+    """The parquet files of a data set on the hub, of train and of val, and its features."""
     import datasets
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import build_hf_headers
@@ -170,7 +161,7 @@ def _hub_files(
         )
         raise setting_error("data.path", config.path, reason)
     train_name, val_name = _splits(config, urls)
-    headers = tuple(build_hf_headers().items())  # who asks: some sets are not for everybody
+    headers = tuple(build_hf_headers().items())  # with the user's token: some sets are gated
     train = open_urls(urls[train_name], headers)
     val = [] if val_name is None else open_urls(urls[val_name], headers)
     return train, val, builder.info.features

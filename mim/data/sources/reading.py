@@ -1,4 +1,4 @@
-"""Reading images of a source, with another in the place of each that cannot be read."""
+"""Read images of a source and replace unreadable ones."""
 
 from __future__ import annotations
 
@@ -20,18 +20,13 @@ _TRIES = 32
 def read_images(
     source: ImageSource, indices: Tensor, *, replace: bool
 ) -> tuple[list[Picture], Tensor, list[Fault]]:
-    """The images at positions, with another in the place of each that cannot be read, or none.
+    """The images at positions (B,), with those positions (m,) and the faults met.
 
-    Args:
-        source: where to read.
-        indices: (B,) positions.
-        replace: whether a neighbour stands in for an unreadable image; else it is left out.
-
-    Returns:
-        The images, their positions (m,), m = B with ``replace``, and the faults.
+    With ``replace``, a keyed substitute takes the place of an unreadable image and m = B; without,
+    the image is left out.
 
     Raises:
-        UserError: if no neighbour can be read either.
+        UserError: if no substitute can be read either.
     """
     images: list[Picture] = []
     positions: list[int] = []

@@ -1,12 +1,12 @@
 """Parquet files read in place, on disk or by URL, a row group at a time.
 
-A row of a parquet file cannot be reached alone: the least that can be read is the column of a row
-group, some hundred images as a rule, one request of a server. So an epoch goes through the row
-groups in a keyed order and shuffles the rows of several together (``ImageSource.order``); each
-loader process holds the row groups of such a pool. Any step's rows follow from seed and step, and a
-resume reads the row groups of its own steps alone.
+A row of a parquet file cannot be read alone: the smallest unit is the column of a row group, some
+hundred images as a rule, one request to a server. So an epoch reads the row groups in a keyed order
+and shuffles the rows of a pool of them together (``ImageSource.order``); each loader process holds
+the row groups of one pool. Any step's rows follow from seed and step, and a resume reads the row
+groups of its own steps alone.
 
-Footers and labels are read when a run starts, and kept for later runs on the same files.
+Footers and labels are read when a run starts, and stored for later runs on the same files.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _damage(place: Place) -> Iterator[None]:
         raise UserError(f"{shown(place)!r} is no parquet file, or damaged: {reason}") from error
 
 
-def _source(place: Place) -> Any:
-    return place.unbuffered() if isinstance(place, RemoteFile) else str(place)
+def _file_size(place: Place) -> int:
+    return place.size if isinstance(place, RemoteFile) else place.stat().st_size
 
 
 def _column(place: Place, footer: Any, group: int, column: str) -> Any:
@@ -93,12 +93,14 @@ def _column(place: Place, footer: Any, group: int, column: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lies = place.size if isinstance(place, RemoteFile) else place.stat().st_size
-    most = min(_MOST_BYTES, _FREE_BYTES + _MOST_RATIO * lies)
-    told = footer.row_group(group)
-    size = sum(told.column(number).total_uncompressed_size for number in range(told.num_columns))
+    most = min(_MOST_BYTES, _FREE_BYTES + _MOST_RATIO * _file_size(place))
+    stated = footer.row_group(group)
+    size = sum(
+        stated.column(number).total_uncompressed_size for number in range(stated.num_columns)
+    )
     batches, unpacked = [], 0
-    with pq.ParquetFile(_source(place), metadata=footer) as file:
+    source = place.unbuffered() if isinstance(place, RemoteFile) else str(place)
+    with pq.ParquetFile(source, metadata=footer) as file:
         for batch in file.iter_batches(
             _ROWS, row_groups=[group] if size <= most else [], columns=[column], use_threads=False
         ):
@@ -121,17 +123,17 @@ def _read_footer(place: Place) -> Any:
 
     with _damage(place):
         footer = pq.read_metadata(place.open() if isinstance(place, RemoteFile) else str(place))
-        lies = place.size if isinstance(place, RemoteFile) else place.stat().st_size
-        if footer.num_rows > _MOST_ROWS * lies:
-            raise ValueError(f"it promises {footer.num_rows:,} rows in {lies:,} bytes")
+        size = _file_size(place)
+        if footer.num_rows > _MOST_ROWS * size:
+            raise ValueError(f"it promises {footer.num_rows:,} rows in {size:,} bytes")
     return footer
 
 
 def check_tables(places: Sequence[Place]) -> None:
-    """Looks once through parquet files for rows that unpack to far more than lies there.
+    """Read parquet files once, in search of rows that unpack to far more than the file's size.
 
     Raises:
-        UserError: for such a file, or one that is damaged.
+        UserError: for such a file, or a damaged one.
     """
     for place in places:
         if recall(place, _SOUND) is not None:
@@ -161,9 +163,8 @@ def _labels(part: tuple[Place, Any, int, str]) -> NDArray[Any]:
         reason = f"lacks {values.null_count} labels {where}"
         raise setting_error("data.huggingface.label", column, reason)
     is_word = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (
-        is_word or pa.types.is_integer(kind) or pa.types.is_floating(kind) or kind == pa.bool_()
-    ):
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or kind == pa.bool_()
+    if not (is_word or is_number):
         reason = f"holds {kind} {where}; a label is one number or word"
         raise setting_error("data.huggingface.label", column, reason)
     if is_word and pc.max(pc.binary_length(values)).as_py() > _MOST_WORD:
@@ -174,11 +175,10 @@ def _labels(part: tuple[Place, Any, int, str]) -> NDArray[Any]:
 
 
 def read_tables(places: Sequence[Place], settings: HuggingFaceSettings) -> list[Table]:
-    """Footers and labels of parquet files: kept from an earlier look, or read now.
+    """Footers and labels of parquet files, stored by an earlier run or read now.
 
     Raises:
-        UserError: for a file that is missing or damaged, a column that is not there, or a row
-            without a label.
+        UserError: for a missing or damaged file, a missing column, or a row without a label.
     """
     import pyarrow.parquet as pq
 
@@ -203,9 +203,9 @@ def read_tables(places: Sequence[Place], settings: HuggingFaceSettings) -> list[
     ]
     values = iter(in_parallel(_labels, parts))
     for table, column in new:
-        told = io.BytesIO()
-        table.footer.write_metadata_file(told)
-        arrays: dict[str, NDArray[Any]] = {"footer": np.frombuffer(told.getvalue(), np.uint8)}
+        footer = io.BytesIO()
+        table.footer.write_metadata_file(footer)
+        arrays: dict[str, NDArray[Any]] = {"footer": np.frombuffer(footer.getvalue(), np.uint8)}
         if column is not None:
             found = [next(values) for _ in range(table.footer.num_row_groups)]
             table.labels = np.concatenate(found) if found else np.zeros(0, np.int64)
@@ -215,15 +215,10 @@ def read_tables(places: Sequence[Place], settings: HuggingFaceSettings) -> list[
 
 
 class RowGroups(TableSource):
-    """The rows of parquet files; see the head of this file.
+    """The rows of parquet files, see the top of this file.
 
-    Args:
-        settings: of the source huggingface.
-        config: max_pixels and decode are read.
-        split: "train" or "val".
-        train: files of train, in order.
-        val: files of val; with none, ``has_val`` is False.
-        features: of ``datasets``, which name the classes where the files do not.
+    ``train`` and ``val`` are their files; without any of val, ``has_val`` is False. ``features`` of
+    ``datasets`` name the classes where the files do not.
     """
 
     def __init__(
@@ -303,16 +298,14 @@ class RowGroups(TableSource):
         return value
 
     def content_digest(self) -> str:
-        """Digest of the sizes that the footers tell: a look at images would read row groups."""
+        """Digest of the sizes in the footers: sample images would cost whole row groups."""
         digest = hashlib.blake2b(digest_size=8)
         for file, number in self._where.tolist():
-            told = self._tables[file][1].row_group(number)
-            column = next(
-                told.column(place)
-                for place in range(told.num_columns)
-                if told.column(place).path_in_schema in (self._leaf, f"{self._leaf}.bytes")
-            )
-            sizes = (told.num_rows, column.total_compressed_size, column.total_uncompressed_size)
+            group = self._tables[file][1].row_group(number)
+            columns = (group.column(place) for place in range(group.num_columns))
+            names = (self._leaf, f"{self._leaf}.bytes")
+            column = next(column for column in columns if column.path_in_schema in names)
+            sizes = (group.num_rows, column.total_compressed_size, column.total_uncompressed_size)
             digest.update(np.array(sizes, dtype="<i8"))
         return digest.hexdigest()
 
@@ -322,12 +315,12 @@ class RowGroups(TableSource):
         return f"{version_of(place)}/{index - int(self._begins[group])}"
 
     def _hold(self, group: int) -> None:
-        """Reads a row group, and at once those that are wanted after it, as many as are mixed."""
+        """Read a row group, and in parallel those that follow it in its pool."""
         at = self._next.index(group) if group in self._next else len(self._next)
-        wanted = [group, *self._next[at + 1 : at + self.groups_mixed]]
-        new = [number for number in wanted if number not in self._held]
+        pool = [group, *self._next[at + 1 : at + self.groups_mixed]]
+        new = [number for number in pool if number not in self._held]
         self._held.update(zip(new, in_parallel(self._read, new), strict=True))
-        for number in reversed(wanted):
+        for number in reversed(pool):
             self._held.move_to_end(number)
         while len(self._held) > max(self.groups_mixed, 1):
             self._held.popitem(last=False)

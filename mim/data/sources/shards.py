@@ -13,9 +13,9 @@ What a shard may hold:
   ``{"label": number}``; ``classes.txt`` beside the shards names the classes, one a line;
 - ``KEY.jpg`` alone: no labels.
 
-A key may have dots in it (``photo_1.0.jpg``). What a word tells from an image of the same key is
-no image of its own: ``KEY.seg.png`` beside ``KEY.jpg`` is left out, and of ``KEY.image.png`` and
-``KEY.depth.png`` with ``KEY.cls`` the first is the image. A link is the member that it leads to.
+A key may contain dots (``photo_1.0.jpg``). A companion that a word tells from the image of the same
+key is left out: ``KEY.seg.png`` beside ``KEY.jpg``, or ``KEY.depth.png`` beside ``KEY.image.png``
+and ``KEY.cls``. A link is the member that it leads to.
 
 The id of an image is that of its name in the shard; where two shards hold the same name, that of
 ``SHARD/NAME``. A shard that ends early is refused with the place where it ends.
@@ -29,7 +29,7 @@ import os
 import posixpath
 import tarfile
 import urllib.parse
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +44,7 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.files import decode_text, is_hidden
 from mim.core.rng import name_to_int
-from mim.data.images.decode import EXTENSIONS, check_size, decode, decoding, open_regular
-from mim.data.images.transforms import Picture
+from mim.data.images.decode import EXTENSIONS, check_size, decoding, open_regular
 from mim.data.labels import label_table
 from mim.data.places.fetch import text_at
 from mim.data.places.kept import keep, recall, shown, version_of
@@ -54,7 +53,7 @@ from mim.data.places.names import Names
 from mim.data.places.places import Place, divide
 from mim.data.places.remote import RemoteFile, in_parallel
 from mim.data.places.splits import find_splits, split_of
-from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split, some_bytes
+from mim.data.sources.base import SOURCES, EncodedSource, Split, required_path, some_bytes
 
 _OPEN_SHARDS = 64
 _BLOCK = 512  # bytes of a tar block
@@ -110,7 +109,7 @@ class _Scan:
         self.left_out: Counter[str] = Counter()
 
     def add(self, member: tarfile.TarInfo, file: IO[bytes]) -> None:
-        """Takes a member.
+        """Add a member.
 
         Raises:
             UserError: if it points out of the archive, or holds no label where one should be.
@@ -167,6 +166,19 @@ class _Scan:
                 self.images[name] = self.images[target]
             else:
                 self.left_out["links to what is not in the shard"] += 1
+        found = self._labelled()
+        images = [(name, *self.images[name], label) for name, label in found.items()]
+        images += [(name, *place, found.get(name, _NO_LABEL)) for name, place in self.twice]
+        return ShardIndex(
+            names=np.array([os.fsencode(image[0]) for image in images], dtype=np.bytes_),
+            offsets=np.array([image[1] for image in images], dtype=np.int64),
+            sizes=np.array([image[2] for image in images], dtype=np.int64),
+            labels=np.array([image[3] for image in images], dtype=np.int64),
+            left_out=np.array(json.dumps(self.left_out)),
+        )
+
+    def _labelled(self) -> dict[str, int]:
+        """The label of each image, ``_NO_LABEL`` without; companions are left out."""
         labels = {_stem(name): label for name, label in self.labels.items() if label is not None}
         stems = Counter(map(_stem, self.images))
         if len(stems) > 1 and min(stems.values()) > 1:
@@ -174,7 +186,7 @@ class _Scan:
             reason = "in each sample: nothing tells the image from its mask"
             raise UserError(f"{self.called} has two images such as {one} and {other} {reason}")
         found: dict[str, int] = {}
-        several: dict[str, list[tuple[str, str]]] = {}
+        named: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for name in self.images:
             stem = _stem(name)
             if stem in labels:
@@ -187,31 +199,24 @@ class _Scan:
             key, word = next(((k, w) for k, w in keys if k in labels), (stem, ""))
             found[name] = labels.get(key, _NO_LABEL)
             if word:
-                several.setdefault(key, []).append((name, word.lower()))
-        for key, members in several.items():
+                named[key].append((name, word.lower()))
+        for key, members in named.items():
+            if len(members) == 1:
+                continue
             usual = [name for name, word in members if word in _IMAGES]
-            if len(members) > 1 and len(usual) != 1:
+            if len(usual) != 1:
                 which = ", ".join(name for name, _ in members)
-                raise UserError(
-                    f"{self.called}: which of {which} is the image of the sample {key}?"
-                )
-            for name, _ in members if len(members) > 1 else ():
+                reason = f"which of {which} is the image of the sample {key}?"
+                raise UserError(f"{self.called}: {reason}")
+            self.left_out["companions of images"] += len(members) - 1
+            for name, _ in members:
                 if name not in usual:
-                    self.left_out["companions of images"] += 1
                     del found[name]
-        images = [(name, *self.images[name], label) for name, label in found.items()]
-        images += [(name, *place, found.get(name, _NO_LABEL)) for name, place in self.twice]
-        return ShardIndex(
-            names=np.array([os.fsencode(image[0]) for image in images], dtype=np.bytes_),
-            offsets=np.array([image[1] for image in images], dtype=np.int64),
-            sizes=np.array([image[2] for image in images], dtype=np.int64),
-            labels=np.array([image[3] for image in images], dtype=np.int64),
-            left_out=np.array(json.dumps(self.left_out)),
-        )
+        return found
 
 
 def scan(place: Place) -> ShardIndex:
-    """Reads the headers of a tar file, on disk or by URL.
+    """Read the headers of a tar file, on disk or by URL.
 
     Raises:
         UserError: if it is compressed, damaged or ends early.
@@ -262,11 +267,7 @@ def _read_label(text: bytes, name: str) -> int | None:
 
 
 def read_index(place: Place) -> ShardIndex:
-    """The index of a shard: kept from an earlier scan of the same file, or of a new one.
-
-    Raises:
-        UserError: see :func:`scan`.
-    """
+    """The index of a shard, from an earlier scan of the same file or a new one."""
     if (known := recall(place, _INDEX)) is not None:
         return ShardIndex(**known)
     index = scan(place)
@@ -275,67 +276,55 @@ def read_index(place: Place) -> ShardIndex:
 
 
 @SOURCES.register("shards")
-class Shards(ImageSource):
-    """Images in tar files, local or by URL; see the head of this file.
+class Shards(EncodedSource):
+    """Images in tar files, local or by URL, see the top of this file.
 
     ``data.path`` is a file, a folder, a pattern with ``*`` or ``{000..146}``, or a URL with braces;
-    ``data.val_path`` likewise for val. Without it, shards whose names say
-    val or test are val, as are such folders around or inside the tars; else a share is held out.
+    ``data.val_path`` likewise for val. Without it, shards whose names say val or test are val, as
+    are such folders around or inside the tars; without those some images are held out.
     """
 
-    mean, std = IMAGENET
-
     def __init__(self, config: DataConfig, split: Split) -> None:
-        if config.path is None:
-            raise setting_error("data.path", None, "is needed by data.source=shards")
+        super().__init__(config)
         self.name = "shards"
-        self._max_pixels = config.max_pixels
-        self._decoder = config.decode
-        self._given = config.path
+        self._given = required_path(config)
         train, val = divide(config, ".tar")
-        everything = self._gather([*train, *val])
-        self._take(everything, len(train), split)
+        self._shards = [*train, *val]
+        self._select(in_parallel(read_index, self._shards), len(train), split)
         self._handles: OrderedDict[int, int] = OrderedDict()
         self._ahead: dict[int, bytes] = {}
         self._versions: dict[int, str] = {}
 
-    def _gather(self, places: list[Place]) -> list[ShardIndex]:
-        self._shards = places
-        return in_parallel(read_index, places)
-
-    def _take(self, indices: list[ShardIndex], trains: int, split: Split) -> None:
-        """Sets names, labels and ids of one split; classes are those of train."""
+    def _select(self, indices: list[ShardIndex], trains: int, split: Split) -> None:
+        """Set names, labels and ids of one split; classes are those of train."""
         shard = np.concatenate([np.full(len(x.names), i) for i, x in enumerate(indices)])
         if not len(shard):
             raise setting_error("data.path", self._given, "has no images in its shards")
         names = np.concatenate([x.names for x in indices])
         given = np.concatenate([x.labels for x in indices])
-        place = {
-            "shard": shard.astype(np.int32),
-            "offset": np.concatenate([x.offsets for x in indices]),
-            "size": np.concatenate([x.sizes for x in indices]),
-        }
-        folders: dict[str, int] = {}  # -> a number: never a string an image
+        folders: dict[str, int] = {}  # -> a number, which costs less than a string for each image
         codes = (
             folders.setdefault(os.fsdecode(name).rpartition("/")[0], len(folders)) for name in names
         )
         code = np.fromiter(codes, dtype=np.int64, count=len(names))
         splits, classes = self._divide_folders(list(folders), apart=trains < len(indices))
-        in_train, in_val = (
-            np.array([part == s for part in splits])[code] for s in ("train", "val")
-        )
         if trains < len(indices):
             in_val, in_train = shard >= trains, shard < trains
+        else:
+            in_val = np.array([part == "val" for part in splits])[code]
+            in_train = np.array([part == "train" for part in splits])[code]
         self.has_val = bool(in_val.any())
         chosen = in_val if self.has_val and split == "val" else in_train
         labels = self._label(given, classes, code, in_train, chosen)
         keys: list[Any] = [] if labels is None else [labels]
         # By label and name, as a folder is listed: how images were packed does not matter.
-        place_in_chosen = np.lexsort((shard[chosen], names[chosen], *keys))
-        order = np.flatnonzero(chosen)[place_in_chosen]
+        rank = np.lexsort((shard[chosen], names[chosen], *keys))
+        order = np.flatnonzero(chosen)[rank]
         self._names = Names.of(os.fsdecode(name) for name in names[order])
-        self._place = {key: values[order] for key, values in place.items()}
-        self.labels = None if labels is None else torch.from_numpy(labels[place_in_chosen])
+        self._shard = shard[order].astype(np.int32)
+        self._offset = np.concatenate([x.offsets for x in indices])[order]
+        self._size = np.concatenate([x.sizes for x in indices])[order]
+        self.labels = None if labels is None else torch.from_numpy(labels[rank])
         self.sample_ids = self._ids(names, shard, order)
         left_out: Counter[str] = Counter()
         for index in indices:
@@ -345,12 +334,7 @@ class Shards(ImageSource):
     def _divide_folders(
         self, folders: Sequence[str], apart: bool
     ) -> tuple[list[str | None], list[str]]:
-        """Split and class of each folder in the shards; no class is empty.
-
-        Args:
-            folders: paths.
-            apart: whether val has shards of its own.
-        """
+        """Split and class, empty for none, of each folder; ``apart``: val has its own shards."""
         parts = [tuple(folder.split("/")) if folder else () for folder in folders]
         tops = {part[:1] for part in parts}
         if len(tops) == 1 and any(split_of(part[1]) == "train" for part in parts if len(part) > 1):
@@ -383,7 +367,7 @@ class Shards(ImageSource):
             classes: of each folder.
             code: (n,) the folder of each.
             train: (n,) which are of train.
-            chosen: (n,) which are wanted.
+            chosen: (n,) which to label.
         """
         used = train | chosen
         missing = given[used] == _NO_LABEL
@@ -407,8 +391,13 @@ class Shards(ImageSource):
             raise setting_error("data.path", self._given, str(error)) from error
 
     def _class_names(self) -> list[str] | None:
-        """The lines of ``classes.txt`` beside the shards, if it is there."""
-        text = _beside(self._shards[0], "classes.txt")
+        """The lines of ``classes.txt`` beside the shards; None without it."""
+        first, name = self._shards[0], "classes.txt"
+        if isinstance(first, RemoteFile):
+            text = text_at(urllib.parse.urljoin(first.url, name))
+        else:
+            path = first.parent / name
+            text = decode_text(path.read_bytes()) if path.is_file() else None
         names = None if text is None else text.replace("\r\n", "\n").split("\n")
         return names[:-1] if names and names[-1] == "" else names
 
@@ -433,19 +422,19 @@ class Shards(ImageSource):
 
     def _where(self, index: int) -> tuple[int, int, int]:
         """The shard of an image, where its bytes begin, and how many there are."""
-        shard, offset, size = (int(self._place[key][index]) for key in ("shard", "offset", "size"))
-        return shard, offset, size
+        return int(self._shard[index]), int(self._offset[index]), int(self._size[index])
 
     def ahead(self, indices: torch.Tensor) -> None:
-        wanted = {}
+        reads = {}
         for index in indices.tolist():
             shard, offset, size = self._where(index)
             if isinstance(place := self._shards[shard], RemoteFile) and offset != _SPARSE:
-                wanted[index] = place, offset, size
-        self._ahead = dict(zip(wanted, in_parallel(_read, list(wanted.values())), strict=True))
+                reads[index] = partial(place.read, offset, size)
+        found = in_parallel(lambda read: read(), list(reads.values()))
+        self._ahead = dict(zip(reads, found, strict=True))
 
     def _bytes(self, index: int, begin: int, size: int) -> bytes:
-        """So many bytes of an image's file, from one of its bytes on."""
+        """``size`` bytes of an image's file from ``begin`` on."""
         shard, offset, whole = self._where(index)
         if offset == _SPARSE:
             raise OSError("it is a sparse file in its shard")
@@ -466,7 +455,6 @@ class Shards(ImageSource):
         return data
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image's file."""
         return self._bytes(index, 0, self._where(index)[2])
 
     def glance(self, index: int) -> bytes:
@@ -474,7 +462,7 @@ class Shards(ImageSource):
             return some_bytes(self._where(index)[2], partial(self._bytes, index))
 
     def file_sizes(self) -> Sequence[int]:
-        sizes: list[int] = self._place["size"].tolist()
+        sizes: list[int] = self._size.tolist()
         return sizes
 
     def stamp(self, index: int) -> str:
@@ -482,25 +470,3 @@ class Shards(ImageSource):
         if shard not in self._versions:
             self._versions[shard] = version_of(self._shards[shard]) or ""
         return f"{self._versions[shard]}/{offset}/{size}"
-
-    def encoded(self, index: int) -> bytes:
-        """:meth:`read`, where an image that cannot be read is one."""
-        with decoding(self.describe(index)):
-            return self.read(index)
-
-    def image(self, index: int) -> Picture:
-        data = self.encoded(index)
-        return decode(data, self.describe(index), self._max_pixels, self._decoder)
-
-
-def _read(place: tuple[RemoteFile, int, int]) -> bytes:
-    file, offset, size = place
-    return file.read(offset, size)
-
-
-def _beside(place: Place, name: str) -> str | None:
-    """The text of a file in the same folder, if there is one."""
-    if isinstance(place, RemoteFile):
-        return text_at(urllib.parse.urljoin(place.url, name))
-    path = place.parent / name
-    return decode_text(path.read_bytes()) if path.is_file() else None

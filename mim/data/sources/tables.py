@@ -16,11 +16,10 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import Count, Settings
 from mim.core.rng import name_to_int
-from mim.data.images.decode import UnreadableImage, decode, decoding, read_file
-from mim.data.images.transforms import Picture
+from mim.data.images.decode import read_file
 from mim.data.labels import label_table
 from mim.data.places.fetch import is_url
-from mim.data.sources.base import IMAGENET, ImageSource, some_bytes
+from mim.data.sources.base import EncodedSource
 
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "fine_label", "class", "cls")
@@ -39,8 +38,9 @@ class HuggingFaceSettings(Settings):
     label: str | None = None
     """The column of labels; by default label, labels or fine_label, if there is one."""
     pool: Count = 1024
-    """With data.streaming: about so many rows, of row groups drawn by key, are shuffled together.
-    More mix a set better that is sorted by class; each loader process holds so many files."""
+    """With data.streaming: about how many rows, of row groups drawn by key, are shuffled together.
+    More of them mix a set better that is sorted by class; each loader process holds as many files.
+    """
 
 
 def image_column(settings: HuggingFaceSettings, columns: Sequence[str]) -> str:
@@ -71,17 +71,12 @@ def _column(
     return given
 
 
-class TableSource(ImageSource):
-    """Images in the rows of one part, train or val, of a data set.
-
-    The id of an image is that of its part and row.
-    """
-
-    mean, std = IMAGENET
+class TableSource(EncodedSource):
+    """Images in the rows of one part, train or val, of a data set; ids come from part and row."""
 
     def __init__(self, config: DataConfig, part: str, count: int) -> None:
+        super().__init__(config)
         self.name = "huggingface"
-        self._max_pixels, self._decoder = config.max_pixels, config.decode
         self._part = part
         self._folder = _folder(config)
         ids = (name_to_int(self.describe(row)) for row in range(count))
@@ -89,13 +84,9 @@ class TableSource(ImageSource):
         self.labels, self.classes = None, []
 
     def _label(
-        self,
-        column: str,
-        values: NDArray[Any],
-        train: NDArray[Any],
-        names: Sequence[str] | None,
+        self, column: str, values: NDArray[Any], train: NDArray[Any], names: Sequence[str] | None
     ) -> None:
-        """Sets labels and classes, see :func:`label_table`; ``column`` is for messages."""
+        """Set labels and classes by :func:`label_table`; ``column`` is for messages."""
         try:
             self.labels, self.classes = label_table(values, train, names)
         except UserError as error:
@@ -108,22 +99,11 @@ class TableSource(ImageSource):
     def _value(self, index: int) -> Any:
         """What the image column holds in a row."""
 
-    def encoded(self, index: int) -> bytes:
-        """The bytes of an image's file."""
-        name = self.describe(index)
-        with decoding(name):
-            data = _bytes(self._value(index), self._folder)
+    def read(self, index: int) -> bytes:
+        data = _bytes(self._value(index), self._folder)
         if data is None:
-            raise UnreadableImage(name, "the row holds no image")
+            raise ValueError("the row holds no image")
         return data
-
-    def image(self, index: int) -> Picture:
-        data = self.encoded(index)
-        return decode(data, self.describe(index), self._max_pixels, self._decoder)
-
-    def glance(self, index: int) -> bytes:
-        data = self.encoded(index)
-        return some_bytes(len(data), lambda offset, size: data[offset : offset + size])
 
 
 def _folder(config: DataConfig) -> Path | None:
@@ -135,11 +115,7 @@ def _folder(config: DataConfig) -> Path | None:
 
 
 def _bytes(value: Any, folder: Path | None) -> bytes | None:
-    """What a row holds: bytes, bytes beside a path, or a path alone.
-
-    Args:
-        value: of the image column.
-        folder: below which a path must lead; None where no path may.
+    """The file in a row: bytes, with or without a path, or a path alone, which leads to ``folder``.
 
     Raises:
         ValueError: for a path that leads elsewhere.

@@ -15,10 +15,6 @@ from mim.core.errors import choice_error, setting_error
 from mim.data.images.decode import decoding
 from mim.data.sources.base import IMAGENET, SOURCES, ImageSource, Split
 
-_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-_MNIST = (0.1307,), (0.3081,)
-_FASHION = (0.2860,), (0.3530,)
 _BY_TRAIN: tuple[dict[str, Any], dict[str, Any]] = {"train": True}, {"train": False}
 
 
@@ -26,32 +22,28 @@ def _by_split(train: str, val: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"split": train}, {"split": val}
 
 
-# Class in torchvision.datasets -> arguments for train and for val (None: it is not divided), and
-# mean and standard deviation.
-_TORCHVISION: dict[str, tuple[tuple[dict[str, Any], dict[str, Any]] | None, Any]] = {
-    "CIFAR10": (_BY_TRAIN, _CIFAR10),
-    "CIFAR100": (_BY_TRAIN, _CIFAR100),
-    "MNIST": (_BY_TRAIN, _MNIST),
-    "FashionMNIST": (_BY_TRAIN, _FASHION),
-    "KMNIST": (_BY_TRAIN, ((0.1918,), (0.3483,))),
-    "USPS": (_BY_TRAIN, ((0.2469,), (0.2989,))),
-    "SVHN": (
-        _by_split("train", "test"),
-        ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    ),
-    "STL10": (
-        _by_split("train", "test"),
-        ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    ),
-    "Flowers102": (_by_split("train", "test"), IMAGENET),
-    "OxfordIIITPet": (_by_split("trainval", "test"), IMAGENET),
-    "Food101": (_by_split("train", "test"), IMAGENET),
-    "DTD": (_by_split("train", "test"), IMAGENET),
-    "FGVCAircraft": (_by_split("trainval", "test"), IMAGENET),
-    "GTSRB": (_by_split("train", "test"), IMAGENET),
-    "Imagenette": (_by_split("train", "val"), IMAGENET),
-    "EuroSAT": (None, IMAGENET),
-    "Caltech101": (None, IMAGENET),
+# Class in torchvision.datasets -> arguments for train and for val; None: it is not divided.
+_TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS"), _BY_TRAIN),
+    **dict.fromkeys(("SVHN", "STL10", "Flowers102"), _by_split("train", "test")),
+    "OxfordIIITPet": _by_split("trainval", "test"),
+    **dict.fromkeys(("Food101", "DTD"), _by_split("train", "test")),
+    "FGVCAircraft": _by_split("trainval", "test"),
+    "GTSRB": _by_split("train", "test"),
+    "Imagenette": _by_split("train", "val"),
+    "EuroSAT": None,
+    "Caltech101": None,
+}
+# Mean and standard deviation; of others, ImageNet's.
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "MNIST": ((0.1307,), (0.3081,)),
+    "FashionMNIST": ((0.2860,), (0.3530,)),
+    "KMNIST": ((0.1918,), (0.3483,)),
+    "USPS": ((0.2469,), (0.2989,)),
+    "SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "STL10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 
 
@@ -70,7 +62,8 @@ class TorchvisionSource(ImageSource):
         if name not in _TORCHVISION:
             names = [f"torchvision/{known}" for known in _TORCHVISION]
             raise choice_error("data.source", config.source, names)
-        parts, (self.mean, self.std) = _TORCHVISION[name]
+        parts = _TORCHVISION[name]
+        self.mean, self.std = _STATISTICS.get(name, IMAGENET)
         self.name = config.source
         self.has_val = parts is not None
         arguments = {} if parts is None else parts[0 if split == "train" else 1]

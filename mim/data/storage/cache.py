@@ -1,8 +1,8 @@
-"""Decoded images kept: in memory, in a memory-mapped file, on the accelerator (``data.cache``).
+"""Cache decoded images in memory, a memory-mapped file or on the accelerator (``data.cache``).
 
-Images are decoded once and kept as uint8 at their own size, as ``transforms.prepare``
-leaves them. What is cut out of them is computed as ever, by the same arithmetic, so that a batch is
-the same bytes whatever the cache. An image that cannot be decoded stays one that cannot be read.
+Images are decoded once and stored as uint8 at their own size, as ``transforms.prepare`` leaves
+them. Crops are computed by the same arithmetic as without a cache, so that a batch is the same
+bytes. An image that cannot be decoded remains unreadable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mim.core.files import prepare_folder, remove_leftovers
 from mim.data.images.batched import crop_resize
 from mim.data.images.decode import UnreadableImage
 from mim.data.images.transforms import Picture, covering, crop_parameters, resizer
-from mim.data.sources.base import ImageSource, Subset
+from mim.data.sources.base import ImageSource, Subset, View
 from mim.data.storage.packed import Packed, Recipe, content_key, pack_split, read_spans
 from mim.data.unreadable import Fault
 
@@ -33,19 +33,18 @@ _SHARED = Path("/dev/shm")
 _SPAN = 512  # images read at once
 
 
-class CachedSource(ImageSource):
-    """A source whose images are decoded already.
-
-    Args:
-        source: where labels, ids, statistics and descriptions come from.
-    """
+class CachedSource(View):
+    """The images of a source, decoded already."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
         self.name, self.classes = source.name, source.classes
         self.labels, self.sample_ids = source.labels, source.sample_ids
         self.mean, self.std = source.mean, source.std
-        self.has_val, self.ledger = source.has_val, source.ledger
+        self.ledger, self.weights = source.ledger, source.weights
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        return self.source, index
 
     @property
     def epoch_size(self) -> int:
@@ -54,27 +53,15 @@ class CachedSource(ImageSource):
     def order(self, seed: int, epoch: int) -> Tensor:
         return self.source.order(seed, epoch)
 
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def check(self, indices: Tensor | None = None) -> list[Fault]:
-        return []
-
-    def encoded(self, index: int) -> bytes | None:
-        return self.source.encoded(index)
-
     def content_digest(self) -> str:
         return self.source.content_digest()
-
-    def stamp(self, index: int) -> str:
-        return self.source.stamp(index)
 
     def _unreadable(self, index: int) -> UnreadableImage:
         return UnreadableImage(self.describe(index), "it could not be read when it was cached")
 
 
 class MemoryMapped(CachedSource):
-    """Images in files of ``packed.py``, of which the system keeps in memory what is read."""
+    """Images in files of ``packed.py``; the system keeps what is read in memory."""
 
     def __init__(self, source: ImageSource, packed: Packed) -> None:
         super().__init__(source)
@@ -87,7 +74,7 @@ class MemoryMapped(CachedSource):
 
 
 class InSharedMemory(CachedSource):
-    """Images as one stretch of shared memory, which loader processes read without a copy.
+    """Images in one block of shared memory, which loader processes read without a copy.
 
     Args:
         source: what is cached.
@@ -144,14 +131,10 @@ def resident(source: ImageSource) -> tuple[InSharedMemory, Tensor | None] | None
 
 
 def cached(source: ImageSource, config: DataConfig) -> CachedSource:
-    """The same images, decoded now or by an earlier run.
-
-    Args:
-        source: whose images are decoded, by ``data.workers`` processes.
-        config: cache, cache_path, channels and workers are read.
+    """The same images, decoded now by ``data.workers`` processes or by an earlier run.
 
     Raises:
-        UserError: if there is too little room, or ``device`` meets images of several sizes.
+        UserError: if there is too little room, or ``device`` meets images of different sizes.
     """
     recipe = Recipe(channels=config.channels)
     if config.cache == "mmap":
@@ -178,16 +161,11 @@ def cached(source: ImageSource, config: DataConfig) -> CachedSource:
             "memory or mmap"
         )
         raise setting_error("data.cache", config.cache, reason)
-    # An image that cannot be read has no bytes, so that the others lie one behind the other.
-    lengths = torch.from_numpy(index["bytes"].astype(np.int64))
     pixels = torch.empty(total, dtype=torch.uint8).share_memory_()
-    at = 0
-    for number, part in enumerate(parts):
-        pixels[at : at + len(part)] = torch.from_numpy(part.copy())
-        at += len(part)
-        parts[number] = part[:0]  # never all images twice
-    offsets = lengths.cumsum(0) - lengths
-    return InSharedMemory(source, pixels, offsets, sizes, config.channels)
+    for into in pixels.split([len(part) for part in parts]):
+        into.numpy()[:] = parts.pop(0)  # and free it: memory never holds all images twice
+    lengths = torch.from_numpy(index["bytes"].astype(np.int64))  # 0 of an unreadable image
+    return InSharedMemory(source, pixels, lengths.cumsum(0) - lengths, sizes, config.channels)
 
 
 def _check_room(config: DataConfig, needed: int) -> None:
@@ -224,12 +202,9 @@ def _memory_mapped(source: ImageSource, config: DataConfig, recipe: Recipe) -> M
 
 
 class DeviceReader:
-    """Cuts batches out of images on the accelerator (or on a CPU, in its place).
+    """Cuts batches out of images that stay on the accelerator (or, without one, on the CPU).
 
-    Args:
-        cache: the images.
-        indices: positions in it of the source's images; None for all.
-        device: where the images are and stay.
+    ``indices`` are positions in the cache of the source's images, None for all.
     """
 
     def __init__(self, cache: InSharedMemory, indices: Tensor | None, device: torch.device) -> None:
@@ -272,11 +247,10 @@ class DeviceReader:
 
 
 def device_reader(source: ImageSource, config: DataConfig) -> DeviceReader | None:
-    """What reads batches on the accelerator, where ``data.cache`` keeps the images there."""
+    """The reader of batches on the accelerator; None where ``data.cache`` is not ``device``."""
     below = resident(source) if config.cache == "device" else None
     if below is None:
         return None
-    gpu = torch.cuda.is_available()
-    # The process's own, which accelerate chose.
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    return DeviceReader(*below, device)
+    if not torch.cuda.is_available():
+        return DeviceReader(*below, torch.device("cpu"))
+    return DeviceReader(*below, torch.device("cuda", torch.cuda.current_device()))

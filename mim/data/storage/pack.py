@@ -30,14 +30,8 @@ from mim.data.storage.packed import (
 def pack(config: DataConfig, folder: str | Path, recipe: Recipe, workers: int = 0) -> Path:
     """Write the train and val images of a config as a packed set; returns its manifest.
 
-    A packing that was killed goes on; a finished one of the same images is checked and kept. The
-    division into train and val is that of the config and is kept.
-
-    Args:
-        config: which images.
-        folder: the packed set, ``data.path`` of ``data.source: packed``.
-        recipe: what is kept of them.
-        workers: processes that read.
+    A packing that was killed resumes; a finished one of the same images is checked and stays. The
+    division into train and val is that of the config. ``workers`` processes read.
 
     Raises:
         UserError: if the folder holds another set or a damaged one, is in use by another process,

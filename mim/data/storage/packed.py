@@ -9,7 +9,7 @@ source::
     OUT/train.npy             one row an image: id, label, part, offset, bytes, height, width
     OUT/train-00000.bin       or train-00000.tar
 
-Parts are written whole or not at all, so that a packing that was killed goes on where it was.
+Parts are written atomically, so that a packing that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mim.data.sources.base import SOURCES, ImageSource, Split, some_bytes
 FORMAT = 1
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 24  # bytes hashed at once
-_READER = 2  # raised where an image comes to be read otherwise, so that nothing stored is used
+_READER = 2  # raised where images are read differently, so that nothing stored is reused
 _AHEAD = 64  # images of a source far away fetched at once
 ROW = np.dtype(
     [
@@ -162,8 +162,10 @@ _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"\x93N": "npy", b"GI": "gif",
 def _add(tar: tarfile.TarFile, row: Any, data: bytes, name: str) -> int:
     """Adds an image as WebDataset names its files; returns where its bytes begin."""
     key = f"{int(row['id']) & (2**64 - 1):016x}"
-    told = json.dumps({"id": int(row["id"]), "label": int(row["label"]), "name": name}).encode()
-    members = [("json", told)]
+    description = json.dumps(
+        {"id": int(row["id"]), "label": int(row["label"]), "name": name}
+    ).encode()
+    members = [("json", description)]
     if row["label"] >= 0:
         members.append(("cls", str(int(row["label"])).encode()))
     members.append((_SUFFIXES.get(data[:2], "img"), data))  # last: its place is known then
@@ -179,7 +181,7 @@ def _add(tar: tarfile.TarFile, row: Any, data: bytes, name: str) -> int:
 def read_spans(
     source: ImageSource, recipe: Recipe, spans: list[range], workers: int
 ) -> Iterator[tuple[bytes, NDArray[Any], list[tuple[str, str]]]]:
-    """:func:`read_span` of each, in order, by so many processes; 0 reads in this one."""
+    """:func:`read_span` of each, in order, by ``workers`` processes; 0 reads in this one."""
     if workers < 2 or len(spans) < 2:
         for span in spans:
             yield read_span(source, recipe, span)
@@ -221,13 +223,13 @@ def spans_of(source: ImageSource, recipe: Recipe) -> list[range]:
 def pack_split(
     source: ImageSource, folder: Path, split: str, recipe: Recipe, workers: int, key: str
 ) -> dict[str, Any]:
-    """Pack one split, going on from the parts that are there; returns its entry in the manifest.
+    """Pack one split, without the parts that are there; returns its entry in the manifest.
 
     Args:
         source: the images.
         folder: where they go.
-        split: what the names of the files begin with.
-        recipe: what is kept of them.
+        split: the prefix of the files' names.
+        recipe: what is stored of them.
         workers: processes that read.
         key: of :func:`content_key`; parts with another one are written again.
     """
@@ -245,15 +247,15 @@ def pack_split(
         entry = {"name": path.name, "images": len(rows), "bytes": len(data), "blake2b": digest}
         # The note comes last: a part without one is written again.
         write_json_atomic(notes[number], {"key": key, "entry": entry, "unreadable": faults})
-    told = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    written = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
     rows = np.concatenate([np.load(note.with_suffix(".rows")) for note in notes])
     write_atomic(folder / f"{split}.npy", partial(_save, rows))
     return {
         "images": len(source),
         "source": source.fingerprint(),
         "key": key,
-        "parts": [note["entry"] for note in told],
-        "unreadable": [fault for note in told for fault in note["unreadable"]],
+        "parts": [note["entry"] for note in written],
+        "unreadable": [fault for note in written for fault in note["unreadable"]],
         "rows": _digest(folder / f"{split}.npy"),
     }
 
@@ -272,15 +274,15 @@ def _is_done(note: Path, key: str) -> bool:
     if not note.is_file() or not note.with_suffix(".rows").is_file():
         return False
     try:
-        told = json.loads(note.read_text(encoding="utf-8"))
-        path = note.parent / told["entry"]["name"]
+        stored = json.loads(note.read_text(encoding="utf-8"))
+        path = note.parent / stored["entry"]["name"]
     except (ValueError, KeyError, TypeError):
         return False
     return (
-        told["key"] == key
+        stored["key"] == key
         and path.is_file()
-        and path.stat().st_size == told["entry"]["bytes"]
-        and _digest(path) == told["entry"]["blake2b"]
+        and path.stat().st_size == stored["entry"]["bytes"]
+        and _digest(path) == stored["entry"]["blake2b"]
     )
 
 
@@ -305,7 +307,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Reads all of a packed set against its digests.
+    """Check all of a packed set against its digests.
 
     Raises:
         UserError: for the first file that is missing or differs.
@@ -320,15 +322,7 @@ def verify(folder: Path) -> None:
 
 
 class Packed(ImageSource):
-    """Images of one split in a folder of parts.
-
-    Args:
-        folder: where they are.
-        rows: their index.
-        parts: names of the files.
-        kind: pixels or shards.
-        channels: of pixels.
-    """
+    """Images of one split in the files ``parts`` of a folder, with ``rows`` as their index."""
 
     def __init__(
         self, folder: Path, rows: NDArray[Any], parts: list[str], kind: str, channels: int

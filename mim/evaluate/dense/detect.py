@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
+from mim.core.device import to_device
 from mim.core.fields import Count, Positive, Span
 from mim.core.rng import image_keys, seed_of
 from mim.data import Batch, holdout
@@ -192,8 +193,10 @@ class Detector(DenseModel):
             purpose = f"regions-{stage}"
             keys = image_keys(self.seed, batch.epoch, batch.sample_ids, purpose=purpose)
             sampler.keys = keys.tolist()
-        images = list(batch.images.to(device, non_blocking=True).float() / 255)
-        targets = [{key: value.to(device) for key, value in t.items()} for t in batch.targets]
+        images = list(to_device(batch.images, device).float() / 255)
+        targets = [
+            {key: to_device(value, device) for key, value in t.items()} for t in batch.targets
+        ]
         losses: dict[str, Tensor] = self.network(images, targets)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             losses = self._over_processes(losses)
@@ -215,7 +218,7 @@ class Detector(DenseModel):
         """(B, C, H, W) uint8 -> for each image boxes (n, 4), labels (n,) from 1, scores (n,), and
         masks (n, 1, H, W) in [0, 1]."""
         device = next(self.parameters()).device
-        found: list[dict[str, Tensor]] = self.network(list(images.to(device).float() / 255))
+        found: list[dict[str, Tensor]] = self.network(list(to_device(images, device).float() / 255))
         return found
 
 

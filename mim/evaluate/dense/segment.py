@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from mim.core.config import FREE
+from mim.core.device import to_device
 from mim.core.fields import Natural, Share
 from mim.core.rng import seed_of
 from mim.data import Batch, holdout, normalize
@@ -234,9 +235,9 @@ class Segmenter(DenseModel):
         assert isinstance(batch, MaskedBatch)
         device = next(self.parameters()).device
         self.draw_drop_paths(batch)
-        images = batch.images.to(device, non_blocking=True)
+        images = to_device(batch.images, device)
         logits = self(normalize(images, self.mean, self.std))
-        masks = batch.masks.to(device, non_blocking=True)
+        masks = to_device(batch.masks, device)
         summed = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
         return summed / (masks != VOID).sum().clamp(min=1)
 
@@ -408,7 +409,7 @@ class Segment(TaskEvaluation):
         original = image.height, image.width
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
-        pixels = stack_pixels([view.pixels(image, 0)]).to(device)
+        pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
         predicted = _resize(logits.float(), original).argmax(1)[0].cpu()

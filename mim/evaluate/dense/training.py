@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mim.core.config import FREE, DataConfig
 from mim.core.cpu.kernels import tune
+from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import (
     BelowOne,
@@ -224,7 +225,7 @@ class DenseModel(nn.Module):
         draws = draws_of(self.encoder)
         if draws is not None:
             values = draws.draw(batch, self.seed)
-            draws.values = values.to(next(self.parameters()).device)
+            draws.values = to_device(values, next(self.parameters()).device)
 
     def train(self, mode: bool = True) -> DenseModel:
         """A frozen encoder stays in eval mode."""
@@ -388,7 +389,7 @@ class DenseTask(SupervisedTask):
             return
         cuts = [_cut(inputs, cut) for cut in parts(inputs, count)]
         counts = torch.tensor([float(self.model.counted(part)) for part in cuts])
-        counts = counts.to(self.accelerator.device, non_blocking=True)
+        counts = to_device(counts, self.accelerator.device)
         total = self.accelerator.reduce(counts.sum(), "sum").clamp(min=1)
         yield from zip(cuts, counts * world / total, strict=True)
 

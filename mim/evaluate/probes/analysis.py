@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mim.core.device import to_device
 from mim.core.errors import UserError
 from mim.core.fields import Count
 from mim.core.rng import image_keys
@@ -149,7 +150,7 @@ def layer_features(
 def _embedded(
     family: Family, batch: Batch, source: ImageSource, device: torch.device | str
 ) -> Embedded:
-    images = normalize(batch.images.to(device), source.mean, source.std)
+    images = normalize(to_device(batch.images, device), source.mean, source.std)
     return family.place(family.embed(images))
 
 

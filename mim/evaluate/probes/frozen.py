@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mim.core.config import DataConfig
+from mim.core.device import to_device
 from mim.core.fields import Positive
 from mim.core.rng import seed_of
 from mim.data import Batch, ImageSource
@@ -173,7 +174,7 @@ class ProbeTask(ClassificationTask):
 
     def targets(self, batch: Batch, images: Tensor) -> Labelled:
         assert batch.labels is not None
-        hot = nn.functional.one_hot(batch.labels.to(images.device), self.classes)
+        hot = nn.functional.one_hot(to_device(batch.labels, images.device), self.classes)
         return Labelled(images, hot.float())
 
     def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
