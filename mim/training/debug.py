@@ -31,24 +31,17 @@ SHOWN_IMAGES = 12
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """The values of a tensor, or of everything that a module put out in this step.
-
-    Attributes:
-        kind: images, output, gradient of output, parameter or gradient.
-        name: of the module or parameter.
-        shape: of the first tensor, as text.
-        bad: number of values that are not finite.
-        count: number of values.
-        low: the least finite value; NaN where there is none.
-        high: the greatest finite value, likewise.
-    """
+    """The values of a tensor, or of everything that a module put out in this step."""
 
     kind: str
+    """images, output, gradient of output, parameter or gradient."""
     name: str
     shape: str
     bad: int
+    """Number of values that are not finite."""
     count: int
     low: float
+    """The least finite value; NaN if there is none."""
     high: float
 
     def joined(self, other: TensorSummary) -> TensorSummary:
@@ -107,31 +100,24 @@ class _Recorder:
 
 @dataclass(frozen=True, eq=False)
 class DebuggedStep:
-    """What :func:`debug_batch` found.
-
-    Attributes:
-        step: counted from 1, as in metrics and messages.
-        weights: in which weights the step was computed, in words.
-        exact: whether these are the weights that the step had.
-        loss: as training counts it.
-        bad_images: (sample id, name) of images whose loss is not finite.
-        images: how many images the step has.
-        first: the first tensor that is not finite, or None.
-        seen: every tensor.
-        original: (H, W, C) uint8 each, those with the highest loss, not finite ones first.
-        masked: the same under their masks.
-        titles: of each.
-    """
+    """What :func:`debug_batch` found."""
 
     step: int
+    """Counted from 1, as in metrics and messages."""
     weights: str
+    """The weights in which the step was computed, in words."""
     exact: bool
+    """Whether the step had these weights."""
     loss: float
     bad_images: list[tuple[int, str]]
+    """(sample id, name) of images whose loss is not finite."""
     images: int
+    """Number of images of the step."""
     first: TensorSummary | None
+    """The first tensor that is not finite."""
     seen: list[TensorSummary]
     original: list[Pixels]
+    """(H, W, C) uint8 each: the images with the highest loss."""
     masked: list[Pixels]
     titles: list[str]
 
