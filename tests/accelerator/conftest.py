@@ -13,6 +13,8 @@ from mim.training.trainer import Trainer
 from tests.accelerator.pretend import Pretend, device, pretending
 from tests.evaluate.dense.conftest import scenes, squares  # noqa: F401  (fixtures)
 
+device()  # while tests are collected: autograd knows the devices there were at its first backward
+
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:

@@ -332,6 +332,12 @@ class _Module(_DummyBackendModule):
     def manual_seed_all(self, seed: int) -> None:
         """Draws come from the CPU's generator."""
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

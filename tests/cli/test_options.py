@@ -122,11 +122,15 @@ def test_a_disk_that_cannot_be_written_is_one_line(
     assert mim("pretrain", "--config", tiny(), "--output", run).code == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def full(path: Path, content: object) -> None:
-        raise OSError(number, os.strerror(number))
+    for name in ("write_text", "write_bytes"):  # files are first written under another name
+        real = getattr(Path, name)
 
-    monkeypatch.setattr("mim.core.files._write_text", full)
-    monkeypatch.setattr("mim.training.checkpoint._write_bytes", full)
+        def full(path: Path, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            if path.suffix == ".tmp":
+                raise OSError(number, os.strerror(number))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, full)
     heads = "--model.backbone_args.num_heads=2"
     imported = (run / "encoder.safetensors", heads, "--data.source=digits")
     for args, place in (

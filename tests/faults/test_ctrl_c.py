@@ -141,7 +141,7 @@ def measured(
     [
         (["evaluate", "knn", "RUN"], "mim.evaluate.features:image_tokens", before),
         (["evaluate", "linear", "RUN"], "mim.evaluate.probes.linear:Linear.run", before),
-        (["evaluate", "knn", "RUN"], "mim.core.files:_write_text", halfway),
+        (["evaluate", "knn", "RUN"], "pathlib:Path.write_text", halfway),
         (["report", "CMP"], "mim.report.figures:draw", before),
         (["report", "CMP"], "pathlib:Path.write_bytes", halfway),
         (["visualize", "masks", "RUN"], "mim.evaluate.visualize:draw_masks", before),
@@ -163,7 +163,7 @@ def test_a_verb_stops(
     found = files(measured)
     full = [arg.replace("RUN", places["RUN"]).replace("CMP", places["CMP"]) for arg in args]
     assert_stopped(terminal(full, place, how))
-    if place == "mim.core.files:_write_text":  # before the numbers the answers are there, whole
+    if place == "pathlib:Path.write_text":  # before the numbers the answers are there, whole
         (run / "predictions.npz").unlink(missing_ok=True)
     assert files(measured) == found
 

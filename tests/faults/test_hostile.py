@@ -255,8 +255,9 @@ def test_yaml_that_swells_is_refused(text: str, tmp_path: Path, mim: Mim) -> Non
 def test_plain_yaml_is_what_it_was() -> None:
     text = "a: [1, 2.5, null, {b: *x}]".replace("*x", "yes") + "\nc: &s {d: e}\nf: [*s, *s]\n"
     assert parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml("2001-99-99") == "2001-99-99"  # dates are text, even impossible ones
     with pytest.raises(yaml.YAMLError):
-        parse_yaml("2001-99-99")
+        parse_yaml("a: [1")
     config = load_config(None, {"model.backbone_args": {"depth": 3}})
     assert isinstance(config, Config)
 
