@@ -220,7 +220,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     config, images = _open_images(config, saved, accelerator)
     start = saved["step"] if saved else 0
     if accelerator.is_main_process:
-        for folder in (run, run / "checkpoints"):
+        for folder in (run, run / "checkpoints", run / "pictures"):
             remove_leftovers(folder)
         for reason in passed_over:
             note(f"{reason}; resuming from step {start}")

@@ -111,7 +111,9 @@ def weights(run: Path) -> dict[str, Any]:
     state, passed_over = checkpoint.newest_checkpoint(run)
     assert state is not None and not passed_over
     del state["state"]["elapsed"], state["state"]["train_seconds"]
-    return leaves(state)
+    fingerprint = json.loads(state["fingerprint"])
+    del fingerprint["plugins"]  # the one that kills is not in the run that goes straight on
+    return leaves({**state, "fingerprint": fingerprint})
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -55,12 +55,12 @@ def assert_same_checkpoints(one: Path, two: Path) -> None:
 
 @pytest.fixture
 def slow_save(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, float]]:
-    """Each write of a checkpoint takes 0.15 s before it looks at the state; (thread, from, to)."""
+    """Each write of a checkpoint takes 0.4 s before it looks at the state; (thread, from, to)."""
     real, seen = torch.save, []
 
     def slow(*args: Any, **kwargs: Any) -> None:
         began = time.monotonic()
-        time.sleep(0.15)
+        time.sleep(0.4)
         real(*args, **kwargs)
         seen.append((threading.current_thread().name, began, time.monotonic()))
 
@@ -83,6 +83,7 @@ def test_beside_the_training_the_same_is_written(
     keys = loop.image_keys
 
     def noted(*given: Any, **named: Any) -> Any:
+        time.sleep(0.1)  # the thread that writes has begun by now
         steps.append(time.monotonic())
         return keys(*given, **named)
 
