@@ -358,7 +358,15 @@ def power_of_difference(truth: float, error: float, df: float, critical: float) 
         critical: standard errors that it takes.
     """
     shift = abs(truth) / error
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+    ratio, share = _estimated_errors(df)  # SciPy's noncentral t is NaN in the far tail
+    shown = stats.norm.sf(critical * ratio - shift) + stats.norm.cdf(-critical * ratio - shift)
+    return float(share @ shown)
+
+
+def _estimated_errors(df: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Estimated over true standard error at points of its distribution, and their weights."""
+    u, share = np.polynomial.legendre.leggauss(200)
+    return np.sqrt(stats.chi2.ppf((u + 1) / 2, df) / df), share / 2
 
 
 def power_of_equality(truth: float, margin: float, error: float, df: float, count: int) -> float:
@@ -367,11 +375,10 @@ def power_of_equality(truth: float, margin: float, error: float, df: float, coun
     By the estimated spread s: both tests pass where |estimate| < margin - t s.
     """
     t = float(stats.t.isf(LEVEL / count, df))
-    u, share = np.polynomial.legendre.leggauss(200)
-    s = error * np.sqrt(stats.chi2.ppf((u + 1) / 2, df) / df)
-    room = np.maximum(margin - t * s, 0.0)
+    ratio, share = _estimated_errors(df)
+    room = np.maximum(margin - t * error * ratio, 0.0)
     inside = stats.norm.cdf((room - truth) / error) - stats.norm.cdf((-room - truth) / error)
-    return float((share / 2) @ np.where(room > 0, inside, 0.0))
+    return float(share @ np.where(room > 0, inside, 0.0))
 
 
 @dataclass(frozen=True)

@@ -300,3 +300,13 @@ def test_power_and_coverage_of_many_designs(groups: int, seeds: int) -> None:
         )
     assert shown / count == pytest.approx(0.8, abs=0.03)
     assert _close(held / count, 0.95, count)
+
+
+@pytest.mark.parametrize("df", [2, 8, 100, 2000])
+def test_power_is_the_noncentral_t_and_a_number_far_out(df: int) -> None:
+    """SciPy's own is NaN where the other tail is too small to tell, as with hundreds of seeds."""
+    for shift in (0.0, 1.0, 3.0):
+        exact = stats.nct.sf(2.0, df, shift) + np.nan_to_num(stats.nct.cdf(-2.0, df, shift))
+        assert power_of_difference(shift, 1.0, df, 2.0) == pytest.approx(exact, abs=1e-4)
+    assert 0.9 < power_of_difference(-6.92, 1.0, df, 2.8) <= 1.0
+    assert 0.9 < power_of_difference(40.0, 1.0, df, 4.9) <= 1.0
