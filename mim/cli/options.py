@@ -196,7 +196,8 @@ def add_list(
     parser: argparse.ArgumentParser, option: str, about: str, kind: Callable[[str], Any] = str
 ) -> None:
     """Values separated by commas; an option that is repeated adds to them. None without any."""
-    what = {int: "whole numbers", float: "numbers"}.get(kind, "names")  # type: ignore[call-overload]
+    nouns: dict[Callable[[str], Any], str] = {int: "whole numbers", float: "numbers"}
+    what = nouns.get(kind, "names")
 
     def read(text: str) -> list[Any]:
         try:
