@@ -70,7 +70,7 @@ def as_rows(checks: list[Check]) -> list[dict[str, Any]]:
 
 def _versions() -> Iterator[Check]:
     yield Check("python", "ok", platform.python_version())
-    for text in metadata.requires("mim") or []:
+    for text in metadata.requires("mim-compare") or []:
         required = Requirement(text)
         if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
