@@ -269,6 +269,9 @@ class MaskConfig(ComponentSettings, where="mask"):
     """The mask generator."""
     ratio: Ratio = 0.75
     """Share of the patches that is hidden, or (from, to) to draw one for each image."""
+    rounding: Literal["nearest", "ceil", "floor_visible"] = "nearest"
+    """How that becomes a number of patches: nearest (halves up), ceil (SimMIM rounds the hidden
+    ones up) or floor_visible (MAE rounds the visible ones down)."""
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
@@ -355,6 +358,10 @@ class ModelConfig(Settings, where="model"):
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
+    init: Literal["timm", "mae"] = "timm"
+    """Initial weights of the encoder: timm's own, or mae: linear layers and the patch embedding,
+    as a linear map, Xavier uniform; class and register tokens normal with deviation 0.02; biases of
+    linear layers 0, layer norms 1 and 0. Decoders of blocks are always so initialised."""
     norm_eps: Positive | None = None
     """Epsilon of every layer norm; by default the backbone's own, mostly 1e-6."""
     regime: RegimeConfig = field(default_factory=RegimeConfig)
@@ -381,11 +388,14 @@ class OptimConfig(Settings, where="optim"):
     warmup_epochs: NonNegative = 40.0
     """Epochs of linear warm-up; may be fractional. At most a half of the run."""
     weight_decay: NonNegative = 0.05
-    """Decay of matrices; vectors, biases, tokens and position embeddings have none."""
+    """Decay of matrices; vectors, biases, tokens (but see decay_tokens) and position embeddings
+    have none."""
     betas: Annotated[tuple[float, float], _RATES] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient; none does not clip."""
+    decay_tokens: bool = False
+    """Whether class, register and mask tokens decay too, as in MAE."""
 
 
 @dataclass(frozen=True)

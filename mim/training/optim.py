@@ -14,10 +14,8 @@ from torch.optim.adamw import adamw
 from mim.core.config import OptimConfig
 
 # Vectors that timm's rule (no decay for one-dimensional parameters) does not see.
-_NO_DECAY = (
-    *("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token"),
-    *("pos_embed", "pos_embed_x", "pos_embed_y"),
-)
+_TOKENS = ("cls_token", "reg_token", "dist_token", "mask_token")
+_NO_DECAY = ("layer_weights", "pos_embed", "pos_embed_x", "pos_embed_y")
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,9 @@ def build_schedule(
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """Builds AdamW without weight decay of biases, norms, tokens and position embeddings."""
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in _NO_DECAY]
+    """Builds AdamW without weight decay of vectors and, unless asked for, of tokens."""
+    free = _NO_DECAY if config.decay_tokens else _NO_DECAY + _TOKENS
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in free]
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     kind = CompensatedAdamW if narrow else torch.optim.AdamW

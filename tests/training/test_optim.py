@@ -70,4 +70,8 @@ def test_what_decays_and_what_does_not() -> None:
     decayed = {name for name in trained if name not in free}
     assert {"backbone.blocks.0.attn.qkv.weight", "backbone.patch_embed.proj.weight"} <= decayed
     assert all(decay[id(trained[name])] == 0.3 for name in decayed)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.3, decay_tokens=True), model, 1e-3)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    tokens = {name for name in named if "token" in name}
+    assert {name for name, p in trained.items() if decay[id(p)] == 0.3} == decayed | tokens
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
