@@ -6,7 +6,6 @@ nearest integer, halves up (``mask.rounding``). Every generator uses this one ru
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ Grid = tuple[int, int]
 
 def hidden_count(ratio: float, patches: int, rounding: str = "nearest") -> int:
     """Count the patches that a ratio hides, by default the nearest integer, halves up."""
-    return int(hidden_counts(torch.tensor(ratio, dtype=torch.float64, device="cpu"), patches, rounding))
+    return int(
+        hidden_counts(torch.tensor(ratio, dtype=torch.float64, device="cpu"), patches, rounding)
+    )
 
 
 def hidden_counts(ratios: Tensor, patches: int, rounding: str = "nearest") -> Tensor:
