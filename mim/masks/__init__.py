@@ -19,7 +19,9 @@ from mim.masks.patterns import (
     MultiblockMask,
     RowMask,
 )
+from mim.masks.squares import SquaresMask
 from mim.masks.statistics import mask_statistics
+from mim.masks.target_blocks import TargetBlocksMask
 
 __all__ = [
     "MASKS",
@@ -35,6 +37,8 @@ __all__ = [
     "MultiblockMask",
     "PatchMask",
     "RowMask",
+    "SquaresMask",
+    "TargetBlocksMask",
     "build_mask_generator",
     "hidden_count",
     "mask_statistics",

@@ -56,6 +56,7 @@ class MaskRequest:
         attention: (B, N), how much a teacher attends to each patch; None unless asked for.
         logits: (B, N), the scores of the generator's own network; None where it has none.
         rounding: how ratios become counts, as ``mask.rounding``.
+        epoch: the pass over the data; below 0 for masks that do not change.
     """
 
     grid: Grid
@@ -66,6 +67,7 @@ class MaskRequest:
     attention: Tensor | None = None
     logits: Tensor | None = None
     rounding: str = "nearest"
+    epoch: int = -1
 
     @property
     def num_patches(self) -> int:
@@ -111,6 +113,8 @@ class MaskGenerator(ABC):
     """Whether it looks at the images; its masks then follow from what they show, too."""
     needs_attention: bool = False
     """Whether it reads a teacher's attention; the model then keeps one (``model.teacher``)."""
+    has_targets: bool = False
+    """Whether its masks carry target blocks, each to be predicted by itself (:meth:`targets`)."""
     is_trained: bool = False
     """Whether it has a network of its own, trained with the model (``model.mask_network``)."""
 
@@ -123,6 +127,10 @@ class MaskGenerator(ABC):
     def sees_images(self) -> bool:
         """Whether masks depend on the images, by themselves, a teacher or a network."""
         return self.needs_images or self.needs_attention or self.is_trained
+
+    def targets(self, request: MaskRequest) -> Tensor:
+        """(B, T, N) bool, True where a patch is in a target block; blocks may overlap."""
+        raise NotImplementedError(f"{type(self).__name__} has no target blocks")
 
     def network(self, channels: int, seed: int) -> nn.Module:
         """Build the network of a generator that is trained: images to logits (B, N)."""
@@ -183,8 +191,10 @@ class MaskGenerator(ABC):
             logits = network(images) if self.is_trained and network else None
             keys, drawn = to_device(keys, images.device), to_device(drawn, images.device)
         rounding = self.ratios.rounding
-        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding)
-        return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
+        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding, epoch)
+        targets = self.targets(request) if self.has_targets else None
+        counts = self.known_counts(grid, low, high)
+        return PatchMask(self.draw(request), counts, keys, targets=targets)
 
     def draw_sizes(
         self,
