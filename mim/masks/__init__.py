@@ -6,6 +6,7 @@ from mim.masks.generators import (
     MaskGenerator,
     build_mask_generator,
     hidden_count,
+    repeat_keys,
     sample_masks,
 )
 from mim.masks.guided import AttentionMask, LearnedMask
@@ -42,5 +43,6 @@ __all__ = [
     "build_mask_generator",
     "hidden_count",
     "mask_statistics",
+    "repeat_keys",
     "sample_masks",
 ]

@@ -24,6 +24,8 @@ from mim.masks.patch_mask import PatchMask
 
 Grid = tuple[int, int]
 
+_UNMASKED, _REPEATS = 6, 7  # streams of the keys
+
 
 def hidden_count(ratio: float, patches: int, rounding: str = "nearest") -> int:
     """Count the patches that a ratio hides, by default the nearest integer, halves up."""
@@ -80,11 +82,19 @@ class MaskRequest:
         return hidden_counts(self.ratios, units, self.rounding)
 
 
+def repeat_keys(keys: Tensor, repeats: int) -> Tensor:
+    """Derive ``repeats`` keys of each key (B,), the first of which is itself: (B * repeats,)."""
+    others = random_bits(keys, repeats - 1, _REPEATS)
+    return torch.cat([keys[:, None], others], dim=1).flatten()
+
+
 class Ratios(Protocol):
     """The part of :class:`MaskConfig` that all generators share."""
 
     @property
     def rounding(self) -> str: ...
+    @property
+    def unmasked(self) -> float: ...
     def ratio_at(self, epoch: int) -> tuple[float, float]: ...
     def all_ratios(self) -> list[tuple[str, float]]: ...
 
@@ -193,8 +203,12 @@ class MaskGenerator(ABC):
         rounding = self.ratios.rounding
         request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding, epoch)
         targets = self.targets(request) if self.has_targets else None
-        counts = self.known_counts(grid, low, high)
-        return PatchMask(self.draw(request), counts, keys, targets=targets)
+        hidden, counts = self.draw(request), self.known_counts(grid, low, high)
+        if self.ratios.unmasked and epoch >= 0:
+            hidden &= uniforms(keys, 1, _UNMASKED) >= self.ratios.unmasked
+            # On the host the true counts are read; elsewhere that would wait for the device.
+            counts = (counts[0], request.num_patches) if counts and self.sees_images else None
+        return PatchMask(hidden, counts, keys, targets=targets)
 
     def draw_sizes(
         self,
