@@ -205,8 +205,13 @@ class MaskedImageModel(nn.Module):
         if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
             readable = replace(latents, tokens=norm(latents.tokens))
+        if self.decoder.predicts_blocks:
+            readable = replace(readable, mask=mask)
         if self.target.context.loss_on == "all":
             ids, valid = None, mask.valid
+        elif self.decoder.predicts_blocks and mask.target_ids is not None:
+            ids = mask.target_ids.flatten(1)  # (B, T A)
+            valid = None if mask.target_valid is None else mask.target_valid.flatten(1)
         else:
             # The parts do not both take a share.
             share = min(self.decoder.share, self.regime.predict_share) if self.training else 1.0
@@ -288,6 +293,10 @@ def build_model(config: Config) -> MaskedImageModel:
     decoder.packs = regime.packs
     if data.keeps_aspect:
         _check_sizes(config, family, generator, regime, target)
+    if decoder.predicts_blocks and (data.keeps_aspect or target.context.loss_on == "all"):
+        reason = "predicts target blocks, and "
+        reason += "data.aspect is keep" if data.keeps_aspect else "model.target.loss_on is all"
+        raise setting_error("model.decoder.name", model.decoder.name, reason)
     set_norm_eps(decoder, model.norm_eps)
     if target.context.loss_on == "all":
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
