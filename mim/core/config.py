@@ -10,6 +10,7 @@ the CLI call before anything runs.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from mim.core.fields import (
     build,
 )
 from mim.core.plugins import import_plugin
+from mim.core.schedule import CourseSettings, ScheduleSettings, remaining
 from mim.core.settings import to_dict
 
 FREE = {"free": True}
@@ -277,7 +279,7 @@ def _range(ratio: Ratio) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class MaskScheduleConfig(Settings, where="mask.schedule"):
+class MaskScheduleConfig(CourseSettings, where="mask.schedule"):
     """A mask ratio that moves from ``mask.ratio`` to another one, epoch by epoch."""
 
     to: Ratio | None = None
@@ -285,11 +287,14 @@ class MaskScheduleConfig(Settings, where="mask.schedule"):
     epochs: Count | None = None
     """The epoch, counted from 0, in which the end is reached; the ratio then stays. Needed with
     ``to``."""
-    shape: Literal["linear", "cosine"] = "linear"
-    """How it moves: linear or cosine."""
+    shape: Literal["linear", "cosine", "multistep"] = "linear"
+    """How it moves: linear, cosine, or multistep (times ``factor`` at each of the ``milestones``,
+    in epochs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.to is not None and self.shape == "multistep":
+            raise self.error("to", "does not go with mask.schedule.shape=multistep")
         if self.to is not None and self.epochs is None:
             reason = "is needed with mask.schedule.to: the epoch in which the end is reached"
             raise self.error("epochs", reason)
@@ -303,6 +308,9 @@ class MaskConfig(ComponentSettings, where="mask"):
     """The mask generator."""
     ratio: Ratio = 0.75
     """Share of the patches that is hidden, or (from, to) to draw one for each image."""
+    rounding: Literal["nearest", "ceil", "floor_visible"] = "nearest"
+    """How that becomes a number of patches: nearest (halves up), ceil (SimMIM rounds the hidden
+    ones up) or floor_visible (MAE rounds the visible ones down)."""
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
@@ -314,22 +322,24 @@ class MaskConfig(ComponentSettings, where="mask"):
 
     def ratio_at(self, epoch: int) -> tuple[float, float]:
         """:attr:`ratio_range` in an epoch; below epoch 0 it has not moved yet."""
-        if self.schedule.to is None or self.schedule.epochs is None or epoch <= 0:
-            return self.ratio_range
-        progress = min(epoch / self.schedule.epochs, 1.0)
-        if self.schedule.shape == "cosine":
-            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
-        start, end = self.ratio_range, _range(self.schedule.to)
-        return (
-            start[0] + (end[0] - start[0]) * progress,
-            start[1] + (end[1] - start[1]) * progress,
-        )
+        moved, (low, high) = self.schedule, self.ratio_range
+        if moved.shape == "multistep":
+            factor = moved.factor ** bisect_right(moved.milestones, epoch)
+            return low * factor, high * factor
+        if moved.to is None or moved.epochs is None or epoch <= 0:
+            return low, high
+        progress = 1 - remaining(moved.shape, epoch / moved.epochs, moved.phase)
+        end = _range(moved.to)
+        return low + (end[0] - low) * progress, high + (end[1] - high) * progress
 
     def all_ratios(self) -> list[tuple[str, float]]:
         """(setting, ratio) of the ends of every range, between which all ratios lie."""
         ratios = [("mask.ratio", ratio) for ratio in self.ratio_range]
         if self.schedule.to is not None:
             ratios += [("mask.schedule.to", ratio) for ratio in _range(self.schedule.to)]
+        if self.schedule.milestones:
+            last = self.ratio_at(math.ceil(self.schedule.milestones[-1]))
+            ratios += [("mask.schedule.factor", ratio) for ratio in last]
         return ratios
 
 
@@ -378,6 +388,11 @@ class TargetConfig(ComponentSettings, where="model.target"):
 
 
 @dataclass(frozen=True)
+class TeacherSchedule(ScheduleSettings, where="model.teacher_schedule"):
+    """How the teacher's decay moves from ``model.teacher_decay``."""
+
+
+@dataclass(frozen=True)
 class ModelConfig(Settings, where="model"):
     """Encoder, regime, decoder and target."""
 
@@ -389,6 +404,10 @@ class ModelConfig(Settings, where="model"):
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
+    init: Literal["timm", "mae"] = "timm"
+    """Initial weights of the encoder: timm's own, or mae: linear layers and the patch embedding,
+    as a linear map, Xavier uniform; class and register tokens normal with deviation 0.02; biases of
+    linear layers 0, layer norms 1 and 0. Decoders of blocks are always so initialised."""
     norm_eps: Positive | None = None
     """Epsilon of every layer norm; by default the backbone's own, mostly 1e-6."""
     regime: RegimeConfig = field(default_factory=RegimeConfig)
@@ -399,9 +418,54 @@ class ModelConfig(Settings, where="model"):
     """What must be predicted."""
     teacher_decay: BelowOne = 0.999
     """Decay of the EMA teacher that the generator attention and the target ema_features read."""
+    teacher_schedule: TeacherSchedule = field(default_factory=TeacherSchedule)
+    """How that decay moves."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("to", "warmup_from"):
+            value = getattr(self.teacher_schedule, name)
+            if value is not None and value > 1:
+                raise self.teacher_schedule.error(name, "must be at most 1")
 
 
 _RATES = Bound(lambda rates: all(0 <= rate < 1 for rate in rates), "must each lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RateSchedule(ScheduleSettings, where="optim.schedule"):
+    """How the learning rate moves from its peak, by step; ``to`` and ``warmup_from`` are absolute
+    rates."""
+
+    shape: Literal["constant", "linear", "cosine", "multistep"] = "cosine"
+    """constant, linear, cosine (half a period) or multistep (times ``factor`` at each of the
+    ``milestones``)."""
+    to: NonNegative | None = None
+    """Where linear and cosine end; by default at optim.min_lr."""
+    warmup: NonNegative | None = None
+    """How long the rate first rises, in a line; by default optim.warmup_epochs. At most a half of
+    training."""
+
+    def fills_in(self, name: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class DecaySchedule(ScheduleSettings, where="optim.decay_schedule"):
+    """How the weight decay moves from ``optim.weight_decay``, by step."""
+
+
+@dataclass(frozen=True)
+class ScaleConfig(Settings, where="optim.scales"):
+    """Multipliers of some parameters."""
+
+    names: str
+    """Pattern of their names in the model, with ``*`` and ``?``: ``backbone.patch_embed.*``."""
+    lr: NonNegative = 1.0
+    """Multiplies the learning rate."""
+    decay: NonNegative | None = None
+    """Multiplies optim.weight_decay, for parameters that else have none too; none leaves what they
+    have."""
 
 
 @dataclass(frozen=True)
@@ -415,11 +479,20 @@ class OptimConfig(Settings, where="optim"):
     warmup_epochs: NonNegative = 40.0
     """Epochs of linear warm-up; may be fractional. At most a half of the run."""
     weight_decay: NonNegative = 0.05
-    """Decay of matrices; vectors, biases, tokens and position embeddings have none."""
+    """Decay of matrices; vectors, biases, tokens (but see decay_tokens) and position embeddings
+    have none."""
     betas: Annotated[tuple[float, float], _RATES] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient; none does not clip."""
+    schedule: RateSchedule = field(default_factory=RateSchedule)
+    """How the learning rate moves."""
+    decay_schedule: DecaySchedule = field(default_factory=DecaySchedule)
+    """How the weight decay moves."""
+    scales: tuple[ScaleConfig, ...] = ()
+    """Multipliers of rate and decay by names of parameters; of two that fit, the later holds."""
+    decay_tokens: bool = False
+    """Whether class, register and mask tokens decay too, as in MAE."""
 
 
 @dataclass(frozen=True)

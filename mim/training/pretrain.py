@@ -105,6 +105,9 @@ class PretrainTask(Task):
     ) -> None:
         super().__init__(model, accelerator, config.train.ema_decay or 0.0)
         self.images, self.config = images, config
+        self.teacher_decay = config.model.teacher_schedule.build(
+            config.model.teacher_decay, images.steps, images.per_epoch
+        )
         self.is_sharded = config.train.shard and accelerator.num_processes > 1
 
     def batches(self, start: int) -> Iterable[Batch]:
@@ -160,7 +163,7 @@ class PretrainTask(Task):
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Updates the teacher and the average."""
-        self.model.update_teacher(taken)
+        self.model.update_teacher(taken, self.teacher_decay(batch.step))
         super().after_step(batch, taken)
         if self.average is not None and self.model.teacher is not None:
             average: Any = self.average  # the teacher is an average already
@@ -359,6 +362,9 @@ def _build_trainer(
     config, images, accelerator = task.config, task.images, task.accelerator
     train, run = config.train, Path(config.output)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
+    decay = config.optim.decay_schedule.build(
+        config.optim.weight_decay, images.steps, images.per_epoch
+    )
     identity = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
         "data": images.fingerprint,
@@ -388,6 +394,7 @@ def _build_trainer(
         Curves(None, start_trackers(accelerator, config, start)),
         store,
         accelerator.scaler,
+        decay if config.optim.decay_schedule.moves else None,
     )
     if saved is not None:
         trainer.load_state_dict(checkpoint.upgraded(saved, config.data.batch_size))
