@@ -105,18 +105,25 @@ class LowPassSettings(Settings):
     """ideal (all or nothing) or gaussian (half the power at the cutoff, no ringing)."""
     normalize: bool = False
     """Whether each filtered patch is brought to mean 0 and variance 1."""
+    transform: Literal["cosine", "fourier"] = "cosine"
+    """cosine (nothing that leaves at one border enters at the opposite one) or fourier, as in
+    PixMIM, which also normalises and has a cutoff of 40 / 112."""
 
 
 @TARGETS.register("low_pass", LowPassSettings)
 class LowPass(Pixels):
     """Pixels of the image without its high spatial frequencies (PixMIM, arXiv:2303.02416).
 
-    The filter acts on the whole image's cosine transform, which is the Fourier transform of the
-    image continued by its mirror image: what leaves at one border does not enter at the opposite
-    one, as in a plain Fourier transform. ``ideal`` keeps the frequencies up to
+    The filter acts on the whole image: by ``transform: cosine`` on the Fourier transform of the
+    image continued by its mirror image, by ``fourier`` on the plain one, where what leaves at one
+    border enters at the opposite one. ``ideal`` keeps the frequencies up to
     ``model.target.low_pass.cutoff`` as they are and nothing above; ``gaussian`` weakens without
     ringing, to half the power at the cutoff. A frequency is the length of the vector (vertical,
     horizontal), each as a share of the Nyquist frequency, half a cycle a pixel.
+
+    ``fourier`` measures frequencies as PixMIM's code does, from half a step below 0 and in steps of
+    the shorter side. That filter is not symmetric, so it leaves an imaginary part, which is dropped
+    here; the original takes the modulus.
     """
 
     takes_sizes = False
@@ -129,17 +136,29 @@ class LowPass(Pixels):
     def __init__(self, settings: LowPassSettings, context: TargetContext) -> None:
         super().__init__(settings, context)
         height, width = context.image_size
-        rows = torch.arange(height, dtype=torch.float64)[:, None] / height
-        columns = torch.arange(width, dtype=torch.float64)[None] / width
-        share = torch.hypot(rows, columns) / settings.cutoff  # (H, W), 1 at the cutoff
+        self.is_fourier = settings.transform == "fourier"
+        rows, columns = (torch.arange(side, dtype=torch.float64) for side in (height, width))
+        if self.is_fourier:
+            nyquist = (min(height, width) / 2,) * 2
+            rows, columns = rows - (height - 1) / 2, columns - (width - 1) / 2
+        else:
+            nyquist = height, width
+        share = torch.hypot(rows[:, None] / nyquist[0], columns[None] / nyquist[1])
+        share = share / settings.cutoff  # (H, W), 1 at the cutoff
         ideal = settings.filter == "ideal"
         gain = (share <= 1 + 1e-12).double() if ideal else torch.exp2(-(share**2) / 2)
+        if self.is_fourier:
+            gain = torch.fft.ifftshift(gain)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_vertical", cosine_basis(height), persistent=False)
         self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
 
     def _patches(self, images: Images, ids: Tensor | None = None) -> Tensor:
         assert isinstance(images, Tensor)  # see takes_sizes
+        if self.is_fourier:
+            images = images.float() if images.dtype.itemsize < 4 else images
+            spectrum = torch.fft.fft2(images) * self._gain.to(images.dtype)
+            return super()._patches(torch.fft.ifft2(spectrum).real, ids)
         low = filter_images(images, self._vertical, self._horizontal, self._gain)
         return super()._patches(low, ids)
 
