@@ -155,7 +155,13 @@ class PretrainTask(Task):
         # Of a sharded model FSDP lets through the two losses alone.
         terms: dict[str, Tensor] = getattr(output, "terms", {})
         named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        named |= {name: value.float() for name, value in getattr(output, "metrics", {}).items()}
         return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
+
+    def clipped(self, learner: nn.Module) -> Iterable[nn.Parameter]:
+        """Leaves out a target's own parameters, which its own term of the loss trains alone."""
+        apart = set(self.model.target.parameters())
+        return (weight for weight in learner.parameters() if weight not in apart)
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes, or shards it in place."""

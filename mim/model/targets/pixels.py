@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from mim.core.errors import setting_error
 from mim.core.fields import Bound, Settings
 from mim.core.patches import Images, Patches, patches_at, patchify, values_at
 from mim.model.targets.base import TARGETS, Target, TargetContext
@@ -26,7 +27,7 @@ def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / (patches.shape[-1] - 1) + _EPSILON).sqrt()
 
 
-def _normalized(patches: Tensor) -> Tensor:
+def normalized(patches: Tensor) -> Tensor:
     """(..., P), each patch at mean 0 and variance 1."""
     mean, deviation = _statistics(patches)
     return (patches - mean) / deviation
@@ -83,7 +84,7 @@ class NormalizedPixels(Pixels):
     """
 
     def _of(self, patches: Tensor) -> Tensor:
-        return _normalized(patches)
+        return normalized(patches)
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         return _denormalized(prediction, self._patches(images))
@@ -106,8 +107,8 @@ class LowPassSettings(Settings):
     normalize: bool = False
     """Whether each filtered patch is brought to mean 0 and variance 1."""
     transform: Literal["cosine", "fourier"] = "cosine"
-    """cosine (nothing that leaves at one border enters at the opposite one) or fourier, as in
-    PixMIM, which also normalises and has a cutoff of 40 / 112."""
+    """cosine (nothing that leaves at one border enters at the opposite one) or fourier, PixMIM's
+    own, which also normalises and has a cutoff of 40 / 112; it needs data.mean and data.std."""
 
 
 @TARGETS.register("low_pass", LowPassSettings)
@@ -122,14 +123,16 @@ class LowPass(Pixels):
     horizontal), each as a share of the Nyquist frequency, half a cycle a pixel.
 
     ``fourier`` measures frequencies as PixMIM's code does, from half a step below 0 and in steps of
-    the shorter side. That filter is not symmetric, so it leaves an imaginary part, which is dropped
-    here; the original takes the modulus.
+    the shorter side. That filter is not symmetric and leaves an imaginary part, so that the image
+    is the modulus, of pixels on the scale 0 to 1.
     """
 
     takes_sizes = False
     _gain: Tensor
     _vertical: Tensor
     _horizontal: Tensor
+    _mean: Tensor
+    _std: Tensor
 
     settings: LowPassSettings
 
@@ -149,6 +152,12 @@ class LowPass(Pixels):
         gain = (share <= 1 + 1e-12).double() if ideal else torch.exp2(-(share**2) / 2)
         if self.is_fourier:
             gain = torch.fft.ifftshift(gain)
+            if context.mean is None or context.std is None:
+                reason = "needs data.mean and data.std: it filters pixels on the scale 0 to 1"
+                raise setting_error("model.target.low_pass.transform", "fourier", reason)
+            for name, values in (("_mean", context.mean), ("_std", context.std)):
+                each = torch.tensor(values, dtype=torch.float64)[:, None, None]
+                self.register_buffer(name, each, persistent=False)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_vertical", cosine_basis(height), persistent=False)
         self.register_buffer("_horizontal", cosine_basis(width), persistent=False)
@@ -157,13 +166,14 @@ class LowPass(Pixels):
         assert isinstance(images, Tensor)  # see takes_sizes
         if self.is_fourier:
             images = images.float() if images.dtype.itemsize < 4 else images
-            spectrum = torch.fft.fft2(images) * self._gain.to(images.dtype)
-            return super()._patches(torch.fft.ifft2(spectrum).real, ids)
+            gain, mean, std = (m.to(images.dtype) for m in (self._gain, self._mean, self._std))
+            filtered = torch.fft.ifft2(torch.fft.fft2(images * std + mean) * gain)
+            return super()._patches((filtered.abs() - mean) / std, ids)
         low = filter_images(images, self._vertical, self._horizontal, self._gain)
         return super()._patches(low, ids)
 
     def _of(self, patches: Tensor) -> Tensor:
-        return _normalized(patches) if self.settings.normalize else patches
+        return normalized(patches) if self.settings.normalize else patches
 
     def to_pixels(self, prediction: Tensor, images: Images, target: Tensor | None = None) -> Tensor:
         if not self.settings.normalize:
