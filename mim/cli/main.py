@@ -27,6 +27,7 @@ from mim.cli import (
     export,
     imports,
     pretrain,
+    recipes,
     report,
     runs,
     visualize,
@@ -44,7 +45,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 _IN_ORDER: list[Verb | VerbGroup] = [
     *(pretrain.VERB, evaluate.VERB, compare.VERB, report.VERB, visualize.VERB, bench.VERB),
     *(data.VERB, export.VERB, imports.VERB, runs.VERB, runs.DIFF, doctor.VERB, debug.VERB),
-    completion.VERB,
+    *(recipes.VERB, completion.VERB),
 ]
 VERBS = {verb.name: verb for verb in _IN_ORDER}
 # What a disk that is full, read-only or broken answers, and a folder of somebody else.

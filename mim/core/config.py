@@ -88,6 +88,8 @@ class SubsetConfig(Settings, where="data.subset"):
 
 _ABOVE_ZERO = Bound(lambda values: min(values, default=1.0) > 0, "must be above 0")
 
+_CROPPED_FROM = 128  # pixels a side, by default
+
 STREAMED = ("shards", "huggingface")
 """The sources that can be read in place by URL."""
 
@@ -149,12 +151,30 @@ class DataConfig(ComponentSettings, where="data"):
     """Images a step, over all processes and accumulated parts."""
     workers: Natural = field(default=0, metadata=FREE)
     """Loader processes of each training process; 0 loads in the training process."""
-    augment: Literal["mae", "none"] = "mae"
-    """Training augmentation: mae (random resized crop, flip) or none (resize, centre crop)."""
+    augment: Literal["mae", "padded_crop", "none"] = "mae"
+    """Training augmentation: mae (random resized crop, flip), padded_crop (resized to cover the
+    size, data.pad reflected pixels on each side, a random crop, flip: PixMIM, DeiT III) or none
+    (as in evaluations)."""
     crop_scale: SpanToOne = (0.2, 1.0)
     """Share of the image's area a random crop covers, from and to."""
     crop_ratio: Span = (0.75, 4 / 3)
     """Width over height of a random crop, from and to."""
+    crop_fit: Literal["redraw", "clamp"] = "redraw"
+    """What becomes of a random crop that is larger than its image: it is drawn again, ten times at
+    most (torchvision), or its sides are cut to the image's (MAE's linear probe)."""
+    pad: Natural = 4
+    """With augment padded_crop: reflected pixels on each side."""
+    color_jitter: BelowOne = 0.0
+    """Largest change of brightness, contrast and saturation as a share, before the crop: each
+    becomes 1 - x to 1 + x times as much, in a random order (BEiT: 0.4). Needs 3 channels."""
+    eval_crop: Share | None = field(default=None, metadata={"before": 1.0})
+    """How evaluations, online ones too, cut an image of data.aspect square: it is resized until it
+    covers the size divided by this share, and its centre is taken. 0.875 (224 of 256) is that of
+    the published protocols, 1.0 leaves the shorter side whole. By default 0.875 from 128 pixels a
+    side and 1.0 below, where images are mostly stored at the size they are used at. The held-out
+    loss reads whole images."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """What resizes images, antialiased: bicubic, or bilinear (SimMIM)."""
     flip: bool = True
     """Whether half the images are mirrored left to right."""
     decode: Literal["auto", "pil", "torchvision", "nvjpeg"] = "auto"
@@ -203,6 +223,13 @@ class DataConfig(ComponentSettings, where="data"):
             raise self.error("batching", reason)
         if self.decode == "nvjpeg" and self.workers:
             raise self.error("decode", "needs data.workers=0: loader processes have no GPU")
+        if self.color_jitter and (self.channels != 3 or self.cache == "device"):
+            raise self.error(
+                "color_jitter", "needs data.channels=3 and data.cache other than device"
+            )
+        if self.keeps_aspect and (self.augment == "padded_crop" or self.color_jitter):
+            name = "color_jitter" if self.color_jitter else "augment"
+            raise self.error(name, "needs data.aspect=square")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:
@@ -218,6 +245,13 @@ class DataConfig(ComponentSettings, where="data"):
     def keeps_aspect(self) -> bool:
         """Whether images of different sizes share a batch."""
         return self.aspect == "keep"
+
+    @property
+    def eval_share(self) -> float:
+        """What share of an image's shorter side evaluations see."""
+        if self.eval_crop is not None:
+            return self.eval_crop
+        return 0.875 if min(self.size) >= _CROPPED_FROM else 1.0
 
     def as_square(self) -> DataConfig:
         """The same with all images of ``image_size``, for what takes images of one size only."""
