@@ -28,8 +28,10 @@ from mim.core.patches import Images, Patches
 from mim.core.rng import uniforms
 from mim.data.images.batched import crop_resize
 
-Picture: TypeAlias = Image.Image | NDArray[np.uint8]
-"""What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
+"""(height, width, channels): bytes, or float32 from 0 to 1 of images of more than 8 bits."""
+Picture: TypeAlias = Image.Image | Pixels
+"""What a source gives: a PIL image of any mode, or pixels."""
 
 _TRIES = 10
 _TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
@@ -38,6 +40,8 @@ _AT_ONCE = 1 << 17  # numbers; what is normalised at once stays in a core's cach
 _LONGEST = 16  # times the final size; a longer image loses its ends before it is scaled
 _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Share of red, green and blue in gray: ITU-R 601, PIL's own."""
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -67,6 +71,8 @@ def prepare(image: Picture, channels: int) -> Picture:
         if given not in (1, 3) or channels not in _MODES:
             reason = f"does not fit images of {given} channels"
             raise setting_error("data.channels", channels, reason)
+        if image.dtype == np.float32:
+            return _float_channels(image, channels)
         image = Image.fromarray(image[:, :, 0] if given == 1 else image)
     if channels not in _MODES:
         raise setting_error("data.channels", channels, "must be 1, 3 or 4 for this source's images")
@@ -85,6 +91,15 @@ def prepare(image: Picture, channels: int) -> Picture:
         return image.convert(_MODES[channels])
     except ValueError as error:
         raise UserError(f"data: cannot turn a {image.mode} image to {_MODES[channels]}") from error
+
+
+def _float_channels(image: Pixels, channels: int) -> Pixels:
+    """Float pixels of 1 or 3 channels with 1, 3 or 4, as PIL would."""
+    if channels == 1:
+        return (image @ np.array(LUMINANCE, dtype=np.float32))[:, :, None]
+    colours = image if image.shape[2] == 3 else image.repeat(3, axis=2)
+    opaque = np.ones((*image.shape[:2], channels - 3), dtype=np.float32)
+    return np.concatenate([colours, opaque], axis=2)
 
 
 def crop_parameters(
@@ -151,13 +166,14 @@ def resizer(config: DataConfig) -> str:
     return "torch" if max(config.size) >= _TORCH_FROM else "pil"
 
 
-def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
-    """(H, W, C) uint8, by antialiased bicubic interpolation: lines first, then columns.
+def resize(image: Picture, size: tuple[int, int], how: str) -> Pixels:
+    """(H, W, C), by antialiased bicubic interpolation: lines first, then columns.
 
     The image is one of :func:`prepare`, and ``how`` one of :func:`resizer`.
     :func:`mim.data.images.batched.crop_resize` gives the same bytes.
     """
-    if how == "torch":
+    is_float = isinstance(image, np.ndarray) and image.dtype == np.float32
+    if how == "torch" or is_float:
         pixels = _pixels(image)
         if pixels.shape[:2] == size:
             return pixels
@@ -165,6 +181,7 @@ def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]
             pixels = pixels.copy()
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
         done = functional.interpolate(planes, size, mode="bicubic", antialias=True)
+        done = done.clamp_(0, 1) if is_float else done  # bytes cannot overshoot either
         return done[0].permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
         if image.shape[2] != 3:
@@ -180,9 +197,9 @@ def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]
     return _pixels(image)
 
 
-def _pixels(image: Picture) -> NDArray[np.uint8]:
+def _pixels(image: Picture) -> Pixels:
     """(h, w, C)."""
-    pixels = np.asarray(image)
+    pixels: Pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
@@ -196,16 +213,30 @@ def cut_out(image: Picture, box: tuple[int, int, int, int]) -> Picture:
     return image.crop((left, top, left + width, top + height))
 
 
-def _output(out: Tensor | None, count: int, config: DataConfig) -> Tensor:
-    """(B, C, H, W) uint8 to write to."""
-    shape = (count, config.channels, *config.size)
-    return torch.empty(shape, dtype=torch.uint8) if out is None else out
+def dtype_of(images: Sequence[Picture]) -> torch.dtype:
+    """uint8, or float32 for a batch in which any image has more than 8 bits."""
+    deep = any(isinstance(image, np.ndarray) and image.dtype == np.float32 for image in images)
+    return torch.float32 if deep else torch.uint8
+
+
+def _output(out: Tensor | None, images: Sequence[Picture], config: DataConfig) -> Tensor:
+    """(B, C, H, W) to write to."""
+    shape = (len(images), config.channels, *config.size)
+    return torch.empty(shape, dtype=dtype_of(images)) if out is None else out
+
+
+def _write(pixels: Pixels, plane: Tensor) -> None:
+    """Write (H, W, C) to (C, H, W), as bytes or from 0 to 1."""
+    values = pixels.transpose(2, 0, 1)
+    if plane.dtype == torch.float32 and values.dtype == np.uint8:
+        values = values.astype(np.float32) / 255
+    plane.numpy()[:] = values
 
 
 def train_transform(
     images: Sequence[Picture], keys: Tensor, config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """The training images (B, C, H, W) uint8 of one batch, by their keys (B,) int64.
+    """The training images (B, C, H, W) of one batch, by their keys (B,) int64.
 
     MAE's augmentation, or none as ``data.augment`` says; written to ``out`` where it is given.
     """
@@ -218,12 +249,11 @@ def train_transform(
     )
     if not config.flip:
         mirrored = torch.zeros_like(mirrored)
-    how, planes = resizer(config), _output(out, len(images), config)
+    how, planes = resizer(config), _output(out, images, config)
     if (stacked := _small_stack(upright, config)) is not None:
         return planes.copy_(crop_resize(stacked, boxes, mirrored, config.size, how))
     for row, (image, box) in enumerate(zip(upright, boxes.tolist(), strict=True)):
-        cut = resize(cut_out(image, tuple(box)), config.size, how)
-        planes[row].numpy()[:] = cut.transpose(2, 0, 1)
+        _write(resize(cut_out(image, tuple(box)), config.size, how), planes[row])
     for row in mirrored.nonzero()[:, 0].tolist():  # torch mirrors planes several times as fast
         planes[row] = planes[row].flip(-1)
     return planes
@@ -233,7 +263,7 @@ def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None
     """(B, C, h, w) uint8 where small arrays of one size are cut faster together than one by one."""
     arrays = [image for image in images if isinstance(image, np.ndarray)]
     shapes = {image.shape for image in arrays}
-    if len(arrays) < len(images) or len(shapes) != 1:
+    if len(arrays) < len(images) or len(shapes) != 1 or dtype_of(arrays) != torch.uint8:
         return None
     if max(*shapes.pop()[:2], *config.size) >= _ALONE_FROM:
         return None
@@ -265,8 +295,8 @@ def covering(
     return (corner[0], corner[1], kept[0], kept[1]), (scaled[0], scaled[1]), (centre[0], centre[1])
 
 
-def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
-    """(H, W, C) uint8: scaled until it just covers ``size``, then the centre."""
+def cover(image: Picture, size: tuple[int, int], how: str) -> Pixels:
+    """(H, W, C): scaled until it just covers ``size``, then the centre."""
     box, scaled, (top, left) = covering(size_of(image), size)
     return resize(cut_out(image, box), scaled, how)[top : top + size[0], left : left + size[1]]
 
@@ -274,14 +304,13 @@ def cover(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
 def eval_transform(
     images: Sequence[Picture], config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """Images (B, C, H, W) uint8 as evaluations see them: resized to cover the size, then cropped.
+    """Images (B, C, H, W) as evaluations see them: resized to cover the size, then cropped.
 
     An image that has the size already is unchanged. Written to ``out`` where it is given.
     """
-    how, planes = resizer(config), _output(out, len(images), config)
+    how, planes = resizer(config), _output(out, images, config)
     for row, image in enumerate(images):
-        covered = cover(prepare(image, config.channels), config.size, how)
-        planes[row].numpy()[:] = covered.transpose(2, 0, 1)
+        _write(cover(prepare(image, config.channels), config.size, how), planes[row])
     return planes
 
 
@@ -295,8 +324,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 @overload
 def normalize(images: Patches, mean: Sequence[float], std: Sequence[float]) -> Patches: ...
 def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
-    """Normalise (B, C, H, W) uint8, or patches of uint8, to float32; padding holds 0.
+    """Normalise (B, C, H, W), or patches, to float32; padding holds 0.
 
+    Images are uint8, or float32 from 0 to 1.
     ``mean`` and ``std`` are of each channel on the scale 0 to 1.
     """
     if isinstance(images, Patches):
@@ -305,6 +335,8 @@ def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Im
         values = normalize(values, mean, std).permute(0, 2, 3, 1)
         return images.with_values(values.flatten(-2))
     means, stds = _per_channel(mean, images), _per_channel(std, images)
+    if images.dtype == torch.float32:
+        return (images - means) / stds
     if images.dtype != torch.uint8 or images.device.type != "cpu":
         return (images.to(torch.float32) / 255 - means) / stds
     # On a CPU the way to memory and back, four times, costs more than the arithmetic.
