@@ -477,7 +477,7 @@ class TrainConfig(Settings, where="train"):
     such form there ends the run with its name. On the CPU runs repeat bit for bit in any case."""
     async_save: bool = field(default=False, metadata=FREE)
     """Whether a checkpoint is copied to host memory, which must have room for it, and written while
-    training goes on; the next one waits for it, and so do a signal and the end of the run."""
+    training continues; the next one waits for it, and so do a signal and the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
     weights: stop the run, or skip (the next batch follows)."""

@@ -628,7 +628,7 @@ def finetune(
     Raises:
         UserError: for a mistake in any of these.
     """
-    build_evaluation("finetune", settings)  # a mistake is told before weights are read
+    build_evaluation("finetune", settings)  # a mistake is reported before weights are read
     encoder = run if isinstance(run, Encoder) else open_encoder(run)
     evaluation = build_evaluation("finetune", settings, encoder)
     assert isinstance(evaluation, Finetune)

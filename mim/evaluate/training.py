@@ -74,10 +74,10 @@ class StepSettings(AnySettings):
     """Steps in a row, whose loss or gradient is not finite, that end the training; those before
     are skipped. Where several heads are trained side by side, one that diverges is left out."""
     checkpoint_every: Natural = field(default=1, metadata=FREE)
-    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
+    """Epochs between two states from which an interrupted evaluation resumes; 0 keeps none. They
     need a run folder."""
     async_save: bool = field(default=False, metadata=FREE)
-    """Whether a state is copied to host memory and written while the training goes on."""
+    """Whether a state is copied to host memory and written while training continues."""
     tensorboard: bool = field(default=False, metadata=FREE)
     """Whether the curves go to TensorBoard, too, beside the states."""
 

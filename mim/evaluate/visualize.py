@@ -158,7 +158,7 @@ def draw_masks(
     images: int = 256,
     model: MaskedImageModel | None = None,
 ) -> list[DrawnMasks]:
-    """Masks of several generators over training images, with statistics.
+    """Draws the masks of several generators over training images, with statistics.
 
     Args:
         config: of a run; the settings of each generator stand under ``mask``.

@@ -561,7 +561,7 @@ def import_run(
     """Make a run folder from a file of weights.
 
     The folder holds ``config.yaml``, ``encoder.safetensors``, a checkpoint at step 0 (from which
-    ``mim pretrain --config OUTPUT/config.yaml --resume auto`` goes on with a new optimizer),
+    ``mim pretrain --config OUTPUT/config.yaml --resume auto`` continues with a new optimiser),
     ``result.json`` and ``import.json``, the account of every entry.
 
     Args:

@@ -62,7 +62,7 @@ def prepare(image: Picture, channels: int) -> Picture:
     out, but for 4 channels; 16-bit images keep their upper 8 bits.
 
     Raises:
-        UserError: if the image cannot have so many channels.
+        UserError: if the image cannot be turned into this number of channels.
     """
     if isinstance(image, np.ndarray):
         given = image.shape[2]
