@@ -21,7 +21,7 @@ import yaml
 
 from mim import moved
 from mim.core.errors import UserError
-from mim.core.fields import build, fit, hints
+from mim.core.fields import build, came_later, fit, hints
 from mim.core.files import dump_yaml, parse_yaml
 from mim.core.plugins import beside, check_trust, import_plugin
 
@@ -83,6 +83,8 @@ def read_tree(
         loaded = read_mapping(file)
         _check_kind(loaded, file, kind)
         _find_plugins(loaded, Path(file), trust)
+        if _is_of_run(Path(file), trust):
+            _keep_meaning(loaded, kind, loaded)
         _merge(tree, loaded, kind)
     settings = settings or {}
     for key in [key for key in settings if key in ("plugins", "base.plugins")]:
@@ -94,7 +96,32 @@ def read_tree(
         if not _is_setting(kind, key):
             raise _unknown(kind, key)
         _assign(tree, key, value, kind)
+    if (begun := _begun(kind, tree)) is not None:
+        _keep_meaning(tree, kind, read_mapping(begun))
     return build(kind, tree)
+
+
+def _is_of_run(file: Path, trust: bool | None) -> bool:
+    made = ("result.json", "metrics.jsonl", "checkpoints", "comparison.json")
+    return trust is not None or any((file.parent / name).exists() for name in made)
+
+
+def _begun(kind: Any, tree: Mapping[str, Any]) -> Path | None:
+    """Returns the config of the run or comparison that a config goes on with, if there is one."""
+    output = tree.get("output") or getattr(kind, "output", None)
+    is_comparison = "base" in hints(kind)
+    if not isinstance(output, str) or not (is_comparison or tree.get("resume") == "auto"):
+        return None
+    file = Path(output) / ("compare.yaml" if is_comparison else "config.yaml")
+    return file if file.is_file() else None
+
+
+def _keep_meaning(tree: dict[str, Any], kind: Any, old: Mapping[str, Any]) -> None:
+    """Sets what neither a tree nor an old run's config names to what it was in the run's time."""
+    stated = flatten(tree)
+    for key, value in came_later(kind, flatten(old)):
+        if key not in stated:
+            _assign(tree, key, copy.deepcopy(value), kind)
 
 
 def _with_plugins(tree: Mapping[str, Any]) -> list[Any]:
@@ -108,8 +135,7 @@ def _find_plugins(loaded: dict[str, Any], file: Path, trust: bool | None) -> Non
     for block in _with_plugins(loaded):
         named = fit("plugins", block["plugins"], tuple[str, ...])
         block["plugins"] = [beside(plugin, file) for plugin in named]
-        made = ("result.json", "metrics.jsonl", "checkpoints", "comparison.json")
-        if trust is not None or any((file.parent / name).exists() for name in made):
+        if _is_of_run(file, trust):
             check_trust(block["plugins"], file.parent, bool(trust))
 
 
