@@ -24,7 +24,7 @@ from mim.data.images.decode import UnreadableImage
 from mim.data.images.deep import finite
 from mim.data.images.transforms import eval_transform
 from mim.data.places.fetch import cache_folder, cache_place
-from mim.data.sources.base import IMAGENET, ImageSource, spread
+from mim.data.sources.base import IMAGENET, ImageSource, spread_indices
 from mim.data.sources.reading import read_images
 
 MEASURED = 1024
@@ -62,7 +62,7 @@ def measure(
         images = train(config)
 
         def both(source: ImageSource) -> list[list[float]]:
-            return [*map(list, statistics(source, config, spread(len(source), MEASURED)))]
+            return [*map(list, statistics(source, config, spread_indices(len(source), MEASURED)))]
 
         mean, std = _kept(images, config, "statistics", both)
         known = replace(known, mean=tuple(mean), std=tuple(max(s, 1e-6) for s in std))
@@ -106,7 +106,7 @@ def value_range(source: ImageSource, nonfinite: float | None = None) -> list[flo
     that range.
     """
     low, high, has_floats = np.inf, -np.inf, False
-    chosen = spread(len(source), MEASURED)
+    chosen = spread_indices(len(source), MEASURED)
     for start in range(0, len(chosen), _AT_ONCE):
         part = chosen[start : start + _AT_ONCE]
         source.ahead(torch.tensor(part))

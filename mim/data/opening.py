@@ -41,6 +41,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     source.ledger.add(faults)
     source.mean, source.std = _statistics(source, config)
     source.measured, source.show = config.measured, config.show
+    source.deep = config.range != "high_byte" and source.has_deep()
     if config.cache == "none":
         return source
     return cached(source, config)

@@ -74,6 +74,8 @@ class ImageSource(ABC):
     """(n,) how much each image counts in training, or None where all count alike."""
     measured: MeasuredConfig = MeasuredConfig()
     """What ``open_source`` found by looking at the training images."""
+    deep: bool = False
+    """Whether images have more than 8 bits, so that pictures stretch their contrast; likewise."""
     show: tuple[int, int, int] | None = None
     """``data.show``; set by ``open_source``."""
 
@@ -135,7 +137,7 @@ class ImageSource(ABC):
 
     def has_deep(self) -> bool:
         """Whether images have more than 8 bits, from some of them."""
-        return any(map(self.is_deep, spread(len(self), _DECODED)))
+        return any(map(self.is_deep, spread_indices(len(self), _DECODED)))
 
     def is_deep(self, index: int) -> bool:
         """Whether an image has more than 8 bits; an unreadable one has not."""
@@ -206,7 +208,7 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
-def spread(count: int, images: int) -> list[int]:
+def spread_indices(count: int, images: int) -> list[int]:
     """Positions of ``images`` images spread evenly over ``count``."""
     return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
 
@@ -248,7 +250,7 @@ class EncodedSource(ImageSource):
     def has_deep(self) -> bool:
         if self._depth is None:
             return False
-        chosen = torch.tensor(spread(len(self), _SAMPLED))
+        chosen = torch.tensor(spread_indices(len(self), _SAMPLED))
         if self.groups is not None:  # stored together: one read, not many
             chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
         self.ahead(chosen)
@@ -313,7 +315,8 @@ class Subset(View):
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
-        self.ledger, self.measured, self.show = source.ledger, source.measured, source.show
+        self.ledger, self.measured = source.ledger, source.measured
+        self.deep, self.show = source.deep, source.show
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed

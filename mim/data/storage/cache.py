@@ -49,7 +49,7 @@ class CachedSource(View):
         self.labels, self.sample_ids = source.labels, source.sample_ids
         self.mean, self.std = source.mean, source.std
         self.ledger, self.weights = source.ledger, source.weights
-        self.measured, self.show = source.measured, source.show
+        self.measured, self.deep, self.show = source.measured, source.deep, source.show
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         return self.source, index
