@@ -108,7 +108,8 @@ def fit(setting: str, value: Any, hint: Any) -> Any:
     Raises:
         UserError: naming the setting, the value and what would be valid.
     """
-    if isinstance(value, str) and not _takes_text(hint):
+    listed = isinstance(value, str) and value.startswith("[") and _takes_list(hint)
+    if isinstance(value, str) and (listed or not _takes_text(hint)):
         try:
             value = parse_yaml(value)
         except yaml.YAMLError as error:
@@ -125,6 +126,12 @@ def _takes_text(hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType, Annotated):
         return any(map(_takes_text, get_args(hint)))
     return hint is str or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
+
+
+def _takes_list(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return any(map(_takes_list, get_args(hint)))
+    return get_origin(hint) in (tuple, list)
 
 
 def _fit(setting: str, value: Any, hint: Any) -> Any:

@@ -22,6 +22,7 @@ from mim.core.device import to_device
 from mim.core.progress import RunProgress
 from mim.core.registry import Registry
 from mim.data import Batch, ImageSource, eval_loader, normalize
+from mim.data.sources.base import spread_indices
 from mim.model import MaskedImageModel
 from mim.training.checkpoint import Saver, snapshot
 from mim.training.pictures import (
@@ -30,7 +31,6 @@ from mim.training.pictures import (
     reconstruct_ratios,
     save_arrays,
     save_reconstructions,
-    spread_indices,
 )
 from mim.training.runtime.precision import autocast
 from mim.training.trainer import Hook, Trainer

@@ -306,7 +306,8 @@ def _open_images(
         UserError: if the config, or the checkpoint, asks for others, or the batch does not divide.
     """
     run = Path(config.output)
-    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    train = open_source(config.data, "train", run)
+    val = open_source(replace(config.data, measured=train.measured), "val", run)
     present = f"{train.fingerprint()}-{val.fingerprint()}"
     requested = config.data.fingerprint
     earlier = None if saved is None else saved.get("data")
@@ -317,7 +318,9 @@ def _open_images(
     if requested is not None and not same_images(requested, present):
         reason = f"asks for other images than there are, which have {present}; null takes these"
         raise setting_error("data.fingerprint", requested, reason)
-    config = replace(config, data=replace(config.data, fingerprint=present))
+    config = replace(
+        config, data=replace(config.data, fingerprint=present, measured=train.measured)
+    )
     weigh = open_weights(train, config.data)
     least = accelerator.num_processes * config.train.accumulate
     if config.data.batch_size < least:
