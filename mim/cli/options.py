@@ -189,7 +189,7 @@ def show(options: argparse.Namespace, value: Any, text: Callable[[], None]) -> N
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
-    parser.add_argument("--device", help="cpu or cuda; by default what there is")
+    parser.add_argument("--device", help="auto (by default), cpu, cuda, cuda:1 or mps")
 
 
 def add_list(

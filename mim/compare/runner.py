@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
 from mim import moved
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
@@ -47,6 +45,7 @@ from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, 
 from mim.training import checkpoint
 from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
+from mim.training.runtime.machine import pick_device
 from mim.training.settings import checked
 
 Watch = Callable[[], AbstractContextManager[set[str]]]
@@ -264,7 +263,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     began = time.monotonic()
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(item.config.train.device, "train.device")
     tune_process(device)
     facts = _facts(item)
     if item.kind == "run":

@@ -396,6 +396,9 @@ class TrainConfig(Settings, where="train"):
     """Passes over the training images; the learning-rate schedule spans them."""
     max_steps: Count | None = None
     """Bound for short runs: the most steps of the run and its schedule."""
+    device: str = field(default="auto", metadata=FREE)
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps. Each of several
+    processes takes a GPU of its own."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
     float8, by torchao (``pip install -e '.[float8]'``); a CPU emulates that."""

@@ -72,7 +72,11 @@ class Decoder(WithTerms, nn.Module, ABC):
         return self.head(hidden)
 
 
-DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name", DecoderConfig)
+DECODERS: Registry[type[Decoder]] = Registry(
+    "model.decoder.name",
+    DecoderConfig,
+    {"mae": "transformer", "crossmae": "cross_attention", "simmim": "linear"},
+)
 
 
 def _at(hidden: Tensor, ids: Tensor | None) -> Tensor:

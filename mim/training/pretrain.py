@@ -53,7 +53,14 @@ from mim.training.optim import build_optimizer, build_schedule
 from mim.training.pictures import fixed_masks, read_images
 from mim.training.results import update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
-from mim.training.runtime.machine import deterministic, memory, refused_precision
+from mim.training.runtime.machine import (
+    check_processes,
+    deterministic,
+    memory,
+    pick_device,
+    refused_precision,
+    settle,
+)
 from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.sharding import Sharded, gather_full
@@ -259,11 +266,16 @@ def _accelerator(config: Config) -> Accelerator:
         # Accelerate shards only on GPUs, and by blocks that not every regime calls as a unit.
         reason = "is for mim to do: leave it out and set train.shard=true"
         raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
-    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    wanted = config.train.device
+    device = settle(pick_device(wanted, "train.device"))
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    # A second run in one process may choose another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=alone)
     seconds = config.train.timeout
     try:
         with gathering("train.timeout", seconds):
-            return Accelerator(
+            accelerator = Accelerator(
+                cpu=wanted != "auto" and device.type == "cpu",
                 mixed_precision=_PRECISION[config.train.precision],
                 log_with=tracker_names(config) or None,
                 project_config=ProjectConfiguration(
@@ -271,6 +283,8 @@ def _accelerator(config: Config) -> Accelerator:
                 ),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
             )
+            check_processes(accelerator.num_processes)
+            return accelerator
     except ValueError as error:
         raise refused_precision(config.train.precision, error) from error
 
