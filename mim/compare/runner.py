@@ -42,8 +42,8 @@ from mim.evaluate import (
     untrained_encoder,
 )
 from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, protocol_of
+from mim.interop.starting import pretrain_from
 from mim.training import checkpoint
-from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
 from mim.training.runtime.machine import pick_device
 from mim.training.settings import checked
@@ -267,7 +267,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     tune_process(device)
     facts = _facts(item)
     if item.kind == "run":
-        pretrain(item.config)
+        pretrain_from(item.config, with_decoder=False)  # alike for every regime
     else:
         checkpoint.prepare_folder(run)
         checkpoint.write_config(run, item.config)

@@ -353,6 +353,10 @@ class ModelConfig(Settings, where="model"):
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
+    weights: str | None = field(default=None, metadata=FREE)
+    """What the encoder starts from, and a decoder of the same size: a file of weights (of MAE,
+    timm, DeiT, DINOv2, SimMIM or Hugging Face), a timm name such as vit_base_patch16_224.mae, or
+    USER/NAME on the hub. In a comparison it is the encoder alone, for every run."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
     norm_eps: Positive | None = None

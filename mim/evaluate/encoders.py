@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig, SubsetConfig
 from mim.core.errors import UserError, setting_error
+from mim.data import open_source
 from mim.model.backbones import build_backbone, load_backbone, load_weights
 from mim.training.checkpoint import encoder_weights, read_config
 
@@ -59,6 +60,32 @@ def run_encoder(run: Path, trust: bool = False) -> Encoder:
     vit = _build(config)
     load_backbone(vit, encoder_weights(run), f"run {run}")
     return Encoder(run.name, "run", config.data, vit, model=config.model)
+
+
+def on_images(encoder: Encoder, path: str | Path, source: str = "imagefolder") -> Encoder:
+    """The same encoder, to read other images, normalised as those that it was trained on."""
+    mean, std = normalisation(encoder.data)
+    data = replace(encoder.data, source=source, path=str(path), val_path=None, mix=())
+    data = replace(data, subset=SubsetConfig(), fingerprint=None, weights=None, mean=mean, std=std)
+    return replace(encoder, data=data)
+
+
+def normalisation(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that normalise the images of a config.
+
+    Raises:
+        UserError: if they are the source's own and it cannot be opened.
+    """
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    try:
+        source = open_source(data, "train")
+    except UserError as error:
+        raise UserError(
+            f"data.mean, data.std: they are the source's own, which cannot be opened ({error}); "
+            "set both in the run's config.yaml"
+        ) from error
+    return tuple(map(float, source.mean)), tuple(map(float, source.std))
 
 
 def untrained_encoder(config: Config) -> Encoder:
