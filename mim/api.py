@@ -14,7 +14,7 @@ from mim.core.config import Config
 from mim.core.errors import choice_error
 from mim.core.settings import read_mapping, read_tree
 from mim.evaluate import evaluate as evaluate_encoder
-from mim.evaluate import evaluate_run, on_images, run_encoder
+from mim.evaluate import evaluate_run, inference, on_images, run_encoder
 from mim.interop.starting import complete, pretrain_from
 from mim.report import read_comparison, write_report
 from mim.report.overview import closing_table, live_overview
@@ -24,8 +24,8 @@ from mim.training.runtime.trackers import track_report
 from mim.training.settings import checked
 
 __all__ = [
-    *("CompareConfig", "Launch", "compare", "complete", "encode", "evaluate", "load"),
-    *("next_steps", "pretrain", "pretrain_from", "read_compare_config"),
+    *("CompareConfig", "Launch", "compare", "complete", "embed", "encode", "evaluate"),
+    *("load", "next_steps", "predict", "pretrain", "pretrain_from", "read_compare_config"),
 ]
 
 SHOWS = ("auto", "live", "plain", "quiet")
@@ -109,6 +109,20 @@ def evaluate(
     encoder = on_images(run_encoder(Path(run)), data, source_of(Path(data))[0])
     wanted = {name: own.get(name) for name in evaluations}
     return evaluate_encoder(encoder, wanted, device=place, precision=precision)
+
+
+def embed(
+    run: str | Path, images: str | Path, output: str | Path, *, device: str = "auto", **how: Any
+) -> Path:
+    """Write the features of all images below a folder; see :func:`mim.evaluate.inference.embed`."""
+    return inference.embed(run, images, output, device=pick_device(device), **how)
+
+
+def predict(
+    run: str | Path, images: str | Path, output: str | Path, *, device: str = "auto", **how: Any
+) -> Path:
+    """Write classes, label maps or boxes; see :func:`mim.evaluate.inference.predict`."""
+    return inference.predict(run, images, output, device=pick_device(device), **how)
 
 
 def compare(

@@ -13,7 +13,13 @@ from torch import nn
 from mim.core.config import Config, DataConfig, ModelConfig, SubsetConfig
 from mim.core.errors import UserError, setting_error
 from mim.data import open_source
-from mim.model.backbones import build_backbone, load_backbone, load_weights
+from mim.model.backbones import (
+    build_backbone,
+    family_of,
+    load_backbone,
+    load_weights,
+    resize_positions,
+)
 from mim.training.checkpoint import encoder_weights, read_config
 
 logger = logging.getLogger(__name__)
@@ -60,6 +66,23 @@ def run_encoder(run: Path, trust: bool = False) -> Encoder:
     vit = _build(config)
     load_backbone(vit, encoder_weights(run), f"run {run}")
     return Encoder(run.name, "run", config.data, vit, model=config.model)
+
+
+def resized(encoder: Encoder, image_size: int | tuple[int, int] | None) -> Encoder:
+    """The same encoder for images of another size, its positions interpolated (bicubic).
+
+    Raises:
+        UserError: for a size that its patches do not divide, or an encoder of another kind.
+    """
+    if image_size is None or encoder.vit is None or encoder.model is None:
+        return encoder
+    if not family_of(encoder.vit).has_one_grid:
+        reason = f"cannot differ from that of the run: {encoder.name} is no plain ViT"
+        raise setting_error("image_size", image_size, reason)
+    data = replace(encoder.data, image_size=image_size)
+    vit = build_backbone(encoder.model, data.size, data.channels)
+    load_backbone(vit, resize_positions(encoder.vit, vit), encoder.name)
+    return replace(encoder, data=data, vit=vit)
 
 
 def on_images(encoder: Encoder, path: str | Path, source: str = "imagefolder") -> Encoder:
