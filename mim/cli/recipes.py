@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 DETAILS = (
     "List the recipes: published methods, each as one file.\n\n"
-    "mim pretrain --recipe NAME --data.path DIR trains one, mim evaluate finetune RUN --recipe NAME\n"
-    "measures it as its paper does, and mim compare --recipe NAME takes it as the base. Settings\n"
-    "that follow override the recipe's. The header of its file has the paper, the hardware and the\n"
-    "results: mim recipes NAME."
+    "mim pretrain --recipe NAME --data.path DIR trains one, mim evaluate finetune RUN\n"
+    "--recipe NAME measures it as its paper does, and mim compare --recipe NAME takes it as\n"
+    "the base. Settings that follow override the recipe's. The header of its file has the\n"
+    "paper, the hardware and the results: mim recipes NAME."
 )
 
 

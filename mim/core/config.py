@@ -445,6 +445,10 @@ class ModelConfig(Settings, where="model"):
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
+    weights: str | None = field(default=None, metadata=FREE)
+    """What the encoder starts from, and a decoder of the same size: a file of weights (of MAE,
+    timm, DeiT, DINOv2, SimMIM or Hugging Face), a timm name such as vit_base_patch16_224.mae, or
+    USER/NAME on the hub. In a comparison it is the encoder alone, for every run."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
     init: Literal["timm", "mae"] = "timm"
@@ -546,6 +550,9 @@ class TrainConfig(Settings, where="train"):
     """Passes over the training images; the learning-rate schedule spans them."""
     max_steps: Count | None = None
     """Bound for short runs: the most steps of the run and its schedule."""
+    device: str = field(default="auto", metadata=FREE)
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps. Each of several
+    processes takes a GPU of its own."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
     float8, by torchao (``pip install -e '.[float8]'``); a CPU emulates that."""

@@ -52,6 +52,7 @@ from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import StepRecord
 from mim.training.optim import Schedule
+from mim.training.runtime.machine import settle
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.trackers import Trackers
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
@@ -173,7 +174,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     timeout, in seconds, is that of an operation of all processes, unless they work in
     :func:`several`, which has set its own.
     """
-    device = torch.device(device)
+    device = settle(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
     tune_process(device)

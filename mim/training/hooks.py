@@ -51,6 +51,9 @@ class Log(Hook):
         self._progress = RunProgress(self.label, trainer.plan.steps, state.step, main)
         return self._progress
 
+    def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
+        self._progress.began(batch.step + 1)
+
     def due(self, trainer: Trainer) -> bool:
         return trainer.state.step % self.every == 0 or trainer.done
 
