@@ -46,6 +46,7 @@ from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_l
 from mim.data.loader import Augment
 from mim.evaluate.base import AnySettings, EvaluationSettings, low_shot, stratified_holdout
 from mim.evaluate.encoders import Encoder
+from mim.evaluate.features import check_finite
 from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
 from mim.training.hooks import BestEpoch, Checkpoints, Log
@@ -234,6 +235,7 @@ class SupervisedTask(Task):
 
     rate = "base_lr"
     """The setting to lower where it diverges."""
+    precision = "fp32"
     guarded = True
     """Whether a step that is not finite ends the training, or is skipped."""
 
@@ -254,7 +256,10 @@ class SupervisedTask(Task):
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
         value, epoch = getattr(self.settings, self.rate), record.epoch + 1
         setting = f"evaluations.{self.settings.name}.{self.rate}"
-        return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; lower it")
+        advice = "lower it"
+        if self.precision == "fp16":
+            advice += ", or choose precision bf16 or fp32 if the encoder overflows in fp16"
+        return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; {advice}")
 
 
 def warmup_and_cosine(
@@ -498,6 +503,8 @@ def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) 
     for batch in eval_loader(source, task.data, rank=rank, world=world):
         images = normalize(to_device(batch.images, device), source.mean, source.std)
         logits = task.logits(model, images)  # (H, B, K)
+        if task.guarded:  # else a head may diverge alone
+            check_finite(logits[0], task.precision, "answers")
         assert batch.labels is not None
         wanted = to_device(batch.labels, device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)
