@@ -4,7 +4,6 @@ Nothing here reads images from disk or knows of an optimiser. Start reading in `
 ``regimes.py`` says how hidden patches meet the encoder.
 """
 
-from mim.model import block_predictor  # noqa: F401  (registers it)
 from mim.model.encode import encode
 from mim.model.model import MaskedImageModel, Output, build_model, check_config
 

@@ -64,6 +64,24 @@ class Teacher(nn.Module):
         return [tokens[:, family.num_prefix :] for tokens in outputs]
 
     @torch.no_grad()
+    def mlp_outputs(self, images: Tensor) -> list[Tensor]:
+        """Return what each block's MLP gives for the patches, (B, N, D), before it is added."""
+        family = family_of(self.encoder)
+        embedded = family.place(family.embed(images))
+        x = family.before_blocks(embedded.tokens)
+        found = []
+        for index in range(len(family.blocks)):
+            found.append(family.mlp_output(index, x, embedded)[:, family.num_prefix :])
+            x = family.step(index, x, embedded)
+        return found
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the patch tokens (B, N, D) after the final norm."""
+        family = family_of(self.encoder)
+        return family.features(images)[:, family.num_prefix :]
+
+    @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """Return how much the last block attends to each patch, (B, N)."""
         family = family_of(self.encoder)

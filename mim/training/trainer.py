@@ -81,6 +81,10 @@ class Task(ABC):
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
         """Builds the error that ends the run after ``row`` non-finite steps in succession."""
 
+    def clipped(self, learner: nn.Module) -> Iterable[nn.Parameter]:
+        """Returns the parameters whose gradients have their norm limited."""
+        return learner.parameters()
+
     def learner(self) -> nn.Module:
         """Wraps the model for the processes."""
         wrapped: nn.Module = self.accelerator.prepare_model(self.model)
@@ -321,7 +325,7 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
+        norm: Tensor = gather_full(clip_grad_norm_(self.task.clipped(self.learner), limit))
         return norm.float()
 
     def after_step(self) -> None:

@@ -13,7 +13,7 @@ from mim.core.patches import values_at
 from mim.masks import PatchMask
 from mim.model.attention import key_bias
 from mim.model.backbones import sincos_position_embedding
-from mim.model.decoders import DECODERS, BlocksSettings, Decoder, DecoderContext
+from mim.model.decoders.base import DECODERS, BlocksSettings, Decoder, DecoderContext
 from mim.model.regimes import Latents
 
 
@@ -41,6 +41,7 @@ class BlockPredictor(Decoder):
 
     needs_all_tokens = False
     predicts_blocks = True
+    takes_sizes = False
 
     def __init__(self, settings: BlockPredictorSettings, context: DecoderContext) -> None:
         super().__init__(settings, context)
