@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
 from timm.models.vision_transformer_relpos import RelPosBlock, VisionTransformerRelPos
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.model.backbones.family import Embedded, Transformer, as_unit, register_family
 
@@ -48,10 +48,8 @@ class RelativeViT(Transformer):
     def _run_block(self, block: Any, x: Tensor, embedded: Embedded) -> Tensor:
         bias = self._bias(block.attn)  # (..., heads, L, L) of all tokens, or None
         if bias is not None and embedded.places is not None:
-            places = embedded.places
-            bias = bias.reshape(bias.shape[-3:])[
-                :, places[:, :, None], places[:, None, :]
-            ].transpose(0, 1)
+            queries, keys = embedded.places[:, :, None], embedded.places[:, None, :]
+            bias = bias.reshape(bias.shape[-3:])[:, queries, keys].transpose(0, 1)
         if embedded.bias is not None:
             bias = embedded.bias if bias is None else bias + embedded.bias
         attended = _attend(block.attn, block.norm1(x), bias)
@@ -73,6 +71,10 @@ class BeitFamily(RelativeViT):
         biases += [] if shared is None else [shared()]
         return sum(biases[1:], biases[0]) if biases else None
 
+    def classifier_args(self, mean: bool) -> dict[str, Any]:
+        normed = mean or not isinstance(self.vit.fc_norm, nn.Identity)
+        return {**super().classifier_args(mean), "use_fc_norm": normed}
+
 
 @register_family(VisionTransformerRelPos)
 class RelPosViT(RelativeViT):
@@ -86,6 +88,10 @@ class RelPosViT(RelativeViT):
     def _bias(self, attn: Any) -> Tensor | None:
         part = self.vit.shared_rel_pos if attn.rel_pos is None else attn.rel_pos
         return None if part is None else part.get_bias()
+
+    def classifier_args(self, mean: bool) -> dict[str, Any]:
+        normed = mean or not isinstance(self.vit.fc_norm, nn.Identity)
+        return {**super().classifier_args(mean), "fc_norm": normed}
 
 
 def _scaled(block: Any, part: int, values: Tensor) -> Tensor:
