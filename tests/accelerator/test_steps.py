@@ -27,6 +27,8 @@ SMALL: dict[str, Any] = {
     "data.batch_size": 6,
     "data.workers": 0,
     "mask.aligned.unit": 4,
+    "mask.target_blocks.min_keep": 2,
+    "model.decoder.block_predictor": {"width": 16, "depth": 1, "heads": 2},
     "mask.learned.width": 8,
     **{
         f"model.decoder.{name}.{size}": value

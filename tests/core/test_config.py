@@ -238,7 +238,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
     ),
     "another transformer": (
         Config(model=ModelConfig(backbone="cait_xxs24_224")),
-        ["model.backbone: 'cait_xxs24_224'", "is a Cait", "VisionTransformer, Eva"],
+        ["model.backbone: 'cait_xxs24_224'", "is a Cait", "VisionTransformer, NaFlexVit"],
     ),
     "patches by a convolutional stem": (
         Config(model=ModelConfig(backbone="vit_tiny_r_s16_p8_224")),

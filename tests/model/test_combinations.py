@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {
     "mask.ratio": 0.5,
     "model.decoder.name": "transformer",
     "mask.aligned.unit": 16,
+    "mask.target_blocks.min_keep": 2,
+    "model.decoder.block_predictor": {"width": 16, "depth": 1, "heads": 2},
     "mask.learned.width": 8,
     "model.backbone_args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
     **{
