@@ -142,10 +142,13 @@ class MaskedImageModel(nn.Module):
             )
         return to_device(mask, images.device)
 
-    def update_teacher(self, taken: Tensor | float = 1.0) -> None:
-        """Move the teacher, where there is one, after a step; not at all where ``taken`` is 0."""
+    def update_teacher(self, taken: Tensor | float = 1.0, decay: float | None = None) -> None:
+        """Move the teacher, where there is one, after a step; not at all where ``taken`` is 0.
+
+        ``decay`` is this step's, by default the teacher's own.
+        """
         if self.teacher is not None:
-            self.teacher.update(self.backbone, taken)
+            self.teacher.update(self.backbone, taken, decay)
 
     def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
         """Encode normalised images under a mask; None hides nothing."""

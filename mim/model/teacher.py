@@ -43,10 +43,16 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
-        """Move a step towards ``vit``; none where ``taken`` is 0."""
+    def update(
+        self, vit: nn.Module, taken: Tensor | float = 1.0, decay: float | None = None
+    ) -> None:
+        """Move a step towards ``vit``; none where ``taken`` is 0.
+
+        ``decay`` is this step's, by default the teacher's own.
+        """
+        decay = self.decay if decay is None else decay
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
-            mine.lerp_(new.to(mine.dtype), (1 - self.decay) * taken)
+            mine.lerp_(new.to(mine.dtype), (1 - decay) * taken)
         for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
             buffer.copy_(now)
 
