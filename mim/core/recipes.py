@@ -28,8 +28,8 @@ def recipe_files() -> dict[str, Path]:
         UserError: if there are none.
     """
     for folder in _FOLDERS:
-        if found := sorted(folder.glob("*.yaml")):
-            return {path.stem: path for path in found}
+        if found := {path.stem: path for path in folder.glob("*.yaml")}:
+            return dict(sorted(found.items()))
     raise UserError(f"recipes: there are none in {' or '.join(map(str, _FOLDERS))}")
 
 
