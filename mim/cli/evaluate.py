@@ -27,7 +27,8 @@ DETAILS = (
     "and takes several processes: accelerate launch -m mim evaluate ...; when one is lost,\n"
     "the others say which and end with exit code 75.\n\n"
     "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
-    "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE. Accuracies are printed in per\n"
+    "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE. With --data DIR it is measured on\n"
+    "other images, and the numbers are only printed. Accuracies are printed in per\n"
     "cent, as in a report; --json gives every number as it was measured."
 )
 
@@ -35,6 +36,8 @@ DETAILS = (
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("evaluation", help="one of these, or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
+    where = "folder of labelled images, for runs trained on others; see RUN"
+    parser.add_argument("--data", metavar="DIR", help=where)
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
@@ -56,8 +59,17 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
     from mim.core.plugins import import_plugin
-    from mim.evaluate import EVALUATIONS, TIMEOUT, evaluate, evaluate_run, open_encoder, several
+    from mim.evaluate import (
+        EVALUATIONS,
+        TIMEOUT,
+        evaluate,
+        evaluate_run,
+        on_images,
+        open_encoder,
+        several,
+    )
     from mim.training.checkpoint import read_config
+    from mim.training.choices import source_of
     from mim.training.settings import load_config
 
     for plugin in options.plugins:
@@ -84,7 +96,11 @@ def _run(options: argparse.Namespace) -> int:
 
                 how: dict[str, Any] = {"device": device, "precision": options.precision}
                 how["on_result"] = keep
-                if Path(spec).is_dir():
+                if options.data:
+                    images = source_of(Path(options.data))[0]
+                    encoder = on_images(open_encoder(spec, config), options.data, images)
+                    evaluate(encoder, settings, **how)
+                elif Path(spec).is_dir():
                     evaluate_run(Path(spec), names, settings, **how)
                 else:
                     evaluate(open_encoder(spec, config), settings, **how)

@@ -10,12 +10,13 @@ from mim.cli.options import Verb, say
 if TYPE_CHECKING:
     from mim.core.config import Config
 
-DETAILS = """List the recipes: published methods, each as one file.
-
-mim pretrain --recipe NAME --data.path DIR trains one, mim evaluate finetune RUN --recipe NAME
-measures it as its paper does, and mim compare --recipe NAME takes it as the base. Settings
-that follow override the recipe's. The header of its file has the paper, the hardware and
-the results: mim recipes NAME."""
+DETAILS = (
+    "List the recipes: published methods, each as one file.\n\n"
+    "mim pretrain --recipe NAME --data.path DIR trains one, mim evaluate finetune RUN\n"
+    "--recipe NAME measures it as its paper does, and mim compare --recipe NAME takes it as\n"
+    "the base. Settings that follow override the recipe's. The header of its file has the\n"
+    "paper, the hardware and the results: mim recipes NAME."
+)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

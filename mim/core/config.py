@@ -114,12 +114,31 @@ class MixConfig(Settings, where="data.mix"):
 
 
 @dataclass(frozen=True)
+class MeasuredConfig(Settings, where="data.measured"):
+    """What was found by looking at the training images; a run writes it into its config."""
+
+    source: str | None = None
+    """What data.source=auto saw."""
+    range: tuple[float, float] | None = None
+    """What data.range=auto found, of images of more than 8 bits; none where there are none."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel on the scale 0 to 1; none where data.stats measures nothing."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel likewise."""
+
+
+_ORDERED = Bound(lambda pair: pair[0] < pair[1], "must be from low to high")
+Range = Annotated[tuple[float, float], _ORDERED]
+
+
+@dataclass(frozen=True)
 class DataConfig(ComponentSettings, where="data"):
     """Which images, and how they reach the model."""
 
     source: str = "photos"
     """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder, flat
-    (unlabelled images), shards (tar files), huggingface, mixed (several), or torchvision/NAME."""
+    (unlabelled images), shards (tar files), huggingface, packed, mixed (several), torchvision/NAME,
+    or auto: what data.path holds says which."""
     path: str | None = field(default=None, metadata=FREE)
     """Folder of the images (imagefolder, flat: holds train/ and optionally val/) or of the download
     (torchvision: by default ~/.cache/mim/torchvision); shards: a file, folder, pattern such as
@@ -147,6 +166,20 @@ class DataConfig(ComponentSettings, where="data"):
     one sequence, none reads another). The numbers are the same."""
     channels: Count = 3
     """Channels of an image: 1 converts to grayscale, 3 to RGB."""
+    range: Range | Literal["auto", "percentile", "window", "high_byte"] = field(
+        default="auto", metadata={"before": "high_byte"}
+    )
+    """Which values of images of more than 8 bits become 0 and 1; they stay float32, and what lies
+    outside is cut off: [low, high]; auto (low and high that hold every value of the training
+    images looked at: 0 to 4095 for 12 bits); percentile (of each image, the 0.5th to the 99.5th);
+    window (of each DICOM file); high_byte (the upper 8 bits alone, as before). 8-bit images are
+    always 0 to 255."""
+    pages: Literal["first", "channels", "images"] = "first"
+    """Of a file of several pages (TIFF, DICOM): the first, all as channels, or each as an image of
+    its own (imagefolder, flat)."""
+    nonfinite: float | None = None
+    """Value, in the unit of the pixels, that stands in for NaN and infinity; by default an image
+    with such pixels is unreadable."""
     batch_size: Count = 256
     """Images a step, over all processes and accumulated parts."""
     workers: Natural = field(default=0, metadata=FREE)
@@ -197,6 +230,14 @@ class DataConfig(ComponentSettings, where="data"):
     """Mean of each channel on the scale 0 to 1; by default the source's own."""
     std: Annotated[tuple[float, ...], _ABOVE_ZERO] | None = None
     """Standard deviation of each channel on the scale 0 to 1; by default the source's own."""
+    stats: Literal["auto", "source", "measured"] = "auto"
+    """Where mean and std come from, unless they are given: source (its own; of folders ImageNet's),
+    measured (once, on up to 1,024 training images), or auto: measured for images of more than 8
+    bits and for channels other than 1 and 3."""
+    measured: MeasuredConfig = field(default_factory=MeasuredConfig, metadata=FREE)
+    """What range, stats and source found; a run writes it into its config."""
+    show: tuple[Natural, Natural, Natural] | None = field(default=None, metadata=FREE)
+    """Which channels, from 0, pictures show as red, green and blue; by default the first three."""
     val_fraction: Between = 0.1
     """Share of the images held out where the source has no val split of its own."""
     mix: tuple[MixConfig, ...] = ()
@@ -235,8 +276,10 @@ class DataConfig(ComponentSettings, where="data"):
             if values is not None and len(values) != self.channels:
                 reason = f"must have {self.channels} values, one for each of data.channels"
                 raise self.error(name, reason)
-        if self.streaming and self.source not in (*STREAMED, "mixed"):
-            reason = f"needs data.source={', '.join(STREAMED)} or mixed, not {self.source}"
+        if self.show is not None and max(self.show) >= self.channels:
+            raise self.error("show", f"must be below {self.channels}, which are data.channels")
+        if self.streaming and self.source not in (*STREAMED, "mixed", "auto"):
+            reason = f"needs data.source={', '.join(STREAMED)}, mixed or auto, not {self.source}"
             raise self.error("streaming", reason)
         if self.mix and self.source != "mixed":
             raise setting_error("data.mix", [m.source for m in self.mix], "needs data.source=mixed")
@@ -402,6 +445,10 @@ class ModelConfig(Settings, where="model"):
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
+    weights: str | None = field(default=None, metadata=FREE)
+    """What the encoder starts from, and a decoder of the same size: a file of weights (of MAE,
+    timm, DeiT, DINOv2, SimMIM or Hugging Face), a timm name such as vit_base_patch16_224.mae, or
+    USER/NAME on the hub. In a comparison it is the encoder alone, for every run."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
     init: Literal["timm", "mae"] = "timm"
@@ -503,6 +550,9 @@ class TrainConfig(Settings, where="train"):
     """Passes over the training images; the learning-rate schedule spans them."""
     max_steps: Count | None = None
     """Bound for short runs: the most steps of the run and its schedule."""
+    device: str = field(default="auto", metadata=FREE)
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps. Each of several
+    processes takes a GPU of its own."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
     float8, by torchao (``pip install -e '.[float8]'``); a CPU emulates that."""
@@ -541,7 +591,7 @@ class TrainConfig(Settings, where="train"):
     such form there ends the run with its name. On the CPU runs repeat bit for bit in any case."""
     async_save: bool = field(default=False, metadata=FREE)
     """Whether a checkpoint is copied to host memory, which must have room for it, and written while
-    training goes on; the next one waits for it, and so do a signal and the end of the run."""
+    training continues; the next one waits for it, and so do a signal and the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
     weights: stop the run, or skip (the next batch follows)."""

@@ -13,7 +13,7 @@ import difflib
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -213,10 +213,16 @@ def leaves(kind: Any, prefix: str = "") -> dict[str, tuple[type, str]]:
 
 
 def read_args(
-    kind: type[T], args: Sequence[str], prog: str = "mim", description: str | None = None
+    kind: type[T],
+    args: Sequence[str],
+    prog: str = "mim",
+    description: str | None = None,
+    complete: Callable[[list[str], dict[str, Any]], dict[str, Any]] | None = None,
 ) -> T:
     """Parse command-line arguments: ``--config FILE`` and ``--recipe NAME`` (repeatable), and
     ``--dotted.key VALUE``.
+
+    ``complete`` makes the settings that are used of the files and the settings that are given.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type or one that is refused.
@@ -242,6 +248,8 @@ def read_args(
             files.append(str(recipe_file(value)))
         else:
             settings[option[2:]] = value
+    if complete is not None and "h" not in shown:
+        settings = complete(files, settings)
     config = read_tree(kind, files, settings)
     if "h" in shown:
         config_parser(kind, prog=prog, description=description).print_help()

@@ -46,12 +46,14 @@ from mim.data import Batch, ImageSource, Subset, eval_loader, normalize, train_l
 from mim.data.loader import Augment
 from mim.evaluate.base import AnySettings, EvaluationSettings, low_shot, stratified_holdout
 from mim.evaluate.encoders import Encoder
+from mim.evaluate.features import check_finite
 from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.checkpoint import FileStore, Saver, prepare_folder
 from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import StepRecord
 from mim.training.optim import Schedule
+from mim.training.runtime.machine import settle
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.trackers import Trackers
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
@@ -74,10 +76,10 @@ class StepSettings(AnySettings):
     """Steps in a row, whose loss or gradient is not finite, that end the training; those before
     are skipped. Where several heads are trained side by side, one that diverges is left out."""
     checkpoint_every: Natural = field(default=1, metadata=FREE)
-    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
+    """Epochs between two states from which an interrupted evaluation resumes; 0 keeps none. They
     need a run folder."""
     async_save: bool = field(default=False, metadata=FREE)
-    """Whether a state is copied to host memory and written while the training goes on."""
+    """Whether a state is copied to host memory and written while training continues."""
     tensorboard: bool = field(default=False, metadata=FREE)
     """Whether the curves go to TensorBoard, too, beside the states."""
 
@@ -173,7 +175,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     timeout, in seconds, is that of an operation of all processes, unless they work in
     :func:`several`, which has set its own.
     """
-    device = torch.device(device)
+    device = settle(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
     tune_process(device)
@@ -233,6 +235,7 @@ class SupervisedTask(Task):
 
     rate = "base_lr"
     """The setting to lower where it diverges."""
+    precision = "fp32"
     guarded = True
     """Whether a step that is not finite ends the training, or is skipped."""
 
@@ -253,7 +256,10 @@ class SupervisedTask(Task):
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
         value, epoch = getattr(self.settings, self.rate), record.epoch + 1
         setting = f"evaluations.{self.settings.name}.{self.rate}"
-        return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; lower it")
+        advice = "lower it"
+        if self.precision == "fp16":
+            advice += ", or choose precision bf16 or fp32 if the encoder overflows in fp16"
+        return setting_error(setting, value, f"is too high: {what} in epoch {epoch}; {advice}")
 
 
 def warmup_and_cosine(
@@ -497,6 +503,8 @@ def accuracies(task: ClassificationTask, model: nn.Module, source: ImageSource) 
     for batch in eval_loader(source, task.data, rank=rank, world=world):
         images = normalize(to_device(batch.images, device), source.mean, source.std)
         logits = task.logits(model, images)  # (H, B, K)
+        if task.guarded:  # else a head may diverge alone
+            check_finite(logits[0], task.precision, "answers")
         assert batch.labels is not None
         wanted = to_device(batch.labels, device)[None, :, None]
         best = logits.topk(min(_TOP, logits.shape[2]), dim=2).indices == wanted  # (H, B, 5)

@@ -277,7 +277,11 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     return order.argsort(dim=1, stable=True)
 
 
-MASKS: Registry[type[MaskGenerator]] = Registry("mask.name", MaskConfig)
+MASKS: Registry[type[MaskGenerator]] = Registry(
+    "mask.name",
+    MaskConfig,
+    {"mae": "random", "uniform": "random", "beit": "block", "ijepa": "multiblock"},
+)
 
 
 @MASKS.register("random")

@@ -211,7 +211,11 @@ class Regime(WithTerms, nn.Module, ABC):
         return family.length(rows * columns if patches is None else patches)
 
 
-REGIMES: Registry[type[Regime]] = Registry("model.regime.name", RegimeConfig)
+REGIMES: Registry[type[Regime]] = Registry(
+    "model.regime.name",
+    RegimeConfig,
+    {"mae": "drop", "deit": "zero", "simmim": "token", "beit": "token"},
+)
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:

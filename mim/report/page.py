@@ -72,7 +72,7 @@ def write_report(folder: Path) -> Path:
         drawn = _draw(chart, figures.FORMATS)
         stills[chart.key] = drawn["svg"]
         contents |= {f"figures/{chart.key}.{form}": content for form, content in drawn.items()}
-    # Last: who sees the page finds the others.
+    # Last, so that the page never appears before the files it links to.
     contents["report.html"] = report_html(report, stills=stills)
     for name, written in contents.items():
         content = written.encode() if isinstance(written, str) else written

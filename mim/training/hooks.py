@@ -22,6 +22,7 @@ from mim.core.device import to_device
 from mim.core.progress import RunProgress
 from mim.core.registry import Registry
 from mim.data import Batch, ImageSource, eval_loader, normalize
+from mim.data.sources.base import spread_indices
 from mim.model import MaskedImageModel
 from mim.training.checkpoint import Saver, snapshot
 from mim.training.pictures import (
@@ -30,7 +31,6 @@ from mim.training.pictures import (
     reconstruct_ratios,
     save_arrays,
     save_reconstructions,
-    spread_indices,
 )
 from mim.training.runtime.precision import autocast
 from mim.training.trainer import Hook, Trainer
@@ -50,6 +50,9 @@ class Log(Hook):
         self._images, self._seconds = state.images, state.train_seconds
         self._progress = RunProgress(self.label, trainer.plan.steps, state.step, main)
         return self._progress
+
+    def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
+        self._progress.began(batch.step + 1)
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.state.step % self.every == 0 or trainer.done

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _PIL_PLACES = 22  # PRECISION_BITS
-_TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most so many places, and weights below int16's end
+_TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most these places; weights fit int16
 _TABLE = 1 << 20  # numbers; for lines of up to 37 pixels, to as many, a CPU looks weights up
 _PART = 1 << 16  # numbers; memory that a CPU takes in so small parts is not given back each time
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # of a filter, in pixels of the result

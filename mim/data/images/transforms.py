@@ -29,8 +29,10 @@ from mim.core.patches import Images, Patches
 from mim.core.rng import uniforms
 from mim.data.images.batched import crop_resize
 
-Picture: TypeAlias = Image.Image | NDArray[np.uint8]
-"""What a source gives: a PIL image of any mode, or (height, width, channels) uint8."""
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
+"""(height, width, channels): bytes, or float32 from 0 to 1 of images of more than 8 bits."""
+Picture: TypeAlias = Image.Image | Pixels
+"""What a source gives: a PIL image of any mode, or pixels."""
 
 _TRIES = 10
 _TORCH_FROM = 128  # pixels; below, torch's call costs more than its arithmetic saves
@@ -39,6 +41,8 @@ _AT_ONCE = 1 << 17  # numbers; what is normalised at once stays in a core's cach
 _LONGEST = 16  # times the final size; a longer image loses its ends before it is scaled
 _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Share of red, green and blue in gray: ITU-R 601, PIL's own."""
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -59,7 +63,7 @@ def prepare(image: Picture, channels: int) -> Picture:
     out, but for 4 channels; 16-bit images keep their upper 8 bits.
 
     Raises:
-        UserError: if the image cannot have so many channels.
+        UserError: if the image cannot be turned into this number of channels.
     """
     if isinstance(image, np.ndarray):
         given = image.shape[2]
@@ -68,6 +72,8 @@ def prepare(image: Picture, channels: int) -> Picture:
         if given not in (1, 3) or channels not in _MODES:
             reason = f"does not fit images of {given} channels"
             raise setting_error("data.channels", channels, reason)
+        if image.dtype == np.float32:
+            return _float_channels(image, channels)
         image = Image.fromarray(image[:, :, 0] if given == 1 else image)
     if channels not in _MODES:
         raise setting_error("data.channels", channels, "must be 1, 3 or 4 for this source's images")
@@ -86,6 +92,15 @@ def prepare(image: Picture, channels: int) -> Picture:
         return image.convert(_MODES[channels])
     except ValueError as error:
         raise UserError(f"data: cannot turn a {image.mode} image to {_MODES[channels]}") from error
+
+
+def _float_channels(image: Pixels, channels: int) -> Pixels:
+    """Float pixels of 1 or 3 channels with 1, 3 or 4, as PIL would."""
+    if channels == 1:
+        return (image @ np.array(LUMINANCE, dtype=np.float32))[:, :, None]
+    colours = image if image.shape[2] == 3 else image.repeat(3, axis=2)
+    opaque = np.ones((*image.shape[:2], channels - 3), dtype=np.float32)
+    return np.concatenate([colours, opaque], axis=2)
 
 
 def crop_parameters(
@@ -159,15 +174,16 @@ def resizer(config: DataConfig) -> str:
     return library if config.interpolation == "bicubic" else f"{library} {config.interpolation}"
 
 
-def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]:
-    """(H, W, C) uint8, by antialiased interpolation: lines first, then columns.
+def resize(image: Picture, size: tuple[int, int], how: str) -> Pixels:
+    """(H, W, C), by antialiased interpolation: lines first, then columns.
 
     The image is one of :func:`prepare`, and ``how`` one of :func:`resizer`.
     :func:`mim.data.images.batched.crop_resize` gives the same bytes.
     """
     library, _, mode = how.partition(" ")
     mode = mode or "bicubic"
-    if library == "torch":
+    is_float = isinstance(image, np.ndarray) and image.dtype == np.float32
+    if library == "torch" or is_float:
         pixels = _pixels(image)
         if pixels.shape[:2] == size:
             return pixels
@@ -175,6 +191,7 @@ def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]
             pixels = pixels.copy()
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
         done = functional.interpolate(planes, size, mode=mode, antialias=True)
+        done = done.clamp_(0, 1) if is_float else done  # bytes cannot overshoot either
         return done[0].permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
         if image.shape[2] != 3:
@@ -191,9 +208,9 @@ def resize(image: Picture, size: tuple[int, int], how: str) -> NDArray[np.uint8]
     return _pixels(image)
 
 
-def _pixels(image: Picture) -> NDArray[np.uint8]:
+def _pixels(image: Picture) -> Pixels:
     """(h, w, C)."""
-    pixels = np.asarray(image)
+    pixels: Pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
@@ -207,16 +224,30 @@ def cut_out(image: Picture, box: tuple[int, int, int, int]) -> Picture:
     return image.crop((left, top, left + width, top + height))
 
 
-def _output(out: Tensor | None, count: int, config: DataConfig) -> Tensor:
-    """(B, C, H, W) uint8 to write to."""
-    shape = (count, config.channels, *config.size)
-    return torch.empty(shape, dtype=torch.uint8) if out is None else out
+def dtype_of(images: Sequence[Picture]) -> torch.dtype:
+    """uint8, or float32 for a batch in which any image has more than 8 bits."""
+    deep = any(isinstance(image, np.ndarray) and image.dtype == np.float32 for image in images)
+    return torch.float32 if deep else torch.uint8
+
+
+def _output(out: Tensor | None, images: Sequence[Picture], config: DataConfig) -> Tensor:
+    """(B, C, H, W) to write to."""
+    shape = (len(images), config.channels, *config.size)
+    return torch.empty(shape, dtype=dtype_of(images)) if out is None else out
+
+
+def _write(pixels: Pixels, plane: Tensor) -> None:
+    """Write (H, W, C) to (C, H, W), as bytes or from 0 to 1."""
+    values = pixels.transpose(2, 0, 1)
+    if plane.dtype == torch.float32 and values.dtype == np.uint8:
+        values = values.astype(np.float32) / 255
+    plane.numpy()[:] = values
 
 
 def train_transform(
     images: Sequence[Picture], keys: Tensor, config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """The training images (B, C, H, W) uint8 of one batch, by their keys (B,) int64.
+    """The training images (B, C, H, W) of one batch, by their keys (B,) int64.
 
     Augmented as ``data.augment`` says; written to ``out`` where it is given.
     """
@@ -229,16 +260,15 @@ def train_transform(
         return eval_transform(upright, config, out)
     if config.augment == "padded_crop":
         whole = [torch.from_numpy(cover_all(image, config).copy()) for image in upright]
-        planes = _output(out, len(images), config)
+        planes = _output(out, images, config)
         return padded_crops([x.permute(2, 0, 1) for x in whole], keys, config, planes)
     sizes = torch.tensor([size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
     boxes, mirrored = drawn_crops(keys, sizes, config)
-    how, planes = resizer(config), _output(out, len(images), config)
+    how, planes = resizer(config), _output(out, images, config)
     if (stacked := _small_stack(upright, config)) is not None:
         return planes.copy_(crop_resize(stacked, boxes, mirrored, config.size, how))
     for row, (image, box) in enumerate(zip(upright, boxes.tolist(), strict=True)):
-        cut = resize(cut_out(image, tuple(box)), config.size, how)
-        planes[row].numpy()[:] = cut.transpose(2, 0, 1)
+        _write(resize(cut_out(image, tuple(box)), config.size, how), planes[row])
     for row in mirrored.nonzero()[:, 0].tolist():  # torch mirrors planes several times as fast
         planes[row] = planes[row].flip(-1)
     return planes
@@ -253,8 +283,8 @@ def drawn_crops(keys: Tensor, sizes: Tensor, config: DataConfig) -> tuple[Tensor
     return boxes, mirrored & config.flip
 
 
-def jitter(image: Picture, key: Tensor, strength: float) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 with torchvision's ColorJitter of three parts, by the image's key."""
+def jitter(image: Picture, key: Tensor, strength: float) -> Pixels:
+    """(h, w, 3) with torchvision's ColorJitter of three parts, by the image's key."""
     pixels = torch.from_numpy(_pixels(image).copy()).permute(2, 0, 1)
     draws = uniforms(key[None], 6, stream=2)[0]
     factors = (1 + strength * (2 * draws[:3] - 1)).tolist()
@@ -264,8 +294,8 @@ def jitter(image: Picture, key: Tensor, strength: float) -> NDArray[np.uint8]:
     return pixels.permute(1, 2, 0).numpy()
 
 
-def cover_all(image: Picture, config: DataConfig) -> NDArray[np.uint8]:
-    """(h, w, C) uint8: an image of :func:`prepare` resized until it covers the size, uncropped."""
+def cover_all(image: Picture, config: DataConfig) -> Pixels:
+    """(h, w, C): an image of :func:`prepare` resized until it covers the size, uncropped."""
     box, scaled, _ = covering(size_of(image), config.size)
     return resize(cut_out(image, box), scaled, resizer(config))
 
@@ -283,7 +313,9 @@ def padded_crops(images: Sequence[Tensor], keys: Tensor, config: DataConfig, out
         top = int(down * (padded.shape[1] - height + 1))
         left = int(right * (padded.shape[2] - width + 1))
         cut = padded[:, top : top + height, left : left + width]
-        out[row] = cut.flip(-1) if config.flip and mirror < 0.5 else cut
+        cut = cut.flip(-1) if config.flip and mirror < 0.5 else cut
+        is_byte = cut.dtype == torch.uint8 and out.dtype == torch.float32
+        out[row] = cut / 255 if is_byte else cut
     return out
 
 
@@ -291,7 +323,7 @@ def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None
     """(B, C, h, w) uint8 where small arrays of one size are cut faster together than one by one."""
     arrays = [image for image in images if isinstance(image, np.ndarray)]
     shapes = {image.shape for image in arrays}
-    if len(arrays) < len(images) or len(shapes) != 1:
+    if len(arrays) < len(images) or len(shapes) != 1 or dtype_of(arrays) != torch.uint8:
         return None
     if max(*shapes.pop()[:2], *config.size) >= _ALONE_FROM:
         return None
@@ -328,8 +360,8 @@ def covering(
     return (corner[0], corner[1], kept[0], kept[1]), (scaled[0], scaled[1]), (centre[0], centre[1])
 
 
-def cover(image: Picture, size: tuple[int, int], how: str, share: float = 1.0) -> NDArray[np.uint8]:
-    """(H, W, C) uint8: scaled as :func:`covering` says, then the centre."""
+def cover(image: Picture, size: tuple[int, int], how: str, share: float = 1.0) -> Pixels:
+    """(H, W, C): scaled as :func:`covering` says, then the centre."""
     box, scaled, (top, left) = covering(size_of(image), size, share)
     return resize(cut_out(image, box), scaled, how)[top : top + size[0], left : left + size[1]]
 
@@ -337,16 +369,15 @@ def cover(image: Picture, size: tuple[int, int], how: str, share: float = 1.0) -
 def eval_transform(
     images: Sequence[Picture], config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """Images (B, C, H, W) uint8 as evaluations see them: resized, then cropped.
+    """Images (B, C, H, W) as evaluations see them: resized, then cropped.
 
     An image of the size is unchanged where ``data.eval_crop`` leaves nothing out. Written to
     ``out`` where it is given.
     """
-    how, planes = resizer(config), _output(out, len(images), config)
+    how, planes = resizer(config), _output(out, images, config)
     for row, image in enumerate(images):
         upright = prepare(image, config.channels)
-        covered = cover(upright, config.size, how, config.eval_share)
-        planes[row].numpy()[:] = covered.transpose(2, 0, 1)
+        _write(cover(upright, config.size, how, config.eval_share), planes[row])
     return planes
 
 
@@ -360,8 +391,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 @overload
 def normalize(images: Patches, mean: Sequence[float], std: Sequence[float]) -> Patches: ...
 def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Images:
-    """Normalise (B, C, H, W) uint8, or patches of uint8, to float32; padding holds 0.
+    """Normalise (B, C, H, W), or patches, to float32; padding holds 0.
 
+    Images are uint8, or float32 from 0 to 1.
     ``mean`` and ``std`` are of each channel on the scale 0 to 1.
     """
     if isinstance(images, Patches):
@@ -370,6 +402,8 @@ def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Im
         values = normalize(values, mean, std).permute(0, 2, 3, 1)
         return images.with_values(values.flatten(-2))
     means, stds = _per_channel(mean, images), _per_channel(std, images)
+    if images.dtype == torch.float32:
+        return (images - means) / stds
     if images.dtype != torch.uint8 or images.device.type != "cpu":
         return (images.to(torch.float32) / 255 - means) / stds
     # On a CPU the way to memory and back, four times, costs more than the arithmetic.
@@ -380,7 +414,11 @@ def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Im
     return normalized
 
 
+def restore(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of :func:`normalize`: (B, C, H, W) float32 on the scale 0 to 1, or beyond it."""
+    return images.to(torch.float32) * _per_channel(std, images) + _per_channel(mean, images)
+
+
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of :func:`normalize` as (B, C, H, W) float32 in [0, 1], for pictures."""
-    restored = images.to(torch.float32) * _per_channel(std, images) + _per_channel(mean, images)
-    return restored.clamp(0, 1)
+    return restore(images, mean, std).clamp(0, 1)

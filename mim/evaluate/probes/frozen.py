@@ -26,7 +26,7 @@ from mim.core.rng import seed_of
 from mim.data import Batch, ImageSource
 from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import check_pool, check_precision
+from mim.evaluate.features import check_finite, check_pool, check_precision
 from mim.evaluate.training import (
     ClassificationTask,
     Labelled,
@@ -177,5 +177,7 @@ class ProbeTask(ClassificationTask):
     def logits(self, learner: nn.Module, images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.precision, images.device):
             tokens = self.probe.tokens(self.encoder, images)
+        if not learner.training:  # a training step does not wait for the device
+            check_finite(tokens, self.precision, "tokens")
         logits: Tensor = learner(tokens.float())
         return logits

@@ -106,7 +106,8 @@ def build_backbone(
         except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             if "unexpected keyword argument 'img_size'" in str(error):
                 names = ", ".join(kind.__name__ for kind in FAMILIES)
-                reason = f"takes images of any size; the regimes need one of timm's {names}"
+                reason = "takes images of any size and, like every CNN, has no patches to hide; "
+                reason += f"the regimes need one of timm's {names}"
                 raise setting_error(setting_name, model.backbone, reason) from error
             given = {"backbone": model.backbone, **args}
             raise setting_error(setting_args, given, f"is refused by timm: {error}") from error

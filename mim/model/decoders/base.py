@@ -87,7 +87,11 @@ class Decoder(WithTerms, nn.Module, ABC):
         return min(1.0, self.share * mask.num_patches / max(mask.num_masked, 1))
 
 
-DECODERS: Registry[type[Decoder]] = Registry("model.decoder.name", DecoderConfig)
+DECODERS: Registry[type[Decoder]] = Registry(
+    "model.decoder.name",
+    DecoderConfig,
+    {"mae": "transformer", "crossmae": "cross_attention", "simmim": "linear"},
+)
 
 
 def at(hidden: Tensor, ids: Tensor | None) -> Tensor:

@@ -132,7 +132,16 @@ class Target(WithTerms, nn.Module, ABC):
         return each.mean(dim=-1)
 
 
-TARGETS: Registry[type[Target]] = Registry("model.target.name", TargetConfig)
+TARGETS: Registry[type[Target]] = Registry(
+    "model.target.name",
+    TargetConfig,
+    {
+        "mae": "normalized_pixels",
+        "maskfeat": "hog",
+        "simmim": "pixels",
+        "norm_pix": "normalized_pixels",
+    },
+)
 
 
 @torch.no_grad()
