@@ -92,7 +92,7 @@ def mae_loss(w: Weights, images: Tensor, is_masked: Tensor) -> Tensor:
 
 def rate(step: int, per_epoch: int) -> float:
     """MAE's, from the fraction of an epoch: 1.5e-4 for a batch of 256, warm-up of 40 of 800."""
-    epoch, peak = step / per_epoch, 1.5e-4 * 4 / 256
+    epoch, peak = step / per_epoch, 1.5e-4 * 4096 / 256
     if epoch < 40:
         return peak * epoch / 40
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - 40) / 760))
@@ -102,7 +102,7 @@ def test_three_steps_are_maes_arithmetic() -> None:
     config = load_config(recipe_file("mae-vit-b"), SIZES)
     model = build_model(config).double()
     per_epoch = 1  # so that 3 steps are far enough in the warm-up to move the weights
-    schedule = build_schedule(config.optim, config.data.batch_size, 800 * per_epoch, per_epoch)
+    schedule = build_schedule(config.optim, 4096, 800 * per_epoch, per_epoch)
     optimizer = build_optimizer(config.optim, model, schedule(0))
     fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert fixed == {"backbone.pos_embed", "decoder.pos_embed"}
