@@ -354,6 +354,12 @@ class MaskConfig(ComponentSettings, where="mask"):
     rounding: Literal["nearest", "ceil", "floor_visible"] = "nearest"
     """How that becomes a number of patches: nearest (halves up), ceil (SimMIM rounds the hidden
     ones up) or floor_visible (MAE rounds the visible ones down)."""
+    repeats: Count = 1
+    """Masks of an image in a step of training (data2vec 2.0: 16). The encoder runs once for each, a
+    teacher once for all; the loss is their mean."""
+    unmasked: BelowOne = 0.0
+    """Share of the images, drawn in each epoch, that training leaves unmasked; where only masked
+    patches count, their loss is 0."""
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
