@@ -415,8 +415,8 @@ class DecoderConfig(ComponentSettings, where="model.decoder"):
     """What predicts the hidden patches."""
 
     name: str = "transformer"
-    """transformer (MAE), cross_attention (CrossMAE), linear (SimMIM) or mlp; the last two need a
-    regime that keeps every token."""
+    """transformer (MAE), cross_attention (CrossMAE), rotary (CAPI), convolutional (data2vec 2.0),
+    linear (SimMIM) or mlp; the last two need a regime that keeps every token."""
 
 
 @dataclass(frozen=True)
@@ -425,11 +425,12 @@ class TargetConfig(ComponentSettings, where="model.target"):
 
     name: str = "normalized_pixels"
     """normalized_pixels (each patch to mean 0, variance 1), pixels, low_pass, frequency (cosine
-    transform), hog (histograms of oriented gradients), features (of a frozen timm model) or
-    ema_features (of the encoder's moving average)."""
+    transform), hog (histograms of oriented gradients), features (of a frozen timm model),
+    ema_features (of the encoder's moving average), clusters (CAPI's, learnt online) or codes (of a
+    codebook given as a file)."""
     loss: Literal["auto", "mse", "l1", "smooth_l1", "cosine"] = "auto"
-    """Distance between prediction and target: auto (smooth_l1 for features, mse for the rest),
-    mse, l1, smooth_l1 or cosine."""
+    """Distance between prediction and target: auto (smooth_l1 for features, cross-entropy for
+    clusters and codes, mse for the rest), mse, l1, smooth_l1 or cosine."""
     smooth_l1_beta: Positive = 2.0
     """Where smooth_l1 turns from a square into a line; 2.0 is data2vec's for images."""
     loss_on: Literal["masked", "all"] = "masked"
@@ -470,7 +471,8 @@ class ModelConfig(Settings, where="model"):
     target: TargetConfig = field(default_factory=TargetConfig)
     """What must be predicted."""
     teacher_decay: BelowOne = 0.999
-    """Decay of the EMA teacher that the generator attention and the target ema_features read."""
+    """Decay of the EMA teacher that the generator attention and the targets ema_features and
+    clusters read."""
     teacher_schedule: TeacherSchedule = field(default_factory=TeacherSchedule)
     """How that decay moves."""
 
