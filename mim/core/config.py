@@ -447,8 +447,8 @@ class ModelConfig(Settings, where="model"):
     """Encoder, regime, decoder and target."""
 
     backbone: str = "vit_tiny_patch16_224"
-    """Name of a timm model: a VisionTransformer, an Eva (EVA-02, RoPE-ViT, DINOv3), a Swin (v1 or
-    v2: token) or a Hiera (drop or token)."""
+    """Name of a timm model: a VisionTransformer, an Eva (EVA-02, RoPE-ViT, DINOv3), a Beit or
+    VisionTransformerRelPos, a Swin (v1 or v2: token) or a Hiera (drop or token)."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
