@@ -30,19 +30,29 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
+    words = options.settings
+    if words and not words[0].startswith("-"):  # a folder of images alone
+        options.settings = ["--data.path", words[0], *words[1:]]
+        if not any(word.partition("=")[0] == "--data.source" for word in words):
+            options.settings += ["--data.source", "auto"]
     config = read_config(options)
     from dataclasses import asdict
 
     from mim.training.inspection import inspect
 
+    files = [word for file in options.config or () for word in ("--config", file)]
     found = inspect(config, images=options.images, output=Path(options.output))
+    found.command = shlex.join(["mim", "pretrain", *files, *options.settings])
 
     def text() -> None:
-        for line in (line for part in found.values() for line in part.lines()):
+        if not found.refusal:
+            say(options.output)
+        for line in found.lines():
             say(line)
-        say(options.output)
 
-    show(options, {split: asdict(part) for split, part in found.items()}, text)
+    numbers = {split: asdict(part) for split, part in found.splits.items()}
+    others = {name: getattr(found, name) for name in ("seen", "problems", "duplicates", "refusal")}
+    show(options, {**numbers, **others}, text)
     return 0
 
 
@@ -60,7 +70,11 @@ def _run_stats(options: argparse.Namespace) -> int:
     from mim.training.inspection import statistics
 
     mean, std = statistics(config.data, options.images)
-    tree = {"mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+    tree = {
+        "channels": config.data.channels,
+        "mean": [round(x, 4) for x in mean],
+        "std": [round(x, 4) for x in std],
+    }
     text = yaml.safe_dump({"data": tree}, default_flow_style=None, sort_keys=False)
     if options.output:
         write_text_atomic(Path(options.output), text)
@@ -104,9 +118,10 @@ INSPECT = Verb(
     "Count and draw what a config would train on.",
     _inspect_options,
     _run_inspect,
-    "Decode the images of both splits; print counts, sizes, modes and unreadable files, and\n"
-    "draw a sheet: an image, and its crop and mask in two epochs. Settings may follow:\n"
-    "--data.source imagefolder --data.path DIR",
+    "mim data inspect DIR: the doctor of a folder. Decode the images of both splits; print\n"
+    "counts, sizes, modes, values, duplicates, and what cannot be read, with reasons; draw a\n"
+    "sheet: an image, and its crop and mask in two epochs. The last line says whether mim\n"
+    "pretrain would start. Settings may follow, such as --data.channels 1",
     config=config_kind,
 )
 STATS = Verb(

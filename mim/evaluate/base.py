@@ -107,6 +107,8 @@ class AnyEvaluation(ABC):
             if source.labels is None:
                 raise UserError(
                     f"data.source {source.name!r} has no labels; evaluation {self.name} needs them"
+                    "; label_free needs none, and data.source=imagefolder takes the sub-folders "
+                    "of a folder for labels"
                 )
             if len(source) == 0:
                 raise UserError(
