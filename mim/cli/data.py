@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from mim.cli.options import (
     Verb,
@@ -50,8 +51,13 @@ def _run_inspect(options: argparse.Namespace) -> int:
         for line in found.lines():
             say(line)
 
-    numbers = {split: asdict(part) for split, part in found.splits.items()}
-    others = {name: getattr(found, name) for name in ("seen", "problems", "duplicates", "refusal")}
+    numbers: dict[str, Any] = {split: asdict(part) for split, part in found.splits.items()}
+    for part in numbers.values():
+        part["channels"] = sorted(part["channels"])
+    others = {
+        name: getattr(found, name)
+        for name in ("seen", "problems", "duplicates", "refusal", "changes")
+    }
     show(options, {**numbers, **others}, text)
     return 0
 

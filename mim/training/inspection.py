@@ -80,6 +80,8 @@ class Inspection:
     """Name -> reason."""
     misfits: dict[str, str] = field(default_factory=dict)
     """Name -> why an image that can be read cannot be used."""
+    channels: set[int] = field(default_factory=set)
+    """Of the images that cannot be used."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Ending -> files that are not read."""
     fingerprint: str = ""
@@ -143,8 +145,10 @@ class Findings:
     """Names of images with the same content."""
     refusal: str
     """Why a run would not start or not end; empty if it would."""
-    command: str
-    """What would start it."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """Settings of ``data`` without which it would not, by which it would."""
+    command: str = ""
+    """What would start it; the caller knows."""
 
     def lines(self) -> list[str]:
         """Returns the findings in words; the last line says whether a run would start."""
@@ -160,7 +164,8 @@ class Findings:
                 found.append(f"  warning: {both:,} of them are in train and in val")
         if self.refusal:
             return [*found, f"mim pretrain would not run: {self.refusal}"]
-        return [*found, f"mim pretrain would start: {self.command}"]
+        changed = "".join(f" --data.{name} {value}" for name, value in self.changes.items())
+        return [*found, f"mim pretrain would start: {self.command}{changed}"]
 
 
 def _lenient(config: DataConfig) -> DataConfig:
@@ -212,11 +217,12 @@ def inspect_split(
         mode = _mode(image, values)
         modes[mode] += 1
         sizes.append(size_of(image))
-        _note_values(found.values.setdefault(mode, Values()), values, np.asarray(image))
         try:
-            prepare(image, config.channels)
+            image = prepare(image, config.channels)
         except UserError as error:
             found.misfits[source.describe(index)] = str(error)
+            found.channels.add(values.shape[2])
+        _note_values(found.values.setdefault(mode, Values()), values, np.asarray(image))
         if digests is not None:
             data = values.tobytes() if content is None else content
             digest = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -375,6 +381,24 @@ def inspect(
     if output is not None and not refusal and not misfits:
         drawn = sample_sheet(config, pictured)
         write_atomic(output, lambda temporary: drawn.save(temporary, format="PNG"))
+    changes = _changes(config.data, found)
+    if (refusal or misfits) and changes:
+        changed = replace(config, data=replace(config.data, **changes))
+        again = inspect(changed, images=images, output=output, pictured=pictured, splits=splits)
+        if not again.refusal:
+            return replace(again, changes=changes)
     twice = [names for names in digests.values() if len(names) > 1]
     refusal = refusal or (misfits[0] if misfits else "")
-    return Findings(seen, found, problems, twice, refusal, "")
+    return Findings(seen, found, problems, twice, refusal)
+
+
+def _changes(data: DataConfig, found: dict[Split, Inspection]) -> dict[str, int]:
+    """Settings that do not fit the images, and values that do."""
+    changes = {}
+    channels = set[int]().union(*(part.channels for part in found.values()))
+    if len(channels) == 1:
+        changes["channels"] = channels.pop()
+    images = found["train"].images if "train" in found else 0
+    if 0 < images < data.batch_size:
+        changes["batch_size"] = 1 << max(images // 2, 1).bit_length() - 1
+    return changes
