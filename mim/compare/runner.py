@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
 from mim import moved
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
@@ -44,9 +42,10 @@ from mim.evaluate import (
     untrained_encoder,
 )
 from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, protocol_of
+from mim.interop.starting import pretrain_from
 from mim.training import checkpoint
-from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
+from mim.training.runtime.machine import pick_device
 from mim.training.settings import checked
 
 Watch = Callable[[], AbstractContextManager[set[str]]]
@@ -264,11 +263,11 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     began = time.monotonic()
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(item.config.train.device, "train.device")
     tune_process(device)
     facts = _facts(item)
     if item.kind == "run":
-        pretrain(item.config)
+        pretrain_from(item.config, with_decoder=False)  # alike for every regime
     else:
         checkpoint.prepare_folder(run)
         checkpoint.write_config(run, item.config)

@@ -140,7 +140,7 @@ def _fit(setting: str, value: Any, hint: Any) -> Any:
         value = _fit(setting, value, args[0])
         for bound in args[1:]:
             if isinstance(bound, Bound) and not bound.holds(value):
-                raise setting_error(setting, value, bound.says)
+                raise setting_error(setting, value, bound.says + _in_per_cent(value, bound))
         return value
     if kind in (Union, types.UnionType):
         for part in args:
@@ -168,6 +168,12 @@ def _fit(setting: str, value: Any, hint: Any) -> Any:
         return value
     words = " or ".join(dict.fromkeys(_words(hint)))
     raise _WrongType(f"{setting}: {value!r} must be {words}")
+
+
+def _in_per_cent(value: Any, bound: Bound) -> str:
+    """Asks whether a value above 1 is meant in per cent, where that would be valid."""
+    is_number = isinstance(value, (int, float)) and 1 < value < 100
+    return f" (did you mean {value / 100:g}?)" if is_number and bound.holds(value / 100) else ""
 
 
 def _words(hint: Any) -> Iterator[str]:

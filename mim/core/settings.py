@@ -13,7 +13,7 @@ import difflib
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -24,6 +24,7 @@ from mim.core.errors import UserError
 from mim.core.fields import build, came_later, fit, hints
 from mim.core.files import dump_yaml, parse_yaml
 from mim.core.plugins import beside, check_trust, import_plugin
+from mim.core.recipes import part_for, recipe_file
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def read_tree(
     """
     tree: dict[str, Any] = {}
     for file in files:
-        loaded = read_mapping(file)
+        loaded = part_for(read_mapping(file), "base" in hints(kind))
         _check_kind(loaded, file, kind)
         _find_plugins(loaded, Path(file), trust)
         if _is_of_run(Path(file), trust):
@@ -212,9 +213,16 @@ def leaves(kind: Any, prefix: str = "") -> dict[str, tuple[type, str]]:
 
 
 def read_args(
-    kind: type[T], args: Sequence[str], prog: str = "mim", description: str | None = None
+    kind: type[T],
+    args: Sequence[str],
+    prog: str = "mim",
+    description: str | None = None,
+    complete: Callable[[list[str], dict[str, Any]], dict[str, Any]] | None = None,
 ) -> T:
-    """Parse command-line arguments: ``--config FILE`` (repeatable) and ``--dotted.key VALUE``.
+    """Parse command-line arguments: ``--config FILE`` and ``--recipe NAME`` (repeatable), and
+    ``--dotted.key VALUE``.
+
+    ``complete`` makes the settings that are used of the files and the settings that are given.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type or one that is refused.
@@ -236,8 +244,12 @@ def read_args(
         value = value if equals else rest.pop(0)
         if option == "--config":
             files.append(value)
+        elif option == "--recipe":
+            files.append(str(recipe_file(value)))
         else:
             settings[option[2:]] = value
+    if complete is not None and "h" not in shown:
+        settings = complete(files, settings)
     config = read_tree(kind, files, settings)
     if "h" in shown:
         config_parser(kind, prog=prog, description=description).print_help()
@@ -252,6 +264,7 @@ def config_parser(kind: type, **parser_args: Any) -> argparse.ArgumentParser:
     """Make a parser with all options of a config, for its help and for completion."""
     parser = argparse.ArgumentParser(**parser_args)
     parser.add_argument("--config", metavar="FILE", help="YAML file; later ones override")
+    parser.add_argument("--recipe", metavar="NAME", help="a published method: see mim recipes")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML")
     groups: dict[str, Any] = {"": parser}
     for key, (owner, name) in leaves(kind).items():

@@ -364,14 +364,13 @@ def inspect(
     digests: dict[str, list[str]] = {}
     found: dict[Split, Inspection] = {}
     for split in splits:
-        for tried in (data, replace(data, source="flat")):  # which holds images, whatever else
+        flat = [replace(data, source="flat")] if data.source == "imagefolder" else []
+        for tried in (data, *flat):  # a folder holds images, whatever is wrong with its classes
             try:
                 found[split] = inspect_split(tried, split, images, digests)
                 break
             except UserError as error:
                 problems.append(str(error))
-                if data.path is None or not Path(data.path).is_dir():
-                    break
     faults: dict[Split, list[Fault]] = {
         split: [Fault(*item) for item in part.unreadable.items()] for split, part in found.items()
     }

@@ -140,8 +140,9 @@ def test_the_last_line_is_what_pretrain_does(
     assert ran.code == (0 if would else 2), (last, ran.err)
     assert sheet.is_file() == would
     if not would:
-        reason = last.removeprefix("mim pretrain would not run: ")
-        assert reason.partition(":")[0] == ran.line.removeprefix("mim: error: ").partition(":")[0]
+        reason = last.removeprefix("mim pretrain would not run: ").partition(":")[0]
+        said = ran.err.strip().splitlines()[-1].removeprefix("mim: error: ")
+        assert reason == said.partition(":")[0]
 
 
 def test_all_faults_are_told_at_once(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
+from torchvision.transforms.v2 import functional as vision
 
 from mim.core.config import DataConfig
 from mim.core.device import to_device
@@ -109,11 +110,13 @@ def crop_parameters(
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (0.75, 4 / 3),
+    clamp: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The crop and the mirror of each key, distributed as in torchvision's RandomResizedCrop.
 
     An area and an aspect ratio are drawn until the crop fits, ten times at most; then the largest
-    central crop of an allowed ratio is taken. A key always uses the same count of numbers.
+    central crop of an allowed ratio is taken. With ``clamp`` the first is cut to the image instead,
+    as in MAE's linear probe, whose crops are larger. A key always uses the same count of numbers.
 
     Args:
         keys: (B,) int64, from :func:`mim.core.rng.image_keys` with purpose "augment".
@@ -131,6 +134,9 @@ def crop_parameters(
     aspect = torch.exp(low + (high - low) * ratios)
     width = torch.round(torch.sqrt(area * aspect)).long()  # (B, 10)
     height = torch.round(torch.sqrt(area / aspect)).long()
+    if clamp:
+        width, height = (x.clamp(min=1) for x in (width, height))
+        width, height = width.minimum(widths[:, None]), height.minimum(heights[:, None])
     fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)  # (B, 1), 0 where none fits
     crop = torch.stack([height.gather(1, first)[:, 0], width.gather(1, first)[:, 0]], dim=1)
@@ -157,30 +163,34 @@ def size_of(image: Picture) -> tuple[int, int]:
 
 
 def resizer(config: DataConfig) -> str:
-    """Which library's bicubic makes the images of a config: "pil" or "torch".
+    """What makes the images of a config: "pil", "torch", "pil bilinear" or "torch bilinear".
 
-    It follows from the config alone, never from where an image comes from.
+    Without a second word it is bicubic. It follows from the config alone, never from where an image
+    comes from.
     """
-    if config.resize != "auto":
-        return config.resize
-    return "torch" if max(config.size) >= _TORCH_FROM else "pil"
+    library: str = config.resize
+    if library == "auto":
+        library = "torch" if max(config.size) >= _TORCH_FROM else "pil"
+    return library if config.interpolation == "bicubic" else f"{library} {config.interpolation}"
 
 
 def resize(image: Picture, size: tuple[int, int], how: str) -> Pixels:
-    """(H, W, C), by antialiased bicubic interpolation: lines first, then columns.
+    """(H, W, C), by antialiased interpolation: lines first, then columns.
 
     The image is one of :func:`prepare`, and ``how`` one of :func:`resizer`.
     :func:`mim.data.images.batched.crop_resize` gives the same bytes.
     """
+    library, _, mode = how.partition(" ")
+    mode = mode or "bicubic"
     is_float = isinstance(image, np.ndarray) and image.dtype == np.float32
-    if how == "torch" or is_float:
+    if library == "torch" or is_float:
         pixels = _pixels(image)
         if pixels.shape[:2] == size:
             return pixels
         if not pixels.flags.writeable:  # a warning of torch's; nothing is written
             pixels = pixels.copy()
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
-        done = functional.interpolate(planes, size, mode="bicubic", antialias=True)
+        done = functional.interpolate(planes, size, mode=mode, antialias=True)
         done = done.clamp_(0, 1) if is_float else done  # bytes cannot overshoot either
         return done[0].permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
@@ -189,11 +199,12 @@ def resize(image: Picture, size: tuple[int, int], how: str) -> Pixels:
             return np.concatenate([resize(plane, size, how) for plane in split], axis=2)
         image = Image.fromarray(image)
     height, width = size
+    resample = Image.Resampling[mode.upper()]
     # Left to itself, Pillow chooses which way to go first, and not in all versions alike.
     if image.width != width and image.height > height:
-        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+        image = image.resize((width, image.height), resample)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resample)
     return _pixels(image)
 
 
@@ -238,17 +249,21 @@ def train_transform(
 ) -> Tensor:
     """The training images (B, C, H, W) of one batch, by their keys (B,) int64.
 
-    MAE's augmentation, or none as ``data.augment`` says; written to ``out`` where it is given.
+    Augmented as ``data.augment`` says; written to ``out`` where it is given.
     """
-    if config.augment == "none":
+    if config.augment == "none" and not config.color_jitter:
         return eval_transform(images, config, out)
     upright = [prepare(image, config.channels) for image in images]
+    if config.color_jitter:
+        upright = list(map(jitter, upright, keys, [config.color_jitter] * len(upright)))
+    if config.augment == "none":
+        return eval_transform(upright, config, out)
+    if config.augment == "padded_crop":
+        whole = [torch.from_numpy(cover_all(image, config).copy()) for image in upright]
+        planes = _output(out, images, config)
+        return padded_crops([x.permute(2, 0, 1) for x in whole], keys, config, planes)
     sizes = torch.tensor([size_of(image) for image in upright], dtype=torch.int64).reshape(-1, 2)
-    boxes, mirrored = crop_parameters(
-        keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
-    )
-    if not config.flip:
-        mirrored = torch.zeros_like(mirrored)
+    boxes, mirrored = drawn_crops(keys, sizes, config)
     how, planes = resizer(config), _output(out, images, config)
     if (stacked := _small_stack(upright, config)) is not None:
         return planes.copy_(crop_resize(stacked, boxes, mirrored, config.size, how))
@@ -257,6 +272,51 @@ def train_transform(
     for row in mirrored.nonzero()[:, 0].tolist():  # torch mirrors planes several times as fast
         planes[row] = planes[row].flip(-1)
     return planes
+
+
+def drawn_crops(keys: Tensor, sizes: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """:func:`crop_parameters` of images of sizes (B, 2) as a config says."""
+    scale, ratio, clamp = config.crop_scale, config.crop_ratio, config.crop_fit == "clamp"
+    boxes, mirrored = crop_parameters(
+        keys, sizes[:, 0], sizes[:, 1], scale=scale, ratio=ratio, clamp=clamp
+    )
+    return boxes, mirrored & config.flip
+
+
+def jitter(image: Picture, key: Tensor, strength: float) -> Pixels:
+    """(h, w, 3) with torchvision's ColorJitter of three parts, by the image's key."""
+    pixels = torch.from_numpy(_pixels(image).copy()).permute(2, 0, 1)
+    draws = uniforms(key[None], 6, stream=2)[0]
+    factors = (1 + strength * (2 * draws[:3] - 1)).tolist()
+    change = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation)
+    for part in draws[3:].argsort().tolist():
+        pixels = change[part](pixels, factors[part])
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def cover_all(image: Picture, config: DataConfig) -> Pixels:
+    """(h, w, C): an image of :func:`prepare` resized until it covers the size, uncropped."""
+    box, scaled, _ = covering(size_of(image), config.size)
+    return resize(cut_out(image, box), scaled, resizer(config))
+
+
+def padded_crops(images: Sequence[Tensor], keys: Tensor, config: DataConfig, out: Tensor) -> Tensor:
+    """Random crops of images (C, h, w) with ``data.pad`` reflected pixels around them, mirrored.
+
+    What is drawn follows from the keys (B,); written to ``out`` (B, C, H, W).
+    """
+    height, width = config.size
+    for row, (image, (down, right, mirror)) in enumerate(
+        zip(images, uniforms(keys, 3).tolist(), strict=True)
+    ):
+        padded = vision.pad(image, [config.pad], padding_mode="reflect")
+        top = int(down * (padded.shape[1] - height + 1))
+        left = int(right * (padded.shape[2] - width + 1))
+        cut = padded[:, top : top + height, left : left + width]
+        cut = cut.flip(-1) if config.flip and mirror < 0.5 else cut
+        is_byte = cut.dtype == torch.uint8 and out.dtype == torch.float32
+        out[row] = cut / 255 if is_byte else cut
+    return out
 
 
 def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None:
@@ -271,46 +331,53 @@ def _small_stack(images: Sequence[Picture], config: DataConfig) -> Tensor | None
 
 
 def covering(
-    given: tuple[int, int], size: tuple[int, int]
+    given: tuple[int, int], size: tuple[int, int], share: float = 1.0
 ) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
-    """How an image of a (height, width) is scaled until it just covers ``size``, and then cropped.
+    """How an image of a (height, width) is scaled until it covers ``size``, and then cropped.
 
-    Of a long thin image only the middle is scaled: all of it would become as much larger.
+    With a ``share`` below 1 it covers ``size`` divided by it, with torchvision's rounding (Resize,
+    CenterCrop). Of a long thin image only the middle is scaled: all of it would become as much
+    larger.
 
     Returns:
         The box (top, left, height, width) that is scaled, the (height, width) it is scaled to, and
         (top, left) of the centre in that.
     """
-    scale = max(size[0] / given[0], size[1] / given[1])
+    outer = tuple(math.floor(side / share) for side in size)
+    scale = max(outer[0] / given[0], outer[1] / given[1])
     kept, corner, scaled, centre = [], [], [], []
-    for whole, final in zip(given, size, strict=True):
+    for whole, final, cover in zip(given, size, outer, strict=True):
         most = math.ceil(_LONGEST * final / scale)
         # As much at either end, so that the centre stays where it is.
         away = max(0, (whole - most) // 2)
         kept.append(whole - 2 * away)
         corner.append(away)
         # Rounding must not leave a side one pixel short.
-        scaled.append(max(round(kept[-1] * scale), final))
-        centre.append((scaled[-1] - final) // 2)
+        exact = kept[-1] * scale
+        scaled.append(max(round(exact) if share == 1 else int(exact), cover))
+        spare = scaled[-1] - final
+        centre.append(spare // 2 if share == 1 else round(spare / 2))
     return (corner[0], corner[1], kept[0], kept[1]), (scaled[0], scaled[1]), (centre[0], centre[1])
 
 
-def cover(image: Picture, size: tuple[int, int], how: str) -> Pixels:
-    """(H, W, C): scaled until it just covers ``size``, then the centre."""
-    box, scaled, (top, left) = covering(size_of(image), size)
+def cover(image: Picture, size: tuple[int, int], how: str, share: float = 1.0) -> Pixels:
+    """(H, W, C): scaled as :func:`covering` says, then the centre."""
+    box, scaled, (top, left) = covering(size_of(image), size, share)
     return resize(cut_out(image, box), scaled, how)[top : top + size[0], left : left + size[1]]
 
 
 def eval_transform(
     images: Sequence[Picture], config: DataConfig, out: Tensor | None = None
 ) -> Tensor:
-    """Images (B, C, H, W) as evaluations see them: resized to cover the size, then cropped.
+    """Images (B, C, H, W) as evaluations see them: resized, then cropped.
 
-    An image that has the size already is unchanged. Written to ``out`` where it is given.
+    An image of the size is unchanged where ``data.eval_crop`` leaves nothing out. Written to
+    ``out`` where it is given.
     """
     how, planes = resizer(config), _output(out, images, config)
     for row, image in enumerate(images):
-        _write(cover(prepare(image, config.channels), config.size, how), planes[row])
+        upright = prepare(image, config.channels)
+        _write(cover(upright, config.size, how, config.eval_share), planes[row])
     return planes
 
 

@@ -24,7 +24,7 @@ from mim.core.errors import UserError, setting_error
 from mim.core.files import prepare_folder, remove_leftovers
 from mim.data.images.batched import crop_resize
 from mim.data.images.decode import UnreadableImage
-from mim.data.images.transforms import Picture, covering, crop_parameters, resizer
+from mim.data.images.transforms import Picture, covering, drawn_crops, padded_crops, resizer
 from mim.data.sources.base import ImageSource, Subset, View
 from mim.data.storage.packed import (
     Packed,
@@ -236,20 +236,27 @@ class DeviceReader:
             return self.eval(part, config)
         height, width = self.images.shape[2:]
         sizes = torch.tensor([height, width]).expand(len(part), 2)
-        boxes, mirrored = crop_parameters(
-            keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
-        )
-        mirrored &= config.flip
+        if config.augment == "padded_crop":
+            whole, _ = self._covering(part, config, 1.0)
+            room = whole.new_empty(*whole.shape[:2], *config.size)
+            return padded_crops(list(whole), keys, config, room)
+        boxes, mirrored = drawn_crops(keys, sizes, config)
         return self._cut(part, boxes, mirrored, config.size, resizer(config))
 
     def eval(self, part: Tensor, config: DataConfig) -> Tensor:
         """What ``eval_transform`` gives, byte for byte."""
+        whole, (top, left) = self._covering(part, config, config.eval_share)
+        return whole[:, :, top : top + config.size[0], left : left + config.size[1]].contiguous()
+
+    def _covering(
+        self, part: Tensor, config: DataConfig, share: float
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Images scaled as :func:`covering` says, and where their centre begins."""
         given = self.images.shape[2], self.images.shape[3]
-        box, scaled, (top, left) = covering(given, config.size)
+        box, scaled, centre = covering(given, config.size, share)
         boxes = torch.tensor(box).expand(len(part), 4)
         plain = torch.zeros(len(part), dtype=torch.bool)
-        whole = self._cut(part, boxes, plain, scaled, resizer(config))
-        return whole[:, :, top : top + config.size[0], left : left + config.size[1]].contiguous()
+        return self._cut(part, boxes, plain, scaled, resizer(config)), centre
 
     def _cut(
         self, part: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int], how: str
