@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mim.cli.options import (
     Verb,
@@ -18,7 +18,12 @@ from mim.cli.options import (
     read_config,
     say,
     show,
+    take_folder,
 )
+from mim.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mim.core.config import Config
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -30,20 +35,41 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every number")
 
 
+def _config_of(folder: str | None, words: list[str]) -> tuple[Config, str]:
+    """The config of ``mim pretrain`` with these words, and why it has none for the folder."""
+    from mim.api import complete
+    from mim.core.config import Config
+    from mim.training.settings import checked, read_args
+
+    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        return complete(folder, files, settings)
+
+    try:
+        return checked(read_args(Config, words, complete=fill)), ""
+    except UserError as error:
+        if folder is None:
+            raise
+        known = ["--data.path", folder, "--data.source", "auto"]
+        return checked(read_args(Config, [*words, *known])), str(error)
+
+
 def _run_inspect(options: argparse.Namespace) -> int:
-    words = options.settings
-    if words and not words[0].startswith("-"):  # a folder of images alone
-        options.settings = ["--data.path", words[0], *words[1:]]
-        if not any(word.partition("=")[0] == "--data.source" for word in words):
-            options.settings += ["--data.source", "auto"]
-    config = read_config(options)
+    folder, words = take_folder(options.settings)
+    words = [word for file in options.config or () for word in ("--config", file)] + words
+    config, refusal = _config_of(folder, words)
     from dataclasses import asdict
 
     from mim.training.inspection import inspect
 
-    files = [word for file in options.config or () for word in ("--config", file)]
-    found = inspect(config, images=options.images, output=Path(options.output))
-    found.command = shlex.join(["mim", "pretrain", *files, *options.settings])
+    how: dict[str, Any] = {"images": options.images, "output": Path(options.output)}
+    found = inspect(config, **how)
+    if refusal and found.changes:  # settings are chosen by images that fit
+        for name, value in found.changes.items():
+            words += [f"--data.{name}", str(value)]
+        config, refusal = _config_of(folder, words)
+        found = inspect(config, **how)
+    found.refusal = refusal or found.refusal
+    found.command = shlex.join(["mim", "pretrain", *([folder] if folder else []), *words])
 
     def text() -> None:
         if not found.refusal:

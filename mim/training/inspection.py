@@ -386,6 +386,7 @@ def inspect(
         again = inspect(changed, images=images, output=output, pictured=pictured, splits=splits)
         if not again.refusal:
             return replace(again, changes=changes)
+        problems.append(again.refusal)
     twice = [names for names in digests.values() if len(names) > 1]
     refusal = refusal or (misfits[0] if misfits else "")
     return Findings(seen, found, problems, twice, refusal)
