@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import yaml
 from PIL import Image
 
 SIZE = 16
@@ -53,32 +51,3 @@ def test_from_sixteen_bit_tiffs_without_labels_to_embeddings_and_neighbours(
     assert features.std(0).min() > 0
     picture = mim("visualize", "reconstruct", run, "--images", "2", "--output", tmp_path / "r.png")
     assert picture.code == 0, picture.err
-
-
-@pytest.mark.parametrize("augment", ["mae", "none"])
-def test_four_channel_floats_under_three_regimes(
-    augment: str, tmp_path: Path, tiny_tree: Callable[..., Any], mim: Callable[..., Any]
-) -> None:
-    root, output = tmp_path / "set", tmp_path / "runs"
-    for label in range(2):
-        (root / f"kind{label}").mkdir(parents=True)
-        for number, image in enumerate(blobs(24, seed=label)):
-            bands = np.stack([image, image**2 - 1, np.roll(image, 3), image * (label + 1)])
-            np.save(root / f"kind{label}/{number:02}.npy", bands.astype(np.float32))
-    data = {"data.source": "auto", "data.path": str(root), "data.channels": 4}
-    data |= {"data.image_size": SIZE, "data.batch_size": 8, "data.augment": augment}
-    base = tiny_tree({**data, "train.max_steps": 2})
-    tree = {"base": base, "axes": {"model.regime.name": ["drop", "zero", "token"]}}
-    tree |= {"evaluations": {"knn": {"few_shot": []}}, "output": str(output)}
-    config = tmp_path / "compare.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    compared = mim("compare", "--config", config)
-    assert compared.code == 0, compared.err
-    found = [p for p in output.glob("regime=*") if (p / "result.json").is_file()]
-    assert len(found) == 3 and (output / "report.html").is_file()
-    measured = {
-        json.dumps(yaml.safe_load((p / "config.yaml").read_text())["data"]["measured"])
-        for p in found
-    }
-    assert len(measured) == 1  # one scale for all
-    assert len(json.loads(measured.pop())["mean"]) == 4
