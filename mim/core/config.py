@@ -247,9 +247,10 @@ class DataConfig(ComponentSettings, where="data"):
     fingerprint: str | None = field(default=None, metadata=FREE)
     """Digest of the source, ids and labels of all images; a run writes it into its config, and a
     run that starts from such a config refuses other images. null takes what is there."""
-    max_unreadable: BelowOne = field(default=0.001, metadata=FREE)
+    max_unreadable: BelowOne | None = field(default=None, metadata=FREE)
     """Share of the images that may be unreadable: each is named in unreadable.txt in the run folder
-    and another stands in for it. More stop the run."""
+    and another stands in for it. More stop the run. By default 0.001, or 3 images where that is
+    more, but no more than a tenth."""
     max_pixels: Count = 89_478_485
     """Larger images count as unreadable: a small file can decode to more than the memory."""
     weights: str | None = None

@@ -149,7 +149,7 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
                 scale=100.0 if share else 1.0,
                 unit="%" if share else "",
                 decimals=1 if share else _decimals(comparison, [key]),
-                higher=not re.search("loss|error|mce", name),
+                higher=not re.search("loss|error|mce|alignment|uniformity", name),
             )
         )
     # Columns of one evaluation stand together, in the order in which evaluations appear.
