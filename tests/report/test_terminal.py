@@ -225,7 +225,7 @@ def test_time_left_is_estimated_from_what_is_known(folder: Path) -> None:
     (folder / "comparison.json").write_text(json.dumps(plan))
     assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3)
     grid = overview(read_comparison(folder))
-    assert "about 0:49 of training left" in str(grid.title)
+    assert "about 0:49 left" in str(grid.title)
     # Half way, at 100 images a second: 700 steps of 64 images are left.
     settings = "train: {epochs: 20}\ndata: {batch_size: 64}\n"
     (zero / "config.yaml").write_text(settings)
