@@ -117,13 +117,14 @@ def begin(config: Config, with_decoder: bool = True) -> Config:
     if os.environ.get("RANK", "0") == "0":
         settings = {k: v for k, v in flatten(to_dict(config)).items() if v is not None}
         del settings["output"]
+        how = {"backbone": config.model.backbone}
         try:
-            import_run(file, run, settings, part="model" if with_decoder else "encoder")
+            import_run(file, run, settings, part="model" if with_decoder else "encoder", **how)
         except UserError as error:
             if not with_decoder or "decoder" not in str(error):
                 raise
             note(f"{file.name}: its decoder does not fit, and another begins anew ({error})")
-            import_run(file, run, settings, part="encoder")
+            import_run(file, run, settings, part="encoder", **how)
     return replace(config, resume="auto")  # from the checkpoint at step 0
 
 
