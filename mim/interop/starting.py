@@ -68,7 +68,8 @@ def complete(
     if data is not None:
         for choice in choose(data, {**tree, **added}, () if block else files, output):
             added[choice.key] = choice.value
-            _tell(str(choice))
+            if choice.key != "data.path":
+                _tell(str(choice))
     return {**{block + key: value for key, value in added.items()}, **settings}
 
 

@@ -101,7 +101,7 @@ def adapted(place: Path) -> tuple[Path, str]:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         words = ["pretrain", str(place / "photos"), *weights, "--output", str(run), *SHORT]
         assert main(words) == 0, said.getvalue()
-        short = ["epochs=1", "batch_size=16", "rand_augment=", "layer_decay=1.0", "held_out=0.2"]
+        short = ["epochs=1", "batch_size=16", 'rand_augment=""', "layer_decay=1.0", "held_out=0.2"]
         assert main(["evaluate", "finetune", str(run), "--set", *short]) == 0, said.getvalue()
     return run, said.getvalue()
 

@@ -49,7 +49,7 @@ def test_what_is_given_is_not_chosen(folder: Path) -> None:
 
 
 def test_little_memory_means_a_smaller_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2**28)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2**26)
     found = {choice.key: choice for choice in choose(folder, {"train.device": "cpu"})}
     assert found["data.batch_size"].value < 16 and "memory" in found["data.batch_size"].why
 
