@@ -178,7 +178,7 @@ def read_config(
     from mim.training.settings import checked, read_args
 
     files = [word for file in options.config or () for word in ("--config", file)]
-    known = {} if prog is None else {"prog": prog}
+    known: dict[str, Any] = {} if prog is None else {"prog": prog}
     config = read_args(Config, [*files, *options.settings, *more], **known)
     if whole:
         return checked(config)
