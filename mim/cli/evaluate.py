@@ -41,6 +41,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="take a recipe's settings: see mim recipes"
+    )
     add_words(parser, "--set", "settings")
     own = "Python files or modules that register evaluations or components of your own"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
@@ -125,6 +128,12 @@ def _device(wanted: str | None) -> str:
 def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
     """Evaluation -> settings, of the file and above them of ``--set``."""
     given: dict[str, dict[str, Any]] = {}
+    if options.recipe:
+        from mim.core.recipes import evaluations_of, recipe_file
+        from mim.core.settings import read_mapping
+
+        known = evaluations_of(read_mapping(recipe_file(options.recipe)))
+        given = {name: known[name] or {} for name in names if name in known}
     if options.settings:
         import yaml
 
@@ -132,12 +141,13 @@ def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[s
 
         path = options.settings
         try:
-            given = parse_yaml(Path(path).read_text(encoding="utf-8"))
+            loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error
-        if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        if not isinstance(loaded, dict) or not all(isinstance(v, dict) for v in loaded.values()):
             raise UserError(f"--settings: {path!r} does not map evaluations to their settings")
+        given |= {name: {**given.get(name, {}), **own} for name, own in loaded.items()}
     for name in given:
         if name not in names:
             raise UserError(f"--settings: {name!r} has settings, but only {', '.join(names)} run")

@@ -99,6 +99,8 @@ class AnyEvaluation(ABC):
     Settings: ClassVar[type[AnySettings]]
     """As registered."""
     settings: AnySettings
+    precision: ClassVar[str | None] = None
+    """The one it measures in whatever is asked for; None: in that which is asked for."""
 
     def __init__(self, settings: AnySettings | None = None) -> None:
         self.settings = self.Settings() if settings is None else settings

@@ -107,8 +107,10 @@ def normalisation(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...
     Raises:
         UserError: if they are the source's own and it cannot be opened.
     """
-    if data.mean is not None and data.std is not None:
-        return data.mean, data.std
+    mean = data.measured.mean if data.mean is None else data.mean
+    std = data.measured.std if data.std is None else data.std
+    if mean is not None and std is not None:
+        return mean, std
     try:
         source = open_source(data, "train")
     except UserError as error:

@@ -39,6 +39,23 @@ def check_precision(precision: str) -> None:
         raise choice_error("precision", precision, PRECISIONS)
 
 
+def check_finite(values: Tensor, precision: str, what: str = "features") -> None:
+    """Refuses what an encoder made of images where it is not finite; no number follows from it.
+
+    Raises:
+        UserError: naming the precision, and in 16 bits the way out.
+    """
+    odd = int((~values.isfinite()).flatten(1).any(1).sum()) if values.numel() else 0
+    if odd:
+        advice = "its weights or the images hold such values"
+        if precision != "fp32":
+            wider = "bf16 or fp32" if precision == "fp16" else "fp32"
+            advice = f"choose {wider} if they overflow in this precision"
+        those = f"the encoder's {what} of {odd} of {len(values)} images"
+        reason = f"gives no number: {those} are not finite; {advice}"
+        raise setting_error("precision", precision, reason)
+
+
 def check_pool(vit: nn.Module | None, pool: str) -> None:
     """Refuses a pooling the encoder has no tokens for; raw pixels have none and take any.
 
@@ -137,7 +154,8 @@ def extract_features(
         source's order.
 
     Raises:
-        UserError: for a pooling the encoder has no tokens for, or an unknown precision.
+        UserError: for a pooling the encoder has no tokens for, an unknown precision, or features
+            that are not finite.
     """
     if pool != PATCHES:
         check_pool(encoder.vit, pool)
@@ -164,6 +182,7 @@ def extract_features(
 
     for batch, pooled in each_batch(compute, source, encoder.data, batch_size, device, patch_size):
         values.append(pooled.float().cpu())
+        check_finite(values[-1], precision)
         ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
         if source.labels is not None:
             labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))

@@ -47,6 +47,7 @@ from mim.data import (
     Batch,
     ImageSource,
     Picture,
+    depth_of,
     eval_transform,
     normalize,
     open_source,
@@ -418,7 +419,9 @@ class Classifier:
             UserError: if a file cannot be read.
         """
         pictures = [
-            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            read_picture(
+                image, str(image), self.data.max_pixels, self.data.decode, depth_of(self.data)
+            )
             if isinstance(image, (str, Path))
             else image
             for image in images

@@ -300,6 +300,12 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
             "are the same for every run, and their spread is part of the interval where runs have "
             "kept their answers."
         )
+    whole = [key.partition(".")[0] for key in comparison.evaluation_keys if ".chosen_last" in key]
+    if whole:
+        found.append(
+            f"{', '.join(dict.fromkeys(whole))} learnt from all of train (held_out 0): the last "
+            "epoch is measured, and nothing was chosen."
+        )
     if "robustness.mean_error" in comparison.evaluation_keys:
         found.append(
             "Robustness: the mean error is over corruptions and severities and is not normalised; "

@@ -112,6 +112,9 @@ class PretrainTask(Task):
     ) -> None:
         super().__init__(model, accelerator, config.train.ema_decay or 0.0)
         self.images, self.config = images, config
+        self.teacher_decay = config.model.teacher_schedule.build(
+            config.model.teacher_decay, images.steps, images.per_epoch
+        )
         self.is_sharded = config.train.shard and accelerator.num_processes > 1
 
     def batches(self, start: int) -> Iterable[Batch]:
@@ -159,7 +162,13 @@ class PretrainTask(Task):
         # Of a sharded model FSDP lets through the two losses alone.
         terms: dict[str, Tensor] = getattr(output, "terms", {})
         named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        named |= {name: value.float() for name, value in getattr(output, "metrics", {}).items()}
         return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
+
+    def clipped(self, learner: nn.Module) -> Iterable[nn.Parameter]:
+        """Leaves out a target's own parameters, which its own term of the loss trains alone."""
+        apart = set(self.model.target.parameters())
+        return (weight for weight in learner.parameters() if weight not in apart)
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes, or shards it in place."""
@@ -167,7 +176,7 @@ class PretrainTask(Task):
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Updates the teacher and the average."""
-        self.model.update_teacher(taken)
+        self.model.update_teacher(taken, self.teacher_decay(batch.step))
         super().after_step(batch, taken)
         if self.average is not None and self.model.teacher is not None:
             average: Any = self.average  # the teacher is an average already
@@ -380,7 +389,8 @@ def _open_images(
         UserError: if the config, or the checkpoint, asks for others, or the batch does not divide.
     """
     run = Path(config.output)
-    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    train = open_source(config.data, "train", run)
+    val = open_source(replace(config.data, measured=train.measured), "val", run)
     present = f"{train.fingerprint()}-{val.fingerprint()}"
     requested = config.data.fingerprint
     earlier = None if saved is None else saved.get("data")
@@ -391,7 +401,9 @@ def _open_images(
     if requested is not None and not same_images(requested, present):
         reason = f"asks for other images than there are, which have {present}; null takes these"
         raise setting_error("data.fingerprint", requested, reason)
-    config = replace(config, data=replace(config.data, fingerprint=present))
+    config = replace(
+        config, data=replace(config.data, fingerprint=present, measured=train.measured)
+    )
     weigh = open_weights(train, config.data)
     least = accelerator.num_processes * config.train.accumulate
     if config.data.batch_size < least:
@@ -442,6 +454,9 @@ def _build_trainer(
     config, images, accelerator = task.config, task.images, task.accelerator
     train, run = config.train, Path(config.output)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
+    decay = config.optim.decay_schedule.build(
+        config.optim.weight_decay, images.steps, images.per_epoch
+    )
     identity = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
         "data": images.fingerprint,
@@ -471,6 +486,7 @@ def _build_trainer(
         Curves(None, start_trackers(accelerator, config, start)),
         store,
         accelerator.scaler,
+        decay if config.optim.decay_schedule.moves else None,
     )
     if saved is not None:
         trainer.load_state_dict(checkpoint.upgraded(saved, config.data.batch_size))

@@ -54,6 +54,7 @@ from mim.evaluate.dense.training import (
     statistics_of,
 )
 from mim.evaluate.dense.views import stack_pixels, whole_view
+from mim.evaluate.features import check_finite
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
@@ -325,6 +326,7 @@ class Segment(DenseEvaluation):
         pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
+        check_finite(logits, precision, "maps")
         return _resize(logits.float(), original).argmax(1)[0].cpu()
 
     def measure(
