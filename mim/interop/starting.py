@@ -52,7 +52,8 @@ def complete(
     tree: dict[str, Any] = {}
     for file in files:
         loaded: Any = read_mapping(file)
-        loaded = loaded.get(block[:-1], {}) if block else loaded
+        if block:  # a recipe is of one run
+            loaded = loaded.get(block[:-1], {} if "axes" in loaded else loaded)
         tree |= {key: value for key, value in flatten(loaded).items() if value is not None}
     own = {k.removeprefix(block): v for k, v in settings.items() if k.startswith(block)}
     tree |= own
