@@ -54,7 +54,8 @@ def complete(
         loaded: Any = read_mapping(file)
         if block:  # a recipe is of one run
             loaded = loaded.get(block[:-1], {} if "axes" in loaded else loaded)
-        tree |= {key: value for key, value in flatten(loaded).items() if value is not None}
+        known = flatten(loaded) if isinstance(loaded, Mapping) else {}  # else refused as it is read
+        tree |= {key: value for key, value in known.items() if value is not None}
     own = {k.removeprefix(block): v for k, v in settings.items() if k.startswith(block)}
     tree |= own
     added: dict[str, Any] = {}
