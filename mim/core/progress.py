@@ -92,7 +92,7 @@ class RunProgress:
             self._bar.stop()
 
     def alive(self, step: int) -> None:
-        """Say once, some seconds after the start, that steps are taken; a bar shows it by itself."""
+        """Say once, some seconds after the start, that steps are taken; a bar shows it itself."""
         took = time.monotonic() - self._began
         if self.enabled and self._bar is None and self._last == self._began and took > _FIRST_SIGN:
             self._last = time.monotonic()
