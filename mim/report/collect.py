@@ -77,6 +77,8 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)
     protocols: dict[str, Any] = field(default_factory=dict)
     """Evaluation -> what its numbers depend on."""
+    evaluated: float = 0.0
+    """Seconds of its evaluations, in the call that measured them last."""
     progress: Progress | None = None
     """Of a run without a result."""
     placed: bool = True
@@ -355,6 +357,7 @@ def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any])
         environment=result.get("environment") or {},
         data=result.get("data") or {},
         protocols=result.get("protocols") or {},
+        evaluated=float((result.get("seconds") or {}).get("evaluate", 0.0)),
     )
 
 

@@ -31,6 +31,7 @@ from mim.core.progress import note
 from mim.core.rng import image_keys
 from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
+from mim.core.terminal import printable
 from mim.data import (
     Batch,
     ImageSource,
@@ -258,7 +259,7 @@ def _pretrain(config: Config, accelerator: Accelerator, alone: bool) -> dict[str
             note(f"{reason}; resuming from step {start}")
     task, online, flops = _build_task(config, images, accelerator)
     if alone and accelerator.is_main_process:
-        note(_begins(task))
+        print(printable(_begins(task)), flush=True)
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
     hooks += [online] if online is not None else []

@@ -378,6 +378,18 @@ def test_from_the_command_line(
     used = result["evaluation_settings"]["segment"]
     assert used["head"] == "linear" and used["void"] == 9 and used["image_size"] == [16, 24]
     assert (run / "pictures/segment.png").is_file() and (run / "segment.safetensors").is_file()
+    maps = tmp_path / "maps"
+    outcome = mim("predict", run, scenes / "images" / "val", "--output", maps)
+    assert outcome.code == 0, outcome.err
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    for file in sorted((scenes / "masks" / "val").iterdir()):
+        truth = torch.from_numpy(np.array(Image.open(file))).long()
+        found = torch.from_numpy(np.array(Image.open(maps / file.name))).long()
+        for label in (0, 1):
+            confusion[label] += found[truth == label].bincount(minlength=2)
+    measured = float(intersection_over_union(confusion).mean())
+    assert measured == pytest.approx(result["evaluations"]["segment"]["miou"])
+    assert json.loads((maps / "classes.json").read_text())["1"]["class"] == "light"
     outcome = mim(*asked, "path=nowhere")
     assert outcome.code == 2 and "has no folder" in outcome.line
     settings.write_text(yaml.safe_dump({"detect": {}}))
