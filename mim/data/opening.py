@@ -19,6 +19,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     """The images of a split, "train" or "val".
 
     A set without a val split gives ``data.val_fraction`` of its images to "val" by :func:`holdout`.
+    With ``data.val_from_train`` both splits are parts of the training images.
     ``mean`` and ``std`` are those of the config, or else the set's own, in ``data.channels``
     channels. Unreadable images are recorded in ``folder``, the run folder, if there is one.
 
@@ -40,6 +41,10 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         )
         raise setting_error("data.path", config.path, reason)
     settings = SOURCES.chosen(config, kind)
+    asked = split
+    from_train = config.val_from_train is not None and name != "mixed"  # there, each source's
+    if from_train:
+        split = "train"
     source = maker(config, split) if settings is None else maker(settings, config, split)
     if not source.has_val:
         if len(source) < 2:
@@ -52,11 +57,15 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")
+    if from_train and config.val_from_train is not None:
+        if len(source) < 2:
+            raise setting_error("data.val_from_train", config.val_from_train, "needs 2 images")
+        source = Subset(source, holdout(source.sample_ids, config.val_from_train, asked))
     try:
         check_labels(source.labels, source.classes, len(source))
     except UserError as error:
         raise setting_error("data.source", config.source, str(error)) from error
-    source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
+    source.ledger = Ledger(asked, len(source), config.max_unreadable, folder)
     source.ledger.add(source.check())
     source.mean, source.std = _statistics(source, config)
     if config.cache == "none":
