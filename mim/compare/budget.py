@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, label_of
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error
 from mim.core.files import write_json_atomic
+from mim.core.schedule import CourseSettings
 from mim.core.settings import to_dict
 from mim.data import open_source, steps_per_epoch
 from mim.training import checkpoint
@@ -33,6 +34,8 @@ from mim.training.runtime.precision import model_on
 FILE = "budget.json"
 LENGTHS = ("train.epochs", "train.max_steps")
 """Axes along which the budget itself varies."""
+_DURATIONS = ("length", "warmup", "milestones", "epochs")
+"""What schedules count in epochs or steps."""
 _UNITS = {"flops": "FLOPs", "seconds": "s"}
 
 
@@ -130,14 +133,30 @@ def with_steps(config: Config, steps: int, per_epoch: int) -> Config:
     whole = steps % per_epoch == 0
     epochs = math.ceil(steps / per_epoch)
     train = replace(config.train, epochs=epochs, max_steps=None if whole else steps)
-    named = [each.name for each in fields(config.optim) if each.name.endswith("_epochs")]
-    values = {name: getattr(config.optim, name) for name in named}
-    optim = replace(config.optim, **{n: v * stretch for n, v in values.items() if v})
-    mask, reached = config.mask, config.mask.schedule.epochs
-    if reached is not None:
-        schedule = replace(mask.schedule, epochs=max(1, round(reached * stretch)))
-        mask = replace(mask, schedule=schedule)
-    return replace(config, train=train, optim=optim, mask=mask)
+    parts = {
+        name: _stretched(getattr(config, name), stretch) for name in ("optim", "mask", "model")
+    }
+    return replace(config, train=train, **parts)
+
+
+def _stretched(settings: Any, times: float) -> Any:
+    """Settings whose schedules take ``times`` as long, those of their parts too."""
+    changed: dict[str, Any] = {}
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        moves = isinstance(settings, CourseSettings) and each.name in _DURATIONS
+        if is_dataclass(value):
+            changed[each.name] = _stretched(value, times)
+        elif value and (moves or each.name == "warmup_epochs"):
+            is_list = isinstance(value, tuple)
+            values = [_longer(item, times) for item in (value if is_list else (value,))]
+            changed[each.name] = tuple(values) if is_list else values[0]
+    return replace(settings, **changed)
+
+
+def _longer(value: float, times: float) -> float:
+    """A number of epochs or steps; whole ones stay whole."""
+    return max(1, round(value * times)) if isinstance(value, int) else value * times
 
 
 def steps_of_epochs(configs: Any) -> Callable[[Config], int]:

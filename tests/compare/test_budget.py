@@ -108,7 +108,8 @@ def test_schedules_stretch_with_the_steps(tmp_path: Path, tiny_tree: Tree, steps
         "train.epochs": 4,
         "train.max_steps": None,
         "optim.warmup_epochs": 1.0,
-        "mask.schedule": {"to": 0.5, "epochs": 4},
+        "mask.schedule": {"to": 0.5, "epochs": 4, "shape": "linear"},
+        "optim.decay_schedule": {"shape": "multistep", "milestones": [1.5, 3.0]},
     }
     config = compare(tmp_path, tiny_tree(changes)).base
     stretched = with_steps(config, steps, per_epoch=5)  # 20 steps before
@@ -118,6 +119,8 @@ def test_schedules_stretch_with_the_steps(tmp_path: Path, tiny_tree: Tree, steps
     assert after.warmup / steps == pytest.approx(before.warmup / 20)
     assert after.peak == before.peak
     assert stretched.mask.schedule.epochs == max(1, round(4 * steps / 20))
+    decay = stretched.optim.decay_schedule
+    assert decay.milestones == pytest.approx([1.5 * steps / 20, 3.0 * steps / 20])
     assert with_steps(config, 20, 5) == config
 
 
