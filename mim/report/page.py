@@ -153,6 +153,7 @@ _TABLE_FORMS: dict[str, Callable[[Table], str]] = {
     "csv": tables.table_csv,
     "md": lambda table: tables.markdown(table) + "\n",
 }
+_BUDGETS = {"steps": "steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 _TEXT_KINDS = {"tex": "text/x-tex", "csv": "text/csv", "md": "text/markdown"}
 
 
@@ -316,6 +317,18 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
         found.append(
             f"{', '.join(dict.fromkeys(whole))} learnt from all of train (held_out 0): the last "
             "epoch is measured, and nothing was chosen."
+        )
+    budget = comparison.rules.get("budget", "epochs")
+    if budget != "epochs":
+        of = comparison.rules.get("budget_of") or "the first value of each axis"
+        found.append(
+            f"Groups have equal {_BUDGETS[budget]}, those of {of} (at each length): the steps of "
+            "every other group, and its schedules, follow from what its step costs."
+        )
+    if comparison.rules.get("tune"):
+        found.append(
+            "Settings under Tuning were chosen for each group before, with the same work for each, "
+            "on other seeds and on a part of the training images; no test image was read for it."
         )
     if "robustness.mean_error" in comparison.evaluation_keys:
         found.append(

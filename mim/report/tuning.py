@@ -74,7 +74,8 @@ def tuning_charts(comparison: Comparison) -> list[Chart]:
         if more or len(points) < 2:
             continue
         points.sort()
-        same = next((g for g in comparison.groups if group["axes"].items() <= g.axes.items()), None)
+        own = group["axes"].items()
+        same = next((g for g in comparison.groups if all(g.axes.get(k) == v for k, v in own)), None)
         if same is None or same.label not in look:
             continue
         name = group_label(group["axes"], labels) or "all groups"
