@@ -188,7 +188,7 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
 
 def _components(planned: list[Planned]) -> dict[str, str]:
     """Setting and name of every component -> what it says of itself, for the recipes."""
-    registries = {
+    registries: dict[str, Registry[Any]] = {
         "mask.name": MASKS,
         "model.regime.name": REGIMES,
         "model.decoder.name": DECODERS,
@@ -198,8 +198,7 @@ def _components(planned: list[Planned]) -> dict[str, str]:
     for item in planned:
         tree = flatten(to_dict(item.config))
         for key, registry in registries.items():
-            known: Registry[Any] = registry
-            words = (known.get(tree[key]).__doc__ or "").strip().partition("\n\n")[0]
+            words = (registry.get(tree[key]).__doc__ or "").strip().partition("\n\n")[0]
             found[f"{key} {tree[key]}"] = f"{tree[key]}: {' '.join(words.split())}"
     return found
 

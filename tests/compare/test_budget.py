@@ -129,4 +129,4 @@ def test_mistakes_are_named(tmp_path: Path, tiny_tree: Tree) -> None:
     with pytest.raises(UserError, match=r"budget_of: 'drip'.*drop"):
         equal_budget(plan(config), config)
     with pytest.raises(UserError, match="budget"):
-        CompareConfig(budget="hours")  # type: ignore[arg-type]
+        compare(tmp_path, tiny_tree({}), budget="hours")
