@@ -370,7 +370,12 @@ def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
     measured = replace(data.measured, mean=own.measured.mean, std=own.measured.std)
     if own.measured.range is not None:
         measured = replace(measured, range=own.measured.range)
-    own_scale = {"mean": own.mean, "std": own.std, "range": own.range, "measured": measured}
+    own_scale: dict[str, Any] = {
+        "mean": own.mean,
+        "std": own.std,
+        "range": own.range,
+        "measured": measured,
+    }
     return replace(data, image_size=size, channels=channels, **own_scale)
 
 

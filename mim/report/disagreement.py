@@ -49,7 +49,7 @@ def class_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
         (label, pair, result)
         for label in known
         for pair in pairs
-        if (result := difference(*(values[label][name] for name in pair))) is not None
+        if (result := difference(values[label][pair[0]], values[label][pair[1]])) is not None
     ]
     adjusted = holm([p_value(result) for *_, result in found])
     most: dict[int, tuple[tuple[str, str], Difference, float]] = {}
