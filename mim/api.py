@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "compare",
     "complete",
+    "complete_comparison",
     "embed",
     "encode",
     "evaluate",

@@ -222,11 +222,20 @@ def style_of(group: Group, look: dict[str, Style]) -> Style:
     return look.get(group.label) or Style(*REFERENCE_LINES[group.kind], "o")
 
 
+_CURVES = {
+    "loss": "Training loss",
+    "val_loss": "Held-out loss",
+    "effective_rank": "Effective rank",
+    "cluster_perplexity": "Clusters in use",
+}
+"""Metrics that have a chart where a run logged them."""
+
+
 def loss_charts(comparison: Comparison) -> list[Chart]:
-    """Training and held-out loss over epochs: mean over seeds, band of one standard deviation."""
+    """Losses, and what targets measure, over epochs: mean over seeds, band of one deviation."""
     look = styles(comparison)
     charts = []
-    for key, name in (("loss", "Training loss"), ("val_loss", "Held-out loss")):
+    for key, name in _CURVES.items():
         lines = []
         for group in comparison.groups:
             curve = mean_curve(group, key)

@@ -95,7 +95,7 @@ class Inputs:
     images: Images
     """(B, C, H, W), normalised, or patches of several sizes."""
     mask: PatchMask
-    """(B, N)."""
+    """(B, N), or (B R, N), R masks of each image."""
     weight: Tensor | None
     """(B,) how much each image counts; None where all count alike."""
     total_weight: float | None
@@ -135,8 +135,15 @@ class PretrainTask(Task):
         device, train = self.accelerator.device, self.images.train
         keys = image_keys(self.config.seed, batch.epoch, batch.sample_ids, purpose="mask")
         images = normalize(to_device(batch.images, device), train.mean, train.std)
-        mask = self.model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
-        if mask.num_masked == 0 and self.config.model.target.loss_on == "masked":
+        mask = self.model.draw_mask(
+            images,
+            keys,
+            epoch=batch.epoch,
+            sample_ids=batch.sample_ids,
+            repeats=self.config.mask.repeats,
+        )
+        nothing = mask.num_masked == 0 and not self.config.mask.unmasked
+        if nothing and self.config.model.target.loss_on == "masked":
             raise TrainingError(
                 f"mask: no patch of the batch of step {batch.step} is hidden, so "
                 "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
@@ -148,7 +155,9 @@ class PretrainTask(Task):
         factor: Tensor | float
         for cut in parts(inputs.images, count):
             images = inputs.images[cut]
-            mask = inputs.mask if count == 1 else inputs.mask[cut]
+            repeats = len(inputs.mask) // len(inputs.images)
+            rows = slice(cut.start * repeats, cut.stop * repeats)
+            mask = inputs.mask if count == 1 else inputs.mask[rows]
             weight, factor = None, len(images) / len(inputs.images)
             if inputs.weight is not None and inputs.total_weight is not None:
                 weight = inputs.weight[cut]
@@ -554,7 +563,9 @@ def measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> 
             visible = float(mask.is_visible.sum()) / len(mask)
             patches = float(mask.valid.sum()) / len(mask)
         tokens = model.regime.encoder_tokens(model.backbone, visible, patches)
-        rows.append((*count_flops(model, images, sample_ids, epoch), tokens))
+        tokens *= config.mask.repeats
+        flops = count_flops(model, images, sample_ids, epoch, config.mask.repeats)
+        rows.append((*flops, tokens))
     forward, backward, tokens = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     return {
         "flops_forward": round(forward),
