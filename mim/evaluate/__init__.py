@@ -32,6 +32,7 @@ from mim.evaluate.dense.detect import Detect, DetectSettings
 from mim.evaluate.dense.segment import Segment, SegmentSettings
 from mim.evaluate.encoders import (
     Encoder,
+    on_images,
     open_encoder,
     pixels_encoder,
     run_encoder,
@@ -91,6 +92,7 @@ __all__ = [
     "extract_features",
     "knn_predict",
     "linear_cka",
+    "on_images",
     "open_encoder",
     "pixels_encoder",
     "pool_tokens",
@@ -240,8 +242,9 @@ def evaluate_run(
     """Evaluates a run's encoder and adds each evaluation to its ``result.json`` as it ends.
 
     The numbers stand under ``evaluations``, the settings they were measured with under
-    ``evaluation_settings``, what they depend on under ``protocols``; everything else in the file
-    stays as it is. A run that has not ended has no result, and gets none by this.
+    ``evaluation_settings``, the encoder's precision under ``evaluation_precision``, what they
+    depend on under ``protocols``; everything else in the file stays as it is. Of a run that has
+    not ended the file says ``unfinished``.
 
     Args:
         run: the run folder.
@@ -284,7 +287,7 @@ def evaluate_run(
             is_task = issubclass(EVALUATIONS.get(name), TaskEvaluation)
             read = "" if is_task else images()
             protocol = protocol_of(name, chosen[name], read, weights, precision)
-            record(run, encoder, name, chosen[name], numbers, protocol)
+            record(run, encoder, name, chosen[name], numbers, protocol, precision)
         if on_result is not None:
             on_result(name, numbers)
 
@@ -306,11 +309,14 @@ def record(
     settings: Mapping[str, Any] | None,
     numbers: dict[str, float],
     protocol: Protocol,
+    precision: str = "fp32",
 ) -> None:
     """Adds the numbers of an evaluation to a run's ``result.json``, and what they depend on."""
+    built = build_evaluation(name, settings, encoder)
     parts: dict[str, Any] = {
         "evaluations": numbers,
-        "evaluation_settings": asdict(build_evaluation(name, settings, encoder).settings),
+        "evaluation_settings": asdict(built.settings),
+        "evaluation_precision": built.precision or precision,
         "protocols": protocol,
     }
 

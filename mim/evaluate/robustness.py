@@ -51,7 +51,13 @@ from mim.evaluate.base import (
     keyed_subset,
 )
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import check_precision, extract_features, image_tokens, pool_tokens
+from mim.evaluate.features import (
+    check_finite,
+    check_precision,
+    extract_features,
+    image_tokens,
+    pool_tokens,
+)
 from mim.evaluate.finetune import FILE as FINETUNED
 from mim.evaluate.finetune import FinetuneSettings, load_classifier
 from mim.evaluate.probes.linear import Linear, LinearSettings
@@ -456,6 +462,7 @@ class Robustness(EncoderEvaluation):
                 with autocast(precision, device):
                     tokens = image_tokens(vit, images)
                 pooled = pool_tokens(vit, tokens.float(), s.pool)
+                check_finite(pooled, precision)
                 return probe.logits(pooled.float())[0, 0]
 
             return by_probe, classes, (train.mean, train.std)
@@ -476,6 +483,7 @@ class Robustness(EncoderEvaluation):
         def by_model(images: Tensor) -> Tensor:
             with autocast(precision, device):
                 logits: Tensor = model(images)
+            check_finite(logits, precision, "answers")
             return logits.float()
 
         return by_model, classes, (loaded.mean, loaded.std)

@@ -20,7 +20,7 @@ UNFINISHED = "unfinished"
 _LOCK = ".result.lock"
 _THREADS = threading.Lock()
 _SECONDS = 60.0  # time-out for another writer, which needs milliseconds
-_MAPPINGS = ("evaluations", "evaluation_settings", "protocols", "config")
+_MAPPINGS = ("evaluations", "evaluation_settings", "evaluation_precision", "protocols", "config")
 
 
 def read_result(run: str | Path) -> dict[str, Any]:

@@ -194,3 +194,64 @@ def test_the_same_input_mended_is_taken(place: Path, mim: Callable[..., Any]) ->
     few = ["corruptions=[contrast]", "severities=[1]"]
     done = mim("evaluate", "robustness", place / "run", "--set", f"classifier={file}", *few)
     assert done.code == 0 and "mean error" in done.out, done.err
+
+
+def spoil(run: Path, value: float) -> None:
+    """Makes an encoder whose tokens overflow in float16, or hold NaN in any precision."""
+    vit = open_encoder(run).vit
+    assert vit is not None
+    state = {key: tensor.clone() for key, tensor in vit.state_dict().items()}
+    state["blocks.0.mlp.fc2.bias"] += value
+    save_encoder(run / "encoder.safetensors", state, {})
+
+
+QUICK = {
+    "knn": ("few_shot=[]",),
+    "linear": ("few_shot=[]",),
+    "linear_grid": ("epochs=1",),
+    "linear_mae": ("epochs=1", "batch_size=4", "held_out=0.25"),
+    "attentive": ("epochs=1", "batch_size=4", "held_out=0.25"),
+    "analysis": ("train_images=4", "attention_images=2"),
+    "finetune": ("epochs=1", "batch_size=4", "held_out=0.25"),
+    "robustness": ("classifier=linear", "corruptions=[contrast]", "severities=[1]"),
+    "segment": ("epochs=1",),
+    "detect": ("epochs=1", "batch_size=2", "image_size=[16, 16]"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name != "analysis"])
+def test_tokens_that_overflow_give_no_number(
+    name: str, place: Path, mim: Callable[..., Any]
+) -> None:
+    spoil(place / "run", 1e6)
+    settings = list(QUICK[name])
+    if name in ("segment", "detect"):
+        settings.append(f"path={place / {'segment': 'scenes', 'detect': 'boxes'}[name]}")
+    if name == "segment":
+        settings += ["classes=[sky, road]", "image_size=[16, 16]", "batch_size=2"]
+    if name == "detect":
+        pytest.importorskip("pycocotools")
+    outcome = mim("evaluate", name, place / "run", "--precision", "fp16", "--set", *settings)
+    line = outcome.err.strip().splitlines()[-1]  # behind those of the progress
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert "fp16" in line and "bf16 or fp32" in line, line
+    result = place / "run" / "result.json"
+    assert not result.exists() or "evaluations" not in json.loads(result.read_text())
+
+
+def test_weights_that_are_not_finite_give_no_number(place: Path, mim: Callable[..., Any]) -> None:
+    spoil(place / "run", float("nan"))
+    for name in ("knn", "linear", "attentive", "analysis"):
+        given = QUICK[name]
+        outcome = mim("evaluate", name, place / "run", "--set", *given)
+        line = outcome.err.strip().splitlines()[-1]
+        assert outcome.code == 2
+        assert "precision: 'fp32'" in line and "not finite" in line, line
+
+
+def test_the_precision_stands_in_the_result(place: Path, mim: Callable[..., Any]) -> None:
+    for name, precision in (("knn", "fp16"), ("linear", "bf16"), ("analysis", "bf16")):
+        given = ("--precision", precision, "--set", *QUICK[name])
+        assert mim("evaluate", name, place / "run", *given).code == 0
+    found = json.loads((place / "run" / "result.json").read_text())["evaluation_precision"]
+    assert found == {"knn": "fp16", "linear": "bf16", "analysis": "fp32"}

@@ -52,6 +52,7 @@ from mim.evaluate.dense.training import (
     statistics_of,
 )
 from mim.evaluate.dense.views import View
+from mim.evaluate.features import check_finite
 from mim.model.backbones import patch_size_of
 from mim.training.runtime.precision import autocast
 
@@ -312,8 +313,15 @@ class Detect(DenseEvaluation):
         model.eval()
         data = DataConfig(image_size=self.settings.size, channels=len(model.mean))
         images, views = whole_images(source, indices, data, fill_of(model.mean))
+
+        def refuse(_: nn.Module, __: object, maps: dict[str, Tensor]) -> None:
+            for values in maps.values():  # torchvision drops boxes that are not finite
+                check_finite(values, precision, "maps")
+
+        watch = model.network.backbone.register_forward_hook(refuse)
         with autocast(precision, device):
             found = model(images)
+        watch.remove()
         return [
             _original(f, view, source.objects[index].size)
             for f, view, index in zip(found, views, indices, strict=True)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -53,6 +54,7 @@ from mim.evaluate.dense.training import (
     statistics_of,
 )
 from mim.evaluate.dense.views import stack_pixels, whole_view
+from mim.evaluate.features import check_finite
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
@@ -299,7 +301,6 @@ class Segment(DenseEvaluation):
         s = self.settings
         return SegmentationBatches(source, data, s.seed, s.resize, s.scale, fill_of(model.mean))
 
-    @torch.no_grad()
     def labels(
         self,
         model: Segmenter,
@@ -309,16 +310,24 @@ class Segment(DenseEvaluation):
         precision: str = "fp32",
     ) -> tuple[Tensor, Tensor]:
         """Predicted and true labels of an image, (height, width) int64 each, at its own size."""
-        model.eval()
         image, mask = pair(source, index, len(model.mean))
+        predicted = self.labels_of(model, image, device, precision)
+        return predicted, torch.from_numpy(np.array(mask)).long()
+
+    @torch.no_grad()
+    def labels_of(
+        self, model: Segmenter, image: Image.Image, device: torch.device, precision: str = "fp32"
+    ) -> Tensor:
+        """Predicted labels of an image, (height, width) int64, at its own size."""
+        model.eval()
         original = image.height, image.width
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
         pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
-        predicted = _resize(logits.float(), original).argmax(1)[0].cpu()
-        return predicted, torch.from_numpy(np.array(mask)).long()
+        check_finite(logits, precision, "maps")
+        return _resize(logits.float(), original).argmax(1)[0].cpu()
 
     def measure(
         self, model: Segmenter, source: SegmentationSource, accelerator: Accelerator, precision: str

@@ -31,7 +31,7 @@ from mim.evaluate.base import (
     low_shot,
 )
 from mim.evaluate.encoders import Encoder
-from mim.evaluate.features import check_pool
+from mim.evaluate.features import check_finite, check_pool
 from mim.evaluate.predictions import write_npz
 from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.training import check_learnable_classes
@@ -134,6 +134,7 @@ def layer_features(
             for tokens in layers
         ]
         found.append(torch.stack(pooled).float().cpu())  # (layers, B, D)
+        check_finite(found[-1].transpose(0, 1), "fp32", "layers' outputs")
         labels.append(torch.as_tensor(batch.labels).long())
         ids.append(torch.as_tensor(batch.sample_ids).long())
     return Features(torch.cat(found, 1), torch.cat(labels), torch.cat(ids))
@@ -171,6 +172,7 @@ class Analysis(EncoderEvaluation):
     """Each layer's linear probe, reach of attention and effective rank."""
 
     settings: AnalysisSettings
+    precision = "fp32"
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Refuses blocks that differ in width or in their number of tokens, too."""
