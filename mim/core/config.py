@@ -240,6 +240,9 @@ class DataConfig(ComponentSettings, where="data"):
     """Which channels, from 0, pictures show as red, green and blue; by default the first three."""
     val_fraction: Between = 0.1
     """Share of the images held out where the source has no val split of its own."""
+    val_from_train: Between | None = None
+    """Share of the chosen training images that stands in for val, drawn by key: what is chosen on
+    it has not seen the val images, which are then not opened."""
     mix: tuple[MixConfig, ...] = ()
     """The sources of data.source=mixed, each with source, path, val_path and weight."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)

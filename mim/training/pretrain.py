@@ -440,7 +440,7 @@ def _build_task(
     online = None
     if config.online_probe.enabled:
         online = OnlineProbe(model, images.train, config, accelerator, images.val)
-    flops = _measure_flops(model, config, images.val)
+    flops = measure_flops(model, config, images.val)
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
         model.compile()
@@ -535,7 +535,7 @@ def _result(
     }
 
 
-def _measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> dict[str, float]:
+def measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> dict[str, float]:
     """Measures operations and encoder tokens an image, under masks of held-out images.
 
     Where the ratio is drawn or changes, they are means over several epochs, and over more images:

@@ -35,6 +35,7 @@ from mim.evaluate.dense.segment import (
 )
 from mim.evaluate.dense.segmentation_data import VOID, MaskedBatch
 from mim.evaluate.dense.training import encoder_at_size, parameter_groups
+from mim.evaluate.predictions import Measured
 from mim.model.backbones import block_outputs, family_of, resize_positions
 from mim.training.checkpoint import save_encoder
 
@@ -92,6 +93,8 @@ def test_void_counts_neither_in_loss_nor_in_numbers(encoder: Encoder, scenes: Pa
     assert model.loss(batch).item() == 0.0
     numbers = evaluation.run(encoder)
     assert set(numbers) > {"miou", "pixel_accuracy", "class_accuracy", "iou_dark", "iou_light"}
+    assert isinstance(numbers, Measured)
+    assert numbers.arrays["image_miou"].mean() == pytest.approx(numbers["image_miou"])
 
 
 def test_windows_cover_and_are_averaged(encoder: Encoder, scenes: Path) -> None:
