@@ -315,6 +315,10 @@ class Segment(DenseEvaluation):
         original = image.height, image.width
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
+        if math.prod(view.scaled) > DataConfig().max_pixels:
+            reason = f"scales {source.describe(index)} of {original[0]} x {original[1]} pixels to "
+            reason += f"{view.scaled[0]} x {view.scaled[1]}; leave it out"
+            raise self.settings.error("resize", reason)
         pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
