@@ -1,4 +1,4 @@
-"""``python -m benchmarks scale``, ``report`` or ``index``, in a clone of the project."""
+"""Measures the project: ``python -m benchmarks NAME``, in a clone of it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from typing import Any
 from benchmarks.gpu import check_gpu, format_check_gpu
 from benchmarks.many import bench_index, bench_report, format_many
 from benchmarks.ranks import check_scale, format_check
+from benchmarks.roofline import Card, format_roofline, roofline, roofline_figure
 from benchmarks.scale import Machine, bench_scale, format_scale
+from benchmarks.whole import bench_whole, format_whole
 from mim.compare.cost.step import append_table
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error
 from mim.core.files import prepare_folder, write_json_atomic
 from mim.training.settings import checked, read_args
 
-_CONFIGURED = ("scale", "gpu")  # they read a config, and settings above it
+_CONFIGURED = ("scale", "gpu", "roofline", "whole")  # they read a config, and settings above it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--config", required=True, help="a pre-training config")
     gpu.add_argument("--steps", type=int, default=10, help="that are watched for waits")
 
+    about = "Predict where a step on a GPU loses its time. Settings stand above the configs."
+    roof = names.add_parser("roofline", parents=[files], help=about, description=about)
+    roof.add_argument("--config", required=True, nargs="+", help="pre-training configs")
+    roof.add_argument("--regimes", default="drop,zero,token", help="separated by commas")
+    roof.add_argument("--tflops", type=float, default=Card.tflops, help="rate of matrix products")
+    roof.add_argument("--terabytes", type=float, default=Card.terabytes, help="memory, a second")
+    roof.add_argument("--figure", metavar="FILE", help="also draw the parts")
+
+    about = "Time whole runs beside their bare steps, in turns. Settings stand above the config."
+    whole = names.add_parser("whole", parents=[files], help=about, description=about)
+    whole.add_argument("--config", required=True, help="a pre-training config")
+    whole.add_argument("--rounds", type=int, default=3, help="pairs of a run and bare steps")
+    whole.add_argument("--steps", type=int, default=50, help="bare steps of a round")
+
     about = "Time the report of a comparison of many runs, which are made up."
     report = names.add_parser("report", parents=[files], help=about, description=about)
     report.add_argument("--runs", default="100,1000,10000", help="how many, separated by commas")
@@ -65,16 +81,33 @@ def _run(options: argparse.Namespace, settings: Sequence[str]) -> tuple[dict[str
         else:
             figures = bench_index(_numbers(options.images, "--images"))
         return figures, format_many(figures)
+    if options.name == "roofline":
+        return _roofline(options, settings)
     config = checked(read_args(Config, ["--config", options.config, *settings]))
     if options.name == "gpu":
         figures = check_gpu(config, options.steps)
         return figures, format_check_gpu(figures)
+    if options.name == "whole":
+        figures = bench_whole(config, options.rounds, options.steps)
+        return figures, format_whole(figures)
     gpus, machine = _numbers(options.gpus, "--gpus"), _machine(options.machine)
     if options.check is not None:
         figures = check_scale(config, options.check, options.rounds)
         return figures, format_check(figures)
     figures = bench_scale(config, machine, gpus, options.images)
     return figures, format_scale(figures)
+
+
+def _roofline(options: argparse.Namespace, settings: Sequence[str]) -> tuple[dict[str, Any], str]:
+    configs = {
+        Path(path).stem: checked(read_args(Config, ["--config", path, *settings]))
+        for path in options.config
+    }
+    card = Card(options.tflops, options.terabytes)
+    figures = roofline(configs, options.regimes.split(","), card)
+    if options.figure:
+        roofline_figure(figures).savefig(options.figure, dpi=150)
+    return figures, format_roofline(figures)
 
 
 def _numbers(text: str, option: str) -> list[int]:

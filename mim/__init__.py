@@ -5,12 +5,19 @@ Names are imported when first used, so that ``import mim`` and ``mim --help`` do
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mim import moved
 
 if TYPE_CHECKING:
+    from mim.api import compare as compare
+    from mim.api import embed as embed
+    from mim.api import evaluate as evaluate
+    from mim.api import predict as predict
+    from mim.api import pretrain as pretrain
     from mim.core.config import Config as Config
     from mim.core.errors import UserError as UserError
     from mim.evaluate.finetune import finetune as finetune
@@ -30,18 +37,23 @@ __version__ = "0.1.0"
 moved.install()
 
 _HOME = {
+    "compare": "mim.api",
     "Config": "mim.training.settings",
     "MIMFeatures": "mim.sklearn",
     "PatchMask": "mim.masks",
     "UserError": "mim.core.errors",
     "build_model": "mim.model.model",
+    "embed": "mim.api",
     "encode": "mim.model",
+    "evaluate": "mim.api",
     "export_run": "mim.interop",
     "finetune": "mim.evaluate.finetune",
     "import_model": "mim.interop",
     "import_run": "mim.interop",
     "load": "mim.training.loading",
     "load_config": "mim.training.settings",
+    "predict": "mim.api",
+    "pretrain": "mim.api",
     "sample_masks": "mim.masks",
 }
 __all__ = list(_HOME)
@@ -51,3 +63,26 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mim' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+class _Callable(ModuleType):
+    """A module that is also the function of its name, as ``mim.compare`` is."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("mim.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """Makes sub-modules callable that have the name of a function, as they are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and type(value) is ModuleType:
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

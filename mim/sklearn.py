@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.data import Picture, eval_transform, normalize, read_picture
+from mim.data import Picture, depth_of, eval_transform, normalize, picture_of, read_picture
 from mim.evaluate import check_pool, pool_tokens
 from mim.interop.exports import normalisation
 from mim.model.backbones import family_of
@@ -83,7 +83,8 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
 
         Args:
             X: (n, H, W) or (n, H, W, C) uint8, or a sequence of paths, PIL images and (H, W) or
-                (H, W, C) uint8 arrays, of any sizes.
+                (H, W, C) uint8 arrays, of any sizes. Where the run was trained on images of more
+                than 8 bits, arrays may hold the same values as those: they are read alike.
 
         Raises:
             UserError: for anything but images, or a file that cannot be read.
@@ -107,15 +108,17 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
 
 
 def _picture(item: Any, row: int, data: DataConfig) -> Picture:
+    depth = depth_of(data)
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, (str, Path)):
-        return read_picture(item, f"X[{row}] {str(item)!r}", data.max_pixels, data.decode)
+        name = f"X[{row}] {str(item)!r}"
+        return read_picture(item, name, data.max_pixels, data.decode, depth)
     if isinstance(item, np.ndarray) and item.ndim in (2, 3):
-        if item.dtype != np.uint8:
+        if item.dtype != np.uint8 and (depth is None or depth.range is None):
             raise UserError(
                 f"X[{row}]: pixels are {item.dtype}; give uint8 from 0 to 255, not normalised"
             )
-        return item if item.ndim == 3 else item[:, :, None]
+        return picture_of(item, f"X[{row}]", depth)
     what = f"shape {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
     raise UserError(f"X[{row}]: {what} is no image: a path, a PIL image or an (H, W, C) array is")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
-from mim.cli.options import Verb, add_json, add_words, read_pairs, say, show
+from mim.cli.options import Verb, add_json, add_words, read_pairs, say, show, take_folder
 
 DETAILS = (
+    "mim compare DIR --output FOLDER compares the three regimes on the images in DIR, and tells "
+    "what it chooses. Without DIR: "
     "Pre-train every combination of the axes from one base config (--base.KEY VALUE), evaluate "
     "each the same way, and write report.html, report.md and results.csv. Call it again to go "
     "on: finished runs are kept. --show live, plain or quiet says what is shown meanwhile (live "
@@ -37,10 +40,15 @@ def _config_kind() -> type:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mim.api import Launch, compare_runs, read_compare_config
+    from mim.api import Launch, compare_runs, complete_comparison, read_compare_config
+
+    data, words = take_folder(options.settings, "base.")
+
+    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        return complete_comparison(data, files, settings)
 
     launch = Launch(options.jobs, options.launcher, read_pairs(options.slurm, "--slurm"))
-    config = read_compare_config(options.settings, prog="mim compare", description=DETAILS)
+    config = read_compare_config(words, prog="mim compare", description=DETAILS, complete=fill)
     if options.plan:
         from mim.compare.rounds import forecast
 

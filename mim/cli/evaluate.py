@@ -27,7 +27,8 @@ DETAILS = (
     "and takes several processes: accelerate launch -m mim evaluate ...; when one is lost,\n"
     "the others say which and end with exit code 75.\n\n"
     "RUN is a run folder (numbers are added to its result.json), or, with --like RUN for the\n"
-    "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE. Accuracies are printed in per\n"
+    "images: untrained, pixels, or TIMM_NAME@CHECKPOINT_FILE. With --data DIR it is measured on\n"
+    "other images, and the numbers are only printed. Accuracies are printed in per\n"
     "cent, as in a report; --json gives every number as it was measured."
 )
 
@@ -35,9 +36,14 @@ DETAILS = (
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("evaluation", help="one of these, or several, by commas")
     parser.add_argument("run", nargs="+", metavar="RUN", help="what to measure")
+    where = "folder of labelled images, for runs trained on others; see RUN"
+    parser.add_argument("--data", metavar="DIR", help=where)
     parser.add_argument("--like", metavar="RUN", help="run folder whose images and sizes are used")
     parser.add_argument("--config", metavar="FILE", help="config whose images and sizes are used")
     parser.add_argument("--settings", metavar="FILE", help="YAML: evaluation to its settings")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="take a recipe's settings: see mim recipes"
+    )
     add_words(parser, "--set", "settings")
     own = "Python files or modules that register evaluations or components of your own"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=own)
@@ -53,8 +59,17 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--timeout: {options.timeout:g} must be above 0 and finite")
     names = options.evaluation.split(",")
     from mim.core.plugins import import_plugin
-    from mim.evaluate import EVALUATIONS, TIMEOUT, evaluate, evaluate_run, open_encoder, several
+    from mim.evaluate import (
+        EVALUATIONS,
+        TIMEOUT,
+        evaluate,
+        evaluate_run,
+        on_images,
+        open_encoder,
+        several,
+    )
     from mim.training.checkpoint import read_config
+    from mim.training.choices import source_of
     from mim.training.settings import load_config
 
     for plugin in options.plugins:
@@ -81,7 +96,11 @@ def _run(options: argparse.Namespace) -> int:
 
                 how: dict[str, Any] = {"device": device, "precision": options.precision}
                 how["on_result"] = keep
-                if Path(spec).is_dir():
+                if options.data:
+                    images = source_of(Path(options.data))[0]
+                    encoder = on_images(open_encoder(spec, config), options.data, images)
+                    evaluate(encoder, settings, **how)
+                elif Path(spec).is_dir():
                     evaluate_run(Path(spec), names, settings, **how)
                 else:
                     evaluate(open_encoder(spec, config), settings, **how)
@@ -109,6 +128,12 @@ def _device(wanted: str | None) -> str:
 def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
     """Evaluation -> settings, of the file and above them of ``--set``."""
     given: dict[str, dict[str, Any]] = {}
+    if options.recipe:
+        from mim.core.recipes import evaluations_of, recipe_file
+        from mim.core.settings import read_mapping
+
+        known = evaluations_of(read_mapping(recipe_file(options.recipe)))
+        given = {name: known[name] or {} for name in names if name in known}
     if options.settings:
         import yaml
 
@@ -116,12 +141,13 @@ def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[s
 
         path = options.settings
         try:
-            given = parse_yaml(Path(path).read_text(encoding="utf-8"))
+            loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error
-        if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        if not isinstance(loaded, dict) or not all(isinstance(v, dict) for v in loaded.values()):
             raise UserError(f"--settings: {path!r} does not map evaluations to their settings")
+        given |= {name: {**given.get(name, {}), **own} for name, own in loaded.items()}
     for name in given:
         if name not in names:
             raise UserError(f"--settings: {name!r} has settings, but only {', '.join(names)} run")

@@ -26,7 +26,9 @@ from mim.cli import (
     evaluate,
     export,
     imports,
+    predict,
     pretrain,
+    recipes,
     report,
     runs,
     visualize,
@@ -42,9 +44,10 @@ if "RANK" in os.environ:  # torch would show C++ stacks of broken connections; m
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _IN_ORDER: list[Verb | VerbGroup] = [
-    *(pretrain.VERB, evaluate.VERB, compare.VERB, report.VERB, visualize.VERB, bench.VERB),
+    *(pretrain.VERB, evaluate.VERB, compare.VERB, report.VERB, predict.PREDICT, predict.EMBED),
+    *(visualize.VERB, bench.VERB),
     *(data.VERB, export.VERB, imports.VERB, runs.VERB, runs.DIFF, doctor.VERB, debug.VERB),
-    completion.VERB,
+    *(recipes.VERB, completion.VERB),
 ]
 VERBS = {verb.name: verb for verb in _IN_ORDER}
 # What a disk that is full, read-only or broken answers, and a folder of somebody else.
@@ -61,7 +64,8 @@ def _help() -> str:
         "Pre-train one ViT under interchangeable masking regimes and compare them.\n\n"
         + "\n".join(lines)
         + "\n\n'mim VERB --help' lists the options of a verb.\n"
-        "Start with: mim compare --config configs/compare/demo.yaml"
+        "Start with: mim pretrain DIR --output runs/first, or the demo:\n"
+        "mim compare --config configs/compare/demo.yaml"
     )
 
 

@@ -106,6 +106,32 @@ class VerbGroup:
         return self.verbs[parser.parse_args(args[:1]).what](args[1:])
 
 
+_SHORT = {"--model": "model.backbone", "--device": "train.device", "--weights": "model.weights"}
+"""Short names of settings, for the verbs that take a folder of images."""
+
+
+def take_folder(words: Sequence[str], block: str = "") -> tuple[str | None, list[str]]:
+    """The folder of images among the words of a verb, and the other words.
+
+    Short names of settings become long ones, below ``block``. A word that names no folder or file
+    of images stays, for the config's parser to refuse.
+    """
+    folder, rest, words = None, [], list(words)
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        if word.startswith("-"):
+            long = f"--{block}{_SHORT[option]}" if option in _SHORT else option
+            rest.append(long + equals + value)
+            if not equals and option not in ("-h", "--help", "--print_config") and words:
+                rest.append(words.pop(0))
+        elif folder is None and (Path(word).is_dir() or word.endswith((".tar", ".parquet"))):
+            folder = word
+        else:
+            rest.append(word)
+    return folder, rest
+
+
 def say(text: object) -> None:
     """Print a line to stdout."""
     from mim.core.terminal import printable
@@ -189,7 +215,7 @@ def show(options: argparse.Namespace, value: Any, text: Callable[[], None]) -> N
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
-    parser.add_argument("--device", help="cpu or cuda; by default what there is")
+    parser.add_argument("--device", help="auto (by default), cpu, cuda, cuda:1 or mps")
 
 
 def add_list(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mim.compare.sequential import SeedRule
-from mim.core.config import Config
+from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fingerprints import same_images
 from mim.core.plugins import beside, keep_plugins
@@ -248,22 +248,23 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
     Raises:
         UserError: if images cannot be used, or are not those that a config asks for.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, MeasuredConfig]] = {}
     held = []
     for item in planned:
         key = json.dumps(to_dict(item.config.data), sort_keys=True)
         if key not in seen:
             train = open_source(item.config.data, "train")
-            val = open_source(item.config.data, "val")
+            val = open_source(replace(item.config.data, measured=train.measured), "val")
             steps_per_epoch(train, item.config.data)
             for name, settings in config.evaluations.items():
                 build_evaluation(name, settings).check(train, val)
-            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}"
+            seen[key] = f"{train.fingerprint()}-{val.fingerprint()}", train.measured
         wanted = item.config.data.fingerprint
-        if wanted is not None and not same_images(wanted, seen[key]):
-            reason = f"asks for other images than there are, which have {seen[key]}"
+        present, measured = seen[key]
+        if wanted is not None and not same_images(wanted, present):
+            reason = f"asks for other images than there are, which have {present}"
             raise setting_error("data.fingerprint", wanted, reason)
-        data = replace(item.config.data, fingerprint=seen[key])
+        data = replace(item.config.data, fingerprint=present, measured=measured)
         held.append(replace(item, config=replace(item.config, data=data)))
     return held
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
 from mim import moved
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
@@ -44,9 +42,10 @@ from mim.evaluate import (
     untrained_encoder,
 )
 from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, protocol_of
+from mim.interop.starting import pretrain_from
 from mim.training import checkpoint
-from mim.training.pretrain import pretrain
 from mim.training.results import NAME, read_result, update_result
+from mim.training.runtime.machine import pick_device
 from mim.training.settings import checked
 
 Watch = Callable[[], AbstractContextManager[set[str]]]
@@ -264,11 +263,11 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     began = time.monotonic()
     checked(item.config)  # a process of its own has not imported the plugins yet
     run = Path(item.config.output)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(item.config.train.device, "train.device")
     tune_process(device)
     facts = _facts(item)
     if item.kind == "run":
-        pretrain(item.config)
+        pretrain_from(item.config, with_decoder=False)  # alike for every regime
     else:
         checkpoint.prepare_folder(run)
         checkpoint.write_config(run, item.config)
@@ -330,7 +329,11 @@ def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
 def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
     """Other images, read at an encoder's own size and with its own normalisation."""
     size, channels = own.image_size, own.channels
-    return replace(data, image_size=size, channels=channels, mean=own.mean, std=own.std)
+    measured = replace(data.measured, mean=own.measured.mean, std=own.measured.std)
+    if own.measured.range is not None:
+        measured = replace(measured, range=own.measured.range)
+    own_scale = {"mean": own.mean, "std": own.std, "range": own.range, "measured": measured}
+    return replace(data, image_size=size, channels=channels, **own_scale)
 
 
 def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -> int:

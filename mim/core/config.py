@@ -10,6 +10,7 @@ the CLI call before anything runs.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from mim.core.fields import (
     build,
 )
 from mim.core.plugins import import_plugin
+from mim.core.schedule import CourseSettings, ScheduleSettings, remaining
 from mim.core.settings import to_dict
 
 FREE = {"free": True}
@@ -86,6 +88,8 @@ class SubsetConfig(Settings, where="data.subset"):
 
 _ABOVE_ZERO = Bound(lambda values: min(values, default=1.0) > 0, "must be above 0")
 
+_CROPPED_FROM = 128  # pixels a side, by default
+
 STREAMED = ("shards", "huggingface")
 """The sources that can be read in place by URL."""
 
@@ -110,12 +114,31 @@ class MixConfig(Settings, where="data.mix"):
 
 
 @dataclass(frozen=True)
+class MeasuredConfig(Settings, where="data.measured"):
+    """What was found by looking at the training images; a run writes it into its config."""
+
+    source: str | None = None
+    """What data.source=auto saw."""
+    range: tuple[float, float] | None = None
+    """What data.range=auto found, of images of more than 8 bits; none where there are none."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel on the scale 0 to 1; none where data.stats measures nothing."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel likewise."""
+
+
+_ORDERED = Bound(lambda pair: pair[0] < pair[1], "must be from low to high")
+Range = Annotated[tuple[float, float], _ORDERED]
+
+
+@dataclass(frozen=True)
 class DataConfig(ComponentSettings, where="data"):
     """Which images, and how they reach the model."""
 
     source: str = "photos"
     """Where images come from: an embedded set (digits, mnist5k, photos), imagefolder, flat
-    (unlabelled images), shards (tar files), huggingface, mixed (several), or torchvision/NAME."""
+    (unlabelled images), shards (tar files), huggingface, packed, mixed (several), torchvision/NAME,
+    or auto: what data.path holds says which."""
     path: str | None = field(default=None, metadata=FREE)
     """Folder of the images (imagefolder, flat: holds train/ and optionally val/) or of the download
     (torchvision: by default ~/.cache/mim/torchvision); shards: a file, folder, pattern such as
@@ -143,16 +166,48 @@ class DataConfig(ComponentSettings, where="data"):
     one sequence, none reads another). The numbers are the same."""
     channels: Count = 3
     """Channels of an image: 1 converts to grayscale, 3 to RGB."""
+    range: Range | Literal["auto", "percentile", "window", "high_byte"] = field(
+        default="auto", metadata={"before": "high_byte"}
+    )
+    """Which values of images of more than 8 bits become 0 and 1; they stay float32, and what lies
+    outside is cut off: [low, high]; auto (low and high that hold every value of the training
+    images looked at: 0 to 4095 for 12 bits); percentile (of each image, the 0.5th to the 99.5th);
+    window (of each DICOM file); high_byte (the upper 8 bits alone, as before). 8-bit images are
+    always 0 to 255."""
+    pages: Literal["first", "channels", "images"] = "first"
+    """Of a file of several pages (TIFF, DICOM): the first, all as channels, or each as an image of
+    its own (imagefolder, flat)."""
+    nonfinite: float | None = None
+    """Value, in the unit of the pixels, that stands in for NaN and infinity; by default an image
+    with such pixels is unreadable."""
     batch_size: Count = 256
     """Images a step, over all processes and accumulated parts."""
     workers: Natural = field(default=0, metadata=FREE)
     """Loader processes of each training process; 0 loads in the training process."""
-    augment: Literal["mae", "none"] = "mae"
-    """Training augmentation: mae (random resized crop, flip) or none (resize, centre crop)."""
+    augment: Literal["mae", "padded_crop", "none"] = "mae"
+    """Training augmentation: mae (random resized crop, flip), padded_crop (resized to cover the
+    size, data.pad reflected pixels on each side, a random crop, flip: PixMIM, DeiT III) or none
+    (as in evaluations)."""
     crop_scale: SpanToOne = (0.2, 1.0)
     """Share of the image's area a random crop covers, from and to."""
     crop_ratio: Span = (0.75, 4 / 3)
     """Width over height of a random crop, from and to."""
+    crop_fit: Literal["redraw", "clamp"] = "redraw"
+    """What becomes of a random crop that is larger than its image: it is drawn again, ten times at
+    most (torchvision), or its sides are cut to the image's (MAE's linear probe)."""
+    pad: Natural = 4
+    """With augment padded_crop: reflected pixels on each side."""
+    color_jitter: BelowOne = 0.0
+    """Largest change of brightness, contrast and saturation as a share, before the crop: each
+    becomes 1 - x to 1 + x times as much, in a random order (BEiT: 0.4). Needs 3 channels."""
+    eval_crop: Share | None = field(default=None, metadata={"before": 1.0})
+    """How evaluations, online ones too, cut an image of data.aspect square: it is resized until it
+    covers the size divided by this share, and its centre is taken. 0.875 (224 of 256) is that of
+    the published protocols, 1.0 leaves the shorter side whole. By default 0.875 from 128 pixels a
+    side and 1.0 below, where images are mostly stored at the size they are used at. The held-out
+    loss reads whole images."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """What resizes images, antialiased: bicubic, or bilinear (SimMIM)."""
     flip: bool = True
     """Whether half the images are mirrored left to right."""
     decode: Literal["auto", "pil", "torchvision", "nvjpeg"] = "auto"
@@ -175,6 +230,14 @@ class DataConfig(ComponentSettings, where="data"):
     """Mean of each channel on the scale 0 to 1; by default the source's own."""
     std: Annotated[tuple[float, ...], _ABOVE_ZERO] | None = None
     """Standard deviation of each channel on the scale 0 to 1; by default the source's own."""
+    stats: Literal["auto", "source", "measured"] = "auto"
+    """Where mean and std come from, unless they are given: source (its own; of folders ImageNet's),
+    measured (once, on up to 1,024 training images), or auto: measured for images of more than 8
+    bits and for channels other than 1 and 3."""
+    measured: MeasuredConfig = field(default_factory=MeasuredConfig, metadata=FREE)
+    """What range, stats and source found; a run writes it into its config."""
+    show: tuple[Natural, Natural, Natural] | None = field(default=None, metadata=FREE)
+    """Which channels, from 0, pictures show as red, green and blue; by default the first three."""
     val_fraction: Between = 0.1
     """Share of the images held out where the source has no val split of its own."""
     mix: tuple[MixConfig, ...] = ()
@@ -201,13 +264,22 @@ class DataConfig(ComponentSettings, where="data"):
             raise self.error("batching", reason)
         if self.decode == "nvjpeg" and self.workers:
             raise self.error("decode", "needs data.workers=0: loader processes have no GPU")
+        if self.color_jitter and (self.channels != 3 or self.cache == "device"):
+            raise self.error(
+                "color_jitter", "needs data.channels=3 and data.cache other than device"
+            )
+        if self.keeps_aspect and (self.augment == "padded_crop" or self.color_jitter):
+            name = "color_jitter" if self.color_jitter else "augment"
+            raise self.error(name, "needs data.aspect=square")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:
                 reason = f"must have {self.channels} values, one for each of data.channels"
                 raise self.error(name, reason)
-        if self.streaming and self.source not in (*STREAMED, "mixed"):
-            reason = f"needs data.source={', '.join(STREAMED)} or mixed, not {self.source}"
+        if self.show is not None and max(self.show) >= self.channels:
+            raise self.error("show", f"must be below {self.channels}, which are data.channels")
+        if self.streaming and self.source not in (*STREAMED, "mixed", "auto"):
+            reason = f"needs data.source={', '.join(STREAMED)}, mixed or auto, not {self.source}"
             raise self.error("streaming", reason)
         if self.mix and self.source != "mixed":
             raise setting_error("data.mix", [m.source for m in self.mix], "needs data.source=mixed")
@@ -216,6 +288,13 @@ class DataConfig(ComponentSettings, where="data"):
     def keeps_aspect(self) -> bool:
         """Whether images of different sizes share a batch."""
         return self.aspect == "keep"
+
+    @property
+    def eval_share(self) -> float:
+        """What share of an image's shorter side evaluations see."""
+        if self.eval_crop is not None:
+            return self.eval_crop
+        return 0.875 if min(self.size) >= _CROPPED_FROM else 1.0
 
     def as_square(self) -> DataConfig:
         """The same with all images of ``image_size``, for what takes images of one size only."""
@@ -243,7 +322,7 @@ def _range(ratio: Ratio) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class MaskScheduleConfig(Settings, where="mask.schedule"):
+class MaskScheduleConfig(CourseSettings, where="mask.schedule"):
     """A mask ratio that moves from ``mask.ratio`` to another one, epoch by epoch."""
 
     to: Ratio | None = None
@@ -251,11 +330,14 @@ class MaskScheduleConfig(Settings, where="mask.schedule"):
     epochs: Count | None = None
     """The epoch, counted from 0, in which the end is reached; the ratio then stays. Needed with
     ``to``."""
-    shape: Literal["linear", "cosine"] = "linear"
-    """How it moves: linear or cosine."""
+    shape: Literal["linear", "cosine", "multistep"] = "linear"
+    """How it moves: linear, cosine, or multistep (times ``factor`` at each of the ``milestones``,
+    in epochs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.to is not None and self.shape == "multistep":
+            raise self.error("to", "does not go with mask.schedule.shape=multistep")
         if self.to is not None and self.epochs is None:
             reason = "is needed with mask.schedule.to: the epoch in which the end is reached"
             raise self.error("epochs", reason)
@@ -269,6 +351,9 @@ class MaskConfig(ComponentSettings, where="mask"):
     """The mask generator."""
     ratio: Ratio = 0.75
     """Share of the patches that is hidden, or (from, to) to draw one for each image."""
+    rounding: Literal["nearest", "ceil", "floor_visible"] = "nearest"
+    """How that becomes a number of patches: nearest (halves up), ceil (SimMIM rounds the hidden
+    ones up) or floor_visible (MAE rounds the visible ones down)."""
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
@@ -280,22 +365,24 @@ class MaskConfig(ComponentSettings, where="mask"):
 
     def ratio_at(self, epoch: int) -> tuple[float, float]:
         """:attr:`ratio_range` in an epoch; below epoch 0 it has not moved yet."""
-        if self.schedule.to is None or self.schedule.epochs is None or epoch <= 0:
-            return self.ratio_range
-        progress = min(epoch / self.schedule.epochs, 1.0)
-        if self.schedule.shape == "cosine":
-            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
-        start, end = self.ratio_range, _range(self.schedule.to)
-        return (
-            start[0] + (end[0] - start[0]) * progress,
-            start[1] + (end[1] - start[1]) * progress,
-        )
+        moved, (low, high) = self.schedule, self.ratio_range
+        if moved.shape == "multistep":
+            factor = moved.factor ** bisect_right(moved.milestones, epoch)
+            return low * factor, high * factor
+        if moved.to is None or moved.epochs is None or epoch <= 0:
+            return low, high
+        progress = 1 - remaining(moved.shape, epoch / moved.epochs, moved.phase)
+        end = _range(moved.to)
+        return low + (end[0] - low) * progress, high + (end[1] - high) * progress
 
     def all_ratios(self) -> list[tuple[str, float]]:
         """(setting, ratio) of the ends of every range, between which all ratios lie."""
         ratios = [("mask.ratio", ratio) for ratio in self.ratio_range]
         if self.schedule.to is not None:
             ratios += [("mask.schedule.to", ratio) for ratio in _range(self.schedule.to)]
+        if self.schedule.milestones:
+            last = self.ratio_at(math.ceil(self.schedule.milestones[-1]))
+            ratios += [("mask.schedule.factor", ratio) for ratio in last]
         return ratios
 
 
@@ -344,6 +431,11 @@ class TargetConfig(ComponentSettings, where="model.target"):
 
 
 @dataclass(frozen=True)
+class TeacherSchedule(ScheduleSettings, where="model.teacher_schedule"):
+    """How the teacher's decay moves from ``model.teacher_decay``."""
+
+
+@dataclass(frozen=True)
 class ModelConfig(Settings, where="model"):
     """Encoder, regime, decoder and target."""
 
@@ -353,8 +445,16 @@ class ModelConfig(Settings, where="model"):
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
+    weights: str | None = field(default=None, metadata=FREE)
+    """What the encoder starts from, and a decoder of the same size: a file of weights (of MAE,
+    timm, DeiT, DINOv2, SimMIM or Hugging Face), a timm name such as vit_base_patch16_224.mae, or
+    USER/NAME on the hub. In a comparison it is the encoder alone, for every run."""
     position_embedding: Literal["learned", "sincos2d"] = "learned"
     """learned, or sincos2d: fixed 2-D sine and cosine, as MAE's."""
+    init: Literal["timm", "mae"] = "timm"
+    """Initial weights of the encoder: timm's own, or mae: linear layers and the patch embedding,
+    as a linear map, Xavier uniform; class and register tokens normal with deviation 0.02; biases of
+    linear layers 0, layer norms 1 and 0. Decoders of blocks are always so initialised."""
     norm_eps: Positive | None = None
     """Epsilon of every layer norm; by default the backbone's own, mostly 1e-6."""
     regime: RegimeConfig = field(default_factory=RegimeConfig)
@@ -365,9 +465,54 @@ class ModelConfig(Settings, where="model"):
     """What must be predicted."""
     teacher_decay: BelowOne = 0.999
     """Decay of the EMA teacher that the generator attention and the target ema_features read."""
+    teacher_schedule: TeacherSchedule = field(default_factory=TeacherSchedule)
+    """How that decay moves."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("to", "warmup_from"):
+            value = getattr(self.teacher_schedule, name)
+            if value is not None and value > 1:
+                raise self.teacher_schedule.error(name, "must be at most 1")
 
 
 _RATES = Bound(lambda rates: all(0 <= rate < 1 for rate in rates), "must each lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RateSchedule(ScheduleSettings, where="optim.schedule"):
+    """How the learning rate moves from its peak, by step; ``to`` and ``warmup_from`` are absolute
+    rates."""
+
+    shape: Literal["constant", "linear", "cosine", "multistep"] = "cosine"
+    """constant, linear, cosine (half a period) or multistep (times ``factor`` at each of the
+    ``milestones``)."""
+    to: NonNegative | None = None
+    """Where linear and cosine end; by default at optim.min_lr."""
+    warmup: NonNegative | None = None
+    """How long the rate first rises, in a line; by default optim.warmup_epochs. At most a half of
+    training."""
+
+    def fills_in(self, name: str) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class DecaySchedule(ScheduleSettings, where="optim.decay_schedule"):
+    """How the weight decay moves from ``optim.weight_decay``, by step."""
+
+
+@dataclass(frozen=True)
+class ScaleConfig(Settings, where="optim.scales"):
+    """Multipliers of some parameters."""
+
+    names: str
+    """Pattern of their names in the model, with ``*`` and ``?``: ``backbone.patch_embed.*``."""
+    lr: NonNegative = 1.0
+    """Multiplies the learning rate."""
+    decay: NonNegative | None = None
+    """Multiplies optim.weight_decay, for parameters that else have none too; none leaves what they
+    have."""
 
 
 @dataclass(frozen=True)
@@ -381,11 +526,20 @@ class OptimConfig(Settings, where="optim"):
     warmup_epochs: NonNegative = 40.0
     """Epochs of linear warm-up; may be fractional. At most a half of the run."""
     weight_decay: NonNegative = 0.05
-    """Decay of matrices; vectors, biases, tokens and position embeddings have none."""
+    """Decay of matrices; vectors, biases, tokens (but see decay_tokens) and position embeddings
+    have none."""
     betas: Annotated[tuple[float, float], _RATES] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient; none does not clip."""
+    schedule: RateSchedule = field(default_factory=RateSchedule)
+    """How the learning rate moves."""
+    decay_schedule: DecaySchedule = field(default_factory=DecaySchedule)
+    """How the weight decay moves."""
+    scales: tuple[ScaleConfig, ...] = ()
+    """Multipliers of rate and decay by names of parameters; of two that fit, the later holds."""
+    decay_tokens: bool = False
+    """Whether class, register and mask tokens decay too, as in MAE."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +550,9 @@ class TrainConfig(Settings, where="train"):
     """Passes over the training images; the learning-rate schedule spans them."""
     max_steps: Count | None = None
     """Bound for short runs: the most steps of the run and its schedule."""
+    device: str = field(default="auto", metadata=FREE)
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps. Each of several
+    processes takes a GPU of its own."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """fp32, bf16 or fp16 (autocast), or fp8: as bf16, but the blocks' linear layers multiply in
     float8, by torchao (``pip install -e '.[float8]'``); a CPU emulates that."""
@@ -434,7 +591,7 @@ class TrainConfig(Settings, where="train"):
     such form there ends the run with its name. On the CPU runs repeat bit for bit in any case."""
     async_save: bool = field(default=False, metadata=FREE)
     """Whether a checkpoint is copied to host memory, which must have room for it, and written while
-    training goes on; the next one waits for it, and so do a signal and the end of the run."""
+    training continues; the next one waits for it, and so do a signal and the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
     """What a step does whose loss or gradient is not finite, and which therefore never reaches the
     weights: stop the run, or skip (the next batch follows)."""

@@ -12,7 +12,8 @@ Movable = TypeVar("Movable", bound=Any)  # a tensor, or what moves as one: Patch
 def to_device(values: Movable, device: torch.device | str) -> Movable:
     """Moves values to a device; the host does not wait until they are there.
 
-    From ordinary memory CUDA would: it copies from page-locked memory alone while the host goes on.
+    From ordinary memory CUDA would wait: only from page-locked memory does it copy in the
+    background.
     """
     device = torch.device(device)
     if values.device == device:

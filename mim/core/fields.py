@@ -108,7 +108,8 @@ def fit(setting: str, value: Any, hint: Any) -> Any:
     Raises:
         UserError: naming the setting, the value and what would be valid.
     """
-    if isinstance(value, str) and not _takes_text(hint):
+    listed = isinstance(value, str) and value.startswith("[") and _takes_list(hint)
+    if isinstance(value, str) and (listed or not _takes_text(hint)):
         try:
             value = parse_yaml(value)
         except yaml.YAMLError as error:
@@ -127,13 +128,19 @@ def _takes_text(hint: Any) -> bool:
     return hint is str or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
 
 
+def _takes_list(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return any(map(_takes_list, get_args(hint)))
+    return get_origin(hint) in (tuple, list)
+
+
 def _fit(setting: str, value: Any, hint: Any) -> Any:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         value = _fit(setting, value, args[0])
         for bound in args[1:]:
             if isinstance(bound, Bound) and not bound.holds(value):
-                raise setting_error(setting, value, bound.says)
+                raise setting_error(setting, value, bound.says + _in_per_cent(value, bound))
         return value
     if kind in (Union, types.UnionType):
         for part in args:
@@ -161,6 +168,12 @@ def _fit(setting: str, value: Any, hint: Any) -> Any:
         return value
     words = " or ".join(dict.fromkeys(_words(hint)))
     raise _WrongType(f"{setting}: {value!r} must be {words}")
+
+
+def _in_per_cent(value: Any, bound: Bound) -> str:
+    """Asks whether a value above 1 is meant in per cent, where that would be valid."""
+    is_number = isinstance(value, (int, float)) and 1 < value < 100
+    return f" (did you mean {value / 100:g}?)" if is_number and bound.holds(value / 100) else ""
 
 
 def _words(hint: Any) -> Iterator[str]:
@@ -269,7 +282,7 @@ def add_block(parent: type, name: str, settings: type) -> None:
     for key, field in fields.items():
         setattr(parent, key, field)
     parent.__annotations__ = {**own, name: settings}
-    setattr(parent, name, settings())
+    setattr(parent, name, dataclasses.field(default=settings(), metadata={"component": True}))
     dataclasses.dataclass(frozen=True)(parent)
     _hints.cache_clear()
 
@@ -278,6 +291,27 @@ _MADE_BY_DATACLASS = {
     *("__init__", "__repr__", "__eq__", "__hash__", "__setattr__", "__delattr__", "__replace__"),
     *("__match_args__", "__signature__", "__dataclass_fields__", "__dataclass_params__"),
 }
+
+
+def came_later(kind: Any, old: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted settings that an old run does not name, and what they were in its time.
+
+    They are the fields with ``metadata={"before": VALUE}``: those that were added with a default
+    that changes what a run computes. Of components, only the chosen one's are of interest.
+
+    Args:
+        kind: of the config.
+        old: the run's settings, by dotted key.
+        prefix: of the keys of this block.
+    """
+    chosen = {old.get(f"{prefix}{selector}") for selector in ("name", "source")}
+    for field in dataclasses.fields(kind):
+        key, inner = prefix + field.name, hints(kind)[field.name]
+        if dataclasses.is_dataclass(inner):
+            if not field.metadata.get("component") or field.name in chosen:
+                yield from came_later(inner, old, f"{key}.")
+        elif "before" in field.metadata and key not in old:
+            yield key, field.metadata["before"]
 
 
 def is_free(kind: Any, key: str) -> bool:

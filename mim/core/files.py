@@ -32,10 +32,10 @@ NPY_ERRORS: tuple[type[Exception], ...] = (
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".npy"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".npy", ".npz", ".dcm"),
 )
-"""Of files that hold images; ``.npy`` is (height, width) or (height, width, channels), uint8 or
-uint16, for channels that no image format has."""
+"""Of files that hold images; ``.npy`` and ``.npz`` are (height, width), (height, width, channels)
+or (channels, height, width), for values and channels that no image format has."""
 
 _COMPANIONS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
 

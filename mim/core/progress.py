@@ -90,6 +90,13 @@ class RunProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def began(self, step: int) -> None:
+        """Say in a line, after the first step, what it took; a bar shows it by itself."""
+        if self.enabled and self._bar is None and step == self.start + 1:
+            took = time.monotonic() - self._began
+            line = f"{self.label}  step {step}/{self.total}  the first, after {took:.1f} s"
+            print(line, file=sys.stderr, flush=True)
+
     def update(self, step: int, loss: float, rate: float | None = None) -> None:
         """Show steps done in all, the latest loss or other measure, and images per second."""
         if not self.enabled:

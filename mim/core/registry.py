@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from mim.core.errors import UserError, choice_error
+from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import add_block, hints
 
 T = TypeVar("T")
@@ -19,10 +19,13 @@ class Registry(Generic[T]):
         setting: the dotted key whose value is looked up here; errors name it.
         block: the block of settings that holds this key, and to which each component adds a block
             of its own.
+        called: other names of components, and what they are called here; errors say so.
     """
 
-    def __init__(self, setting: str, block: type | None = None) -> None:
-        self.setting, self.block = setting, block
+    def __init__(
+        self, setting: str, block: type | None = None, called: Mapping[str, str] | None = None
+    ) -> None:
+        self.setting, self.block, self.called = setting, block, called or {}
         self._prefix = setting if block is None else setting.rpartition(".")[0]
         self._entries: dict[str, T] = {}
 
@@ -55,6 +58,9 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """Look up ``name``; a ``UserError`` lists the valid ones."""
+        if name not in self._entries and name.lower() in self.called:
+            reason = f"is called {self.called[name.lower()]!r} here"
+            raise setting_error(self.setting, name, reason)
         if name not in self._entries:
             raise choice_error(self.setting, name, self._entries)
         return self._entries[name]

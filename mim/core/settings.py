@@ -13,7 +13,7 @@ import difflib
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -21,9 +21,10 @@ import yaml
 
 from mim import moved
 from mim.core.errors import UserError
-from mim.core.fields import build, fit, hints
+from mim.core.fields import build, came_later, fit, hints
 from mim.core.files import dump_yaml, parse_yaml
 from mim.core.plugins import beside, check_trust, import_plugin
+from mim.core.recipes import part_for, recipe_file
 
 T = TypeVar("T")
 
@@ -80,9 +81,11 @@ def read_tree(
     """
     tree: dict[str, Any] = {}
     for file in files:
-        loaded = read_mapping(file)
+        loaded = part_for(read_mapping(file), "base" in hints(kind))
         _check_kind(loaded, file, kind)
         _find_plugins(loaded, Path(file), trust)
+        if _is_of_run(Path(file), trust):
+            _keep_meaning(loaded, kind, loaded)
         _merge(tree, loaded, kind)
     settings = settings or {}
     for key in [key for key in settings if key in ("plugins", "base.plugins")]:
@@ -94,7 +97,32 @@ def read_tree(
         if not _is_setting(kind, key):
             raise _unknown(kind, key)
         _assign(tree, key, value, kind)
+    if (begun := _begun(kind, tree)) is not None:
+        _keep_meaning(tree, kind, read_mapping(begun))
     return build(kind, tree)
+
+
+def _is_of_run(file: Path, trust: bool | None) -> bool:
+    made = ("result.json", "metrics.jsonl", "checkpoints", "comparison.json")
+    return trust is not None or any((file.parent / name).exists() for name in made)
+
+
+def _begun(kind: Any, tree: Mapping[str, Any]) -> Path | None:
+    """Returns the config of the run or comparison that a config goes on with, if there is one."""
+    output = tree.get("output") or getattr(kind, "output", None)
+    is_comparison = "base" in hints(kind)
+    if not isinstance(output, str) or not (is_comparison or tree.get("resume") == "auto"):
+        return None
+    file = Path(output) / ("compare.yaml" if is_comparison else "config.yaml")
+    return file if file.is_file() else None
+
+
+def _keep_meaning(tree: dict[str, Any], kind: Any, old: Mapping[str, Any]) -> None:
+    """Sets what neither a tree nor an old run's config names to what it was in the run's time."""
+    stated = flatten(tree)
+    for key, value in came_later(kind, flatten(old)):
+        if key not in stated:
+            _assign(tree, key, copy.deepcopy(value), kind)
 
 
 def _with_plugins(tree: Mapping[str, Any]) -> list[Any]:
@@ -108,8 +136,7 @@ def _find_plugins(loaded: dict[str, Any], file: Path, trust: bool | None) -> Non
     for block in _with_plugins(loaded):
         named = fit("plugins", block["plugins"], tuple[str, ...])
         block["plugins"] = [beside(plugin, file) for plugin in named]
-        made = ("result.json", "metrics.jsonl", "checkpoints", "comparison.json")
-        if trust is not None or any((file.parent / name).exists() for name in made):
+        if _is_of_run(file, trust):
             check_trust(block["plugins"], file.parent, bool(trust))
 
 
@@ -186,9 +213,16 @@ def leaves(kind: Any, prefix: str = "") -> dict[str, tuple[type, str]]:
 
 
 def read_args(
-    kind: type[T], args: Sequence[str], prog: str = "mim", description: str | None = None
+    kind: type[T],
+    args: Sequence[str],
+    prog: str = "mim",
+    description: str | None = None,
+    complete: Callable[[list[str], dict[str, Any]], dict[str, Any]] | None = None,
 ) -> T:
-    """Parse command-line arguments: ``--config FILE`` (repeatable) and ``--dotted.key VALUE``.
+    """Parse command-line arguments: ``--config FILE`` and ``--recipe NAME`` (repeatable), and
+    ``--dotted.key VALUE``.
+
+    ``complete`` makes the settings that are used of the files and the settings that are given.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type or one that is refused.
@@ -210,8 +244,12 @@ def read_args(
         value = value if equals else rest.pop(0)
         if option == "--config":
             files.append(value)
+        elif option == "--recipe":
+            files.append(str(recipe_file(value)))
         else:
             settings[option[2:]] = value
+    if complete is not None and "h" not in shown:
+        settings = complete(files, settings)
     config = read_tree(kind, files, settings)
     if "h" in shown:
         config_parser(kind, prog=prog, description=description).print_help()
@@ -226,6 +264,7 @@ def config_parser(kind: type, **parser_args: Any) -> argparse.ArgumentParser:
     """Make a parser with all options of a config, for its help and for completion."""
     parser = argparse.ArgumentParser(**parser_args)
     parser.add_argument("--config", metavar="FILE", help="YAML file; later ones override")
+    parser.add_argument("--recipe", metavar="NAME", help="a published method: see mim recipes")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML")
     groups: dict[str, Any] = {"": parser}
     for key, (owner, name) in leaves(kind).items():

@@ -6,7 +6,8 @@ makes batches of it. Start reading in ``opening.py``.
 
 from mim.data import mixed  # noqa: F401
 from mim.data.corruptions import CORRUPTIONS, Corrupted, corrupt
-from mim.data.images.decode import UnreadableImage, read_picture
+from mim.data.images.decode import UnreadableImage, picture_of, read_picture
+from mim.data.images.deep import depth_of
 from mim.data.images.transforms import (
     Picture,
     crop_parameters,
@@ -52,6 +53,7 @@ __all__ = [
     "corrupt",
     "crop_parameters",
     "denormalize",
+    "depth_of",
     "eval_loader",
     "eval_transform",
     "holdout",
@@ -59,6 +61,7 @@ __all__ = [
     "normalize",
     "open_source",
     "open_weights",
+    "picture_of",
     "prepare",
     "read_picture",
     "steps_per_epoch",

@@ -26,8 +26,8 @@ from mim.core.cpu.process import tune_process
 from mim.core.errors import UserError, WorkerError, setting_error
 from mim.core.patches import Grid, Images, Patches
 from mim.core.rng import image_keys
-from mim.data.images.own_sizes import cat_images, eval_patches, train_patches
-from mim.data.images.transforms import Picture, eval_transform, train_transform
+from mim.data.images.own_sizes import cat_images, eval_patches, same_scale, train_patches
+from mim.data.images.transforms import Picture, dtype_of, eval_transform, train_transform
 from mim.data.sources.base import ImageSource
 from mim.data.sources.reading import read_images
 from mim.data.storage.cache import device_reader
@@ -48,7 +48,8 @@ class Batch:
     """Images of one step."""
 
     images: Any
-    """(B, C, H, W) uint8; :class:`mim.core.patches.Patches` where images keep their own sizes."""
+    """(B, C, H, W) uint8, or float32 from 0 to 1 where an image has more than 8 bits;
+    :class:`mim.core.patches.Patches` where images keep their own sizes."""
     labels: Tensor | None
     """(B,) int64, or None where the source has none."""
     sample_ids: Tensor
@@ -153,7 +154,7 @@ class StepBatches(Dataset[Any]):
         another, or with ``stand_in=False`` left out.
         """
         parts, positions, faults = [], [], []
-        room = self._room(len(indices))
+        room: Tensor | None = None
         filled = 0
         for part in indices.split(_DECODED_AT_ONCE):
             images: list[Picture] = []
@@ -164,6 +165,7 @@ class StepBatches(Dataset[Any]):
             keys = None
             if seed is not None:
                 keys = image_keys(seed, epoch, self.source.sample_ids[part], purpose="augment")
+            room = self._room(len(indices), images, room, filled)
             out = None if room is None else room[filled : filled + len(part)]
             filled += len(part)
             parts.append(self._cut(images, part, keys, out))
@@ -178,18 +180,34 @@ class StepBatches(Dataset[Any]):
             faults=tuple(faults),
         )
 
-    def _room(self, count: int) -> Tensor | None:
-        """(count, C, H, W) uint8 for a batch, or None where its images are not cut one by one.
+    def _room(
+        self, count: int, images: Sequence[Picture], room: Tensor | None, filled: int
+    ) -> Tensor | None:
+        """(count, C, H, W) for a batch, or None where its images are not cut one by one.
 
         A loader process takes shared memory, so that nothing is copied on the way to the run.
+
+        Args:
+            count: images of the batch.
+            images: the next ones, whose bits decide the type.
+            room: of the images before them; it becomes float32 where these have more bits.
+            filled: how many there are in it.
         """
         if self.config.keeps_aspect or self.reader is not None or self.augment is not None:
             return None
+        dtype = dtype_of(images)
+        if room is not None and room.dtype.itemsize >= dtype.itemsize:
+            return room
         shape = (count, self.config.channels, *self.config.size)
         if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as in torch's own collate
-        return torch.empty(0, dtype=torch.uint8).set_(shared).reshape(shape)
+            found = torch.empty(shape, dtype=dtype)
+        else:
+            size = math.prod(shape) * dtype.itemsize
+            shared = torch.UntypedStorage._new_shared(size)  # as in torch's own collate
+            found = torch.empty(0, dtype=dtype).set_(shared).reshape(shape)
+        if room is not None:
+            found[:filled] = same_scale(room[:filled], dtype)
+        return found
 
     def _cut(
         self, images: list[Picture], indices: Tensor, keys: Tensor | None, out: Tensor | None

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mim.core.config import STREAMED, DataConfig, MixConfig
+from mim.core.config import STREAMED, DataConfig, MeasuredConfig, MixConfig
 from mim.core.errors import setting_error
 from mim.core.rng import image_keys, permutation
 from mim.data.opening import open_source
@@ -100,6 +100,12 @@ class Mixed(View):
                 return part, index - start
         raise IndexError(index)
 
+    def raw(self, index: int) -> None:
+        """None: each source has a range of its own."""
+
+    def has_deep(self) -> bool:
+        return any(part.has_deep() for part in self.parts)
+
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         ledgers = [part.ledger for part in self.parts if part.ledger is not None]
         return [fault for ledger in ledgers for fault in ledger.faults()]
@@ -116,6 +122,7 @@ def _part(config: DataConfig, item: MixConfig) -> DataConfig:
         cache="none",  # all of the mixture is cached, once
         mix=(),
         fingerprint=None,
+        measured=MeasuredConfig(),
     )
 
 

@@ -2,31 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
+from mim.core.progress import note
+from mim.data.detection import detect
+from mim.data.images.transforms import LUMINANCE
 from mim.data.labels import check_labels
+from mim.data.measuring import measure
 from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
 from mim.data.storage.cache import cached
 from mim.data.subset import choose
-from mim.data.unreadable import Ledger
-
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, PIL's own
+from mim.data.unreadable import Fault, Ledger
 
 
 def open_source(config: DataConfig, split: Split, folder: Path | None = None) -> ImageSource:
     """The images of a split, "train" or "val".
 
-    A set without a val split gives ``data.val_fraction`` of its images to "val" by :func:`holdout`.
-    ``mean`` and ``std`` are those of the config, or else the set's own, in ``data.channels``
-    channels. Unreadable images are recorded in ``folder``, the run folder, if there is one.
+    What ``auto`` leaves to be found is found by looking at the training images, and stands in
+    ``measured``. A set without a val split gives ``data.val_fraction`` of its images to "val" by
+    :func:`holdout`. ``mean`` and ``std`` are those of the config, or else measured or the set's
+    own, in ``data.channels`` channels. Unreadable images are recorded in ``folder``, the run
+    folder, if there is one.
 
     Raises:
         UserError: for an unknown source, a path that it does not read, a missing or empty folder,
             an empty class, more unreadable images than ``data.max_unreadable``, a failed download,
             channels that the images cannot have, or a cache that has no room.
     """
+    config, source, faults = _measured(config, split)
+    try:
+        check_labels(source.labels, source.classes, len(source))
+    except UserError as error:
+        raise setting_error("data.source", config.source, str(error)) from error
+    source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
+    source.ledger.add(faults)
+    source.mean, source.std = _statistics(source, config)
+    source.measured, source.show = config.measured, config.show
+    source.deep = config.range != "high_byte" and source.has_deep()
+    if config.cache == "none":
+        return source
+    return cached(source, config)
+
+
+def _measured(config: DataConfig, split: Split) -> tuple[DataConfig, ImageSource, list[Fault]]:
+    """The config with all that ``auto`` stands for, the images of a split, and unreadable ones."""
+    if config.source == "auto":
+        name, words = config.measured.source, ""
+        if name is None:
+            name, words = detect(config.path)
+            if split == "train":
+                note(f"data.source=auto: {config.path} holds {words} ({name})")
+        config = replace(config, source=name, measured=replace(config.measured, source=name))
+    source = _opened(config, split)
+    faults = source.check()  # it also sees how many bits the images have
+
+    def train(changed: DataConfig) -> ImageSource:
+        same = split == "train" and changed.measured.range == config.measured.range
+        return source if same else _opened(changed, "train")
+
+    measured = measure(source, config, train)
+    if measured.range != config.measured.range:
+        config = replace(config, measured=measured)
+        if split == "train" and measured.range is not None:
+            low, high = measured.range
+            note(f"data.range=auto: {low:g} to {high:g} of the images' values become 0 to 1")
+        source = _opened(config, split)
+    return replace(config, measured=measured), source, faults
+
+
+def _opened(config: DataConfig, split: Split) -> ImageSource:
+    """The images of a split, those that ``data.subset`` leaves."""
     name = config.source
     family = f"{name.partition('/')[0]}/NAME"  # torchvision/CIFAR10 is one of torchvision/NAME
     kind = family if name not in SOURCES and family in SOURCES else name
@@ -52,16 +100,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")
-    try:
-        check_labels(source.labels, source.classes, len(source))
-    except UserError as error:
-        raise setting_error("data.source", config.source, str(error)) from error
-    source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
-    source.ledger.add(source.check())
-    source.mean, source.std = _statistics(source, config)
-    if config.cache == "none":
-        return source
-    return cached(source, config)
+    return source
 
 
 def _statistics(
@@ -80,8 +119,9 @@ def _statistics(
             raise setting_error("data.channels", config.channels, reason)
         if len(values) == 1:
             return values * config.channels
-        return (sum(share * value for share, value in zip(_LUMINANCE, values, strict=True)),)
+        return (sum(share * value for share, value in zip(LUMINANCE, values, strict=True)),)
 
-    mean = fit(source.mean) if config.mean is None else config.mean
-    std = fit(source.std) if config.std is None else config.std
-    return mean, std
+    found = config.measured
+    mean = found.mean if config.mean is None else config.mean
+    std = found.std if config.std is None else config.std
+    return fit(source.mean) if mean is None else mean, fit(source.std) if std is None else std

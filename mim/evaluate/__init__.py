@@ -32,6 +32,7 @@ from mim.evaluate.dense.detect import Detect, DetectSettings
 from mim.evaluate.dense.segment import Segment, SegmentSettings
 from mim.evaluate.encoders import (
     Encoder,
+    on_images,
     open_encoder,
     pixels_encoder,
     run_encoder,
@@ -91,6 +92,7 @@ __all__ = [
     "extract_features",
     "knn_predict",
     "linear_cka",
+    "on_images",
     "open_encoder",
     "pixels_encoder",
     "pool_tokens",

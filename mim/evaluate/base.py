@@ -46,6 +46,12 @@ class Features(NamedTuple):
         return Features(self.values.to(device), labels, self.sample_ids.to(device))
 
 
+WITHOUT_LABELS = (
+    "Measure it on labelled images (mim evaluate ... --data DIR, with a folder for each class), "
+    "look at mim visualize, or take features with mim embed"
+)
+"""What can be done instead of an evaluation that needs labels."""
+
 NOT_EMPTY = Bound(bool, "must not be empty")
 
 
@@ -108,7 +114,8 @@ class AnyEvaluation(ABC):
         for source in (train, val):
             if source.labels is None:
                 raise UserError(
-                    f"data.source {source.name!r} has no labels; evaluation {self.name} needs them"
+                    f"data.source {source.name!r} has no labels; evaluation {self.name} "
+                    f"needs them. {WITHOUT_LABELS}"
                 )
             if len(source) == 0:
                 raise UserError(
@@ -254,7 +261,7 @@ def labels_of(features: Features) -> Tensor:
         UserError: if there are none.
     """
     if features.labels is None:
-        raise UserError("the images have no labels; this evaluation needs them")
+        raise UserError(f"the images have no labels; this evaluation needs them. {WITHOUT_LABELS}")
     return features.labels.long()
 
 

@@ -10,9 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.config import Config, DataConfig, ModelConfig, SubsetConfig
 from mim.core.errors import UserError, setting_error
-from mim.model.backbones import build_backbone, load_backbone, load_weights
+from mim.data import open_source
+from mim.model.backbones import (
+    build_backbone,
+    family_of,
+    load_backbone,
+    load_weights,
+    resize_positions,
+)
 from mim.training.checkpoint import encoder_weights, read_config
 
 logger = logging.getLogger(__name__)
@@ -59,6 +66,51 @@ def run_encoder(run: Path, trust: bool = False) -> Encoder:
     vit = _build(config)
     load_backbone(vit, encoder_weights(run), f"run {run}")
     return Encoder(run.name, "run", config.data, vit, model=config.model)
+
+
+def resized(encoder: Encoder, image_size: int | tuple[int, int] | None) -> Encoder:
+    """The same encoder for images of another size, its positions interpolated (bicubic).
+
+    Raises:
+        UserError: for a size that its patches do not divide, or an encoder of another kind.
+    """
+    if image_size is None or encoder.vit is None or encoder.model is None:
+        return encoder
+    if not family_of(encoder.vit).has_one_grid:
+        reason = f"cannot differ from that of the run: {encoder.name} is no plain ViT"
+        raise setting_error("image_size", image_size, reason)
+    data = replace(encoder.data, image_size=image_size)
+    vit = build_backbone(encoder.model, data.size, data.channels)
+    load_backbone(vit, resize_positions(encoder.vit, vit), encoder.name)
+    return replace(encoder, data=data, vit=vit)
+
+
+def on_images(encoder: Encoder, path: str | Path, source: str = "imagefolder") -> Encoder:
+    """The same encoder, to read other images, normalised as those that it was trained on."""
+    mean, std = normalisation(encoder.data)
+    data = replace(encoder.data, source=source, path=str(path), val_path=None, mix=())
+    data = replace(data, subset=SubsetConfig(), fingerprint=None, weights=None, mean=mean, std=std)
+    return replace(encoder, data=data)
+
+
+def normalisation(data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that normalise the images of a config.
+
+    Raises:
+        UserError: if they are the source's own and it cannot be opened.
+    """
+    mean = data.measured.mean if data.mean is None else data.mean
+    std = data.measured.std if data.std is None else data.std
+    if mean is not None and std is not None:
+        return mean, std
+    try:
+        source = open_source(data, "train")
+    except UserError as error:
+        raise UserError(
+            f"data.mean, data.std: they are the source's own, which cannot be opened ({error}); "
+            "set both in the run's config.yaml"
+        ) from error
+    return tuple(map(float, source.mean)), tuple(map(float, source.std))
 
 
 def untrained_encoder(config: Config) -> Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 from mim.core.cpu.kernels import tune
 from mim.core.device import to_device
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.patches import Images, Patches
-from mim.data import eval_loader, normalize
+from mim.core.patches import Grid, Images, Patches
+from mim.data import Batch, eval_loader, normalize
 from mim.evaluate.base import POOLS, Features
 from mim.model.attention import key_bias
 from mim.model.backbones import family_of
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
+    from mim.core.config import DataConfig
     from mim.data import ImageSource
     from mim.evaluate.encoders import Encoder
 
+PATCHES = "patches"
+"""A pooling that pools nothing: every patch keeps its vector."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -94,8 +98,10 @@ def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str, valid: Tensor | None 
     Raises:
         UserError: for a pooling the encoder has no tokens for.
     """
-    check_pool(vit, pool)
     family = family_of(vit)
+    if pool == PATCHES:
+        return family.pool_norm(tokens[:, family.num_prefix :])
+    check_pool(vit, pool)
     parts = []
     if pool in ("mean", "both"):
         patches = tokens[:, family.num_prefix :]
@@ -108,6 +114,21 @@ def pool_tokens(vit: nn.Module, tokens: Tensor, pool: str, valid: Tensor | None 
     if pool in ("cls", "both"):
         parts.append(family.pool_norm(tokens[:, 0]))
     return torch.cat(parts, 1)
+
+
+def each_batch(
+    compute: Callable[[Images], Tensor],
+    source: ImageSource,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+    patch_size: Grid | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """What is computed of every readable image, batch by batch, none masked, none augmented."""
+    for batch in eval_loader(source, data, batch_size=batch_size, patch_size=patch_size):
+        with torch.inference_mode():
+            images = normalize(to_device(batch.images, device), source.mean, source.std)
+            yield batch, compute(images)
 
 
 def extract_features(
@@ -123,7 +144,7 @@ def extract_features(
     Args:
         encoder: what computes them; it stays on ``device``.
         source: the images.
-        pool: of :func:`pool_tokens`; raw pixels have none.
+        pool: of :func:`pool_tokens`; raw pixels have none. :data:`PATCHES` gives (n, N, D).
         batch_size: images at once.
         device: where the encoder runs.
         precision: fp32, bf16 or fp16 (autocast).
@@ -136,7 +157,8 @@ def extract_features(
         UserError: for a pooling the encoder has no tokens for, an unknown precision, or features
             that are not finite.
     """
-    check_pool(encoder.vit, pool)
+    if pool != PATCHES:
+        check_pool(encoder.vit, pool)
     check_precision(precision)
     device = torch.device(device)
     values, labels, ids, patch_size = [], [], [], None
@@ -148,19 +170,19 @@ def extract_features(
         if not family.takes_sizes:
             reason = f"and {encoder.name} takes images of one size only; choose square"
             raise setting_error("data.aspect", encoder.data.aspect, reason)
-    for batch in eval_loader(source, encoder.data, batch_size=batch_size, patch_size=patch_size):
-        with torch.inference_mode():
-            images = normalize(to_device(batch.images, device), source.mean, source.std)
-            if encoder.vit is None:
-                assert isinstance(images, Tensor)  # see pixels_encoder
-                pooled = images.flatten(1)
-            else:
-                with autocast(precision, device):
-                    tokens = image_tokens(encoder.vit, images)
-                valid = images.valid if isinstance(images, Patches) else None
-                pooled = pool_tokens(encoder.vit, tokens.float(), pool, valid)
-            values.append(pooled.float().cpu())
-            check_finite(values[-1], precision)
+
+    def compute(images: Images) -> Tensor:
+        if encoder.vit is None:
+            assert isinstance(images, Tensor)  # see pixels_encoder
+            return images.flatten(1)
+        with autocast(precision, device):
+            tokens = image_tokens(encoder.vit, images)
+        valid = images.valid if isinstance(images, Patches) else None
+        return pool_tokens(encoder.vit, tokens.float(), pool, valid)
+
+    for batch, pooled in each_batch(compute, source, encoder.data, batch_size, device, patch_size):
+        values.append(pooled.float().cpu())
+        check_finite(values[-1], precision)
         ids.append(torch.as_tensor(batch.sample_ids, dtype=torch.int64))
         if source.labels is not None:
             labels.append(torch.as_tensor(batch.labels, dtype=torch.int64))

@@ -41,11 +41,13 @@ from mim.core.config import DataConfig, ModelConfig
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
+from mim.core.progress import note
 from mim.core.rng import image_keys, random_bits, seed_of
 from mim.data import (
     Batch,
     ImageSource,
     Picture,
+    depth_of,
     eval_transform,
     normalize,
     open_source,
@@ -417,7 +419,9 @@ class Classifier:
             UserError: if a file cannot be read.
         """
         pictures = [
-            read_picture(image, str(image), self.data.max_pixels, self.data.decode)
+            read_picture(
+                image, str(image), self.data.max_pixels, self.data.decode, depth_of(self.data)
+            )
             if isinstance(image, (str, Path))
             else image
             for image in images
@@ -508,6 +512,12 @@ def fit(
     data = augmented(encoder.data, s, size)
     if s.rand_augment and data.channels not in (1, 3):
         raise s.error("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
+    usual = RECIPES.get(s.recipe, {}).get("epochs", 0)
+    if s.epochs * 4 < usual and accelerator.is_main_process:
+        note(
+            f"evaluations.finetune.epochs: {s.epochs} of the {usual} that this recipe is for; its "
+            "mixing and slow layers (mixup, cutmix, layer_decay) hold back so short a training"
+        )
     task = FinetuneTask(classifier, s, train, data, accelerator, precision)
     schedule = task.schedule(s.base_lr)
     groups, betas = parameter_groups(task.model, s), (s.betas[0], s.betas[1])
@@ -625,7 +635,7 @@ def finetune(
     Raises:
         UserError: for a mistake in any of these.
     """
-    build_evaluation("finetune", settings)  # a mistake is told before weights are read
+    build_evaluation("finetune", settings)  # a mistake is reported before weights are read
     encoder = run if isinstance(run, Encoder) else open_encoder(run)
     evaluation = build_evaluation("finetune", settings, encoder)
     assert isinstance(evaluation, Finetune)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ def protocol_of(
     """
     built = build_evaluation(name, settings)
     given = asdict(built.settings)
+    for field in fields(built.settings):  # a later setting that is as it was before it changes none
+        if "before" in field.metadata and given[field.name] == field.metadata["before"]:
+            del given[field.name]
     parts = {
         "settings": _digest([name, given, precision, files_of(given)]),
         "images": "" if isinstance(built, TaskEvaluation) else images,
@@ -91,6 +94,9 @@ def encoder_digest(config: Config, run: Path | None = None, kind: str = "run") -
     """
     reading = {k: v for k, v in fingerprint(config).items() if k.startswith("data.")}
     standard = fingerprint(Config())
+    del reading["data.eval_crop"]
+    if config.data.eval_share != 1:
+        reading["data.eval_share"] = config.data.eval_share
     parts: list[Any] = [kind, {k: v for k, v in reading.items() if standard.get(k) != v}]
     if kind != "pixels":
         model = config.model

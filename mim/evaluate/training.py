@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +33,7 @@ from mim.core.cpu.process import tune_process
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import (
-    Between,
+    BelowOne,
     Count,
     Natural,
     NonNegative,
@@ -53,6 +53,7 @@ from mim.training.hooks import BestEpoch, Checkpoints, Log
 from mim.training.metrics import Curves, Metrics
 from mim.training.nonfinite import StepRecord
 from mim.training.optim import Schedule
+from mim.training.runtime.machine import settle
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.trackers import Trackers
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
@@ -75,10 +76,10 @@ class StepSettings(AnySettings):
     """Steps in a row, whose loss or gradient is not finite, that end the training; those before
     are skipped. Where several heads are trained side by side, one that diverges is left out."""
     checkpoint_every: Natural = field(default=1, metadata=FREE)
-    """Epochs between two states from which an interrupted evaluation goes on; 0 keeps none. They
+    """Epochs between two states from which an interrupted evaluation resumes; 0 keeps none. They
     need a run folder."""
     async_save: bool = field(default=False, metadata=FREE)
-    """Whether a state is copied to host memory and written while the training goes on."""
+    """Whether a state is copied to host memory and written while training continues."""
     tensorboard: bool = field(default=False, metadata=FREE)
     """Whether the curves go to TensorBoard, too, beside the states."""
 
@@ -99,8 +100,11 @@ class TrainedSettings(StepSettings, EvaluationSettings):
     """The optimizer's."""
     crop_scale: SpanToOne = (0.08, 1.0)
     """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
-    held_out: Between = 0.1
-    """Share of each class of the training images on which the best epoch is chosen."""
+    crop_fit: Literal["redraw", "clamp"] = field(default="redraw", metadata={"before": "redraw"})
+    """As data.crop_fit."""
+    held_out: BelowOne = 0.1
+    """Share of each class of the training images on which the best epoch is chosen. 0 trains on all
+    of them and measures the last epoch, as papers' numbers are; nothing is chosen then."""
     fraction: Share = 1.0
     """Share of each class of the training images that is used at all (low-shot: 0.1, 0.01)."""
 
@@ -122,6 +126,8 @@ def split(train: ImageSource, settings: TrainedSettings) -> tuple[Tensor, Tensor
     used = torch.arange(len(ids))
     if settings.fraction < 1:
         used = low_shot(ids, labels, settings.fraction, settings.seed)
+    if settings.held_out == 0:
+        return used, used[:0]
     held = stratified_holdout(ids[used], labels[used], settings.seed, settings.held_out)
     return used[~held], used[held]
 
@@ -150,7 +156,7 @@ def check_learnable(train: ImageSource, val: ImageSource, settings: TrainedSetti
     name = settings.name
     check_learnable_classes(train, val, name)
     parts = split(train, settings)
-    if len(parts[1]) == 0:
+    if len(parts[1]) == 0 and settings.held_out > 0:
         reason = f"of each class holds none of the {len(parts[0])} training images out"
         raise setting_error(f"evaluations.{name}.held_out", settings.held_out, reason)
     if len(parts[0]) < 2:
@@ -169,7 +175,7 @@ def start_accelerator(device: torch.device | str, timeout: float = TIMEOUT) -> A
     timeout, in seconds, is that of an operation of all processes, unless they work in
     :func:`several`, which has set its own.
     """
-    device = torch.device(device)
+    device = settle(device)
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     AcceleratorState._reset_state(reset_partial_state=alone)
     tune_process(device)
@@ -214,7 +220,14 @@ def global_batch(settings: TrainedSettings, count: int, world: int) -> int:
 def augmented(data: DataConfig, settings: TrainedSettings, batch_size: int) -> DataConfig:
     """How images are read for training: random crops, batches of this size."""
     scale = (settings.crop_scale[0], settings.crop_scale[1])
-    return replace(data, batch_size=batch_size, augment="mae", crop_scale=scale)
+    return replace(
+        data,
+        batch_size=batch_size,
+        augment="mae",
+        crop_scale=scale,
+        crop_fit=settings.crop_fit,
+        color_jitter=0.0,
+    )
 
 
 class SupervisedTask(Task):
@@ -418,7 +431,7 @@ class ClassificationTask(SupervisedTask):
         identity: str,
         scaler: torch.amp.GradScaler | None = None,
     ) -> BestEpoch:
-        """Trains, by :func:`train_epochs`, and returns the best epoch.
+        """Trains, by :func:`train_epochs`, and returns the best epoch, or the last (held_out 0).
 
         Args:
             optimizer: its groups have an ``lr_scale``.
@@ -434,9 +447,11 @@ class ClassificationTask(SupervisedTask):
             kept = {k: v for k, v in asdict(self.settings).items() if not is_free(kind, k)}
             known = json.dumps([kept, self.train.fingerprint(), identity], sort_keys=True)
             store = FileStore(state, known)
-        best = BestEpoch(
-            lambda model: accuracies(self, model, self.held).accuracy, 1, "held_out_accuracy"
-        )
+        if len(self.held):
+            measure, called = lambda m: accuracies(self, m, self.held).accuracy, "held_out_accuracy"
+        else:
+            measure, called = lambda _: torch.zeros(self.heads), ""
+        best = BestEpoch(measure, 1, called)
         train_epochs(self, optimizer, schedule, best, label, store, scaler)
         return best
 

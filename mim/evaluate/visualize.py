@@ -23,6 +23,7 @@ from mim.core.config import Config
 from mim.core.errors import UserError, setting_error
 from mim.core.rng import image_keys
 from mim.data import Batch, ImageSource, Split, eval_loader, normalize, open_source
+from mim.data.sources.base import spread_indices
 from mim.masks import MASKS, PatchMask, build_mask_generator
 from mim.masks.statistics import MaskStatistics, mask_statistics
 from mim.model import MaskedImageModel, build_model
@@ -39,7 +40,13 @@ from mim.model.teacher import Teacher
 from mim.training import checkpoint
 from mim.training.checkpoint import write_atomic
 from mim.training.loading import load
-from mim.training.pictures import as_rgb, fixed_masks, reconstruct, spread_indices
+from mim.training.pictures import (
+    as_rgb,
+    fixed_masks,
+    read_images,
+    reconstruct,
+    shown_pixels,
+)
 
 _GRAY = np.uint8(127)
 _TILE = 1.15  # inches
@@ -64,23 +71,26 @@ def _read(
         UserError: if there is no such position.
     """
     source = open_source(config.data, split)
-    chosen = spread_indices(len(source), images) if indices is None else list(indices)
-    for index in chosen:
-        if not 0 <= index < len(source):
-            raise setting_error("--indices", index, f"is not one of 0 to {len(source) - 1}")
+    chosen = _chosen(source, images, indices)
     square = config.data.as_square()
     (batch,) = eval_loader(source, square, batch_size=len(chosen), indices=chosen)
     return source, chosen, batch, normalize(batch.images, source.mean, source.std)
 
 
-def _pixels(images: Tensor) -> NDArray[np.uint8]:
-    """(B, C, H, W) uint8 -> (B, H, W, 3)."""
-    return as_rgb(images.permute(0, 2, 3, 1).numpy())
+def _chosen(source: ImageSource, images: int, indices: Sequence[int] | None) -> list[int]:
+    """Positions of ``images`` images spread over the split, or the ``indices`` if they exist."""
+    chosen = spread_indices(len(source), images) if indices is None else list(indices)
+    for index in chosen:
+        if not 0 <= index < len(source):
+            raise setting_error("--indices", index, f"is not one of 0 to {len(source) - 1}")
+    return chosen
 
 
-def _grid_of_axes(rows: int, columns: int, left: float, top: float) -> tuple[Figure, Any]:
-    """A figure of square tiles, with inches of room at the left and on top."""
-    width, height = left + columns * _TILE + 0.1, top + rows * _TILE + 0.1
+def _grid_of_axes(
+    rows: int, columns: int, left: float, top: float, bottom: float = 0.1
+) -> tuple[Figure, Any]:
+    """A figure of square tiles, with inches of room at the left, on top and below."""
+    width, height = left + columns * _TILE + 0.1, top + rows * _TILE + bottom
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(
         rows,
@@ -90,7 +100,7 @@ def _grid_of_axes(rows: int, columns: int, left: float, top: float) -> tuple[Fig
             "left": left / width,
             "right": 1 - 0.1 / width,
             "top": 1 - top / height,
-            "bottom": 0.1 / height,
+            "bottom": bottom / height,
             "wspace": 0.06,
             "hspace": 0.06,
         },
@@ -137,7 +147,7 @@ class DrawnMasks:
 
     generator: str
     ratio: float
-    images: Tensor  # (B, C, H, W) uint8
+    pixels: NDArray[np.uint8]  # (B, H, W, 3)
     mask: PatchMask | None  # None where the generator refuses
     refusal: str = ""
     statistics: MaskStatistics | None = None
@@ -158,7 +168,7 @@ def draw_masks(
     images: int = 256,
     model: MaskedImageModel | None = None,
 ) -> list[DrawnMasks]:
-    """Masks of several generators over training images, with statistics.
+    """Draws the masks of several generators over training images, with statistics.
 
     Args:
         config: of a run; the settings of each generator stand under ``mask``.
@@ -175,7 +185,8 @@ def draw_masks(
     names = list(MASKS) if generators is None else list(generators)
     for name in names:
         MASKS.get(name)
-    _, _, batch, normalized = _read(config, "train", images)
+    source, _, batch, normalized = _read(config, "train", images)
+    pixels = as_rgb(shown_pixels(batch.images, source))
     keys = image_keys(config.seed, 0, batch.sample_ids, purpose="mask")
     drawn = []
     for name in names:
@@ -190,9 +201,9 @@ def draw_masks(
                     mask = generator(shared.grid, keys, epoch=0, sample_ids=batch.sample_ids)
                 statistics = mask_statistics(mask, shared.grid)
             except UserError as error:
-                drawn.append(DrawnMasks(name, ratio, batch.images, None, str(error)))
+                drawn.append(DrawnMasks(name, ratio, pixels, None, str(error)))
             else:
-                drawn.append(DrawnMasks(name, ratio, batch.images, mask, "", statistics))
+                drawn.append(DrawnMasks(name, ratio, pixels, mask, "", statistics))
     return drawn
 
 
@@ -229,6 +240,7 @@ def mask_figure(
 ) -> Figure:
     """Every generator over real images: a row a generator, ``images`` columns a ratio.
 
+    Generators that fit the config at no ratio are named below the figure, in one line.
     The last columns show how often each patch is hidden at each ratio (black never, white
     always), and the statistics: the ratio (least to largest), and the size of the connected block
     in which the median hidden patch lies (from the tenth to the ninetieth percentile).
@@ -242,14 +254,23 @@ def mask_figure(
         drawn: of :func:`draw_masks`, where it has been called before.
     """
     drawn = draw_masks(config, generators, ratios, model=model) if drawn is None else drawn
-    names = list(dict.fromkeys(item.generator for item in drawn))
+    every = dict.fromkeys(item.generator for item in drawn)
+    names = list(dict.fromkeys(item.generator for item in drawn if item.mask is not None))
+    left_out = [name for name in every if name not in names]
     ratios = list(dict.fromkeys(item.ratio for item in drawn))
-    pixels = _pixels(drawn[0].images)
+    pixels = drawn[0].pixels
     shown = spread_indices(len(pixels), images)
     images = len(shown)
     # Two more columns hold the words.
-    figure, axes = _grid_of_axes(len(names), len(ratios) * (images + 1) + 2, left=1.0, top=0.35)
+    columns = len(ratios) * (images + 1) + 2
+    bottom = 0.3 if left_out else 0.1
+    figure, axes = _grid_of_axes(len(names), columns, left=1.0, top=0.35, bottom=bottom)
+    if left_out:
+        said = f"Left out, since they do not fit this config: {', '.join(left_out)}"
+        figure.text(0.1 / figure.get_figwidth(), 0.1 / figure.get_figheight(), said, fontsize=8)
     for item in drawn:
+        if item.generator not in names:
+            continue
         row, place = names.index(item.generator), ratios.index(item.ratio)
         line = axes[row]
         first = place * images
@@ -260,9 +281,7 @@ def mask_figure(
             _title(line[first], f"ratio {item.ratio:g}")
             _title(heat, f"hidden, {item.ratio:g}")
         if item.mask is None or item.statistics is None:
-            if place == 0:
-                reason = f"does not fit this config: {item.refusal}"
-                line[0].text(0, 0.5, reason, fontsize=8, va="center")
+            line[first].text(0, 0.5, "does not fit", fontsize=8, va="center")
             continue
         hidden = item.statistics["hidden_share"].numpy()
         for column, index in enumerate(shown):
@@ -304,14 +323,17 @@ def reconstruction_figure(
             "it predicts nothing yet; go on training it, or draw masks"
         )
     model = load(run)
-    source, chosen, batch, normalized = _read(config, "val", images, indices)
+    source = open_source(config.data, "val")
+    chosen = _chosen(source, images, indices)
+    normalized, ids = read_images(model, config, source, chosen)  # at their own sizes, if kept
     names = [config.mask.name] if generators is None else list(generators)
     conditions: list[tuple[str, dict[str, NDArray[Any]]]] = []
     for name in names:
         for ratio in [None] if ratios is None else list(ratios):
             changed = _masked_config(config, name, ratio)
-            mask = fixed_masks(_mask_model(changed, model), normalized, batch.sample_ids)
-            share = float(mask.is_masked.double().mean())
+            mask = fixed_masks(_mask_model(changed, model), normalized, ids)
+            hidden = int(mask.is_masked.sum())
+            share = hidden / (hidden + int(mask.is_visible.sum()))  # padding is neither
             arrays = reconstruct(model, config, source, chosen, mask)
             conditions.append((f"{name}, {share:.2f} hidden", arrays))
     parts = ("masked", "prediction", "composite")
@@ -372,7 +394,7 @@ def attention_figure(
     if not family.splits:
         reason = f"is a {family.kind} whose blocks do not show their attention; a ViT's do"
         raise setting_error("model.backbone", config.model.backbone, reason)
-    _, chosen, batch, normalized = _read(config, "val", images, indices)
+    source, chosen, batch, normalized = _read(config, "val", images, indices)
     mask = fixed_masks(model, normalized, batch.sample_ids)
     empty = PatchMask.empty(len(chosen), mask.num_patches)
     full_tokens, _ = model.regime.inputs(vit, normalized, empty)
@@ -382,7 +404,7 @@ def attention_figure(
     prefix, grid, depth = family.num_prefix, model.grid, len(family.blocks)
     blocks = list(dict.fromkeys((0, depth // 2, depth - 1)))
     ends = list(dict.fromkeys((0, depth - 1)))
-    pixels = _pixels(batch.images)
+    pixels = as_rgb(shown_pixels(batch.images, source))
     hidden = _hide(pixels, mask, grid)
     figure, axes = _grid_of_axes(len(chosen), 2 + len(blocks) + len(ends), left=0.5, top=0.55)
     keeps_all = model.regime.keeps_all_tokens

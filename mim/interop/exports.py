@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.public import public
-from mim.data import open_source
+from mim.evaluate import encoders
 from mim.interop.card import card_text, public_config
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
@@ -268,23 +268,8 @@ def _hf(job: _Job) -> str:
 
 
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel that normalise the images of a config.
-
-    Raises:
-        UserError: if they are the source's own and it cannot be opened.
-    """
-    data = config.data
-    if data.mean is not None and data.std is not None:
-        return data.mean, data.std
-
-    try:
-        source = open_source(data, "train")
-    except UserError as error:
-        raise UserError(
-            f"data.mean, data.std: they are the source's own, which cannot be opened ({error}); "
-            "set both in the run's config.yaml"
-        ) from error
-    return tuple(map(float, source.mean)), tuple(map(float, source.std))
+    """:func:`mim.evaluate.encoders.normalisation` of a run's config."""
+    return encoders.normalisation(config.data)
 
 
 def _with_normalisation(config: Config) -> Config:

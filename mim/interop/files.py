@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from mim.core.errors import UserError, choice_error
+from mim.core.errors import UserError, choice_error, setting_error
 from mim.interop.account import some
 from mim.training.checkpoint import read_safetensors
 
@@ -26,6 +29,7 @@ _WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "teach
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BESIDE = ("model.safetensors", "pytorch_model.bin", "encoder.safetensors")
+_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -97,6 +101,32 @@ def _read_torch(path: Path) -> Any:
         raise UserError(
             f"{str(path)!r} cannot be read (cut short, or no torch file): {reason}"
         ) from error
+
+
+def find_weights(name: str | Path) -> Path:
+    """The file of weights that a name means; those of a hub are fetched.
+
+    Args:
+        name: a path, a timm name (``vit_base_patch16_224.mae``), or ``USER/NAME`` on the hub.
+
+    Raises:
+        UserError: if there is no such file, and nothing of this name on the hub can be had.
+    """
+    if Path(name).exists():
+        return _find_weights(Path(name))
+    text = str(name).removeprefix("hf-hub:").removeprefix("hf_hub:")
+    known = get_pretrained_cfg(text, allow_unregistered=True) if "/" not in text else None
+    repo = (known.hf_hub_id if known is not None else text) or ""
+    repo += text if repo.endswith("/") else ""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(text).suffix in _ENDINGS:
+        reason = "is neither a file, nor a timm name with weights, nor USER/NAME on the hub"
+        raise setting_error("model.weights", str(name), reason)
+    try:
+        folder = snapshot_download(repo, allow_patterns=["*.json", *_BESIDE])
+    except (OSError, ValueError) as error:  # its own errors are of these kinds
+        reason = f"cannot be had from the hub ({' '.join(str(error).split())[:160]})"
+        raise setting_error("model.weights", str(name), reason) from error
+    return _find_weights(Path(folder))
 
 
 def _find_weights(path: Path) -> Path:

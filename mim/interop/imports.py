@@ -153,6 +153,18 @@ def import_model(
     return Imported(resolved, model, account, weights.path)
 
 
+def settings_of(file: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted settings of a model with the weights of a file, ``given`` above them.
+
+    Raises:
+        UserError: as :func:`import_model`.
+    """
+    weights = read_weights(file)
+    found = convert(weights.tensors)
+    backbone = given.get("model.backbone")
+    return _Reader(weights, found, found.state, backbone).config(given)
+
+
 class _Reader:
     """What weights and the files beside them say of the model.
 
@@ -605,7 +617,7 @@ def import_run(
     """Make a run folder from a file of weights.
 
     The folder holds ``config.yaml``, ``encoder.safetensors``, a checkpoint at step 0 (from which
-    ``mim pretrain --config OUTPUT/config.yaml --resume auto`` goes on with a new optimizer),
+    ``mim pretrain --config OUTPUT/config.yaml --resume auto`` continues with a new optimiser),
     ``result.json`` and ``import.json``, the account of every entry.
 
     Args:

@@ -96,7 +96,7 @@ def style_of(keys: Iterable[str]) -> str:
     """The key style of a file, from its patch embedding, which every ViT has.
 
     Raises:
-        UserError: if there is none, or those of several styles.
+        UserError: if there is none, or if there are weights of more than one style.
     """
     keys = list(keys)
     found = {
@@ -124,8 +124,8 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
         style: one of ``FAMILIES``; by default it is seen from the keys.
 
     Raises:
-        UserError: for keys of no known layout or of several, and for a ViT whose function a timm
-            VisionTransformer has no part for (relative position biases).
+        UserError: for keys of no known layout, or of more than one, and for a ViT that timm's
+            VisionTransformer cannot express (relative position biases).
     """
     if style is not None and style not in FAMILIES:
         raise choice_error("--from", style, FAMILIES)

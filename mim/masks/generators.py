@@ -1,12 +1,11 @@
 """Mask generators: pure functions of the grid and one key an image.
 
-The number of hidden patches is ``hidden_count(ratio, N) = floor(ratio * N + 0.5)``, computed in
-float64: the nearest integer, halves up. Every generator uses this one rule.
+The number of hidden patches is ``hidden_count(ratio, N)``, computed in float64: by default the
+nearest integer, halves up (``mask.rounding``). Every generator uses this one rule.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +25,22 @@ from mim.masks.patch_mask import PatchMask
 Grid = tuple[int, int]
 
 
-def hidden_count(ratio: float, patches: int) -> int:
-    """Count the patches that a ratio hides: the nearest integer, halves up."""
-    return math.floor(ratio * patches + 0.5)
+def hidden_count(ratio: float, patches: int, rounding: str = "nearest") -> int:
+    """Count the patches that a ratio hides, by default the nearest integer, halves up."""
+    return int(
+        hidden_counts(torch.tensor(ratio, dtype=torch.float64, device="cpu"), patches, rounding)
+    )
+
+
+def hidden_counts(ratios: Tensor, patches: int, rounding: str = "nearest") -> Tensor:
+    """Count the patches that each of the ratios, float64, hides: int64; see ``mask.rounding``."""
+    if rounding == "ceil":
+        counts = torch.ceil(ratios * patches)
+    elif rounding == "floor_visible":
+        counts = patches - torch.floor((1 - ratios) * patches)
+    else:
+        counts = torch.floor(ratios * patches + 0.5)
+    return counts.long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +55,7 @@ class MaskRequest:
         images: (B, C, H, W), normalised; None unless the generator asks for them.
         attention: (B, N), how much a teacher attends to each patch; None unless asked for.
         logits: (B, N), the scores of the generator's own network; None where it has none.
+        rounding: how ratios become counts, as ``mask.rounding``.
     """
 
     grid: Grid
@@ -52,6 +65,7 @@ class MaskRequest:
     images: Tensor | None = None
     attention: Tensor | None = None
     logits: Tensor | None = None
+    rounding: str = "nearest"
 
     @property
     def num_patches(self) -> int:
@@ -61,12 +75,14 @@ class MaskRequest:
     def counts(self, units: int | None = None) -> Tensor:
         """(B,) int64: how many of the ``units``, by default patches, each image hides."""
         units = self.num_patches if units is None else units
-        return torch.floor(self.ratios * units + 0.5).long()
+        return hidden_counts(self.ratios, units, self.rounding)
 
 
 class Ratios(Protocol):
     """The part of :class:`MaskConfig` that all generators share."""
 
+    @property
+    def rounding(self) -> str: ...
     def ratio_at(self, epoch: int) -> tuple[float, float]: ...
     def all_ratios(self) -> list[tuple[str, float]]: ...
 
@@ -166,7 +182,8 @@ class MaskGenerator(ABC):
             seen = attention(images) if self.needs_attention and attention else None
             logits = network(images) if self.is_trained and network else None
             keys, drawn = to_device(keys, images.device), to_device(drawn, images.device)
-        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits)
+        rounding = self.ratios.rounding
+        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding)
         return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
 
     def draw_sizes(
@@ -220,10 +237,14 @@ class MaskGenerator(ABC):
         """Return the positions (n,) of images that have no mask; by default none."""
         return sample_ids.new_empty(0)
 
+    def count(self, ratio: float, units: int) -> int:
+        """Count the units that a ratio hides."""
+        return hidden_count(ratio, units, self.ratios.rounding)
+
     def check_units(self, grid: Grid, units: int, kind: str) -> None:
         """Raise a ``UserError`` that names a ratio which hides none or all of the units."""
         for setting, ratio in self.ratios.all_ratios():
-            hidden = hidden_count(ratio, units)
+            hidden = self.count(ratio, units)
             if not 0 < hidden < units:
                 which = f"no {kind}" if hidden == 0 else f"every {kind}"
                 reason = f"hides {which} of a grid of {grid[0]} x {grid[1]}"
@@ -239,7 +260,7 @@ class RankedMask(MaskGenerator):
 
     def known_counts(self, grid: Grid, low: float, high: float) -> tuple[int, int] | None:
         patches = grid[0] * grid[1]
-        return patches - hidden_count(high, patches), patches - hidden_count(low, patches)
+        return patches - self.count(high, patches), patches - self.count(low, patches)
 
     def draw(self, request: MaskRequest) -> Tensor:
         return self.ranks(request) < request.counts()[:, None]
@@ -256,7 +277,11 @@ def rank_by(score: Tensor, keys: Tensor, stream: int = 0) -> Tensor:
     return order.argsort(dim=1, stable=True)
 
 
-MASKS: Registry[type[MaskGenerator]] = Registry("mask.name", MaskConfig)
+MASKS: Registry[type[MaskGenerator]] = Registry(
+    "mask.name",
+    MaskConfig,
+    {"mae": "random", "uniform": "random", "beit": "block", "ijepa": "multiblock"},
+)
 
 
 @MASKS.register("random")

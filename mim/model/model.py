@@ -40,6 +40,7 @@ class Output:
         terms: in training, what components add to the loss, by name, each a scalar; mask_network is
             the loss of a mask generator that is trained.
         loss_per_image: (B,).
+        metrics: in training, what components measure, by name, each a scalar without a gradient.
     """
 
     loss: Tensor
@@ -47,6 +48,7 @@ class Output:
     terms: dict[str, Tensor]
     loss_per_image: Tensor
     latents: Latents
+    metrics: dict[str, Tensor]
     _readable: Latents = field(repr=False)
     _decoder: Decoder = field(repr=False)
     _target: Callable[[], Tensor] = field(repr=False)
@@ -140,10 +142,13 @@ class MaskedImageModel(nn.Module):
             )
         return to_device(mask, images.device)
 
-    def update_teacher(self, taken: Tensor | float = 1.0) -> None:
-        """Move the teacher, where there is one, after a step; not at all where ``taken`` is 0."""
+    def update_teacher(self, taken: Tensor | float = 1.0, decay: float | None = None) -> None:
+        """Move the teacher, where there is one, after a step; not at all where ``taken`` is 0.
+
+        ``decay`` is this step's, by default the teacher's own.
+        """
         if self.teacher is not None:
-            self.teacher.update(self.backbone, taken)
+            self.teacher.update(self.backbone, taken, decay)
 
     def latents(self, images: Images, mask: PatchMask | None = None) -> Latents:
         """Encode normalised images under a mask; None hides nothing."""
@@ -191,7 +196,11 @@ class MaskedImageModel(nn.Module):
             target = self.target(images, self.teacher)  # (B, N, dim)
         else:
             # The parts do not both take a share.
-            share = min(self.decoder.share, self.regime.predict_share) if self.training else 1.0
+            share = (
+                min(self.decoder.share_at(mask), self.regime.predict_share)
+                if self.training
+                else 1.0
+            )
             ids, valid = mask.masked_share(share)
             target = self.target.at(images, ids, self.teacher)  # (B, M, dim)
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
@@ -199,6 +208,7 @@ class MaskedImageModel(nn.Module):
         losses = per_image_loss(distance, valid)  # of (B, M)
         reconstruction = loss = _weighted_mean(losses, weight)
         terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         if self.training:
             forward = Forward(images, mask, latents, ids, valid, predicted, target, distance)
             for name, term in self._terms(forward):
@@ -206,10 +216,11 @@ class MaskedImageModel(nn.Module):
                     raise ValueError(f"two components give a term of the loss the name {name!r}")
                 terms[name] = term if term.ndim == 0 else _weighted_mean(term, weight)
                 loss = loss + terms[name]
+            for part in (self.regime, self.decoder, self.target):
+                metrics |= part.metrics(forward)
         full_target = partial(self.target, images, self.teacher)
-        return Output(
-            loss, reconstruction, terms, losses, latents, readable, self.decoder, full_target
-        )
+        parts = (readable, self.decoder, full_target)
+        return Output(loss, reconstruction, terms, losses, latents, metrics, *parts)
 
     def _terms(self, forward: Forward) -> Iterator[tuple[str, Tensor]]:
         """Collect what the parts of the model add to the loss."""
@@ -249,13 +260,24 @@ def build_model(config: Config) -> MaskedImageModel:
         _refuse_ratios(config)
     regime.checkpointing = config.train.gradient_checkpointing
     regime.packs = data.batching == "packed"
-    context = TargetContext(patch, data.channels, grid, family.width, len(family.blocks))
-    target = build_target(model.target, context)
-    needs = DecoderContext(family.width, target.dim, grid, regime, family.num_prefix)
+    shape = (patch, data.channels, grid, family.width, len(family.blocks))
+    context = TargetContext(*shape, data.mean, data.std, family.has_class_token)
+    target = build_target(model.target, context, config.seed)
+    on_border = family.prefix_on_border
+    needs = DecoderContext(
+        family.width, target.dim, grid, regime, family.num_prefix, on_border, target.build_head
+    )
     decoder = build_decoder(model.decoder, needs, config.seed)
     decoder.packs = regime.packs
     if data.keeps_aspect:
         _check_sizes(config, family, generator, regime, target)
+        if not decoder.takes_sizes:
+            reason = "works on one grid of patches, and data.aspect is keep"
+            raise setting_error("model.decoder.name", model.decoder.name, reason)
+    if target.reads_batch and config.train.accumulate > 1:
+        reason = f"must be 1 with model.target.name={model.target.name!r}, which compares all "
+        reason += "images of a batch"
+        raise setting_error("train.accumulate", config.train.accumulate, reason)
     set_norm_eps(decoder, model.norm_eps)
     if target.context.loss_on == "all":
         reason = "must be 1 with model.target.loss_on=all: a share is one of the hidden patches"
@@ -266,8 +288,11 @@ def build_model(config: Config) -> MaskedImageModel:
             raise setting_error(setting, regime.predict_share, reason)
     if decoder.needs_layers and not family.is_uniform:
         reason = f"needs blocks of one width, and {model.backbone} has several; choose last"
-        raise setting_error(f"model.decoder.{model.decoder.name}.layers", "weighted", reason)
-    regime.collects_layers = decoder.needs_layers
+        setting = f"model.decoder.{model.decoder.name}.layers"
+        raise setting_error(setting, decoder.settings.layers, reason)
+    regime.collects_layers, regime.collects_input = decoder.needs_layers, decoder.needs_input
+    if decoder.needs_input:  # what nobody reads has no gradient, which processes would wait for
+        vit.norm.requires_grad_(False)
     if generator.is_trained and config.train.weights != "fp32":
         reason = "does not work with a trained mask generator; choose fp32"
         raise setting_error("train.weights", config.train.weights, reason)
@@ -277,6 +302,9 @@ def build_model(config: Config) -> MaskedImageModel:
         if generator.needs_attention and not family.splits:
             reason = f"needs plain timm blocks, and {model.backbone} has others"
             raise setting_error("mask.name", config.mask.name, reason)
+        if target.needs_mlps and not family.splits:
+            reason = f"needs plain timm blocks, and {model.backbone} has others; choose block"
+            raise setting_error(f"model.target.{model.target.name}.layers", "mlp", reason)
         if target.needs_teacher and not family.is_uniform:
             reason = f"needs blocks of one width, and {model.backbone} has several"
             raise setting_error("model.target.name", model.target.name, reason)

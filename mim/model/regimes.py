@@ -114,7 +114,7 @@ class Regime(WithTerms, nn.Module, ABC):
         self.settings = settings
         self.order, self.causal_prefix = context.order, context.causal_prefix
         self.checkpointing = False
-        self.collects_layers = False
+        self.collects_layers = self.collects_input = False
         self.packs = False
         family = family_of(context.vit)
         family.check(self)
@@ -157,6 +157,8 @@ class Regime(WithTerms, nn.Module, ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the encoder; also return the output of every block where they are collected.
 
+        Where :attr:`collects_input` is set, the first block's input comes before them.
+
         Where :attr:`packs` is set, it runs on the tokens that are ``valid`` (B, L) alone.
         """
         layers: list[Tensor] | None = [] if self.collects_layers else None
@@ -166,6 +168,8 @@ class Regime(WithTerms, nn.Module, ABC):
             bias = packing.bias(embedded.bias, embedded.tokens.dtype)
             tokens = packing.pack(embedded.tokens)
             embedded = Embedded(tokens, bias=bias, num_keys=packing.num_keys)
+        if layers is not None and self.collects_input:
+            layers.append(family.before_blocks(embedded.tokens))
         tokens = family.run(embedded, checkpointing=self.checkpointing, layers=layers)
         if packing is not None:
             return packing.unpack(tokens), tuple(packing.unpack(layer) for layer in layers or ())
@@ -207,7 +211,11 @@ class Regime(WithTerms, nn.Module, ABC):
         return family.length(rows * columns if patches is None else patches)
 
 
-REGIMES: Registry[type[Regime]] = Registry("model.regime.name", RegimeConfig)
+REGIMES: Registry[type[Regime]] = Registry(
+    "model.regime.name",
+    RegimeConfig,
+    {"mae": "drop", "deit": "zero", "simmim": "token", "beit": "token"},
+)
 
 
 def _refuse_empty_rows(family: Family, mask: PatchMask) -> None:
@@ -254,6 +262,7 @@ class Drop(Regime):
             embedded = family.embed_at(images, ids)
         if embedded is None:
             embedded = _place(family, _embed(family, images, mask.is_masked), images)
+            embedded = family.frame(embedded, mask.is_visible)
             # Padding holds zeros, so that not even an unread place depends on a masked patch.
             embedded = family.take(embedded, ids, valid)
         tokens, bias = embedded.tokens, None  # (B, P + K, D)
@@ -347,6 +356,8 @@ class Zero(Regime):
             patches = _embed(family, images, mask.is_masked)
             patches = family.hide(patches, mask.is_masked, 0.0)
         embedded = _place(family, patches, images)  # (B, P + N, D)
+        if self.hides_keys:
+            embedded = family.frame(embedded, mask.is_visible)
         dtype, bias = embedded.tokens.dtype, None
         readable = mask.is_visible if self.hides_keys else mask.valid
         if readable is not None:

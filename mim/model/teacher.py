@@ -43,10 +43,16 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, vit: nn.Module, taken: Tensor | float = 1.0) -> None:
-        """Move a step towards ``vit``; none where ``taken`` is 0."""
+    def update(
+        self, vit: nn.Module, taken: Tensor | float = 1.0, decay: float | None = None
+    ) -> None:
+        """Move a step towards ``vit``; none where ``taken`` is 0.
+
+        ``decay`` is this step's, by default the teacher's own.
+        """
+        decay = self.decay if decay is None else decay
         for mine, new in zip(self.encoder.parameters(), vit.parameters(), strict=True):
-            mine.lerp_(new.to(mine.dtype), (1 - self.decay) * taken)
+            mine.lerp_(new.to(mine.dtype), (1 - decay) * taken)
         for buffer, now in zip(self.encoder.buffers(), vit.buffers(), strict=True):
             buffer.copy_(now)
 
@@ -56,6 +62,24 @@ class Teacher(nn.Module):
         family = family_of(self.encoder)
         outputs = block_outputs(self.encoder, family.place(family.embed(images)))
         return [tokens[:, family.num_prefix :] for tokens in outputs]
+
+    @torch.no_grad()
+    def mlp_outputs(self, images: Tensor) -> list[Tensor]:
+        """Return what each block's MLP gives for the patches, (B, N, D), before it is added."""
+        family = family_of(self.encoder)
+        embedded = family.place(family.embed(images))
+        x = family.before_blocks(embedded.tokens)
+        found = []
+        for index in range(len(family.blocks)):
+            found.append(family.mlp_output(index, x, embedded)[:, family.num_prefix :])
+            x = family.step(index, x, embedded)
+        return found
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the patch tokens (B, N, D) after the final norm."""
+        family = family_of(self.encoder)
+        return family.features(images)[:, family.num_prefix :]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Extra parts of the loss that components give by name."""
+"""Extra parts of the loss, and measures, that components give by name."""
 
 from __future__ import annotations
 
@@ -38,11 +38,19 @@ class Forward:
 
 
 class WithTerms:
-    """A component that may add to the loss: regime, decoder or target."""
+    """A component that may add to the loss and to the curves: regime, decoder or target."""
 
     def terms(self, forward: Forward) -> dict[str, Tensor]:
         """Name terms of the loss, each (B,), for each image, or 0-d, for the batch.
 
         They are added to the loss in training, weighted by the component, and logged by name.
+        """
+        return {}
+
+    def metrics(self, forward: Forward) -> dict[str, Tensor]:
+        """Name what is measured in training, each 0-d without a gradient; asked after terms.
+
+        Numbers are logged by these names and shown in the report; they must not wait for the
+        device.
         """
         return {}

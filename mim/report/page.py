@@ -72,7 +72,7 @@ def write_report(folder: Path) -> Path:
         drawn = _draw(chart, figures.FORMATS)
         stills[chart.key] = drawn["svg"]
         contents |= {f"figures/{chart.key}.{form}": content for form, content in drawn.items()}
-    # Last: who sees the page finds the others.
+    # Last, so that the page never appears before the files it links to.
     contents["report.html"] = report_html(report, stills=stills)
     for name, written in contents.items():
         content = written.encode() if isinstance(written, str) else written
@@ -299,6 +299,12 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
             "Few-shot accuracies are means over several draws of the labelled images. The draws "
             "are the same for every run, and their spread is part of the interval where runs have "
             "kept their answers."
+        )
+    whole = [key.partition(".")[0] for key in comparison.evaluation_keys if ".chosen_last" in key]
+    if whole:
+        found.append(
+            f"{', '.join(dict.fromkeys(whole))} learnt from all of train (held_out 0): the last "
+            "epoch is measured, and nothing was chosen."
         )
     if "robustness.mean_error" in comparison.evaluation_keys:
         found.append(

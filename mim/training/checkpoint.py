@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mim.core.errors import TrainingError, UserError
-from mim.core.fields import is_free
+from mim.core.fields import came_later, is_free
 from mim.core.files import (  # noqa: F401  (part of this module's interface)
     file_digest,
     prepare_folder,
@@ -357,8 +357,8 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
         UserError: naming the settings that differ.
     """
     now = fingerprint(config)
-    # A setting that an older version did not have was at its default.
-    defaults = {**fingerprint(Config()), "plugins": now["plugins"]}
+    # A setting that an older version did not have was at its default, or as it was before it.
+    defaults = fingerprint(Config()) | dict(came_later(Config, saved)) | {"plugins": now["plugins"]}
     # A setting that an older version did not know to be free may differ.
     binding = {key: value for key, value in saved.items() if not is_free(Config, key)}
     saved = {**{key: defaults[key] for key in now if key in defaults}, **binding}

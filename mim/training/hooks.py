@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from mim.core.device import to_device
 from mim.core.progress import RunProgress
 from mim.core.registry import Registry
 from mim.data import Batch, ImageSource, eval_loader, normalize
+from mim.data.sources.base import spread_indices
 from mim.model import MaskedImageModel
 from mim.training.checkpoint import Saver, snapshot
 from mim.training.pictures import (
@@ -29,7 +31,6 @@ from mim.training.pictures import (
     reconstruct_ratios,
     save_arrays,
     save_reconstructions,
-    spread_indices,
 )
 from mim.training.runtime.precision import autocast
 from mim.training.trainer import Hook, Trainer
@@ -49,6 +50,9 @@ class Log(Hook):
         self._images, self._seconds = state.images, state.train_seconds
         self._progress = RunProgress(self.label, trainer.plan.steps, state.step, main)
         return self._progress
+
+    def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
+        self._progress.began(batch.step + 1)
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.state.step % self.every == 0 or trainer.done
@@ -87,13 +91,14 @@ class HeldOut(Hook):
     def run(self, trainer: Trainer) -> None:
         model: Any = trainer.task.model_to_evaluate()
         config, source, accelerator = self.config, self.source, trainer.accelerator
+        whole = replace(config.data, eval_crop=1.0)
         device, world = accelerator.device, accelerator.num_processes
         total = torch.zeros(2, dtype=torch.float64, device=device)
         training = model.training
         model.eval()
         for batch in eval_loader(
             source,
-            config.data,
+            whole,
             max(1, config.data.batch_size // world // config.train.accumulate),
             trainer.rank,
             world,
@@ -177,7 +182,7 @@ class BestEpoch(Hook):
         measure: scores each of the heads that are trained side by side, higher is better; all
             processes call it together.
         every: epochs between two measurements; the last epoch is always measured.
-        called: what the best score is called in the curves.
+        called: what the best score is called in the curves; empty keeps the last epoch instead.
     """
 
     name = "best"
@@ -205,17 +210,15 @@ class BestEpoch(Hook):
         scores[~torch.tensor(each).isfinite()] = -1.0
         head = int(scores.argmax())
         score = float(scores[head])
-        self.history.append({"train_loss": each[head], self.called: score})
-        trainer.log(**{self.called: score})
-        if score > self.score:
+        found = {self.called: score} if self.called else {}
+        self.history.append({"train_loss": each[head], **found})
+        trainer.log(**found)
+        if score > self.score if self.called else trainer.done:
             self.weights = snapshot(model.state_dict())
             self.epoch, self.head = round(trainer.epoch), head
             self.score, self.loss = score, each[head]
 
     def numbers(self, called: str) -> dict[str, float]:
         """Returns what an evaluation reports of the choice; ``called`` names the score."""
-        return {
-            "train_loss": self.loss,
-            "chosen_epoch": float(self.epoch),
-            f"chosen_{called}": self.score,
-        }
+        chosen = {f"chosen_{called}": self.score} if self.called else {"chosen_last": 1.0}
+        return {"train_loss": self.loss, "chosen_epoch": float(self.epoch), **chosen}

@@ -23,8 +23,9 @@ from mim.data import (
     open_source,
     train_transform,
 )
+from mim.data.sources.base import spread_indices
 from mim.model import build_model
-from mim.training.pictures import masked_pixels, sheet, spread_indices
+from mim.training.pictures import masked_pixels, sheet
 
 _EPOCHS = 2  # on the sheet
 _ALL_BUT = 1 - 1e-9  # tolerates any number of unreadable images

@@ -45,7 +45,7 @@ class OnlineProbe(Hook):
         val: ImageSource,
     ) -> None:
         if train.labels is None:
-            reason = f"needs labels, and data.source {train.name!r} has none"
+            reason = f"needs labels, and data.source {train.name!r} has none; set it to false"
             raise setting_error("online_probe.enabled", True, reason)
         self.model, self.config, self.accelerator, self.val = model, config, accelerator, val
         self.val_accuracy = math.nan

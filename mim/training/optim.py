@@ -1,9 +1,9 @@
-"""The optimizer's parameter groups, and the learning rate as a pure function of the step."""
+"""The optimizer's parameter groups, and the schedule of its rate."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import fnmatch
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,50 +12,64 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mim.core.config import OptimConfig
+from mim.core.schedule import Schedule
 
 # Vectors that timm's rule (no decay for one-dimensional parameters) does not see.
-_NO_DECAY = (
-    *("layer_weights", "cls_token", "reg_token", "dist_token", "mask_token"),
-    *("pos_embed", "pos_embed_x", "pos_embed_y"),
-)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then a half cosine (MAE, arXiv:2111.06377)."""
-
-    peak: float
-    """Highest learning rate."""
-    low: float
-    """Last learning rate."""
-    warmup: float
-    """Steps of warm-up."""
-    total: int
-    """Steps of the run."""
-
-    def __call__(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / (self.warmup + 1)
-        done = (step - self.warmup) / max(self.total - self.warmup, 1)
-        return self.low + (self.peak - self.low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+_TOKENS = ("cls_token", "reg_token", "dist_token", "mask_token")
+_NO_DECAY = ("layer_weights", "pos_embed", "pos_embed_x", "pos_embed_y")
 
 
 def build_schedule(
     config: OptimConfig, batch_size: int, total: int, steps_per_epoch: int
 ) -> Schedule:
     """Builds the schedule of a run; its peak is ``base_lr * batch_size / 256``."""
-    warmup = min(config.warmup_epochs * steps_per_epoch, total / 2)
-    return Schedule(config.base_lr * batch_size / 256, config.min_lr, warmup, total)
+    moves = config.schedule
+    if moves.warmup is None:
+        warmup = config.warmup_epochs * (steps_per_epoch if moves.unit == "steps" else 1)
+        moves = replace(moves, warmup=warmup)
+    if moves.to is None and moves.shape in ("linear", "cosine"):
+        moves = replace(moves, to=config.min_lr)
+    return moves.build(config.base_lr * batch_size / 256, total, steps_per_epoch)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """Builds AdamW without weight decay of biases, norms, tokens and position embeddings."""
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in _NO_DECAY]
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
+    """Builds AdamW without weight decay of vectors and, unless asked for, of tokens.
+
+    Raises:
+        UserError: if a pattern of ``optim.scales`` fits no parameter.
+    """
+    free = _NO_DECAY if config.decay_tokens else _NO_DECAY + _TOKENS
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-1] in free]
+    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=names)
+    if config.scales:
+        groups = _scaled(config, model, groups)
+    for group in groups:
+        if config.decay_schedule.moves:
+            group["decay_scale"] = group["weight_decay"]  # times which the moving decay holds
+        group["weight_decay"] *= config.weight_decay
     narrow = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     kind = CompensatedAdamW if narrow else torch.optim.AdamW
     return kind(groups, lr=lr, betas=config.betas, fused=True)
+
+
+def _scaled(
+    config: OptimConfig, model: nn.Module, groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Parts groups, whose ``weight_decay`` is a multiplier, by those of ``optim.scales``."""
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for scale in config.scales:
+        if not fnmatch.filter(trained, scale.names):
+            reason = "fits the name of no trained parameter; the first are "
+            raise scale.error("names", reason + ", ".join(list(trained)[:4]))
+    parted: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        fits = [s for s in config.scales if fnmatch.fnmatchcase(name, s.names)]
+        rate = fits[-1].lr if fits else 1.0
+        decay = fits[-1].decay if fits and fits[-1].decay is not None else decays[id(parameter)]
+        group = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        parted.setdefault((rate, decay), group)["params"].append(parameter)
+    return list(parted.values())
 
 
 class CompensatedAdamW(torch.optim.AdamW):

@@ -18,7 +18,9 @@ from mim.core.device import to_device
 from mim.core.errors import UserError
 from mim.core.patches import Images, Patches, patchify, unpatchify
 from mim.core.rng import image_keys
-from mim.data import ImageSource, denormalize, eval_loader, normalize
+from mim.data import ImageSource, eval_loader, normalize
+from mim.data.images.deep import PERCENTILES
+from mim.data.images.transforms import restore
 from mim.masks import PatchMask
 from mim.masks.generators import build_mask_generator
 from mim.model import MaskedImageModel
@@ -43,19 +45,40 @@ def fixed_masks(
     return model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
 
 
-def spread_indices(count: int, images: int) -> list[int]:
-    """Returns the indices of ``images`` images spread evenly over ``count``."""
-    return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
-
-
 def as_rgb(pixels: Pixels) -> Pixels:
     """Turns (..., C) into (..., 3): the first three channels, or the first one in gray."""
     return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
-def _to_uint8(images: Tensor, source: ImageSource) -> Pixels:
-    shown = denormalize(images.float().cpu(), source.mean, source.std).clamp(0, 1)
-    return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+def _to_uint8(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
+    """Shows ``content``, what stands in the place of normalised ``images``; (B, C, H, W) each."""
+    values = [restore(part.float().cpu(), source.mean, source.std) for part in (images, content)]
+    return _shown(*values, source)
+
+
+def _shown(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
+    """Returns (B, H, W, C) of ``content``, which is from 0 to 1 like the ``images`` it changes.
+
+    Of images of more than 8 bits black and white are the 0.5th and the 99.5th percentile of the
+    image, of each channel unless there are three.
+    """
+    if source.show is not None:
+        images, content = images[:, source.show], content[:, source.show]
+    if source.deep and len(images):
+        one = images.shape[1] == 3
+        flat = images.flatten(1) if one else images.flatten(2)  # (B, n) or (B, C, n)
+        ends = np.percentile(flat.numpy(), PERCENTILES, axis=-1)
+        low, high = (torch.from_numpy(end).float()[..., None, None] for end in ends)
+        low, high = (end[:, None] if one else end for end in (low, high))
+        content = (content - low) / (high - low).clamp_min(1e-6)
+    whole = (content.clamp(0, 1) * 255).round().to(torch.uint8)
+    return whole.permute(0, 2, 3, 1).numpy()
+
+
+def shown_pixels(images: Tensor, source: ImageSource) -> Pixels:
+    """Shows images (B, C, H, W) of a batch, not normalised, as uint8 (B, H, W, C)."""
+    values = images.float() / 255 if images.dtype == torch.uint8 else images
+    return _shown(values, values, source)
 
 
 def _patches(model: MaskedImageModel, images: Images) -> Tensor:
@@ -70,8 +93,8 @@ def _pixels(
 ) -> Pixels:
     """(B, H, W, C) of images whose patches are ``content`` (B, N, P)."""
     if isinstance(images, Patches):
-        return _on_canvas(images.with_values(content), model.patch_size, source)
-    return _to_uint8(unpatchify(content, model.patch_size, model.grid), source)
+        return _on_canvas(images, images.with_values(content), model.patch_size, source)
+    return _to_uint8(images, unpatchify(content, model.patch_size, model.grid), source)
 
 
 def masked_pixels(
@@ -199,11 +222,13 @@ def _on_one_size(images: list[Tensor], fill: float) -> Tensor:
     return sheet.cpu()
 
 
-def _on_canvas(images: Patches, patch_size: tuple[int, int], source: ImageSource) -> Pixels:
+def _on_canvas(
+    images: Patches, content: Patches, patch_size: tuple[int, int], source: ImageSource
+) -> Pixels:
     """Returns (n, H, W, C) uint8, white around the smaller images."""
     shown = [
-        torch.from_numpy(_to_uint8(image[None], source)[0]).permute(2, 0, 1)
-        for image in images.images(patch_size)
+        torch.from_numpy(_to_uint8(image[None], shown[None], source)[0]).permute(2, 0, 1)
+        for image, shown in zip(images.images(patch_size), content.images(patch_size), strict=True)
     ]
     return _on_one_size(shown, 255).permute(0, 2, 3, 1).numpy()
 

@@ -51,9 +51,16 @@ from mim.training.nonfinite import RECORD, StepRecord
 from mim.training.online import OnlineProbe
 from mim.training.optim import build_optimizer, build_schedule
 from mim.training.pictures import fixed_masks, read_images
-from mim.training.results import update_result
+from mim.training.results import UNFINISHED, read_result, update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
-from mim.training.runtime.machine import deterministic, memory, refused_precision
+from mim.training.runtime.machine import (
+    check_processes,
+    deterministic,
+    memory,
+    pick_device,
+    refused_precision,
+    settle,
+)
 from mim.training.runtime.precision import autocast, is_emulated, model_on, narrow_weights
 from mim.training.runtime.processes import gathering, together
 from mim.training.runtime.sharding import Sharded, gather_full
@@ -105,6 +112,9 @@ class PretrainTask(Task):
     ) -> None:
         super().__init__(model, accelerator, config.train.ema_decay or 0.0)
         self.images, self.config = images, config
+        self.teacher_decay = config.model.teacher_schedule.build(
+            config.model.teacher_decay, images.steps, images.per_epoch
+        )
         self.is_sharded = config.train.shard and accelerator.num_processes > 1
 
     def batches(self, start: int) -> Iterable[Batch]:
@@ -152,7 +162,13 @@ class PretrainTask(Task):
         # Of a sharded model FSDP lets through the two losses alone.
         terms: dict[str, Tensor] = getattr(output, "terms", {})
         named = {f"loss_{name}": term.detach().float() for name, term in terms.items()}
+        named |= {name: value.float() for name, value in getattr(output, "metrics", {}).items()}
         return Loss(output.loss, {"loss": output.reconstruction.detach(), **named})
+
+    def clipped(self, learner: nn.Module) -> Iterable[nn.Parameter]:
+        """Leaves out a target's own parameters, which its own term of the loss trains alone."""
+        apart = set(self.model.target.parameters())
+        return (weight for weight in learner.parameters() if weight not in apart)
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes, or shards it in place."""
@@ -160,7 +176,7 @@ class PretrainTask(Task):
 
     def after_step(self, batch: Batch, taken: Tensor) -> None:
         """Updates the teacher and the average."""
-        self.model.update_teacher(taken)
+        self.model.update_teacher(taken, self.teacher_decay(batch.step))
         super().after_step(batch, taken)
         if self.average is not None and self.model.teacher is not None:
             average: Any = self.average  # the teacher is an average already
@@ -187,8 +203,13 @@ class PretrainTask(Task):
         )
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, alone: bool = False) -> dict[str, Any]:
     """Pre-trains one model and returns what ``result.json`` holds.
+
+    Args:
+        config: of the run.
+        alone: whether it is no run of a comparison: it then says what it begins with, and may be
+            extended, by a higher ``train.epochs`` than it began with.
 
     Raises:
         UserError: for a mistake in the config or the data, before any training.
@@ -206,17 +227,19 @@ def pretrain(config: Config) -> dict[str, Any]:
             stack.enter_context(sole_use(run))
         stack.enter_context(memory(config, world))
         stack.enter_context(deterministic(config.train.deterministic))
-        return _pretrain(config, accelerator)
+        return _pretrain(config, accelerator, alone)
 
 
-def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def _pretrain(config: Config, accelerator: Accelerator, alone: bool) -> dict[str, Any]:
     run = Path(config.output)
     plugged = [HOOKS.get(name) for name in config.train.hooks]
-    saved, passed_over = _start_folder(config)
+    saved, passed_over, extended = _start_folder(config, alone)
     finished = checkpoint.read_result(run)
-    if saved is not None and finished.get("status") == "finished":
+    if saved is not None and finished.get("status") == "finished" and not extended:
         accelerator.end_training()
         return finished
+    if extended and accelerator.is_main_process:
+        _extend(config, extended)
     config, images = _open_images(config, saved, accelerator)
     start = saved["step"] if saved else 0
     if accelerator.is_main_process:
@@ -225,6 +248,8 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         for reason in passed_over:
             note(f"{reason}; resuming from step {start}")
     task, online, flops = _build_task(config, images, accelerator)
+    if alone and accelerator.is_main_process:
+        note(_begins(task))
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
     hooks += [online] if online is not None else []
@@ -238,7 +263,7 @@ def _pretrain(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     except Interrupted:
         accelerator.end_training()
         raise
-    result = _result(task, trainer, held_out.loss, memory_before) | flops
+    result = _result(task, trainer, held_out.loss, memory_before) | flops | _origin(run)
     if online is not None:
         result["evaluations"] = {ONLINE: {"accuracy": online.val_accuracy}}
     weights = checkpoint.backbone_state(task.model_to_evaluate().state_dict())
@@ -259,11 +284,16 @@ def _accelerator(config: Config) -> Accelerator:
         # Accelerate shards only on GPUs, and by blocks that not every regime calls as a unit.
         reason = "is for mim to do: leave it out and set train.shard=true"
         raise UserError(f"accelerate launch --use_fsdp (ACCELERATE_USE_FSDP): {reason}")
-    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    wanted = config.train.device
+    device = settle(pick_device(wanted, "train.device"))
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    # A second run in one process may choose another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=alone)
     seconds = config.train.timeout
     try:
         with gathering("train.timeout", seconds):
-            return Accelerator(
+            accelerator = Accelerator(
+                cpu=wanted != "auto" and device.type == "cpu",
                 mixed_precision=_PRECISION[config.train.precision],
                 log_with=tracker_names(config) or None,
                 project_config=ProjectConfiguration(
@@ -271,21 +301,83 @@ def _accelerator(config: Config) -> Accelerator:
                 ),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
             )
+            check_processes(accelerator.num_processes)
+            return accelerator
     except ValueError as error:
         raise refused_precision(config.train.precision, error) from error
 
 
-def _start_folder(config: Config) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the checkpoint to resume from, if any, and what is wrong with newer ones."""
+def _start_folder(
+    config: Config, alone: bool
+) -> tuple[dict[str, Any] | None, list[str], dict[str, float] | None]:
+    """Returns the checkpoint to resume from, what is wrong with newer ones, and how far it went.
+
+    Each if any; the last is of a run that is extended.
+    """
     run = Path(config.output)
     has_run = checkpoint.checkpoints(run) or (run / "result.json").is_file()
     if config.resume == "never" and has_run:
         reason = "already holds a run; choose another, or resume it with --resume auto"
         raise setting_error("output", str(run), reason)
     state, passed_over = checkpoint.newest_checkpoint(run)
+    extended = None
     if state is not None:
-        checkpoint.check_same_run(json.loads(state["fingerprint"]), config, run)
-    return state, passed_over
+        began = json.loads(state["fingerprint"])
+        epochs = began.get("train.epochs", 0)
+        if alone and state["step"] and 0 < epochs < config.train.epochs:
+            extended = {"epochs": epochs, "step": state["step"]}
+            began["train.epochs"] = config.train.epochs
+        checkpoint.check_same_run(began, config, run)
+    elif config.model.weights is not None:
+        reason = (
+            "is read by mim pretrain, mim compare and mim.pretrain, which begin the run with it"
+        )
+        raise setting_error("model.weights", config.model.weights, reason)
+    return state, passed_over, extended
+
+
+def _extend(config: Config, reached: dict[str, float]) -> None:
+    """Makes a run a longer one, which ``result.json`` says from now on."""
+    run = Path(config.output)
+
+    def change(result: dict[str, Any]) -> dict[str, Any]:
+        kept = [*result.get("extended", []), reached]
+        return {"format": checkpoint.FORMAT, "status": UNFINISHED, "extended": kept}
+
+    update_result(run, change)
+    checkpoint.write_config(run, config)
+    note(
+        f"{run}: extended from {reached['epochs']} to {config.train.epochs} epochs; the learning "
+        f"rate follows the longer schedule from step {reached['step']} on"
+    )
+
+
+def _origin(run: Path) -> dict[str, Any]:
+    """Returns what a result says of how its run came about: from weights, or extended."""
+    found: dict[str, Any] = {}
+    if (run / "import.json").is_file():
+        account = json.loads((run / "import.json").read_text(encoding="utf-8"))
+        kept = ("sha256", "family", "decoder")
+        found["started_from"] = {"file": Path(account["file"]).name}
+        found["started_from"] |= {key: account[key] for key in kept}
+    extended = read_result(run).get("extended")
+    return {**found, "extended": extended} if extended else found
+
+
+def _begins(task: PretrainTask) -> str:
+    """Says what a run begins with, in a line."""
+    config, images, device = task.config, task.images, task.accelerator.device
+    whole, encoder = (
+        sum(p.numel() for p in part.parameters()) / 1e6
+        for part in (task.model, task.model.backbone)
+    )
+    unreadable = sum(len(s.ledger) for s in (images.train, images.val) if s.ledger)
+    return (
+        f"{config.output}: {config.model.backbone}, {encoder:.1f} M weights, and "
+        f"{whole - encoder:.1f} M beside the encoder; {len(images.train):,} images to "
+        f"train on, {len(images.val):,} held out, {unreadable} unreadable; "
+        f"{images.steps:,} steps of {config.data.batch_size} images on {device}"
+    )
 
 
 def _open_images(
@@ -297,7 +389,8 @@ def _open_images(
         UserError: if the config, or the checkpoint, asks for others, or the batch does not divide.
     """
     run = Path(config.output)
-    train, val = open_source(config.data, "train", run), open_source(config.data, "val", run)
+    train = open_source(config.data, "train", run)
+    val = open_source(replace(config.data, measured=train.measured), "val", run)
     present = f"{train.fingerprint()}-{val.fingerprint()}"
     requested = config.data.fingerprint
     earlier = None if saved is None else saved.get("data")
@@ -308,7 +401,9 @@ def _open_images(
     if requested is not None and not same_images(requested, present):
         reason = f"asks for other images than there are, which have {present}; null takes these"
         raise setting_error("data.fingerprint", requested, reason)
-    config = replace(config, data=replace(config.data, fingerprint=present))
+    config = replace(
+        config, data=replace(config.data, fingerprint=present, measured=train.measured)
+    )
     weigh = open_weights(train, config.data)
     least = accelerator.num_processes * config.train.accumulate
     if config.data.batch_size < least:
@@ -359,6 +454,9 @@ def _build_trainer(
     config, images, accelerator = task.config, task.images, task.accelerator
     train, run = config.train, Path(config.output)
     schedule = build_schedule(config.optim, config.data.batch_size, images.steps, images.per_epoch)
+    decay = config.optim.decay_schedule.build(
+        config.optim.weight_decay, images.steps, images.per_epoch
+    )
     identity = {
         "fingerprint": json.dumps(checkpoint.fingerprint(config)),
         "data": images.fingerprint,
@@ -388,6 +486,7 @@ def _build_trainer(
         Curves(None, start_trackers(accelerator, config, start)),
         store,
         accelerator.scaler,
+        decay if config.optim.decay_schedule.moves else None,
     )
     if saved is not None:
         trainer.load_state_dict(checkpoint.upgraded(saved, config.data.batch_size))

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from mim.core.rng import seed_of
+from mim.core.schedule import Schedule
 from mim.core.signals import Interrupted, Signals
 from mim.data import Batch, worker_deaths
 from mim.model.teacher import ema_update
 from mim.training.checkpoint import FileStore, RunStore
 from mim.training.metrics import Curves
 from mim.training.nonfinite import Guard, StepRecord, Watch, strict
-from mim.training.optim import Schedule
 from mim.training.runtime.sharding import gather_full, load_model, load_optimizer
 
 
@@ -80,6 +80,10 @@ class Task(ABC):
     @abstractmethod
     def diverged(self, record: StepRecord, what: str, row: int) -> Exception:
         """Builds the error that ends the run after ``row`` non-finite steps in succession."""
+
+    def clipped(self, learner: nn.Module) -> Iterable[nn.Parameter]:
+        """Returns the parameters whose gradients have their norm limited."""
+        return learner.parameters()
 
     def learner(self) -> nn.Module:
         """Wraps the model for the processes."""
@@ -227,6 +231,7 @@ class Trainer:
         curves: where numbers go.
         store: where checkpoints go; without one, signals are not caught.
         scaler: of the gradients in fp16.
+        decay: weight decay of each step, where it moves; groups then have a ``decay_scale``.
     """
 
     def __init__(
@@ -240,9 +245,11 @@ class Trainer:
         curves: Curves,
         store: RunStore | FileStore | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        decay: Schedule | None = None,
     ) -> None:
         self.task, self.plan, self.accelerator = task, plan, task.accelerator
         self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
+        self.decay = decay
         self.learner, self.hooks, self.curves, self.store = learner, list(hooks), curves, store
         self.guard = Guard(plan.max_nonfinite, 0, self.accelerator.device)
         self.watch = Watch(
@@ -278,6 +285,8 @@ class Trainer:
         lr = self.schedule(batch.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if self.decay is not None:
+                group["weight_decay"] = self.decay(batch.step) * group["decay_scale"]
         torch.manual_seed(seed_of(self.plan.seed, "step", batch.step, self.rank))  # for dropout
         inputs = self.task.prepare(batch)
         reported = self._gradients(inputs)
@@ -316,7 +325,7 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm: Tensor = gather_full(clip_grad_norm_(self.learner.parameters(), limit))
+        norm: Tensor = gather_full(clip_grad_norm_(self.task.clipped(self.learner), limit))
         return norm.float()
 
     def after_step(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,17 @@ class Pretend:
 
     waits: list[Wait] = field(default_factory=list)
     pinned: list[torch.UntypedStorage] = field(default_factory=list)
+    calls: list[tuple[str, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
+    """Operations on the device in their order, with the shapes of what they made."""
+    made: weakref.WeakValueDictionary[int, PretendTensor] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that lie on the device."""
+        storages = [tensor.inner.untyped_storage() for tensor in self.made.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def places(self) -> Counter[str]:
@@ -120,6 +132,7 @@ class PretendTensor(Tensor):
             device=torch.device(NAME, 0),
         )
         made.inner = inner
+        _current.made[id(made)] = made
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -187,6 +200,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves = _waits(name, args, kwargs, flat, here)
     args_in, kwargs_in = tree_unflatten([_inner(value) for value in flat], form)
     found = func(*args_in, **kwargs_in)
+    shapes = tuple(tuple(v.shape) for v in tree_flatten(found)[0] if isinstance(v, Tensor))
+    _current.calls.append((name, shapes))
     if leaves:
         return args[0] if name == "aten::copy_" else found
     written = _written(func, args, kwargs)

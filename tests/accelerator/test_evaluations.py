@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mim import build_model, encode
 from mim.core.config import Config, DataConfig, ModelConfig
+from mim.core.device import to_device
 from mim.evaluate import build_evaluation, evaluate, open_encoder
 from mim.training.trainer import Trainer
-from tests.accelerator.pretend import Pretend, Wait, device
+from tests.accelerator.pretend import NAME, Pretend, Wait, device
 
 ARGS = {"patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)
@@ -58,6 +61,21 @@ def test_classification(name: str, precision: str, in_steps: list[Wait], noted: 
     assert all(value >= 0 for key, value in numbers[name].items() if "accuracy" in key), numbers
     assert noted.waits  # answers are read
     assert not in_steps, Counter(map(str, in_steps))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_encode(precision: torch.dtype, noted: Pretend) -> None:
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = build_model(CONFIG).eval()
+    with torch.no_grad():
+        expected = encode(model, images)
+        model.to(device())
+        noted.waits.clear()
+        with torch.autocast(NAME, precision, enabled=precision != torch.float32):
+            found = encode(model, to_device(images.pin_memory(), device()))
+    assert found.device == device() and not noted.waits
+    tolerance = 1e-5 if precision == torch.float32 else 3e-2
+    assert torch.allclose(found.cpu().float(), expected, atol=tolerance)
 
 
 DENSE: dict[str, Any] = {

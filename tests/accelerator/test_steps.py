@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -192,6 +193,32 @@ def test_variants(variant: str, config_of: Callable[..., Config], noted: Pretend
 
 def test_gradients_scaled_for_fp16(config_of: Callable[..., Config], noted: Pretend) -> None:
     check(config_of({"optim.clip_grad": 1.0}), noted, fp16=True)
+
+
+STEADY: dict[str, dict[str, Any]] = {
+    **{name: {"model.regime.name": name} for name in REGIMES},
+    "teacher": {"model.target.name": "ema_features", "train.ema_decay": 0.9},
+    "parts": {"train.accumulate": 2, "optim.clip_grad": 1.0, "train.precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("variant", STEADY)
+def test_a_steady_step_repeats_itself(
+    variant: str, config_of: Callable[..., Config], noted: Pretend
+) -> None:
+    """The same operations, shapes and memory each time: what CUDA graphs ask for."""
+    trainer = trainer_of(config_of({**STEADY[variant], "train.max_steps": 6}))
+    calls, allocated = [], []
+    for batch in trainer.task.batches(0):
+        noted.calls.clear()
+        trainer.train_step(batch)
+        trainer.state.unread.clear()  # kept for the next line of the curves
+        gc.collect()
+        calls.append(list(noted.calls))
+        allocated.append(noted.allocated)
+    assert len(calls) == 6 and len(calls[2]) > 100
+    assert calls[2] == calls[3] == calls[4] == calls[5]
+    assert len(set(allocated[2:])) == 1, allocated
 
 
 def test_weighted_images(config_of: Callable[..., Config], tmp_path: Path, noted: Pretend) -> None:

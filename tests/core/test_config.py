@@ -234,7 +234,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
     ),
     "no transformer": (
         Config(model=ModelConfig(backbone="resnet18", backbone_args={})),
-        ["model.backbone: 'resnet18' takes images of any size; the regimes need one of timm's"],
+        ["model.backbone: 'resnet18'", "no patches to hide; the regimes need one of timm's"],
     ),
     "another transformer": (
         Config(model=ModelConfig(backbone="beit_base_patch16_224")),

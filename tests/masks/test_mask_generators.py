@@ -295,3 +295,20 @@ def test_the_gpu_draws_the_same_masks(ratio: float | tuple[float, float]) -> Non
     assert there.is_masked.is_cuda
     assert torch.equal(here.is_masked, there.is_masked.cpu())
     assert torch.equal(here.visible_ids, there.visible_ids.cpu())
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("units", [36, 49, 196, 256])
+def test_published_roundings(ratio: float, units: int) -> None:
+    expected = {"ceil": math.ceil(units * ratio), "floor_visible": units - int(units * (1 - ratio))}
+    for rounding, hidden in expected.items():
+        assert hidden_count(ratio, units, rounding) == hidden
+        config = MaskConfig(ratio=ratio, rounding=rounding)
+        mask = sample_masks(config, (units, 1), seed=0, epoch=0, sample_ids=[1, 2])
+        assert mask.is_masked.sum(dim=1).tolist() == [hidden, hidden]
+        assert mask.counts == (units - hidden, units - hidden)
+
+
+def test_the_roundings_differ_where_the_papers_say() -> None:
+    assert [hidden_count(0.6, 49, r) for r in ("nearest", "ceil")] == [29, 30]  # SimMIM, 224 pixels
+    assert [hidden_count(0.9, 196, r) for r in ("nearest", "floor_visible")] == [176, 177]  # MAE

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor
 
 import mim
 from mim.core.config import OptimConfig
+from mim.core.errors import UserError
+from mim.training.hooks import HOOKS
 from mim.training.optim import build_optimizer, build_schedule
+from mim.training.pretrain import pretrain
+from mim.training.trainer import Hook, Trainer
 
 TINY = {
     "data.source": "digits",
@@ -70,4 +81,97 @@ def test_what_decays_and_what_does_not() -> None:
     decayed = {name for name in trained if name not in free}
     assert {"backbone.blocks.0.attn.qkv.weight", "backbone.patch_embed.proj.weight"} <= decayed
     assert all(decay[id(trained[name])] == 0.3 for name in decayed)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.3, decay_tokens=True), model, 1e-3)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    tokens = {name for name in named if "token" in name}
+    assert {name for name, p in trained.items() if decay[id(p)] == 0.3} == decayed | tokens
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    model = mim.build_model(mim.load_config(None, TINY))
+    config = mim.load_config(None, {**TINY, "optim.scales": [{"names": "backbone.patch.*"}]})
+    with pytest.raises(UserError, match=r"optim.scales.names: 'backbone.patch.\*' fits the name"):
+        build_optimizer(config.optim, model, 1e-3)
+
+
+class Recorder(Hook):
+    """Keeps weights and gradients before each step, and what follows."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self.teachers: list[dict[str, Tensor]] = []
+        self.last: dict[str, Tensor] = {}
+
+    @contextmanager
+    def running(self, trainer: Trainer) -> Any:
+        named = dict(trainer.task.model.named_parameters())
+
+        def before(*_: object) -> None:
+            weights = {name: p.detach().double().clone() for name, p in named.items()}
+            grads = {n: p.grad.double().clone() for n, p in named.items() if p.grad is not None}
+            self.steps.append((weights, grads))
+
+        with_handle = trainer.optimizer.register_step_pre_hook(before)
+        yield
+        with_handle.remove()
+        self.last = {name: p.detach().double() for name, p in named.items()}
+
+    def after_step(self, trainer: Trainer, batch: Any, inputs: Any) -> None:
+        teacher: Any = trainer.task.model.teacher
+        self.teachers.append(copy.deepcopy(teacher.encoder.state_dict()))
+
+
+RECORDER = Recorder()
+HOOKS.register("recorder")(lambda config: RECORDER)
+
+
+def test_three_steps_by_hand(tmp_path: Path) -> None:
+    """AdamW with a rate, a decay and a teacher's decay that move, and with multipliers."""
+    settings = {
+        "output": str(tmp_path / "run"),
+        "data.batch_size": 256,
+        "data.workers": 0,
+        "model.target.name": "ema_features",
+        "model.teacher_decay": 0.5,
+        "model.teacher_schedule": {"shape": "linear", "to": 1.0},
+        "optim.base_lr": 0.01,
+        "optim.warmup_epochs": 0,
+        "optim.decay_tokens": True,
+        "optim.weight_decay": 0.1,
+        "optim.schedule": {"shape": "linear"},
+        "optim.decay_schedule": {"shape": "cosine", "to": 0.4},
+        "optim.scales": [
+            {"names": "backbone.patch_embed.*", "lr": 0.2},
+            {"names": "*.norm?.weight", "decay": 0.1},
+        ],
+        "train.max_steps": 3,
+        "train.hooks": ["recorder"],
+        "log.tensorboard": False,
+    }
+    pretrain(mim.load_config(None, {**TINY, **settings}))
+    first = {name: torch.zeros_like(grad) for name, grad in RECORDER.steps[0][1].items()}
+    second = copy.deepcopy(first)
+    teacher = {
+        name.removeprefix("backbone."): weight
+        for name, weight in RECORDER.steps[0][0].items()
+        if name.startswith("backbone.")
+    }
+    for step, (weights, grads) in enumerate(RECORDER.steps):
+        rate = 0.01 * (1 - step / 3)
+        decay = [0.1, 0.1 + 0.3 * 0.25, 0.1 + 0.3 * 0.75][step]  # cos(pi / 3) is a half
+        after = RECORDER.steps[step + 1][0] if step < 2 else RECORDER.last
+        for name, grad in grads.items():
+            lr = rate * (0.2 if "patch_embed" in name else 1.0)
+            share = 0.0 if grad.ndim == 1 or "pos_embed" in name else 1.0
+            share = 0.1 if name.endswith(("norm1.weight", "norm2.weight")) else share
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.95 * second[name] + 0.05 * grad**2
+            mean = first[name] / (1 - 0.9 ** (step + 1))
+            deviation = (second[name] / (1 - 0.95 ** (step + 1))).sqrt()
+            expected = weights[name] * (1 - lr * decay * share) - lr * mean / (deviation + 1e-8)
+            torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=2e-7, msg=name)
+        kept = 0.5 + 0.5 * step / 3
+        for name, weight in RECORDER.teachers[step].items():
+            teacher[name] = kept * teacher[name] + (1 - kept) * after[f"backbone.{name}"]
+            torch.testing.assert_close(weight.double(), teacher[name], rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ whatever their order. Two matrix products therefore give the very same bytes, on
 alike, and an image is the same whether it comes from a file, from memory or from the accelerator.
 
 The weights are those of Pillow's Resample.c and of torch's antialiased bicubic for uint8
-(``compute_index_ranges_int16_weights``).
+(``compute_index_ranges_int16_weights``); so for bilinear.
 
 Shapes: B images, C channels, h x w pixels as they are, H x W as resized, T taps of a filter.
 """
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 _PIL_PLACES = 22  # PRECISION_BITS
-_TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most so many places, and weights below int16's end
+_TORCH_PLACES, _TORCH_LARGEST = 22, 1 << 15  # at most these places; weights fit int16
 _TABLE = 1 << 20  # numbers; for lines of up to 37 pixels, to as many, a CPU looks weights up
 _PART = 1 << 16  # numbers; memory that a CPU takes in so small parts is not given back each time
-_SUPPORT = 2.0  # of the bicubic filter, in pixels of the result
+_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # of a filter, in pixels of the result
 
 
 def _bicubic(x: Tensor) -> Tensor:
@@ -33,6 +33,10 @@ def _bicubic(x: Tensor) -> Tensor:
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
 
 
 @functools.cache
@@ -48,7 +52,8 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int, how:
     """The weights that resize a part of each line of ``size`` pixels to ``out_size`` pixels.
 
     Pixels outside the part do not count, as if it had been cropped first. ``start`` and ``length``
-    (B,) int64 are of each part, and ``how`` is "pil" or "torch", whose rounding is meant.
+    (B,) int64 are of each part, and ``how`` is one of :func:`mim.data.images.transforms.resizer`,
+    whose rounding is meant.
 
     Returns:
         (B, out_size, size) float64, whole multiples of a power of 2, that sum to 1 in each row but
@@ -61,18 +66,19 @@ def resize_weights(start: Tensor, length: Tensor, size: int, out_size: int, how:
 
 
 def _computed_weights(start: Tensor, length: Tensor, size: int, out_size: int, how: str) -> Tensor:
-    device = start.device
+    device, kind = start.device, how.partition(" ")[2] or "bicubic"
+    reach, kernel = _SUPPORT[kind], _bicubic if kind == "bicubic" else _bilinear
     scale = length.double() / out_size  # (B,)
     spread = scale.clamp(min=1.0)
-    support = (_SUPPORT * spread)[:, None]
+    support = (reach * spread)[:, None]
     places = torch.arange(out_size, dtype=torch.float64, device=device)
     centre = (places + 0.5) * scale[:, None]  # (B, out_size)
     # Towards zero, like a cast to int in C.
     first = (centre - support + 0.5).trunc().long().clamp(min=0)
     last = (centre + support + 0.5).trunc().long().minimum(length[:, None])
-    taps = math.ceil(_SUPPORT * max(1.0, size / out_size)) * 2 + 1
+    taps = math.ceil(reach * max(1.0, size / out_size)) * 2 + 1
     place = first[:, :, None] + torch.arange(taps, device=device)  # (B, out_size, T)
-    weights = _bicubic((place - centre[:, :, None] + 0.5) * (1.0 / spread)[:, None, None])
+    weights = kernel((place - centre[:, :, None] + 0.5) * (1.0 / spread)[:, None, None])
     weights = torch.where(place < last[:, :, None], weights, torch.zeros_like(weights))
     total = weights[:, :, 0].clone()
     for tap in range(1, taps):  # one after the other, as both libraries add them
@@ -86,7 +92,7 @@ def _computed_weights(start: Tensor, length: Tensor, size: int, out_size: int, h
 
 def _rounded_weights(weights: Tensor, how: str) -> Tensor:
     """(B, out_size, T) rounded to the places that the library keeps, half away from zero."""
-    if how == "pil":
+    if how.startswith("pil"):
         unit = weights.new_full((1, 1, 1), 2.0**_PIL_PLACES)
     else:
         largest = weights.amax(dim=(1, 2))  # (B,)
@@ -106,7 +112,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def crop_resize(
     images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int], how: str
 ) -> Tensor:
-    """Crop each image (B, C, h, w), resize it by bicubic interpolation, mirror it where asked.
+    """Crop each image (B, C, h, w), resize it, mirror it where asked.
 
     ``boxes`` (B, 4) int64 are (top, left, height, width), ``mirrored`` is (B,) bool, both on the
     device of the images. ``how`` is one of :func:`mim.data.images.transforms.resizer`.

@@ -4,7 +4,8 @@ What is odd and still an image is taken as it is meant:
 
 - grayscale, black and white, CMYK, palette, alpha: turned to ``data.channels`` channels by
   :func:`mim.data.images.transforms.prepare`; alpha is left out (kept with 4 channels);
-- 16-bit: the upper 8 bits;
+- of more than 8 bits, or floats: float32 on the scale of ``data.range`` (``deep.py``); read
+  without a :class:`Depth`, as masks are, they stay as they are stored;
 - rotated by EXIF, or by XMP alone: upright; damaged EXIF: as stored;
 - animated: the first picture;
 - tiny: enlarged, down to 1 x 1;
@@ -15,7 +16,7 @@ reduced sizes of libjpeg save nothing (benchmarks/README.md).
 
 What cannot be decoded whole is :class:`UnreadableImage`, and its reason says why: an empty file,
 one that holds no image, one cut short or damaged (never half an image), one of more than
-``data.max_pixels``, one of pixels that have no range (floats), what is no regular file.
+``data.max_pixels``, one with NaN or infinite pixels, what is no regular file.
 
 Everything that opens an image of the user's opens it here. Only the formats of :data:`FORMATS` are
 looked for: others of PIL's start programs (Ghostscript for EPS).
@@ -42,6 +43,22 @@ from PIL import Image, PngImagePlugin
 
 from mim.core.errors import UserError
 from mim.core.files import IMAGE_EXTENSIONS, NPY_ERRORS
+from mim.data.images.deep import (
+    DICOM_AT,
+    TIFF,
+    ZIP,
+    Depth,
+    Pixels,
+    array_shape,
+    channels_last,
+    count_pages,
+    is_deep_array,
+    is_deep_image,
+    read_array,
+    read_image,
+    read_tiff,
+    scaled,
+)
 from mim.data.images.transforms import Picture
 
 EXTENSIONS = IMAGE_EXTENSIONS
@@ -146,40 +163,61 @@ def open_image(file: BinaryIO, max_pixels: int | None = None) -> Image.Image:
     return image
 
 
-def _array_shape(file: BinaryIO, max_pixels: int) -> None:
-    """Raises ValueError where the header of an ``.npy`` promises no image, or too large a one."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
-    if len(shape) not in (2, 3) or dtype not in (np.uint8, np.uint16) or 0 in shape:
-        raise ValueError(f"an array {shape} of {dtype} is no image")
-    if shape[0] * shape[1] > max_pixels:
-        raise ValueError(f"more pixels than data.max_pixels={max_pixels}")
-
-
 def _array(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    _array_shape(io.BytesIO(data), max_pixels)
+    array_shape(io.BytesIO(data), max_pixels, (np.uint8, np.uint16))
     values = np.load(io.BytesIO(data), allow_pickle=False)
     if values.dtype == np.uint16:
         values = (values >> 8).astype(np.uint8)
     return values if values.ndim == 3 else values[:, :, None]
 
 
-def check_header(path: Path, name: str, max_pixels: int) -> None:
-    """Check the header of a file, without decoding.
+def check_header(path: Path, name: str, max_pixels: int, depth: Depth | None = None) -> bool:
+    """Check the header of a file, without decoding; whether its pixels have more than 8 bits.
 
     Raises:
         UnreadableImage: if it begins no image, or one that is too large.
     """
     with decoding(name), open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError("the file is empty")
-        starts = file.read(len(_NUMPY))
-        file.seek(0)
-        if starts == _NUMPY:
-            _array_shape(file, max_pixels)
-        else:
-            open_image(file, max_pixels)
+        return _is_deep(file, max_pixels, depth)
+
+
+def is_deep(data: bytes, name: str, max_pixels: int, depth: Depth | None) -> bool:
+    """:func:`check_header` of the content of a file."""
+    with decoding(name):
+        return _is_deep(io.BytesIO(data), max_pixels, depth)
+
+
+def _is_deep(file: BinaryIO, max_pixels: int, depth: Depth | None) -> bool:
+    starts = file.read(DICOM_AT.stop)
+    file.seek(0)
+    if not starts:
+        raise ValueError("the file is empty")
+    if depth is None and starts.startswith(_NUMPY):
+        array_shape(file, max_pixels, (np.uint8, np.uint16))
+        return False
+    if depth is not None and starts.startswith((_NUMPY, ZIP)):
+        return is_deep_array(starts, file, max_pixels)
+    if depth is not None and starts[DICOM_AT] == b"DICM":
+        return True
+    try:
+        return is_deep_image(open_image(file, max_pixels), starts) and depth is not None
+    except ValueError:
+        if depth is None or not starts.startswith(TIFF):
+            raise
+        return True
+
+
+def pages_of(path: Path, name: str) -> int:
+    """Pages of a file; 1 where it has none, or cannot be read."""
+    try:
+        with decoding(name), open_regular(path) as file:
+            starts = file.read(DICOM_AT.stop)
+            file.seek(0)
+            if starts.startswith(TIFF):
+                return count_pages(open_image(file), b"")
+            return count_pages(None, file.read() if starts[DICOM_AT] == b"DICM" else b"")
+    except UnreadableImage:
+        return 1
 
 
 @functools.cache
@@ -217,36 +255,94 @@ def _jpeg(data: bytes, image: Image.Image, decoder: str) -> NDArray[np.uint8] | 
     return planes.permute(1, 2, 0).cpu().numpy()
 
 
-def decode(data: bytes, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
+def decode(
+    data: bytes, name: str, max_pixels: int, decoder: str = "auto", depth: Depth | None = None
+) -> Picture:
     """The image in the content of a file.
 
+    Args:
+        data: the content.
+        name: what messages call it.
+        max_pixels: ``data.max_pixels``.
+        decoder: ``data.decode``.
+        depth: how pixels of more than 8 bits are read; without it they stay as they are stored.
+
     Returns:
-        A loaded PIL image of one of the modes that ``prepare`` knows, or (H, W, C) uint8.
+        A loaded PIL image of one of the modes that ``prepare`` knows, (H, W, C) uint8, or (H, W, C)
+        float32 from 0 to 1.
 
     Raises:
         UnreadableImage: see the head of this file.
     """
     with decoding(name):
-        if data.startswith(_NUMPY):
-            return _array(data, max_pixels)
         if not data:
             raise ValueError("the file is empty")
-        image = open_image(io.BytesIO(data), max_pixels)
+        if depth is not None and (found := read_array(data, max_pixels, depth)) is not None:
+            return scaled(found, depth)
+        if data.startswith(_NUMPY):
+            return _array(data, max_pixels)
+        try:
+            image = open_image(io.BytesIO(data), max_pixels)
+        except ValueError:
+            if depth is None or not data.startswith(TIFF):
+                raise
+            return scaled(read_tiff(data, max_pixels, depth), depth)
         pixels = _jpeg(data, image, decoder)
         if pixels is not None:
             return pixels
+        if depth is not None and (found := read_image(image, data, max_pixels, depth)) is not None:
+            return scaled(found, depth)
         image.load()
         if image.mode not in _READABLE_MODES:
             raise ValueError(f"pixels of mode {image.mode} have no range to bring to 0 to 255")
         return image
 
 
-def read_picture(path: str | Path, name: str, max_pixels: int, decoder: str = "auto") -> Picture:
-    """The image in a file on disk, by the same rules as those of a source.
+def stored_values(data: bytes, name: str, max_pixels: int, depth: Depth) -> Pixels | None:
+    """The values of an image as they are stored; None where it is a plain one of 8 bits.
+
+    Raises:
+        UnreadableImage: see the head of this file.
+    """
+    with decoding(name):
+        if not data:
+            raise ValueError("the file is empty")
+        if (found := read_array(data, max_pixels, depth)) is None:
+            try:
+                image = open_image(io.BytesIO(data), max_pixels)
+            except ValueError:
+                if not data.startswith(TIFF):
+                    raise
+                return read_tiff(data, max_pixels, depth)
+            found = read_image(image, data, max_pixels, depth)
+    return found
+
+
+def picture_of(values: NDArray[np.generic], name: str, depth: Depth | None) -> Picture:
+    """An array (H, W), (H, W, C) or (C, H, W) of any numbers as an image.
+
+    Raises:
+        UnreadableImage: if it holds no image.
+    """
+    with decoding(name):
+        depth = Depth() if depth is None else depth
+        if values.ndim not in (2, 3):
+            raise ValueError(f"an array {values.shape} is no image")
+        return scaled(Pixels(channels_last(values, depth.channels)), depth)
+
+
+def read_picture(
+    path: str | Path,
+    name: str,
+    max_pixels: int,
+    decoder: str = "auto",
+    depth: Depth | None = None,
+) -> Picture:
+    """The image in a file on disk, by the same rules as those of a source; see :func:`decode`.
 
     Raises:
         UnreadableImage: see the head of this file.
     """
     with decoding(name):
         data = read_file(Path(path))
-    return decode(data, name, max_pixels, decoder)
+    return decode(data, name, max_pixels, decoder, depth)

@@ -20,7 +20,15 @@ from mim.core.config import DataConfig
 from mim.core.errors import setting_error
 from mim.core.patches import Grid, Images, Patches, patchify
 from mim.core.rng import uniforms
-from mim.data.images.transforms import Picture, cut_out, prepare, resize, resizer, size_of
+from mim.data.images.transforms import (
+    Picture,
+    cut_out,
+    dtype_of,
+    prepare,
+    resize,
+    resizer,
+    size_of,
+)
 
 
 def own_grid(height: int, width: int, patch: Grid, max_patches: int) -> Grid:
@@ -64,7 +72,7 @@ def train_patches(
         wide = max(round(width * side), patch[1])
         box = (int(down * (height - tall + 1)), int(right * (width - wide + 1)), tall, wide)
         cut.append(_cut(upright, box, config.flip and mirror < 0.5, config, patch))
-    return _batch(cut, config, patch)
+    return _batch(cut, dtype_of(images), config, patch)
 
 
 def eval_patches(
@@ -75,22 +83,34 @@ def eval_patches(
     for image, name in zip(images, names, strict=True):
         upright, height, width = _upright(image, config, patch, name)
         cut.append(_cut(upright, (0, 0, height, width), False, config, patch))
-    return _batch(cut, config, patch)
+    return _batch(cut, dtype_of(images), config, patch)
 
 
-def _batch(cut: list[tuple[Tensor, Grid]], config: DataConfig, patch: Grid) -> Patches:
+def _batch(
+    cut: list[tuple[Tensor, Grid]], dtype: torch.dtype, config: DataConfig, patch: Grid
+) -> Patches:
     if not cut:  # every image was unreadable
         empty = torch.zeros(0, 1, patch[0] * patch[1] * config.channels, dtype=torch.uint8)
         return Patches.of(empty, ())
-    return Patches.pad([values for values, _ in cut], [grid for _, grid in cut])
+    return Patches.pad([same_scale(values, dtype) for values, _ in cut], [grid for _, grid in cut])
+
+
+def same_scale(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images with the type of their batch: bytes, or float32 from 0 to 1."""
+    if images.dtype == dtype:
+        return images
+    return images.float() / 255
 
 
 def cat_images(parts: Sequence[Images]) -> Images:
     """Several batches of the same kind as one."""
     patches = [part for part in parts if isinstance(part, Patches)]
-    return (
-        Patches.cat(patches) if patches else torch.cat([p for p in parts if isinstance(p, Tensor)])
-    )
+    if patches:
+        dtype = max((part.values.dtype for part in patches), key=lambda kind: kind.itemsize)
+        return Patches.cat([p.with_values(same_scale(p.values, dtype)) for p in patches])
+    images = [part for part in parts if isinstance(part, Tensor)]
+    dtype = max((part.dtype for part in images), key=lambda kind: kind.itemsize)
+    return torch.cat([same_scale(part, dtype) for part in images])
 
 
 def _upright(

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mim.core.config import DataConfig
+from mim.core.config import DataConfig, MeasuredConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
-from mim.data.images.decode import UnreadableImage, decode, decoding
+from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
+from mim.data.images.deep import Pixels, depth_of
 from mim.data.images.transforms import Picture
 from mim.data.unreadable import Fault, Ledger
 
@@ -38,6 +39,7 @@ Split: TypeAlias = Literal["train", "val"]
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's channels."""
+_SAMPLED, _DECODED = 32, 8  # images of which the header, or the pixels, tell their bits
 _GLANCES = 128  # images whose bytes a fingerprint samples
 _GLANCED = 1 << 16  # bytes read at the beginning, in the middle and at the end of a larger file
 
@@ -70,6 +72,12 @@ class ImageSource(ABC):
     """How many groups are shuffled together in an epoch's order."""
     weights: Tensor | None = None
     """(n,) how much each image counts in training, or None where all count alike."""
+    measured: MeasuredConfig = MeasuredConfig()
+    """What ``open_source`` found by looking at the training images."""
+    deep: bool = False
+    """Whether images have more than 8 bits, so that pictures stretch their contrast; likewise."""
+    show: tuple[int, int, int] | None = None
+    """``data.show``; set by ``open_source``."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -96,7 +104,8 @@ class ImageSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Picture:
-        """Image at a position: PIL of any mode, or (height, width, channels) uint8.
+        """Image at a position: PIL of any mode, or (height, width, channels) uint8, or float32 from
+        0 to 1 where it has more than 8 bits.
 
         Raises:
             UnreadableImage: if it cannot be decoded; loaders replace it by another.
@@ -117,6 +126,26 @@ class ImageSource(ABC):
             UnreadableImage: if it cannot be read.
         """
         return None
+
+    def raw(self, index: int) -> Pixels | None:
+        """The values of an image before ``data.range``; None for one of 8 bits, or already scaled.
+
+        Raises:
+            UnreadableImage: if it cannot be read.
+        """
+        return None
+
+    def has_deep(self) -> bool:
+        """Whether images have more than 8 bits, from some of them."""
+        return any(map(self.is_deep, spread_indices(len(self), _DECODED)))
+
+    def is_deep(self, index: int) -> bool:
+        """Whether an image has more than 8 bits; an unreadable one has not."""
+        try:
+            image = self.image(index)
+        except UnreadableImage:
+            return False
+        return isinstance(image, np.ndarray) and image.dtype == np.float32
 
     def glance(self, index: int) -> bytes:
         """Sample bytes of the file, or the pixels: they differ, as a rule, when the image does.
@@ -179,6 +208,11 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
+def spread_indices(count: int, images: int) -> list[int]:
+    """Positions of ``images`` images spread evenly over ``count``."""
+    return torch.linspace(0, count - 1, min(images, count)).round().long().tolist()
+
+
 def some_bytes(size: int, read: Callable[[int, int], bytes]) -> bytes:
     """The size of a file, and its beginning, middle and end; ``read(offset, size)`` gives bytes."""
     header = size.to_bytes(8, "little")
@@ -193,6 +227,7 @@ class EncodedSource(ImageSource):
 
     def __init__(self, config: DataConfig) -> None:
         self._max_pixels, self._decoder = config.max_pixels, config.decode
+        self._depth = depth_of(config)
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -203,7 +238,30 @@ class EncodedSource(ImageSource):
             return self.read(index)
 
     def image(self, index: int) -> Picture:
-        return decode(self.encoded(index), self.describe(index), self._max_pixels, self._decoder)
+        name, depth = self.describe(index), self._depth
+        return decode(self.encoded(index), name, self._max_pixels, self._decoder, depth)
+
+    def raw(self, index: int) -> Pixels | None:
+        if self._depth is None:
+            return None
+        name = self.describe(index)
+        return stored_values(self.encoded(index), name, self._max_pixels, self._depth)
+
+    def has_deep(self) -> bool:
+        if self._depth is None:
+            return False
+        chosen = torch.tensor(spread_indices(len(self), _SAMPLED))
+        if self.groups is not None:  # stored together: one read, not many
+            chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
+        self.ahead(chosen)
+        return any(map(self.is_deep, chosen.tolist()))
+
+    def is_deep(self, index: int) -> bool:
+        try:
+            name = self.describe(index)
+            return is_deep(self.encoded(index), name, self._max_pixels, self._depth)
+        except UnreadableImage:
+            return False
 
     def glance(self, index: int) -> bytes:
         data = self.encoded(index)
@@ -229,6 +287,14 @@ class View(ImageSource):
         source, position = self._find(index)
         return source.encoded(position)
 
+    def raw(self, index: int) -> Pixels | None:
+        source, position = self._find(index)
+        return source.raw(position)
+
+    def is_deep(self, index: int) -> bool:
+        source, position = self._find(index)
+        return source.is_deep(position)
+
     def glance(self, index: int) -> bytes:
         source, position = self._find(index)
         return source.glance(position)
@@ -249,7 +315,8 @@ class Subset(View):
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
-        self.ledger = source.ledger
+        self.ledger, self.measured = source.ledger, source.measured
+        self.deep, self.show = source.deep, source.show
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed
@@ -266,6 +333,9 @@ class Subset(View):
 
     def check(self, indices: Tensor | None = None) -> list[Fault]:
         return self.source.check(self.indices if indices is None else self.indices[indices])
+
+    def has_deep(self) -> bool:
+        return self.source.has_deep()
 
 
 SourceFactory: TypeAlias = Callable[..., ImageSource]
@@ -317,3 +387,6 @@ class InMemory(ImageSource):
 
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
+
+    def is_deep(self, index: int) -> bool:
+        return False

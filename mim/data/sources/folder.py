@@ -13,15 +13,22 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.files import is_hidden
+from mim.core.rng import name_to_int
 from mim.data.images.decode import (
     UnreadableImage,
     check_header,
+    decode,
     decoding,
     open_regular,
+    pages_of,
     read_file,
+    stored_values,
 )
+from mim.data.images.deep import Depth, Pixels, depth_of
+from mim.data.images.transforms import Picture
 from mim.data.labels import label_table
 from mim.data.places.listing import list_images, tell_left_out
+from mim.data.places.names import Names
 from mim.data.places.splits import find_splits
 from mim.data.sources.base import SOURCES, EncodedSource, Split, required_path, some_bytes
 from mim.data.unreadable import Fault, Ledger
@@ -59,13 +66,33 @@ class Files(EncodedSource):
         self.name = config.source
         self._resolved = self.root.resolve()
         self._keeps_list = config.index_cache
+        self._pages = depth_of(config) if config.pages == "images" else None
+        self._page_of: list[int] | None = None
+        self._found_deep = False
 
     def _find(self, part: str, folders: Sequence[str]) -> Tensor:
         """Find the images below folders of a part; returns how many each holds."""
         listing = list_images(self.root, part, folders, keep=self._keeps_list)
         self._names, self.sample_ids = listing.names, listing.ids
         tell_left_out((self.root / part).as_posix(), listing.left_out)
+        if self._pages is not None:
+            return self._open_pages(listing.counts)
         return listing.counts
+
+    def _open_pages(self, counts: Tensor) -> Tensor:
+        """Make each page of the files an image, ``FILE#PAGE``; returns how many each folder has."""
+        files = [self._names[index] for index in range(len(self.sample_ids))]
+        pages = [pages_of(self.root / name, name) for name in files]
+        names = [
+            name if count == 1 else f"{name}#{page}"
+            for name, count in zip(files, pages, strict=True)
+            for page in range(count)
+        ]
+        self._page_of = [page for count in pages for page in range(count)]
+        self._names = Names.of(iter(names))
+        self.sample_ids = torch.tensor([name_to_int(name) for name in names], dtype=torch.int64)
+        parts = torch.tensor(pages).split(counts.tolist())
+        return torch.stack([part.sum() for part in parts])
 
     def _splits(self) -> tuple[str | None, str | None]:
         """The folders of train and val below the root, see :func:`find_splits`."""
@@ -79,7 +106,37 @@ class Files(EncodedSource):
 
     def path(self, index: int) -> Path:
         """The file of an image."""
-        return self.root / self._names[index]
+        name = self._names[index]
+        if self._page_of is not None and name.endswith(f"#{self._page_of[index]}"):
+            name = name.rpartition("#")[0]
+        return self.root / name
+
+    def image(self, index: int) -> Picture:
+        if self._page_of is None:
+            return super().image(index)
+        name, depth = self.describe(index), self._at(index)
+        return decode(self.encoded(index), name, self._max_pixels, self._decoder, depth)
+
+    def raw(self, index: int) -> Pixels | None:
+        if (depth := self._at(index)) is None:
+            return None
+        return stored_values(self.encoded(index), self.describe(index), self._max_pixels, depth)
+
+    def _at(self, index: int) -> Depth | None:
+        """How an image is read, which may be a page of its file."""
+        if self._page_of is None or self._depth is None:
+            return self._depth
+        return replace(self._depth, page=self._page_of[index])
+
+    def has_deep(self) -> bool:
+        return self._found_deep or super().has_deep()
+
+    def is_deep(self, index: int) -> bool:
+        name = self.describe(index)
+        try:
+            return check_header(self.path(index), name, self._max_pixels, self._depth)
+        except UnreadableImage:
+            return False
 
     def read(self, index: int) -> bytes:
         return read_file(self.path(index))
@@ -119,8 +176,8 @@ class Files(EncodedSource):
         for index in positions:
             name = self.describe(index)
             try:
-                with decoding(name):
-                    check_header(self.path(index), name, self._max_pixels)
+                path = self.path(index)
+                self._found_deep |= check_header(path, name, self._max_pixels, self._depth)
             except UnreadableImage as error:
                 faults.append(Fault(error.name, error.reason))
         return faults

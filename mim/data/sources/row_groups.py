@@ -39,7 +39,7 @@ from mim.data.sources.tables import (
 
 _ROWS = 8  # of a table read at once
 _MOST_BYTES = 1 << 32  # that a row group may unpack to
-_FREE_BYTES, _MOST_RATIO = 1 << 28, 100  # and in a small file, this and so many times its size
+_FREE_BYTES, _MOST_RATIO = 1 << 28, 100  # in a small file: this, and this many times its size
 _MOST_ROWS = 64  # for each byte of a file
 _MOST_WORD = 1_000  # bytes of a label
 _SOUND = "parquet sizes 1"

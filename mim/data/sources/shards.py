@@ -62,7 +62,8 @@ _SPARSE = -1  # offset of a sparse file, whose bytes are not those that it stand
 _MOST_NOTE = 1 << 24  # bytes of a .cls or .json
 _NOTES = (".cls", ".json")
 _IMAGES = ("image", "img", "input", "rgb", "photo")  # what tells the image of a sample from others
-_INDEX = "2"
+_INDEX = "3"
+_IMAGE = tuple(ending for ending in EXTENSIONS if ending != ".npz")  # often a companion
 
 
 @dataclass
@@ -123,11 +124,11 @@ class _Scan:
         ending = PurePosixPath(name).suffix.lower()
         if member.islnk() or member.issym():
             base = "" if member.islnk() else posixpath.dirname(name)
-            if ending in (*EXTENSIONS, *_NOTES):
+            if ending in (*_IMAGE, *_NOTES):
                 self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
             else:
                 self.left_out["links to folders"] += 1
-        elif ending in EXTENSIONS:
+        elif ending in _IMAGE:
             if not member.isfile():
                 self.left_out["pipes and devices"] += 1
                 return

@@ -1,8 +1,8 @@
 """Cache decoded images in memory, a memory-mapped file or on the accelerator (``data.cache``).
 
-Images are decoded once and stored as uint8 at their own size, as ``transforms.prepare`` leaves
-them. Crops are computed by the same arithmetic as without a cache, so that a batch is the same
-bytes. An image that cannot be decoded remains unreadable.
+Images are decoded once and stored at their own size, as ``transforms.prepare`` leaves them: bytes,
+or float32 for images of more than 8 bits. Crops are computed by the same arithmetic as without a
+cache, so that a batch is the same bytes. An image that cannot be decoded remains unreadable.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ from mim.core.errors import UserError, setting_error
 from mim.core.files import prepare_folder, remove_leftovers
 from mim.data.images.batched import crop_resize
 from mim.data.images.decode import UnreadableImage
-from mim.data.images.transforms import Picture, covering, crop_parameters, resizer
+from mim.data.images.transforms import Picture, covering, drawn_crops, padded_crops, resizer
 from mim.data.sources.base import ImageSource, Subset, View
-from mim.data.storage.packed import Packed, Recipe, content_key, pack_split, read_spans
+from mim.data.storage.packed import (
+    Packed,
+    Recipe,
+    as_pixels,
+    content_key,
+    pack_split,
+    read_spans,
+)
 from mim.data.unreadable import Fault
 
 _SHARED = Path("/dev/shm")
@@ -42,6 +49,7 @@ class CachedSource(View):
         self.labels, self.sample_ids = source.labels, source.sample_ids
         self.mean, self.std = source.mean, source.std
         self.ledger, self.weights = source.ledger, source.weights
+        self.measured, self.deep, self.show = source.measured, source.deep, source.show
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         return self.source, index
@@ -99,8 +107,9 @@ class InSharedMemory(CachedSource):
         if not height:
             raise self._unreadable(index)
         begin = int(self.offsets[index])
-        flat = self.pixels[begin : begin + height * width * self.channels].numpy()
-        return flat.reshape(height, width, self.channels)
+        last = index + 1 == len(self.offsets)
+        end = len(self.pixels) if last else int(self.offsets[index + 1])
+        return as_pixels(self.pixels[begin:end].numpy(), height, width, self.channels)
 
     @property
     def readable(self) -> Tensor:
@@ -161,10 +170,13 @@ def cached(source: ImageSource, config: DataConfig) -> CachedSource:
             "memory or mmap"
         )
         raise setting_error("data.cache", config.cache, reason)
+    lengths = torch.from_numpy(index["bytes"].astype(np.int64))  # 0 of an unreadable image
+    if config.cache == "device" and (lengths > sizes.prod(1) * config.channels).any():
+        reason = "holds 8-bit images alone, and these have more bits: choose memory or mmap"
+        raise setting_error("data.cache", config.cache, reason)
     pixels = torch.empty(total, dtype=torch.uint8).share_memory_()
     for into in pixels.split([len(part) for part in parts]):
         into.numpy()[:] = parts.pop(0)  # and free it: memory never holds all images twice
-    lengths = torch.from_numpy(index["bytes"].astype(np.int64))  # 0 of an unreadable image
     return InSharedMemory(source, pixels, lengths.cumsum(0) - lengths, sizes, config.channels)
 
 
@@ -224,20 +236,27 @@ class DeviceReader:
             return self.eval(part, config)
         height, width = self.images.shape[2:]
         sizes = torch.tensor([height, width]).expand(len(part), 2)
-        boxes, mirrored = crop_parameters(
-            keys, sizes[:, 0], sizes[:, 1], scale=config.crop_scale, ratio=config.crop_ratio
-        )
-        mirrored &= config.flip
+        if config.augment == "padded_crop":
+            whole, _ = self._covering(part, config, 1.0)
+            room = whole.new_empty(*whole.shape[:2], *config.size)
+            return padded_crops(list(whole), keys, config, room)
+        boxes, mirrored = drawn_crops(keys, sizes, config)
         return self._cut(part, boxes, mirrored, config.size, resizer(config))
 
     def eval(self, part: Tensor, config: DataConfig) -> Tensor:
         """What ``eval_transform`` gives, byte for byte."""
+        whole, (top, left) = self._covering(part, config, config.eval_share)
+        return whole[:, :, top : top + config.size[0], left : left + config.size[1]].contiguous()
+
+    def _covering(
+        self, part: Tensor, config: DataConfig, share: float
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Images scaled as :func:`covering` says, and where their centre begins."""
         given = self.images.shape[2], self.images.shape[3]
-        box, scaled, (top, left) = covering(given, config.size)
+        box, scaled, centre = covering(given, config.size, share)
         boxes = torch.tensor(box).expand(len(part), 4)
         plain = torch.zeros(len(part), dtype=torch.bool)
-        whole = self._cut(part, boxes, plain, scaled, resizer(config))
-        return whole[:, :, top : top + config.size[0], left : left + config.size[1]].contiguous()
+        return self._cut(part, boxes, plain, scaled, resizer(config)), centre
 
     def _cut(
         self, part: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int], how: str

@@ -37,8 +37,10 @@ from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.core.files import write_atomic, write_json_atomic
 from mim.core.signals import end_at_once, start_server
-from mim.data.images.decode import UnreadableImage, decode, decoding
-from mim.data.images.transforms import Picture, cover, prepare, resize
+from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
+from mim.data.images.deep import Depth, depth_of
+from mim.data.images.deep import Pixels as Values
+from mim.data.images.transforms import Picture, Pixels, cover, prepare, resize
 from mim.data.sources.base import SOURCES, ImageSource, Split, some_bytes
 
 FORMAT = 1
@@ -80,8 +82,8 @@ class Recipe:
         if self.size is not None and self.size < 1:
             raise setting_error("--size", self.size, "must be at least 1")
 
-    def pixels(self, image: Picture) -> NDArray[np.uint8]:
-        """(h, w, C): the image as it is packed."""
+    def pixels(self, image: Picture) -> Pixels:
+        """(h, w, C): the image as it is packed, float32 where it has more than 8 bits."""
         upright = prepare(image, self.channels)
         if self.size is not None:
             height, width = np.asarray(upright).shape[:2]
@@ -113,10 +115,14 @@ def _encoded(source: ImageSource, index: int) -> bytes:
     """The file of an image as it is, or a PNG of its pixels; checked to be readable."""
     data = source.encoded(index)
     if data is not None:
-        decode(data, source.describe(index), 1 << 62)
+        decode(data, source.describe(index), 1 << 62, depth=Depth("percentile"))
         return data
     picture = source.image(index)
     if isinstance(picture, np.ndarray):
+        if picture.dtype == np.float32 or picture.shape[2] not in (1, 3):
+            file = io.BytesIO()
+            np.save(file, picture)
+            return file.getvalue()
         picture = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
     file = io.BytesIO()
     picture.save(file, "PNG")
@@ -145,7 +151,7 @@ def read_span(
                 if tar is None:
                     values = recipe.pixels(source.image(index))
                     row["height"], row["width"] = values.shape[:2]
-                    row["offset"], row["bytes"] = out.tell(), values.size
+                    row["offset"], row["bytes"] = out.tell(), values.nbytes
                     out.write(values)
                 else:
                     data = _encoded(source, index)
@@ -210,7 +216,9 @@ def _digest(path: Path) -> str:
 
 def content_key(source: ImageSource, recipe: Recipe, config: DataConfig) -> str:
     """Digest of everything that the stored bytes follow from: images, recipe, how they are read."""
-    parts = (source.stamps(), recipe, config.max_pixels, config.decode, _READER)
+    parts = [source.stamps(), recipe, config.max_pixels, config.decode, _READER]
+    if source.has_deep():
+        parts.append(depth_of(config))
     return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -321,6 +329,13 @@ def verify(folder: Path) -> None:
                 raise UserError(f"{path} {what}: delete {MANIFEST} and call mim data pack again")
 
 
+def as_pixels(data: NDArray[np.uint8], height: int, width: int, channels: int) -> Pixels:
+    """The stored bytes of an image as (height, width, channels), uint8 or float32."""
+    if data.size == height * width * channels:
+        return data.reshape(height, width, channels)
+    return np.require(data, requirements="A").view(np.float32).reshape(height, width, channels)
+
+
 class Packed(ImageSource):
     """Images of one split in the files ``parts`` of a folder, with ``rows`` as their index."""
 
@@ -334,7 +349,7 @@ class Packed(ImageSource):
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         self.labels = None if len(labels) and int(labels.min()) < 0 else labels
         self.classes: list[str] = []
-        self._max_pixels, self._decoder = 1 << 62, "auto"
+        self._max_pixels, self._decoder, self._depth = 1 << 62, "auto", depth_of(DataConfig())
         self._open: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -370,8 +385,23 @@ class Packed(ImageSource):
         with decoding(name):
             data = self.stored(index)
         if self.kind == "shards":
-            return decode(data.tobytes(), name, self._max_pixels, self._decoder)
-        return data.reshape(int(row["height"]), int(row["width"]), self.channels)
+            return decode(data.tobytes(), name, self._max_pixels, self._decoder, self._depth)
+        return as_pixels(data, int(row["height"]), int(row["width"]), self.channels)
+
+    def is_deep(self, index: int) -> bool:
+        row = self.rows[index]
+        if self.kind == "pixels":
+            return bool(row["bytes"] > row["height"] * row["width"] * self.channels)
+        name = self.describe(index)
+        with contextlib.suppress(UnreadableImage):
+            return is_deep(self.stored(index).tobytes(), name, self._max_pixels, self._depth)
+        return False
+
+    def raw(self, index: int) -> Values | None:
+        if self.kind == "pixels" or self._depth is None:
+            return None
+        name, data = self.describe(index), self.stored(index).tobytes()
+        return stored_values(data, name, self._max_pixels, self._depth)
 
 
 @SOURCES.register("packed")
@@ -396,6 +426,7 @@ class PackedSet(Packed):
         self.classes = manifest["classes"]
         self.mean, self.std = tuple(manifest["mean"]), tuple(manifest["std"])
         self._max_pixels, self._decoder = config.max_pixels, config.decode
+        self._depth = depth_of(config)
 
     def stamp(self, index: int) -> str:
         row = self.rows[index]

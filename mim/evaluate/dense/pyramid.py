@@ -1,4 +1,4 @@
-"""Maps of several scales from a plain ViT, which has one.
+"""Makes feature maps at several scales from a plain ViT, which has one scale.
 
 The simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527): each scale
 is the ViT's map, enlarged by transposed convolutions or pooled. ViTDet makes all scales from the

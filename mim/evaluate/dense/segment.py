@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -300,7 +301,6 @@ class Segment(DenseEvaluation):
         s = self.settings
         return SegmentationBatches(source, data, s.seed, s.resize, s.scale, fill_of(model.mean))
 
-    @torch.no_grad()
     def labels(
         self,
         model: Segmenter,
@@ -310,21 +310,33 @@ class Segment(DenseEvaluation):
         precision: str = "fp32",
     ) -> tuple[Tensor, Tensor]:
         """Predicted and true labels of an image, (height, width) int64 each, at its own size."""
-        model.eval()
         image, mask = pair(source, index, len(model.mean))
+        predicted = self.labels_of(model, image, device, precision, source.describe(index))
+        return predicted, torch.from_numpy(np.array(mask)).long()
+
+    @torch.no_grad()
+    def labels_of(
+        self,
+        model: Segmenter,
+        image: Image.Image,
+        device: torch.device,
+        precision: str = "fp32",
+        called: str = "an image",
+    ) -> Tensor:
+        """Predicted labels of an image, (height, width) int64, at its own size."""
+        model.eval()
         original = image.height, image.width
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
         if math.prod(view.scaled) > DataConfig().max_pixels:
-            reason = f"scales {source.describe(index)} of {original[0]} x {original[1]} pixels to "
+            reason = f"scales {called} of {original[0]} x {original[1]} pixels to "
             reason += f"{view.scaled[0]} x {view.scaled[1]}; leave it out"
             raise self.settings.error("resize", reason)
         pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)
         check_finite(logits, precision, "maps")
-        predicted = _resize(logits.float(), original).argmax(1)[0].cpu()
-        return predicted, torch.from_numpy(np.array(mask)).long()
+        return _resize(logits.float(), original).argmax(1)[0].cpu()
 
     def measure(
         self, model: Segmenter, source: SegmentationSource, accelerator: Accelerator, precision: str

@@ -309,7 +309,7 @@ def parameter_groups(model: DenseModel, settings: DenseSettings) -> list[dict[st
 
 
 class _Learner(nn.Module):
-    """Calls the loss of a model, as the wrapper of several processes calls a module."""
+    """Exposes the loss of a model as a module that DistributedDataParallel can wrap."""
 
     def __init__(self, model: DenseModel) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ class DenseTask(SupervisedTask):
         Args:
             measure: what is chosen by, on held-out images; more is better. All processes call it.
             label: what the progress is called.
-            store: from which it goes on where it was interrupted; the caller removes its file.
+            store: where an interrupted training resumes from; the caller removes its file.
 
         Raises:
             UserError: for a loss that is not finite.

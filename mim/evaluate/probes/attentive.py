@@ -7,7 +7,7 @@ single vector holds it all, so that encoders trained without a global token are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -43,19 +43,32 @@ class AttentiveSettings(FrozenSettings):
     """Share of the image's area a random crop covers, from and to; mirrored as data.flip says."""
     heads: Natural = 0
     """Attention heads; 0 is as many as the encoder's last block has."""
+    form: Literal["aim", "capi"] = field(default="aim", metadata={"before": "aim"})
+    """aim standardises tokens, and keys and values have no bias. capi is CAPI's own head: no
+    standardising, biases, which do not decay, all weights from a normal of 0.02, betas of 0.9 and
+    0.95."""
+    decays: tuple[NonNegative, ...] = field(default=(), metadata={"before": ()})
+    """Weight decays in the place of weight_decay: a head is trained for each rate and each decay
+    (CAPI: 5e-4, 1e-3, 5e-2)."""
 
 
 class AttentivePool(nn.Module):
-    """A learned query reads standardised tokens, and a linear layer what it found."""
+    """A learned query reads tokens, and a linear layer what it found; ``form`` is the setting."""
 
-    def __init__(self, width: int, heads: int, classes: int) -> None:
+    def __init__(self, width: int, heads: int, classes: int, form: str = "aim") -> None:
         super().__init__()
+        is_capi = form == "capi"
         self.num_heads = heads
-        self.norm = Standardize(width)
+        self.norm = nn.Identity() if is_capi else Standardize(width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=is_capi)
+        self.value = nn.Linear(width, width, bias=is_capi)
         self.head = nn.Linear(width, classes)
+        for name, parameter in self.named_parameters() if is_capi else ():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> (B, K)."""
@@ -100,7 +113,22 @@ class Attentive(FrozenProbe):
 
     def head(self, encoder: Encoder, classes: int) -> nn.Module:
         assert encoder.vit is not None
-        return AttentivePool(family_of(encoder.vit).width, self._heads(encoder), classes)
+        width, form = family_of(encoder.vit).width, self.settings.form
+        return AttentivePool(width, self._heads(encoder), classes, form)
+
+    def decays(self) -> tuple[float, ...]:
+        return self.settings.decays or super().decays()
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=1.0, weight_decay=self.settings.weight_decay)
+        if self.settings.form == "aim":
+            return torch.optim.AdamW(groups, lr=1.0)
+        parts: list[dict[str, Any]] = []
+        for group in groups:
+            query, *others = group["params"]  # a vector too, but it decays
+            weights = [query, *(p for p in others if p.ndim > 1)]
+            biases = [p for p in others if p.ndim == 1]
+            parts += [
+                {**group, "params": weights},
+                {**group, "params": biases, "weight_decay": 0.0},
+            ]
+        return torch.optim.AdamW(parts, lr=1.0, betas=(0.9, 0.95))

@@ -8,6 +8,7 @@ Shapes: H heads, B images, L tokens, D width, K classes.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass
@@ -77,9 +78,13 @@ class FrozenProbe(EncoderEvaluation):
     def head(self, encoder: Encoder, classes: int) -> nn.Module:
         """A new head, of :meth:`tokens` to (B, K) logits; torch's generator is seeded."""
 
+    def decays(self) -> tuple[float, ...]:
+        """The weight decays; a head is trained with each learning rate and each of them."""
+        return (self.settings.weight_decay,)
+
     @abstractmethod
     def optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """The optimizer of groups with ``lr_scale``, one for each head."""
+        """The optimizer of groups with ``lr_scale`` and ``weight_decay``, one for each head."""
 
     def check_encoder(self, encoder: Encoder) -> None:
         super().check_encoder(encoder)
@@ -88,6 +93,9 @@ class FrozenProbe(EncoderEvaluation):
     def check(self, train: ImageSource, val: ImageSource) -> None:
         super().check(train, val)
         check_learnable(train, val, self.settings)
+        if self.settings.held_out == 0 and len(self.settings.base_lr) * len(self.decays()) > 1:
+            reason = "needs one base_lr and one decay: no images are left to choose by"
+            raise self.settings.error("held_out", reason)
 
     def run(
         self,
@@ -108,15 +116,21 @@ class FrozenProbe(EncoderEvaluation):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(s.seed, "head"))
             first = self.head(encoder, classes)
-        # Heads differ in the learning rate alone.
-        heads = [first, *(deepcopy(first) for _ in s.base_lr[1:])]
+        # Heads differ in the learning rate and the decay alone.
+        grid = list(itertools.product(s.base_lr, self.decays()))
+        heads = [first, *(deepcopy(first) for _ in grid[1:])]
         size = global_batch(s, len(split(train, s)[0]), accelerator.num_processes)
         data = augmented(encoder.data, s, size)
         task = ProbeTask(self, encoder, heads, train, data, accelerator, precision)
         schedule = task.schedule(s.base_lr[0])
         groups: list[dict[str, object]] = [
-            {"params": list(head.parameters()), "lr_scale": lr / s.base_lr[0], "lr": schedule.peak}
-            for head, lr in zip(heads, s.base_lr, strict=True)
+            {
+                "params": list(head.parameters()),
+                "lr_scale": lr / s.base_lr[0],
+                "lr": schedule.peak,
+                "weight_decay": decay,
+            }
+            for head, (lr, decay) in zip(heads, grid, strict=True)
         ]
         state = state_file(folder, s, s.name)
         label, identity = f"{s.name} {encoder.name}", identity_of(encoder, precision)
@@ -126,7 +140,9 @@ class FrozenProbe(EncoderEvaluation):
             state.unlink(missing_ok=True)
         more = dict(best.numbers("accuracy"))
         if len(s.base_lr) > 1:
-            more["chosen_base_lr"] = s.base_lr[best.head]
+            more["chosen_base_lr"] = grid[best.head][0]
+        if len(self.decays()) > 1:
+            more["chosen_weight_decay"] = grid[best.head][1]
         return measured(found, best.head, classes, more)
 
 

@@ -1,14 +1,14 @@
 """MAE's linear probe: batch norm without weights, LARS, augmentation, 90 epochs.
 
 The protocol of He et al. 2022 (https://arxiv.org/abs/2111.06377, table 10), from timm's LARS. MAE
-reads the class token by default (``pool: cls``), takes batches of 16,384 images and reports the
-best epoch on the test images; here the epoch is chosen on a split of train.
+reads the class token by default (``pool: cls``), takes batches of 16,384 images and trains on all
+of train; here the epoch is chosen on a split of train unless ``held_out`` is 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from timm.optim import Lars
@@ -34,6 +34,8 @@ class LinearMaeSettings(FrozenSettings):
     """Images a step, over all processes; MAE's is 16384."""
     warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up, at most half of all."""
+    crop_fit: Literal["redraw", "clamp"] = field(default="clamp", metadata={"before": "redraw"})
+    """As data.crop_fit; MAE's cuts a random crop to its image."""
     momentum: BelowOne = 0.9
     """Of LARS."""
 

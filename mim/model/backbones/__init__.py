@@ -18,6 +18,7 @@ from mim.model.backbones.build import (
     sincos_position_embedding,
     supports_split,
 )
+from mim.model.backbones.capi import CapiFamily
 from mim.model.backbones.family import (
     FAMILIES,
     UNIT,
@@ -38,6 +39,7 @@ from mim.model.backbones.swin import Swin
 __all__ = [
     "FAMILIES",
     "UNIT",
+    "CapiFamily",
     "Embedded",
     "Family",
     "HieraFamily",

@@ -127,7 +127,8 @@ def build_backbone(
         except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             if "unexpected keyword argument 'img_size'" in str(error):
                 names = ", ".join(kind.__name__ for kind in FAMILIES)
-                reason = f"takes images of any size; the regimes need one of timm's {names}"
+                reason = "takes images of any size and, like every CNN, has no patches to hide; "
+                reason += f"the regimes need one of timm's {names}"
                 raise setting_error(setting_name, model.backbone, reason) from error
             given = {"backbone": model.backbone, **args}
             raise setting_error(setting_args, given, f"is refused by timm: {error}") from error
@@ -154,6 +155,10 @@ def build_backbone(
         raise setting_error("data.image_size", f"{size[0]} x {size[1]}", reason)
     if getattr(vit, "attn_pool", None) is not None:
         vit.reset_classifier(0, "token" if family.has_class_token else "avg")
+    if model.init == "mae" and not pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "backbone.init"))
+            init_as_mae(vit)
     if model.position_embedding == "sincos2d":
         if not family.takes_fixed_positions or vit.pos_embed is None or family.width % 4:
             reason = "needs a ViT with a position embedding and a width divisible by 4, "
@@ -164,6 +169,25 @@ def build_backbone(
         vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
     set_norm_eps(vit, model.norm_eps)
     return vit
+
+
+def init_as_mae(vit: nn.Module) -> None:
+    """Initialise an encoder as MAE does (He et al. 2021, arXiv:2111.06377, appendix A).
+
+    The bias of a convolution that embeds patches stays as torch makes it, as in MAE.
+    """
+    for part in vit.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            part.reset_parameters()
+        elif isinstance(part, nn.Conv2d) and part.groups == 1:
+            nn.init.xavier_uniform_(part.weight.data.view(len(part.weight), -1))
+    for name, token in vit.named_parameters():
+        if name.endswith(("cls_token", "reg_token")):
+            nn.init.normal_(token, std=0.02)
 
 
 def check_arguments(args: Mapping[str, Any], setting: str) -> dict[str, Any]:

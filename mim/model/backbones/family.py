@@ -74,6 +74,8 @@ class Family(ABC):
     """Whether several images may stand in one sequence."""
     takes_fixed_positions: bool = False
     """Whether its position embedding can be replaced by fixed sines and cosines."""
+    prefix_on_border: bool = False
+    """Whether prefix tokens have places on the border of the image."""
 
     def __init__(self, vit: Any) -> None:
         self.vit = vit
@@ -176,6 +178,13 @@ class Family(ABC):
         """:meth:`place` for the (B, N, D) of :meth:`embed_patches`, each image on its own grid."""
         raise NotImplementedError(f"{self.kind} takes images of one size")  # see takes_sizes
 
+    def frame(self, embedded: Embedded, is_visible: Tensor) -> Embedded:
+        """Place prefix tokens by the patches, (B, N) bool, that are visible, if they have places.
+
+        All patches are there; a regime that keeps hidden ones from being read calls this.
+        """
+        return embedded
+
     def take(self, embedded: Embedded, ids: Tensor, valid: Tensor | None = None) -> Embedded:
         """Leave prefix tokens and the patches ``ids`` (B, T), each with its rotation.
 
@@ -219,6 +228,10 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{self.kind} does not show its attention")
 
+    def mlp_output(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        """What the MLP of a block whose input is ``x`` gives, (B, L, D); only where it splits."""
+        raise NotImplementedError(f"{self.kind} does not show its MLPs")
+
     def before_blocks(self, tokens: Tensor) -> Tensor:
         """Apply what stands between the positions and the first block."""
         return tokens
@@ -251,9 +264,9 @@ def family_of(vit: nn.Module) -> Family:
     Raises:
         TypeError: if it belongs to none; :func:`mim.model.backbones.build_backbone` tells users.
     """
-    for kind, family in FAMILIES.items():
-        if isinstance(vit, kind):
-            return family(vit)
+    for kind in type(vit).__mro__:
+        if kind in FAMILIES:
+            return FAMILIES[kind](vit)
     names = ", ".join(kind.__name__ for kind in FAMILIES)
     raise TypeError(f"a {type(vit).__name__} is none of {names}")
 

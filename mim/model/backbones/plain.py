@@ -100,6 +100,11 @@ class PlainViT(Transformer):
         scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
+    def mlp_output(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        block = self.vit.blocks[index]
+        x = x + block.ls1(block.attn(block.norm1(x), attn_mask=embedded.bias))
+        return block.mlp(block.norm2(x))
+
     def classifier_args(self, mean: bool) -> dict[str, Any]:
         # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"

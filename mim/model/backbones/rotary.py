@@ -65,6 +65,11 @@ class RotaryViT(Transformer):
         scores = q @ k.transpose(-2, -1) * block.attn.scale
         return (scores if embedded.bias is None else scores + embedded.bias).softmax(dim=-1)
 
+    def mlp_output(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        block, rotation = self.vit.blocks[index], self._rotation(index, embedded)
+        attended = block.attn(block.norm1(x), rope=rotation, attn_mask=embedded.bias)
+        return block.mlp(block.norm2(x + _scaled(attended, block.gamma_1)))
+
     def classifier_args(self, mean: bool) -> dict[str, Any]:
         # With the mean a norm follows the pooling, as in MAE.
         normed = mean or type(self.vit.fc_norm).__name__ != "Identity"
@@ -74,7 +79,7 @@ class RotaryViT(Transformer):
 def _few_keys(
     block: Any, x: Tensor, rotation: Tensor | None, num_keys: int, bias: Tensor | None
 ) -> Tensor:
-    attended = _attend_few_keys(block.attn, block.norm1(x), rotation, num_keys, bias)
+    attended = attend_few_keys(block.attn, block.norm1(x), rotation, num_keys, bias)
     x = x + block.drop_path1(_scaled(attended, block.gamma_1))
     return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
 
@@ -117,7 +122,7 @@ def _turn(attn: Any, x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([prefix, patches], dim=2)
 
 
-def _attend_few_keys(
+def attend_few_keys(
     attn: Any, x: Tensor, rotation: Tensor | None, num_keys: int, bias: Tensor | None
 ) -> Tensor:
     """timm's attention with keys and values of the first ``num_keys`` tokens only."""

@@ -7,6 +7,8 @@ from mim.model.targets.base import (
     build_target,
     per_image_loss,
 )
+from mim.model.targets.clusters import Clusters
+from mim.model.targets.codes import Codes
 from mim.model.targets.features import EmaFeatures, FrozenFeatures
 from mim.model.targets.frequency import Frequency
 from mim.model.targets.hog import Hog
@@ -15,6 +17,8 @@ from mim.model.teacher import Teacher
 
 __all__ = [
     "TARGETS",
+    "Clusters",
+    "Codes",
     "EmaFeatures",
     "Frequency",
     "FrozenFeatures",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mim.core.config import TargetConfig
 from mim.core.patches import Images, values_at
 from mim.core.registry import Registry
+from mim.core.rng import seed_of
 from mim.masks import PatchMask
 from mim.model.teacher import Teacher
 from mim.model.terms import WithTerms
@@ -31,6 +32,11 @@ class TargetContext:
     """D, of the encoder's tokens."""
     depth: int
     """Number of blocks of the encoder."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel on the scale 0 to 1, where the settings give it; likewise ``std``."""
+    std: tuple[float, ...] | None = None
+    has_class_token: bool = False
+    """Of the encoder."""
     loss: str = "auto"
     smooth_l1_beta: float = 2.0
     loss_on: str = "masked"
@@ -51,10 +57,14 @@ class Target(WithTerms, nn.Module, ABC):
     """As registered."""
     needs_teacher: ClassVar[bool] = False
     """Whether :meth:`forward` must be given a teacher."""
+    needs_mlps: bool = False
+    """Whether the teacher must show the output of its MLPs."""
     shows_pixels: ClassVar[bool] = False
     """Whether a prediction holds an image, so that :meth:`to_pixels` shows it."""
     takes_sizes: ClassVar[bool] = False
     """Whether image sizes may differ (:class:`mim.core.patches.Patches`)."""
+    reads_batch: ClassVar[bool] = False
+    """Whether, in training, the target of an image depends on the others of its batch."""
     own_loss: ClassVar[str] = "mse"
     """The loss of ``model.target.loss: auto``."""
     dim: int
@@ -72,6 +82,10 @@ class Target(WithTerms, nn.Module, ABC):
     def at(self, images: Images, ids: Tensor, teacher: Teacher | None = None) -> Tensor:
         """Compute (B, M, dim) at the patches ``ids`` (B, M) int64, and the rest only if need be."""
         return values_at(self(images, teacher), ids)
+
+    def build_head(self, width: int) -> nn.Module | None:
+        """Build what a decoder ends in, given its width; None leaves its linear map."""
+        return None
 
     def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
         """Show a prediction (B, N, dim) as patches of pixels (B, N, P), normalised as the images.
@@ -118,7 +132,16 @@ class Target(WithTerms, nn.Module, ABC):
         return each.mean(dim=-1)
 
 
-TARGETS: Registry[type[Target]] = Registry("model.target.name", TargetConfig)
+TARGETS: Registry[type[Target]] = Registry(
+    "model.target.name",
+    TargetConfig,
+    {
+        "mae": "normalized_pixels",
+        "maskfeat": "hog",
+        "simmim": "pixels",
+        "norm_pix": "normalized_pixels",
+    },
+)
 
 
 @torch.no_grad()
@@ -151,8 +174,8 @@ def per_image_loss(distance: Tensor, valid: Tensor | None) -> Tensor:
     return counted.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
 
 
-def build_target(config: TargetConfig, context: TargetContext) -> Target:
-    """Build the target that ``config`` names.
+def build_target(config: TargetConfig, context: TargetContext, seed: int = 0) -> Target:
+    """Build the target that ``config`` names; weights that it learns follow from ``seed`` alone.
 
     Raises:
         UserError: if the name is unknown, or the target does not fit ``context``.
@@ -160,4 +183,6 @@ def build_target(config: TargetConfig, context: TargetContext) -> Target:
     context = replace(
         context, loss=config.loss, smooth_l1_beta=config.smooth_l1_beta, loss_on=config.loss_on
     )
-    return TARGETS.get(config.name)(TARGETS.chosen(config, config.name), context)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "target"))
+        return TARGETS.get(config.name)(TARGETS.chosen(config, config.name), context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,24 @@ from torch import Tensor
 
 from mim.core.config import ModelConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.fields import Count, Settings
+from mim.core.fields import Count, NonNegative, Settings
 from mim.core.rng import seed_of
 from mim.model.backbones import build_backbone, family_of, grid_of, load_weights
 from mim.model.targets.base import TARGETS, Target, TargetContext
 from mim.model.teacher import Teacher
+from mim.model.terms import Forward
 
 
 def _normalized(tokens: Tensor) -> Tensor:
     """Layer norm without weights, in float32 at least."""
     tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
     return F.layer_norm(tokens, tokens.shape[-1:])
+
+
+def _instance_normalized(tokens: Tensor) -> Tensor:
+    """Normalise each channel of (B, N, D) over the tokens, without weights, in float32 at least."""
+    tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
+    return F.instance_norm(tokens.transpose(1, 2)).transpose(1, 2)
 
 
 def _weights_file(checkpoint: str) -> Path:
@@ -141,16 +148,28 @@ class EmaFeaturesSettings(Settings):
     12 for images."""
     normalize_mean: bool = True
     """Whether their mean is layer-normalised too, as data2vec does for images."""
+    layers: Literal["block", "mlp"] = "block"
+    """What of a block counts: block (its output) or mlp (its MLP's output before it is added, as in
+    data2vec 2.0)."""
+    normalize: Literal["layer", "instance"] = "layer"
+    """How each is normalised: layer (each token over its channels) or instance (each channel over
+    the tokens of an image, as in data2vec 2.0)."""
+    class_weight: NonNegative = 0.0
+    """Weight of the term class_token: the distance between the encoder's class token and the mean
+    of the target over all patches, a mean over images. data2vec 2.0's cls_loss of 0.01 is summed
+    over the masked images of a GPU, 256 of them for ViT-B, and so is 2.56 here."""
 
 
 @TARGETS.register("ema_features", EmaFeaturesSettings)
 class EmaFeatures(Target):
-    """The mean of the teacher's last blocks, each layer-normalised (data2vec, arXiv:2202.03555).
+    """The mean of the teacher's last blocks, each normalised (data2vec, arXiv:2202.03555).
 
     Patch tokens of the full image after each of the last ``model.target.ema_features.top``
     blocks. Each token is layer-normalised without weights before the mean, so that no block rules
     by its norm, and the mean is normalised too where ``normalize_mean`` is set. data2vec's code
-    for images does both; for speech it normalises over time instead.
+    for images does both; for speech it normalises over time instead. ``layers: mlp`` with
+    ``normalize: instance`` is the target of data2vec 2.0 (arXiv:2212.07525), with all but the first
+    two blocks of 12, and ``mse``; its blocks have the norm behind the residual, timm's before.
     """
 
     needs_teacher = True
@@ -166,11 +185,30 @@ class EmaFeatures(Target):
             raise setting_error("model.target.ema_features.top", top, reason)
         self.top = max(1, depth // 2) if top is None else top
         self.dim = context.width
+        self.needs_mlps = settings.layers == "mlp"
+        if settings.class_weight and not context.has_class_token:
+            reason = "needs a backbone with a class token"
+            raise settings.error("class_weight", reason)
+        self._class_target: Tensor | None = None
 
     @torch.no_grad()
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
         if teacher is None:
             raise ValueError("the target ema_features must be given a teacher")
-        layers = teacher.layers(images)[-self.top :]  # each (B, N, D)
-        mean = torch.stack([_normalized(tokens) for tokens in layers]).mean(dim=0)
-        return _normalized(mean) if self.settings.normalize_mean else mean
+        layers = teacher.mlp_outputs(images) if self.needs_mlps else teacher.layers(images)
+        norm = _normalized if self.settings.normalize == "layer" else _instance_normalized
+        each = [norm(tokens) for tokens in layers[-self.top :]]  # (B, N, D)
+        target = torch.stack(each).mean(dim=0)
+        if self.settings.normalize_mean:
+            target = _normalized(target)
+        if self.training and self.settings.class_weight:
+            self._class_target = target.mean(dim=1)  # (B, D)
+        return target
+
+    def terms(self, forward: Forward) -> dict[str, Tensor]:
+        if not self.settings.class_weight:
+            return {}
+        assert self._class_target is not None
+        wanted, self._class_target = self._class_target, None
+        distance = self.distance(forward.latents.prefix[:, 0], wanted)  # (B,)
+        return {"class_token": distance * self.settings.class_weight}

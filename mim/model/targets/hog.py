@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mim.core.errors import setting_error
-from mim.core.fields import Count, Settings
+from mim.core.fields import Count, Natural, Settings
 from mim.core.patches import patchify
 from mim.model.targets.base import TARGETS, Target, TargetContext
 from mim.model.teacher import Teacher
@@ -51,6 +52,46 @@ def oriented_gradients(images: Tensor, bins: int, cell: int) -> Tensor:
     return torch.stack([histogram(bin_) for bin_ in range(bins)], dim=-1)
 
 
+def sobel_gradients(images: Tensor, bins: int, cell: int, window: Tensor | None = None) -> Tensor:
+    """Compute the histograms of MaskFeat: gradients by Sobel's filters, summed over each cell.
+
+    A direction is the angle from the vertical axis, modulo 180 degrees.
+
+    Args:
+        images: (B, C, H, W) with H and W divisible by the cell.
+        bins: of 180 / bins degrees each.
+        cell: side of a cell in pixels.
+        window: (H, W), multiplies the votes; None leaves them as they are.
+
+    Returns:
+        (B, C, H / cell, W / cell, bins).
+    """
+    channels, (rows, columns) = images.shape[1], (s // cell for s in images.shape[2:])
+    difference = images.new_tensor([1.0, 0.0, -1.0])
+    kernel = torch.outer(images.new_tensor([1.0, 2.0, 1.0]), difference)  # (3, 3)
+    across_down = torch.stack([kernel, kernel.T]).repeat(channels, 1, 1)[:, None]  # (2 C, 1, 3, 3)
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    with torch.autocast(images.device.type, enabled=False):
+        gradient = F.conv2d(padded, across_down, groups=channels).unflatten(1, (-1, 2))
+    across, down = gradient.unbind(2)  # (B, C, H, W)
+    index = (torch.atan2(across, down) / math.pi * bins).floor().long() % bins
+    votes = torch.hypot(across, down)
+    if window is not None:
+        votes = votes * window.to(votes.dtype)
+    counts = votes.new_zeros(*votes.shape[:2], bins, *votes.shape[2:])
+    counts.scatter_(2, index[:, :, None], votes[:, :, None])
+    cells = counts.unflatten(4, (columns, cell)).unflatten(3, (rows, cell)).sum(dim=(4, 6))
+    return cells.movedim(2, -1)
+
+
+def gaussian_window(side: int, rows: int, columns: int) -> Tensor:
+    """Repeat a Gaussian of deviation ``side / 2``, which sums to 1, over (rows, columns) pixels."""
+    place = (torch.arange(side) - (side - 1) / 2) / (side // 2)
+    weight = torch.exp(-0.5 * place.square())
+    window = torch.outer(weight, weight)
+    return (window / window.sum()).repeat(rows // side, columns // side)
+
+
 @dataclass(frozen=True)
 class HogSettings(Settings):
     """Histograms of oriented gradients."""
@@ -61,6 +102,17 @@ class HogSettings(Settings):
     """Side in pixels of the squares that have a histogram each; must divide the patch."""
     normalize: bool = True
     """Whether each histogram is divided by its length, so that contrast does not count."""
+    gradient: Literal["sobel", "central"] = field(default="sobel", metadata={"before": "central"})
+    """sobel (MaskFeat's own features) or central (the difference of two neighbours, and directions
+    from the horizontal axis: Dalal and Triggs, as in scikit-image)."""
+    window: Natural = 0
+    """Side in pixels of a Gaussian that weighs the votes, repeated over the image, with gradient
+    sobel; must divide the image. 16 is that of mmselfsup's MaskFeat; 0, the authors', has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window and self.gradient != "sobel":
+            raise self.error("window", "needs model.target.hog.gradient=sobel")
 
 
 @TARGETS.register("hog", HogSettings)
@@ -69,12 +121,12 @@ class Hog(Target):
 
     The vector of a patch is (cell row, cell column, channel, bin). Where
     ``model.target.hog.normalize`` is set, each histogram is divided by its length, so that
-    contrast does not count; a cell without a gradient stays 0. MaskFeat's code differs in that it
-    smooths the difference across (Sobel) and weighs votes by a Gaussian window over 16 pixels;
-    here they are those of Dalal and Triggs without the window, as in scikit-image.
+    contrast does not count; a cell without a gradient stays 0. ``gradient: sobel`` gives the
+    numbers of MaskFeat's code; ``central`` those of scikit-image.
     """
 
     settings: HogSettings
+    _window: Tensor | None
 
     def __init__(self, settings: HogSettings, context: TargetContext) -> None:
         super().__init__(settings, context)
@@ -85,6 +137,14 @@ class Hog(Target):
         if min(context.image_size) < 2:
             reason = "needs images of at least 2 x 2 pixels"
             raise setting_error("model.target.name", self.name, reason)
+        window: Tensor | None = None
+        if settings.window:
+            if any(side % settings.window for side in context.image_size):
+                shown = " x ".join(map(str, context.image_size))
+                reason = f"does not divide images of {shown} pixels"
+                raise setting_error("model.target.hog.window", settings.window, reason)
+            window = gaussian_window(settings.window, *context.image_size)
+        self.register_buffer("_window", window, persistent=False)
         self.dim = (height // cell) * (width // cell) * context.channels * settings.bins
 
     @torch.no_grad()
@@ -92,9 +152,15 @@ class Hog(Target):
         cell, (height, width) = self.settings.cell, self.context.patch_size
         if images.dtype.itemsize < 4:
             images = images.float()
-        histograms = oriented_gradients(images, self.settings.bins, cell)  # (B, C, h, w, bins)
-        if self.settings.normalize:
-            square = histograms.square().sum(dim=-1, keepdim=True)
-            histograms = histograms / (square + _EPSILON**2).sqrt()
+        bins, normalize = self.settings.bins, self.settings.normalize
+        if self.settings.gradient == "sobel":
+            histograms = sobel_gradients(images, bins, cell, self._window)  # (B, C, h, w, bins)
+            if normalize:
+                histograms = F.normalize(histograms, dim=-1)
+        else:
+            histograms = oriented_gradients(images, bins, cell)
+            if normalize:
+                square = histograms.square().sum(dim=-1, keepdim=True)
+                histograms = histograms / (square + _EPSILON**2).sqrt()
         maps = histograms.movedim(-1, 2).flatten(1, 2)  # (B, C * bins, h, w)
         return patchify(maps, (height // cell, width // cell))

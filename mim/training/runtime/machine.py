@@ -18,18 +18,20 @@ _OPERATION = re.compile(r"(\S+(?: with \S+)?) does not have a deterministic impl
 
 
 def pick_device(name: str | None, setting: str = "--device") -> str:
-    """Checks that a device can be used; None takes a GPU where there is one.
+    """Checks that a device can be used; None and auto take a GPU where there is one.
 
     Raises:
         UserError: if it cannot.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
+    if name is None or name == "auto":
         return "cuda" if gpus else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise setting_error(setting, name, "is no device; choose cpu, cuda or cuda:0") from error
+        raise setting_error(
+            setting, name, "is no device; choose auto, cpu, cuda, cuda:1 or mps"
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= gpus:
         there = f"torch {torch.__version__} sees {gpus} GPUs here" if gpus else "torch sees no GPU"
         raise setting_error(setting, name, f"is not there: {there}; choose cpu")
@@ -39,6 +41,32 @@ def pick_device(name: str | None, setting: str = "--device") -> str:
         reason = str(error).strip().splitlines()[0][:120]
         raise setting_error(setting, name, f"cannot be used: {reason}; choose cpu") from error
     return name
+
+
+def settle(device: torch.device | str) -> torch.device:
+    """Makes a GPU that is named by its number the one that Accelerate takes.
+
+    Accelerate takes the current one, where no launcher gives each process its own.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_processes(started: int) -> None:
+    """Checks that the processes of a launcher found each other.
+
+    Raises:
+        UserError: if each of them would work alone, on the same files.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != wanted:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise UserError(
+            f"{wanted} processes were launched for GPUs (--multi_gpu), and torch sees {gpus} here: "
+            "on a CPU launch them by accelerate launch --cpu --num_processes N"
+        )
 
 
 def refused_precision(precision: str, error: Exception) -> UserError:

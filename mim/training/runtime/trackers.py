@@ -157,7 +157,7 @@ def _note_failure(
     name: str,
     error: BaseException,
     loses: str = "gets nothing more of this run",
-    then: str = "; training goes on",
+    then: str = "; training continues",
 ) -> None:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     cause = " ".join(reason.split())[:200] or type(error).__name__

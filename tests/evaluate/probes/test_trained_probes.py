@@ -29,6 +29,7 @@ from mim.evaluate import (
 )
 from mim.evaluate.probes.attentive import AttentivePool
 from mim.evaluate.probes.linear_grid import descend
+from mim.evaluate.training import split
 from mim.model.standardize import Standardize
 
 ARGS = {"patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -229,6 +230,44 @@ def test_the_grid_chooses_on_train(seeing: Encoder) -> None:
     assert LinearGrid(replace(settings, draws=2)).run(train, wrong)["chosen_lr"] == 1.0
 
 
+def test_nothing_held_out_trains_on_all_and_measures_the_last_epoch(encoder: Encoder) -> None:
+    images = {
+        "all": replace(MAE, held_out=0.0, fraction=1.0),
+        "most": replace(MAE, held_out=0.1, fraction=1.0),
+    }
+    train = open_source(DATA, "train")
+    counts = {name: [len(p) for p in split(train, s)] for name, s in images.items()}
+    assert counts["all"] == [len(train), 0] and counts["most"][0] < len(train)
+    numbers = evaluate(encoder, {"linear_mae": {"held_out": 0.0, "epochs": 2, "fraction": 0.1}})
+    found = numbers["linear_mae"]
+    assert found["chosen_epoch"] == 2 and found["chosen_last"] == 1
+    assert "chosen_accuracy" not in found and 0 < found["accuracy"] < 1
+
+
+def test_capis_head_and_its_grid(encoder: Encoder) -> None:
+    torch.manual_seed(0)
+    pool = AttentivePool(128, 2, 4, "capi")
+    names = {name for name, _ in pool.named_parameters()}
+    assert {"key.bias", "value.bias"} < names and not any(n.startswith("norm") for n in names)
+    assert float(pool.key.bias.detach().abs().sum()) == 0
+    assert float(pool.value.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    tokens = torch.randn(1, 7, 128)
+    shifted = pool(tokens + 5)  # nothing standardises: the mean of tokens reaches the logits
+    assert not torch.allclose(shifted, pool(tokens), atol=1e-3)
+    capi = Attentive(replace(ATTENTIVE, form="capi", decays=(5e-4, 5e-2)))
+    assert capi.decays() == (5e-4, 5e-2)
+    group = {"params": list(pool.parameters()), "weight_decay": 0.3, "lr_scale": 1.0}
+    optimizer = capi.optimizer([group])
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(names)
+    for name, parameter in pool.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") else 0.3), name
+    assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.95)}
+    given = {"form": "capi", "base_lr": [1e-3, 3e-2], "decays": [5e-4, 5e-2], "epochs": 1}
+    found = evaluate(encoder, {"attentive": {**given, "fraction": 0.1}})["attentive"]
+    assert found["chosen_base_lr"] in (1e-3, 3e-2) and found["chosen_weight_decay"] in (5e-4, 5e-2)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -236,7 +275,8 @@ def test_the_grid_chooses_on_train(seeing: Encoder) -> None:
         ("linear_mae", {"momentum": 1.0}, r"linear_mae\.momentum: 1\.0 must be at least 0"),
         ("attentive", {"pool": "cls"}, r"attentive\.pool: 'cls' is not one of both, mean"),
         ("attentive", {"heads": 3}, r"attentive\.heads: 3 does not divide .* width, 16"),
-        ("attentive", {"held_out": 0.0}, r"attentive\.held_out: 0\.0 must lie between"),
+        ("attentive", {"held_out": 1.0}, r"attentive\.held_out: 1\.0 must be at least 0 and below"),
+        ("attentive", {"held_out": 0.0}, r"attentive\.held_out: 0\.0 needs one base_lr and one"),
         ("attentive", {"base_lr": [1e30], "epochs": 2}, r"base_lr: .* loss is nan in"),
         ("linear_grid", {"lr": []}, r"linear_grid\.lr: \(\) must not be empty"),
         ("linear_grid", {"weight_decay": [-1]}, r"linear_grid\.weight_decay: .* at least 0"),

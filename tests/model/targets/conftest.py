@@ -41,9 +41,11 @@ def make() -> Make:
         *,
         width: int = 12,
         depth: int = 4,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         **settings: Any,
     ) -> Target:
-        context = TargetContext(patch, channels, grid, width, depth)
+        context = TargetContext(patch, channels, grid, width, depth, mean, std)
         return build_target(TargetConfig(name=name, **settings), context)
 
     return build

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import sobel
 from skimage.feature import hog
 from torch import Tensor
 
@@ -22,7 +23,7 @@ Make = Callable[..., Target]
 
 @pytest.mark.parametrize(("bins", "cell"), [(9, 4), (6, 2), (9, 8), (4, 1)])
 def test_it_is_the_hog_of_scikit_image(bins: int, cell: int, make: Make, images_of: Any) -> None:
-    target = make("hog", (8, 16), 3, (4, 3), hog=HogConfig(bins, cell))
+    target = make("hog", (8, 16), 3, (4, 3), hog=HogConfig(bins, cell, gradient="central"))
     images = images_of(target)
     images = torch.nn.functional.avg_pool2d(images, 3, 1, 1)  # neighbours alike, as in images
     rows, columns = 32 // cell, 48 // cell
@@ -79,9 +80,15 @@ def test_each_pixel_votes_in_its_own_cell_with_its_length() -> None:
     assert torch.equal(got, expected)
 
 
-def test_contrast_counts_only_without_normalisation(make: Make, images_of: Any) -> None:
-    scaled = make("hog", (8, 8), 3, hog=HogConfig())
-    plain = make("hog", (8, 8), 3, hog=HogConfig(normalize=False))
+GRADIENTS = pytest.mark.parametrize("gradient", ["sobel", "central"])
+
+
+@GRADIENTS
+def test_contrast_counts_only_without_normalisation(
+    gradient: Any, make: Make, images_of: Any
+) -> None:
+    scaled = make("hog", (8, 8), 3, hog=HogConfig(gradient=gradient))
+    plain = make("hog", (8, 8), 3, hog=HogConfig(normalize=False, gradient=gradient))
     images = images_of(scaled)
     torch.testing.assert_close(scaled(images * 5 + 2), scaled(images), rtol=0, atol=1e-6)
     torch.testing.assert_close(plain(images * 5 + 2), plain(images) * 5, rtol=1e-9, atol=0)
@@ -89,12 +96,48 @@ def test_contrast_counts_only_without_normalisation(make: Make, images_of: Any) 
     torch.testing.assert_close(lengths, torch.ones(2, 4, 3).double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("bins", "cell", "window"), [(9, 8, 0), (9, 4, 16), (5, 2, 8)])
+def test_it_is_the_hog_of_maskfeat(
+    bins: int, cell: int, window: int, make: Make, images_of: Any
+) -> None:
+    target = make("hog", (8, 16), 2, (4, 3), hog=HogConfig(bins, cell, window=window)).double()
+    images = images_of(target)
+    rows, columns = 32 // cell, 48 // cell
+    maps = unpatchify(target(images), (8 // cell, 16 // cell), (4, 3))
+    got = maps.reshape(4, bins, rows, columns).permute(0, 2, 3, 1).numpy()
+    expected = np.zeros_like(got)
+    for channel, image in enumerate(images.flatten(0, 1).numpy()):
+        across, down = (sobel(image, axis, mode="mirror") for axis in (1, 0))
+        bin_ = np.floor(np.degrees(np.arctan2(across, down)) % 180 / (180 / bins)).astype(int)
+        length = np.sqrt(across**2 + down**2)
+        for y, x in np.ndindex(*image.shape):
+            weight = 1.0
+            if window:  # a Gaussian of half the window's side, around its middle
+                off = [(place % window) - (window - 1) / 2 for place in (y, x)]
+                weight = np.exp(-(off[0] ** 2 + off[1] ** 2) / (2 * (window / 2) ** 2))
+            expected[channel, y // cell, x // cell, bin_[y, x]] += weight * length[y, x]
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-7)
+
+
+def test_a_new_run_has_the_hog_of_maskfeat() -> None:
+    assert HogConfig().gradient == "sobel" and HogConfig().window == 0
+
+
+def test_a_window_that_does_not_fit_is_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"model\.target\.hog\.window: 16 needs .*sobel"):
+        HogConfig(window=16, gradient="central")
+    with pytest.raises(UserError, match=r"model\.target\.hog\.window: 16 does not divide .* 8 x 8"):
+        make("hog", (8, 8), grid=(1, 1), hog=HogConfig(window=16))
+
+
 def test_a_flat_image_has_no_direction(make: Make) -> None:
     assert make("hog", (8, 8))(torch.full((1, 1, 16, 16), 3.0)).abs().max() == 0
 
 
-def test_a_patch_holds_its_own_cells_only(make: Make, images_of: Any) -> None:
-    target = make("hog", (4, 8), 2, (3, 2), hog=HogConfig(bins=5, cell=2))
+@GRADIENTS
+def test_a_patch_holds_its_own_cells_only(gradient: Any, make: Make, images_of: Any) -> None:
+    target = make("hog", (4, 8), 2, (3, 2), hog=HogConfig(5, 2, gradient=gradient))
     images = images_of(target, 1)
     assert target.dim == 2 * 4 * 2 * 5
     before = target(images)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mim.core.config import LowPassConfig
-from mim.core.patches import unpatchify
+from mim.core.errors import UserError
+from mim.core.patches import patchify, unpatchify
 from mim.model.targets import Target
 
 Make = Callable[..., Target]
@@ -145,3 +146,28 @@ def test_low_pass_patches_may_be_normalised(make: Make, images_of: Any) -> None:
     torch.testing.assert_close(got.mean(-1), torch.zeros(2, 4).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(got.var(-1), torch.ones(2, 4).double(), rtol=0, atol=1e-3)
     torch.testing.assert_close(target.to_pixels(got, images), plain(images), **TIGHT)
+
+
+@pytest.mark.parametrize("is_normalized", [False, True])
+def test_the_fourier_form_is_pixmims(is_normalized: bool, make: Make, images_of: Any) -> None:
+    """An ideal disk around the middle of the shifted spectrum, on the scale 0 to 1."""
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    settings = LowPassConfig(4 / 8, normalize=is_normalized, transform="fourier")
+    target = make("low_pass", (4, 4), 3, (4, 6), mean=mean, std=std, low_pass=settings).double()
+    images = images_of(target) / 3
+    scale, shift = np.array(std)[:, None, None], np.array(mean)[:, None, None]
+    spectrum = np.fft.fftshift(np.fft.fft2(images.numpy() * scale + shift), axes=(-2, -1))
+    for row, column in np.ndindex(16, 24):
+        if (row - 7.5) ** 2 + (column - 11.5) ** 2 > 4**2:
+            spectrum[..., row, column] = 0
+    low = (np.abs(np.fft.ifft2(spectrum)) - shift) / scale
+    expected = patchify(torch.from_numpy(low), (4, 4))
+    if is_normalized:
+        mean_, var = expected.mean(-1, keepdim=True), expected.var(-1, keepdim=True)
+        expected = (expected - mean_) / (var + 1e-6).sqrt()
+    torch.testing.assert_close(target(images), expected, rtol=0, atol=1e-10)
+
+
+def test_the_fourier_form_needs_the_scale_of_pixels(make: Make) -> None:
+    with pytest.raises(UserError, match=r"low_pass\.transform: 'fourier' needs data\.mean and"):
+        make("low_pass", (4, 4), low_pass=LowPassConfig(transform="fourier"))

@@ -1,0 +1,209 @@
+"""Where a step of pre-training would lose its time on a GPU, from what it computes and moves.
+
+Every operation of a real step is seen on the CPU, at two batch sizes, and its floating-point
+operations and bytes are continued to the batch that was asked for. An operation takes as long as
+the slower of the two: the arithmetic at the machine's rate of matrix products, or the traffic at
+the rate of its memory (Williams, Waterman and Patterson 2009, "Roofline"). Launches, communication
+and the loader are left out, so that the times are lower bounds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mim.compare.cost.step import with_regime
+from mim.core.config import Config
+from mim.core.rng import image_keys
+from mim.training.runtime.precision import autocast, model_on
+
+SEEN = (2, 3)  # images of the steps that are watched
+OPTIMISER = "optimiser"
+PARTS = ("products", "attention", "norms", "moves of tokens", "casts", "pointwise", OPTIMISER)
+FUSED = ("casts", "pointwise")  # a compiler lets them ride along with what makes their input
+_KINDS = {
+    "attention": ("scaled_dot_product",),
+    "norms": ("layer_norm", "native_layer_norm_backward"),
+    "moves of tokens": ("gather", "scatter", "index", "cat", "constant_pad", "select_backward"),
+    "casts": ("_to_copy", "clone", "copy_"),
+}
+_ADAMW_BYTES = 28  # a weight: reads it, its gradient and two moments, writes three of them
+
+
+@dataclass(frozen=True)
+class Card:
+    """The rates of a GPU; by default the nominal ones of an H200 in bfloat16."""
+
+    tflops: float = 989.0
+    """Matrix products, 10^12 operations a second."""
+    terabytes: float = 4.8
+    """Memory, 10^12 bytes a second."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation computes and moves."""
+
+    part: str
+    flops: float
+    bytes: float
+
+    def seconds(self, card: Card) -> float:
+        return max(self.flops / card.tflops, self.bytes / card.terabytes) / 1e12
+
+    def waits_for_memory(self, card: Card) -> bool:
+        return self.bytes / card.terabytes > self.flops / card.tflops
+
+
+class _Watch(TorchDispatchMode):
+    """Notes each operation that computes or copies; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        aliases = [item.alias_info for item in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            count = flop_registry.get(func.overloadpacket)
+            flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=found)
+            tensors = [*tree_leaves((args, kwargs or {})), *tree_leaves(found)]
+            self.seen.append(Operation(_part(func, flops), flops, _bytes(tensors)))
+        return found
+
+
+def _part(func: Any, flops: float) -> str:
+    name = func._schema.name.split("::")[-1]
+    for part, words in _KINDS.items():
+        if any(word in name for word in words):
+            return part
+    return "products" if flops else "pointwise"
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Returns the bytes of different tensors; one that is read and written counts once."""
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def operations(config: Config, images: int) -> list[Operation]:
+    """Returns the operations of one step, those of AdamW as one.
+
+    Args:
+        config: of pre-training, with its regime and precision.
+        images: in the batch.
+    """
+    device = torch.device("cpu")
+    config = replace(config, train=replace(config.train, attention="fused", linear="torch"))
+    model = model_on(config, device).train()
+    size = config.data.image_size
+    noise = torch.randn(images, config.data.channels, size, size)
+    ids = torch.arange(images)
+    mask = model.draw_mask(noise, image_keys(0, 0, ids), epoch=0, sample_ids=ids)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _Watch() as watch:
+        with autocast(config.train.precision, device):
+            loss = model(noise, mask).loss
+        loss.backward()
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [*watch.seen, Operation(OPTIMISER, 0, _ADAMW_BYTES * weights)]
+
+
+def at_batch(few: list[Operation], more: list[Operation], batch: int) -> list[Operation]:
+    """Continues the figures of two batch sizes, which grow by straight lines, to a third.
+
+    Raises:
+        ValueError: if the two steps do not take the same operations.
+    """
+    if [item.part for item in few] != [item.part for item in more]:
+        raise ValueError("the steps of the two batch sizes take different operations")
+    times = (batch - SEEN[0]) / (SEEN[1] - SEEN[0])
+    return [
+        replace(a, flops=a.flops + times * (b.flops - a.flops),
+                bytes=a.bytes + times * (b.bytes - a.bytes))
+        for a, b in zip(few, more, strict=True)
+    ]  # fmt: skip
+
+
+def roofline(configs: dict[str, Config], regimes: Iterable[str], card: Card) -> dict[str, Any]:
+    """Predicts the parts of a step of each config under each regime.
+
+    Returns:
+        ``card``, and ``rows`` with ``name``, ``batch``, ``seconds`` by part, ``memory`` (the share
+        of the time in operations that wait for memory), ``mfu`` (arithmetic over the whole step at
+        the card's rate), and ``fused``: the same of a step whose casts and pointwise operations
+        cost nothing.
+    """
+    rows = []
+    for name, base in configs.items():
+        for regime in regimes:
+            config = with_regime(base, regime)
+            few, more = (operations(config, images) for images in SEEN)
+            step = at_batch(few, more, config.data.batch_size)
+            rows.append(
+                {"name": name, "regime": regime, "batch": config.data.batch_size} | _row(step, card)
+            )
+    return {"card": {"tflops": card.tflops, "terabytes": card.terabytes}, "rows": rows}
+
+
+def _row(step: list[Operation], card: Card) -> dict[str, Any]:
+    seconds: dict[str, float] = defaultdict(float)
+    for item in step:
+        seconds[item.part] += item.seconds(card)
+    whole = sum(seconds.values())
+    memory = sum(item.seconds(card) for item in step if item.waits_for_memory(card))
+    arithmetic = sum(item.flops for item in step) / card.tflops / 1e12
+    fused = whole - sum(seconds[part] for part in FUSED)
+    return {
+        "seconds": dict(seconds),
+        "memory": memory / whole,
+        "mfu": arithmetic / whole,
+        "fused": {"seconds": fused, "mfu": arithmetic / fused},
+    }
+
+
+def format_roofline(figures: dict[str, Any]) -> str:
+    """Returns a Markdown table: milliseconds by part, and what a compiler can take away."""
+    card = figures["card"]
+    lines = [
+        f"Lower bounds at {card['tflops']:g} TFLOP/s and {card['terabytes']:g} TB/s, in ms a step.",
+        "",
+        "| model | regime | batch | " + " | ".join(PARTS) + " | step | bound by memory | MFU "
+        "| step, fused | MFU, fused |",
+        "| --- | --- |" + " ---: |" * (len(PARTS) + 6),
+    ]
+    for row in figures["rows"]:
+        parts = [f"{1e3 * row['seconds'].get(part, 0.0):.1f}" for part in PARTS]
+        cells = [row["name"], row["regime"], str(row["batch"]), *parts]
+        cells += [f"{1e3 * sum(row['seconds'].values()):.1f}", f"{row['memory']:.0%}"]
+        cells += [f"{row['mfu']:.0%}", f"{1e3 * row['fused']['seconds']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['fused']['mfu']:.0%}"]) + " |")
+    return "\n".join(lines)
+
+
+def roofline_figure(figures: dict[str, Any]) -> Figure:
+    """Draws one bar a model and regime, of milliseconds an image by part."""
+    rows = figures["rows"]
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    places, left = np.arange(len(rows))[::-1], np.zeros(len(rows))
+    for part in PARTS:
+        widths = [1e6 * row["seconds"].get(part, 0.0) / row["batch"] for row in rows]
+        axis.barh(places, widths, left=left, label=part, height=0.7)
+        left += np.asarray(widths)
+    axis.set_yticks(places, [f"{row['name']}, {row['regime']}" for row in rows])
+    axis.set_xlabel("microseconds an image, forward, backward and AdamW (lower bound)")
+    axis.legend(frameon=False, fontsize="small", loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
