@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-_TEXTS = ("source", "backbone", "name", "command", "error", "cpu", "device")
-"""Keys of texts whose slash may be no folder's, as in torchvision/CIFAR10."""
+_NAMES = ("source", "backbone", "name", "variant", "cpu", "device")
+"""Keys of names whose slash is no folder's, as in torchvision/CIFAR10."""
+_TEXTS = ("command", "error")
 _URL = r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}[^\s'\"<>|]+"
 _PATH = r"(?:~[\w.-]*|\.{0,2}|[A-Za-z]:)[/\\][^\s'\"<>|:;,)]+"
 _PROSE = re.compile(r"[\n'\"]|: |\s--?\w|.[\s=][A-Za-z][A-Za-z0-9+.-]*://")
@@ -33,7 +34,10 @@ def public(value: Any, apart: Collection[str] = (), key: str = "") -> Any:
         return value
     if value in apart:
         return f"{_name(value)}#{hashlib.sha256(value.encode()).hexdigest()[:4]}"
-    if key in _TEXTS or _PROSE.search(value):
+    last = key.rpartition(".")[2]
+    if last in _NAMES and not _PLACE.match(value):
+        return value
+    if last in _TEXTS or _PROSE.search(value):
         return public_text(value)
     return _name(value) if "/" in value or "\\" in value else value
 

@@ -82,7 +82,7 @@ def _is_loopback(host: str) -> bool:
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    timeout = 30  # seconds for which a thread waits for a client that says nothing
+    timeout = 60  # seconds for which a thread waits for a client that says nothing
 
     def do_GET(self) -> None:
         """Answer with the page, or with its version, which changes when the page does."""

@@ -112,6 +112,10 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "backbone"))
         try:
+            windows = args.get("window_size")
+            for side in windows if isinstance(windows, (list, tuple)) else [windows]:
+                if isinstance(side, int) and side < 1:  # which timm 1.0.28 takes
+                    raise ValueError(f"window_size {side} must be positive")
             vit: Any = create_model(
                 model.backbone,
                 # A check of a config builds on the meta device, and downloads nothing.

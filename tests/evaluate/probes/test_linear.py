@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mim.core.errors import UserError
-from mim.evaluate import Features, Linear, LinearSettings, build_evaluation
+from mim.evaluate import Features, Linear, LinearGrid, LinearSettings, build_evaluation
 from mim.evaluate.base import few_shot_draw, stratified_holdout
 
 QUICK = {"strengths": [0.1, 1e-3], "few_shot_strengths": [1.0, 0.1], "few_shot": [5], "draws": 2}
@@ -154,7 +154,7 @@ def test_many_classes_are_handed_over_with_a_line(
     train, val = digits()
     settings = LinearSettings(few_shot=())
     numbers = Linear(settings).run(train, val)
-    assert numbers == build_evaluation("linear_grid").run(train, val)  # type: ignore[call-arg]
+    assert numbers == LinearGrid().run(train, val)
     assert "10 classes are more than the 9" in capfd.readouterr().err
 
 
