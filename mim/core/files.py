@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import tempfile
@@ -166,7 +169,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: where it cannot be written, with ``path`` as its file name.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # whatever the length of its name
+    # Short, whatever the length of its name.
+    temporary = path.with_name(f".{_home()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    _remove_orphans(path.parent)
     try:
         # Not by tempfile, whose files are the owner's alone: the umask has the say here.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -183,6 +188,35 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _home() -> str:
+    """Tells the machine, and the container, in which a process id means this process."""
+    parts = [platform.node()]
+    for file in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(file) if file.is_symlink() else file.read_text())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _remove_orphans(folder: Path) -> None:
+    """Remove what processes that were killed here were writing in a folder; looks once."""
+    for path in folder.glob(f".{_home()}-*-*.tmp"):
+        process = path.name.split("-")[1]
+        if process.isdecimal() and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mim.core.config import Config
+from mim.core.public import public
 from mim.core.settings import to_dict
 from mim.training import checkpoint
 
@@ -23,14 +24,19 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _settings(config: Config) -> str:
-    """The config as YAML without what only concerns the machine it ran on."""
+_OF_THE_MACHINE = ("path", "val_path", "cache_path", "download", "workers")
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The config without what only concerns the machine it ran on; no path or URL is left."""
     tree = to_dict(config)
     for key in ("output", "resume", "plugins", "log"):
         del tree[key]
-    for key in ("path", "download", "workers"):
-        del tree["data"][key]
-    return yaml.safe_dump(tree, sort_keys=False)
+    for part in (tree["data"], *tree["data"]["mix"]):
+        for key in _OF_THE_MACHINE:
+            part.pop(key, None)
+    found: dict[str, Any] = public(tree)
+    return found
 
 
 def library_line(to: str) -> str:
@@ -55,7 +61,7 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
     if began := result.get("started_from"):
         what["started from"] = f"{began['file']} ({began['family']})"
     if imported:
-        what["imported from"] = f"{Path(imported['file']).name} ({imported['family']})"
+        what["imported from"] = f"{public(imported['file'])} ({imported['family']})"
         what["its SHA-256"] = f"`{imported['sha256']}`"
     images = {
         "source": seen.get("source", data.source),
@@ -87,6 +93,6 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
         "mean and deviation below.",
         f"## Images\n\n{_table(images)}",
         f"## Results\n\n{_table(numbers)}" if numbers else "## Results\n\nNone were measured.",
-        f"## Config\n\n```yaml\n{_settings(config)}```",
+        f"## Config\n\n```yaml\n{yaml.safe_dump(public_config(config), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"

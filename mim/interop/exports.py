@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.settings import to_dict
+from mim.core.public import public
 from mim.evaluate import encoders
-from mim.interop.card import card_text, library_line
+from mim.interop.card import card_text, library_line, public_config
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
     build_backbone,
@@ -88,11 +88,8 @@ class _Job:
 
     def metadata(self) -> dict[str, str]:
         """What a safetensors file says of itself, which is all that ``mim import`` needs."""
-        tree = to_dict(self.config)
-        for key in ("output", "resume", "log", "plugins"):
-            tree.pop(key, None)
-        tree["data"].pop("path", None)
-        return {"backbone": self.config.model.backbone, "mim_config": json.dumps(tree)}
+        config = json.dumps(public_config(self.config))
+        return {"backbone": self.config.model.backbone, "mim_config": config}
 
     def includes_decoder(self) -> bool:
         """Whether the decoder goes with the encoder; by default, where it is one of MAE's.
@@ -151,7 +148,7 @@ def _timm(job: _Job) -> str:
 
 def _timm_usage(job: _Job) -> str:
     model, data = job.config.model, job.config.data
-    extra = {**model.backbone_args, "img_size": data.image_size, "in_chans": data.channels}
+    extra = {**public(model.backbone_args), "img_size": data.image_size, "in_chans": data.channels}
     arguments = ", ".join(f"{key}={value!r}" for key, value in extra.items())
     imports = "import timm\n\n"
     if model.norm_eps is not None:
@@ -219,7 +216,11 @@ def _safetensors(job: _Job) -> str:
 def _mae(job: _Job) -> str:
     job.plain_vit("mae")
     state = _plain(to_mae(job.mae_state() if job.includes_decoder() else job.encoder()))
-    checkpoint.write_atomic(job.output, lambda temporary: torch.save({"model": state}, temporary))
+    content: dict[str, Any] = {"model": state}
+    height, width = job.config.data.size
+    if height != width:  # which readers of this layout cannot see
+        content["args"] = {"input_size": [height, width]}
+    checkpoint.write_atomic(job.output, lambda temporary: torch.save(content, temporary))
     return (
         "import torch\n\n"
         f"state = torch.load({str(job.output)!r}, weights_only=True)['model']  "

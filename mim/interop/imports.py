@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import fit
 from mim.core.files import file_digest
 from mim.core.settings import dotted, flatten, read_mapping, to_dict
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
@@ -26,6 +28,7 @@ from mim.interop.layouts import Converted, convert
 from mim.model import MaskedImageModel, build_model
 from mim.model.backbones import (
     check_arguments,
+    fixed_grid,
     grid_of,
     misfit_of,
     patch_size_of,
@@ -39,6 +42,7 @@ from mim.training.runtime.cost import environment
 from mim.training.settings import load_config
 
 PARTS = ("model", "encoder")
+ACCOUNT = "import.json"
 IMPORTED = "imported"
 """``status`` in the ``result.json`` of a run folder that was imported and not trained on."""
 
@@ -117,11 +121,11 @@ def import_model(
             for source in pieces.pop(target).sources:
                 left_out[source] = "the encoder alone was asked for (--part encoder)"
     state = {target: piece.value for target, piece in pieces.items()}
-    reader = _Reader(weights, found, state, backbone)
     user_settings = {} if config is None else flatten(read_mapping(config))
     user_settings |= dotted(overrides)
     if backbone is not None:
         user_settings["model.backbone"] = backbone
+    reader = _Reader(weights, found, state, backbone, user_settings)
     resolved = load_config(None, reader.config(user_settings))
     model = build_model(resolved).eval()
     own = model.state_dict()
@@ -169,7 +173,12 @@ class _Reader:
     """
 
     def __init__(
-        self, weights: Weights, found: Converted, state: dict[str, Tensor], backbone: str | None
+        self,
+        weights: Weights,
+        found: Converted,
+        state: dict[str, Tensor],
+        backbone: str | None,
+        given: Mapping[str, Any],
     ) -> None:
         self.weights, self.found, self.state = weights, found, state
         # timm's own config.json beside the file names the model and what departs from it.
@@ -189,7 +198,7 @@ class _Reader:
             for name in ("cls_token", "dist_token", "reg_token")
             if f"backbone.{name}" in state
         )
-        self.grid, self.position_prefix = self._grid()
+        self.grid, self.position_prefix = self._grid(self._wanted_grid(given))
 
     def _own_config(self) -> dict[str, Any]:
         """The config that this package's own files carry, flat; empty for others."""
@@ -204,16 +213,38 @@ class _Reader:
     def _stated_grid(self) -> tuple[int, int] | None:
         """The grid by what stands beside the weights: a config, or a script's arguments."""
         size = self.own.get("data.image_size") or self.weights.config.get("image_size")
-        size = size or self.weights.arguments.get("input_size")
-        if size is None:
-            return None
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return self._grid_of(size or self.weights.arguments.get("input_size"))
+
+    def _wanted_grid(self, given: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The grid of the size that the user asks for, which may be that of the file."""
+        size = given.get("data.image_size")
+        return self._grid_of(fit("data.image_size", size, Any) if isinstance(size, str) else size)
+
+    def _grid_of(self, size: Any) -> tuple[int, int] | None:
+        sides = (size, size) if isinstance(size, int) else size
+        is_pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+        if not is_pair or not all(isinstance(side, int) for side in sides):
             return None
         return sides[0] // self.patch[0], sides[1] // self.patch[1]
 
-    def _grid(self) -> tuple[tuple[int, int], int]:
-        """(rows, columns) of the position embeddings, and how many belong to prefix tokens."""
+    def _shown_grid(self) -> tuple[int, int] | None:
+        """The grid that fixed positions, of the encoder or of its decoder, were built for."""
+        for key in ("backbone.pos_embed", "decoder.pos_embed"):
+            table = self.state.get(key)
+            if table is None or table.ndim != 3:
+                continue
+            for prefix in dict.fromkeys((self.prefix, 0)):
+                grid = fixed_grid(table[0, prefix:])
+                if grid is not None:
+                    return grid
+        return None
+
+    def _grid(self, wanted: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
+        """(rows, columns) of the position embeddings, and how many belong to prefix tokens.
+
+        What the positions show counts first, then what stands beside them, then the size that the
+        user wants where it has as many, and at last a square.
+        """
         positions = self.state.get("backbone.pos_embed")
         stated = self._stated_grid()
         if positions is None:
@@ -221,9 +252,22 @@ class _Reader:
         if positions.ndim != 3:
             raise UserError(f"backbone.pos_embed: has {positions.ndim} dimensions instead of 3")
         count = int(positions.shape[1])
-        for prefix in dict.fromkeys((self.prefix, 0)):
-            if stated is not None and stated[0] * stated[1] == count - prefix:
-                return stated, prefix
+        shown = self._shown_grid()
+        for grid in (shown, stated, wanted):
+            for prefix in dict.fromkeys((self.prefix, 0)):
+                if grid is None or grid[0] * grid[1] != count - prefix:
+                    continue
+                if stated not in (None, grid) and math.prod(stated or ()) == count - prefix:
+                    raise UserError(
+                        f"{str(self.weights.path)!r}: its positions are those of {grid[0]} x "
+                        f"{grid[1]} patches, but what stands beside them says {stated}"
+                    )
+                if grid not in (shown, stated):
+                    self.notes.append(
+                        f"learned positions do not show their grid: {grid[0]} x {grid[1]}, that "
+                        "of data.image_size, is taken"
+                    )
+                return grid, prefix
         for prefix in dict.fromkeys((self.prefix, 0)):
             square = square_grid(count - prefix)
             if square is not None:
@@ -586,15 +630,16 @@ def import_run(
         UserError: as :func:`import_model`, and where ``output`` holds a run or cannot be written.
     """
     output = Path(output)
+    # An import that was killed has its account and no result: it is done again.
+    is_half = (output / ACCOUNT).is_file() and not (output / "result.json").exists()
     for name in ("config.yaml", "result.json", "encoder.safetensors"):
-        if (output / name).is_file():
+        if (output / name).is_file() and not is_half:
             raise setting_error("--output", str(output), "already holds a run; choose another")
     imported = import_model(file, overrides, **options)
     config = load_config(None, {**_flat(imported.config), "output": str(output)})
     checkpoint.prepare_folder(output, "--output")
     state = imported.model.state_dict()
     details = {"backbone": config.model.backbone, "source": str(imported.source.name)}
-    checkpoint.write_config(output, config)
     origin = {
         "file": str(imported.source),
         "sha256": file_digest(imported.source),
@@ -602,7 +647,8 @@ def import_run(
         "decoder": imported.has_decoder,
     }
     account = {**origin, **imported.account.to_dict()}
-    checkpoint.write_json_atomic(output / "import.json", account)
+    checkpoint.write_json_atomic(output / ACCOUNT, account)  # first: see is_half
+    checkpoint.write_config(output, config)
     optimizer = build_optimizer(config.optim, imported.model, 0.0)
     counters = {"elapsed": 0.0, "train_seconds": 0.0, "train_loss": float("nan")}
     start = {

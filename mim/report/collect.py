@@ -6,7 +6,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim.core.errors import UserError, setting_error
+from mim.core.public import public, public_text
 from mim.core.settings import flatten
 from mim.report.status import (
     ODD,
@@ -199,11 +200,13 @@ def read_comparison(folder: Path) -> Comparison:
         if inside:
             reason += f"; {', '.join(inside[:3])} {'is one' if len(inside) == 1 else 'are'}"
         raise UserError(f"{folder}: {reason}")
-    content = _read_json(path)
-    names = content.get("runs", [])
+    written = _read_json(path)
+    apart = _twins(written.get("axes", {}))
+    content = public(written, apart)
+    names = written.get("runs", [])
     plans = {item["folder"]: item for item in content.get("planned", [])}
     axes, base = content.get("axes", {}), content.get("base", {})
-    runs = tuple(_read_run(folder / name, base, plans.get(name)) for name in names)
+    runs = tuple(_read_run(folder / name, base, plans.get(name), apart) for name in names)
     labels = axis_labels(without_seed(axes))
     groups = _group([run for run in runs if run.kind == "run"], labels, base)
     references = [
@@ -313,7 +316,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> Run:
+def _twins(axes: Mapping[str, list[Any]]) -> set[str]:
+    """The values of axes that would have the same name without the folders they lie in."""
+    found = set()
+    for values in axes.values():
+        names = [public(value) for value in values]
+        found |= {v for v in values if isinstance(v, str) and names.count(public(v)) > 1}
+    return found
+
+
+def _read_run(
+    folder: Path,
+    base: Mapping[str, Any],
+    plan: Mapping[str, Any] | None = None,
+    apart: Collection[str] = (),
+) -> Run:
     """A run, whatever its files hold: what cannot be read is said in its place."""
     known = plan or {}
     kind = str(known.get("kind", "run"))
@@ -333,10 +350,11 @@ def _read_run(folder: Path, base: Mapping[str, Any], plan: Mapping[str, Any] | N
             progress = read_progress(folder)
             measures = read_measures(result, {}) if result else {}
             status, reason = progress.status, progress.reason
+            reason = public_text(reason)
             return replace(begun, status=status, error=reason, measures=measures, progress=progress)
-        return _with_result(path, result, base)
+        return _with_result(path, public(result, apart), base)
     except ODD as error:
-        return replace(begun, error=why_unreadable(folder, error))
+        return replace(begun, error=public_text(why_unreadable(folder, error)))
 
 
 def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any]) -> Run:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import sys
 import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from mim.core.errors import UserError, setting_error
 from mim.report.collect import read_comparison
@@ -80,6 +82,7 @@ def _is_loopback(host: str) -> bool:
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    timeout = 60  # seconds for which a thread waits for a client that says nothing
 
     def do_GET(self) -> None:
         """Answer with the page, or with its version, which changes when the page does."""
@@ -118,6 +121,11 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.report = report
         self.loopback = _is_loopback(address[0])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves in the middle is no error of the server."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
 
 def report_server(

@@ -345,10 +345,22 @@ def results_csv(comparison: Comparison) -> str:
     return _csv(rows)
 
 
+_NUMBER = re.compile(r"[+-]?[\d.,]+([eE][+-]?\d+)?%?(?=\s|$)")
+_CALL = re.compile(r"[|!]|\w\(")
+
+
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([_no_formula(value) for value in row] for row in rows)
     return buffer.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    """A text that a spreadsheet would compute, with the mark that keeps it one."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    return value if _NUMBER.match(value) and not _CALL.search(value) else f"'{value}"
 
 
 def markdown(table: Table) -> str:

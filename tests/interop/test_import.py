@@ -617,3 +617,34 @@ def test_an_encoder_alone_predicts_nothing(
 def test_to_timm_takes_the_encoder_alone() -> None:
     state = {"backbone.norm.weight": torch.ones(2), "decoder.norm.weight": torch.zeros(2)}
     assert to_timm(state).keys() == {"norm.weight"}
+
+
+def test_an_import_that_was_killed_is_done_again(
+    store: Store, tmp_path: Path, mim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it had written, the same call goes on, and an imported run is still refused."""
+    file = store(fill(mae_shapes()))
+    heads = ["--model.backbone_args.num_heads", "3", "--model.decoder.transformer.heads", "4"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert mim("import", file, "--output", whole, *heads).code == 0
+
+    class Killed(BaseException):
+        """What ends a process in a test."""
+
+    for name in ("write_config", "save_checkpoint", "save_encoder"):
+        with monkeypatch.context() as patch:
+
+            def die(*_: object) -> None:
+                raise Killed
+
+            patch.setattr(f"mim.training.checkpoint.{name}", die)
+            with pytest.raises(Killed):
+                mim("import", file, "--output", half, *heads)
+        assert not (half / "result.json").exists()
+    assert mim("import", file, "--output", half, *heads).code == 0
+    names = [{p.relative_to(run) for p in run.rglob("*")} for run in (whole, half)]
+    assert names[0] == names[1]
+    one, other = (run / "encoder.safetensors" for run in (whole, half))
+    assert one.read_bytes() == other.read_bytes()
+    again = mim("import", file, "--output", half, *heads)
+    assert again.code == 2 and "already holds a run" in again.line

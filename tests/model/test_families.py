@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -488,3 +489,27 @@ def test_what_was_taken_can_be_taken_from_again(name: str) -> None:
     twice = family.take(family.take(whole, first), second)
     assert once.rotation is not None and twice.rotation is not None
     assert torch.equal(once.tokens, twice.tokens) and torch.equal(once.rotation, twice.rotation)
+
+
+@pytest.mark.parametrize("name", ["plain", "Swin", "Hiera"])
+def test_a_run_in_two_parts_is_the_whole_and_keeps_checkpointing(name: str) -> None:
+    if name == "plain":
+        backbone, args, size = "vit_tiny_patch16_224", {**SIMPLE, "depth": 3}, (16, 16)
+    else:
+        backbone, args, size, _ = {**SWINS, **HIERAS}[name]
+    vit = build_backbone(ModelConfig(backbone=backbone, backbone_args=args), size, 3, 0)
+    family = family_of(vit)
+    calls = []
+    for block in family.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    images = torch.randn(2, 3, *size)
+    whole, once = family.run(family.place(family.embed(images))), len(calls)
+    for checkpointing in (False, True):
+        embedded = family.place(family.embed(images))
+        calls.clear()
+        begun = family.run(embedded, stop=1, checkpointing=checkpointing)
+        rest = replace(embedded, tokens=begun)
+        ended = family.run(rest, start=1, checkpointing=checkpointing)
+        torch.testing.assert_close(ended, whole)
+        ended.square().sum().backward()
+        assert len(calls) == once * (1 + checkpointing), "each block is computed again"

@@ -979,3 +979,20 @@ def test_losses_that_nobody_may_compare_have_no_columns(fake_comparison: Write) 
     axes = {"model.target.name": ["pixels", "normalized_pixels"], "seed": [0, 1]}
     table = table_of(difference_table, fake_comparison(axes=axes))
     assert {column.section for column in table.columns} == {"", "Linear probe", "k-NN"}
+
+
+@pytest.mark.parametrize(
+    "evil", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-1+HYPERLINK(A1)", "\t=1", "-1 +x|y!z"]
+)
+def test_no_cell_of_a_csv_is_a_formula(evil: str, fake_comparison: Write) -> None:
+    axes: dict[str, list[Any]] = {"model.regime.name": [evil, "drop"], "seed": [0, 1]}
+    folder = fake_comparison(axes=axes, metrics=False)
+    write_report(folder)
+    cells = 0
+    for path in (folder / "results.csv", *(folder / "tables").glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for cell in (cell for row in csv.reader(file) for cell in row):
+                cells += cell == f"'{evil}"
+                assert not cell.startswith(("=", "@", "\t")), (path, cell)
+                assert cell[:1] not in "+-" or not cell or "x" not in cell, (path, cell)
+    assert cells

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +59,30 @@ def test_page_and_version_follow_the_files(folder: Path, ask: Ask) -> None:
     assert ask("/version")[2] != version
     assert "1 of 2 runs finished" in ask("/")[2]
     assert {path for path in folder.rglob("*")} == before - {folder / "seed=1" / "result.json"}
+
+
+def test_a_client_that_leaves_or_says_nothing_is_no_error(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mim.report.serve._Handler.timeout", 0.2)
+    before = threading.active_count()
+    with report_server(folder, port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for words in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"):
+            client = socket.create_connection(server.server_address[:2], timeout=20)
+            linger = struct.pack("ii", 1, 0)  # closes with a reset
+            client.sendall(words)
+            if words.endswith(b"\n"):
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                client.close()
+            else:
+                assert client.recv(1) == b"", "the server hangs up"
+        server.shutdown()
+    end = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_nothing_but_the_report_is_served(ask: Ask) -> None:

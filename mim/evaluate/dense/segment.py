@@ -312,18 +312,27 @@ class Segment(DenseEvaluation):
     ) -> tuple[Tensor, Tensor]:
         """Predicted and true labels of an image, (height, width) int64 each, at its own size."""
         image, mask = pair(source, index, len(model.mean))
-        predicted = self.labels_of(model, image, device, precision)
+        predicted = self.labels_of(model, image, device, precision, source.describe(index))
         return predicted, torch.from_numpy(np.array(mask)).long()
 
     @torch.no_grad()
     def labels_of(
-        self, model: Segmenter, image: Image.Image, device: torch.device, precision: str = "fp32"
+        self,
+        model: Segmenter,
+        image: Image.Image,
+        device: torch.device,
+        precision: str = "fp32",
+        called: str = "an image",
     ) -> Tensor:
         """Predicted labels of an image, (height, width) int64, at its own size."""
         model.eval()
         original = image.height, image.width
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
+        if math.prod(view.scaled) > DataConfig().max_pixels:
+            reason = f"scales {called} of {original[0]} x {original[1]} pixels to "
+            reason += f"{view.scaled[0]} x {view.scaled[1]}; leave it out"
+            raise self.settings.error("resize", reason)
         pixels = to_device(stack_pixels([view.pixels(image, 0)]), device)
         with autocast(precision, device):
             logits = model.predict(normalize(pixels, model.mean, model.std), self.settings.stride)

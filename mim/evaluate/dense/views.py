@@ -8,6 +8,7 @@ Shapes: B images, H x W pixels of the result.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource
 
 T = TypeVar("T")
+_MOST = 1 << 26  # pixels of a scaled image that is held as a whole
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,24 @@ class View:
             resample: how an image is scaled; nearest for a mask.
         """
         rows, columns = self.kept
-        value = F.resize(value, list(self.scaled), resample)
-        value = F.crop(value, *self.corner, rows, columns)
+        if isinstance(value, Image.Image) and math.prod(self.scaled) > _MOST:
+            value = self._scaled_part(value, resample)
+        else:
+            value = F.resize(value, list(self.scaled), resample)
+            value = F.crop(value, *self.corner, rows, columns)
         value = F.pad(value, [0, 0, self.size[1] - columns, self.size[0] - rows], fill)
         return F.horizontal_flip(value) if self.mirrored else value
+
+    def _scaled_part(self, image: Image.Image, resample: int) -> Image.Image:
+        """What is kept of an image, scaled alone: the whole of a thin one does not fit in memory.
+
+        It is that of the whole but for rounding: one level of a pixel, a row of a mask.
+        """
+        (top, left), (rows, columns) = self.corner, self.kept
+        down, across = image.height / self.scaled[0], image.width / self.scaled[1]
+        box = (left * across, top * down, (left + columns) * across, (top + rows) * down)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        return image.resize((columns, rows), Image.Resampling(resample), box)
 
     def pixels(
         self,

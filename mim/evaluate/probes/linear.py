@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from mim.core import progress
 from mim.core.fields import Count, Positive
 from mim.evaluate.base import (
     EVALUATIONS,
@@ -28,11 +29,14 @@ from mim.evaluate.base import (
     stratified_holdout,
 )
 from mim.evaluate.predictions import Measured
+from mim.evaluate.probes.linear_grid import LinearGrid, LinearGridSettings
 from mim.evaluate.probes.softmax import SoftmaxFit, fit_softmax, side_by_side
 
 _STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _FEW_SHOT_STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _ONE_SHOT_STRENGTH = 1e-2
+MOST_CLASSES = 5000
+"""Classes up to which the optimum is computed; beyond, its matrices of weights fill the memory."""
 _Problem = tuple[slice | Tensor, Tensor, tuple[float, ...]]
 """Positions of the images, what each fold holds out of them, and the strengths to choose from."""
 
@@ -95,7 +99,7 @@ class Linear(Evaluation):
             grid = self._fit(x, y, descending, classes, held)
             score = torch.zeros(len(descending), dtype=torch.int64, device=x.device)
             for fold, out in enumerate(held):
-                guess = grid.problem(fold).logits(x[out])[0].argmax(2)  # (S, n')
+                guess = grid.problem(fold).answers(x[out])  # (S, n')
                 score += (guess == y[out]).sum(1)
             strength = descending[int(score.argmax())]  # the first best is the strongest
             converged = bool(grid.converged.all())
@@ -113,19 +117,31 @@ class Linear(Evaluation):
         held = stratified_holdout(train.sample_ids, y, self.settings.seed)[None]
         return self._chosen(train.values, y, held, self.settings.strengths, classes)[0]
 
+    def _handed_over(self, train: Features, val: Features, classes: int) -> dict[str, float]:
+        """The numbers of ``linear_grid``, whose steps need no memory for each strength's fit."""
+        s = self.settings
+        progress.note(
+            f"evaluations.linear: {classes:,} classes are more than the {MOST_CLASSES:,} whose "
+            "optimum it computes; linear_grid measures instead, as chosen_lr in the result shows"
+        )
+        settings = LinearGridSettings(few_shot=s.few_shot, draws=s.draws, seed=s.seed, pool=s.pool)
+        return LinearGrid(settings).run(train, val)
+
     def run(self, train: Features, val: Features) -> dict[str, float]:
         s = self.settings
         x, y = train.values, labels_of(train)
         val_x, val_y = val.values, labels_of(val)
         check_few_shot(y, s)
         classes = classes_to_fit(y, self.name)
+        if classes > MOST_CLASSES:
+            return self._handed_over(train, val, classes)
 
         def probed(problem: _Problem) -> tuple[Tensor, float, bool]:
             """Asks val once: (n',) right or not, the strength, whether all fits converged."""
             part, held, strengths = problem
             chosen = self._chosen(x[part], y[part], held, strengths, classes)
             final, strength, converged = chosen
-            return final.logits(val_x)[0, 0].argmax(1) == val_y, strength, converged
+            return final.answers(val_x)[0] == val_y, strength, converged
 
         def work(problem: _Problem) -> int:
             """Multiplications of a product of its largest fits, at the most."""

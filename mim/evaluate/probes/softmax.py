@@ -92,6 +92,12 @@ class SoftmaxFit:
         x = x.expand(len(self.weight), *x.shape[-2:])
         return torch.einsum("pnd,psdk->psnk", x, self.weight) + self.bias[:, :, None]
 
+    def answers(self, features: Tensor) -> Tensor:
+        """(n, D) -> (S, n) classes by the fits of the first problem, some images at a time."""
+        step = max(1, _CHUNK // self.bias.numel())
+        parts = [self.logits(part)[0].argmax(2) for part in features.split(step)]
+        return torch.cat(parts, 1)
+
 
 def _objective(
     x: Tensor, labels: Tensor, share: Tensor, strengths: Tensor, scale: Tensor, v: Tensor
@@ -185,25 +191,39 @@ def _fit(
     tolerance: float,
     max_iterations: int,
 ) -> SoftmaxFit:
-    x = features.double()
-    problems, n, width = x.shape
-    device = x.device
+    problems, n, width = features.shape
+    device = features.device
+    step = max(1, _CHUNK // (problems * width))
+    cuts = [slice(start, start + step) for start in range(0, n, step)]
     fit_on = torch.ones(problems, n, dtype=torch.bool, device=device) if fit_on is None else fit_on
     share = fit_on.double() / fit_on.sum(1, keepdim=True)  # (P, n), sums to 1
-    mean = torch.einsum("pn,pnd->pd", share, x)
-    x = x - mean[:, None]
-    std = torch.einsum("pn,pnd->pd", share, x.square()).sqrt()
+    # One copy in float64, whose last column is the bias's 1, and changed in place.
+    x = torch.ones(problems, n, width + 1, dtype=torch.float64, device=device)
+    mean = torch.zeros(problems, width, dtype=torch.float64, device=device)
+    for cut in cuts:
+        x[:, cut, :-1] = features[:, cut]
+        mean += torch.einsum("pn,pnd->pd", share[:, cut], x[:, cut, :-1])
+    variance = torch.zeros_like(mean)
+    for cut in cuts:
+        x[:, cut, :-1] -= mean[:, None]
+        variance += torch.einsum("pn,pnd->pd", share[:, cut], x[:, cut, :-1].square())
+    std = variance.sqrt()
     # A feature without spread tells nothing; dividing by ~0 would turn rounding into signal.
     inverse_std = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std, 0.0)
-    x = x * inverse_std[:, None]
+    x[..., :-1] *= inverse_std[:, None]
 
     basis = torch.eye(width, dtype=x.dtype, device=device).expand(problems, -1, -1)
     if n < width:  # the solution lies in the span of the samples
-        basis = torch.linalg.qr(x.mT).Q  # (P, D, n)
-        x = x @ basis
-    moments, rotation = torch.linalg.eigh(x.mT @ (share[..., None] * x))
+        basis = torch.linalg.qr(x[..., :-1].mT).Q  # (P, D, n)
+        x = torch.cat([x[..., :-1] @ basis, x[..., -1:]], 2)
+    second = x.new_zeros(problems, x.shape[2] - 1, x.shape[2] - 1)
+    for cut in cuts:
+        part = x[:, cut, :-1]
+        second += part.mT @ (share[:, cut, None] * part)
+    moments, rotation = torch.linalg.eigh(second)
     basis = basis @ rotation  # (P, D, R)
-    x = torch.cat([x @ rotation, x.new_ones(problems, n, 1)], 2)  # (P, n, R+1), 1 for the bias
+    for cut in cuts:
+        x[:, cut, :-1] = x[:, cut, :-1] @ rotation  # (P, n, R+1)
     moments = moments.clamp_min(0)
 
     lam = strengths.to(device, torch.float64).expand(problems, -1)  # (P, S)

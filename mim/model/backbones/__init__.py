@@ -7,6 +7,7 @@ model and loads its weights.
 from mim.model.backbones.build import (
     build_backbone,
     check_arguments,
+    fixed_grid,
     grid_of,
     load_backbone,
     load_weights,
@@ -56,6 +57,7 @@ __all__ = [
     "build_backbone",
     "check_arguments",
     "family_of",
+    "fixed_grid",
     "grid_of",
     "load_backbone",
     "load_weights",

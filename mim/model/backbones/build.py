@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ _LOADING = {
 # Entries of a checkpoint that are no part of the encoder.
 _HEADS = ("head.", "attn_pool.")
 _MAE = ("decoder_", "mask_token")
+_SAME = 1e-5  # between positions that are equal: rounding, to 16 bits too, keeps equal ones equal
 
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) -> Tensor:
@@ -49,6 +51,25 @@ def sincos_position_embedding(grid: tuple[int, int], dim: int, prefix: int = 0) 
     """
     patches = build_sincos2d_pos_embed(list(grid), dim=dim)  # (N, D)
     return torch.cat([patches.new_zeros(prefix, dim), patches])[None]
+
+
+def fixed_grid(table: Tensor) -> tuple[int, int] | None:
+    """The grid (rows, columns) that a fixed sine and cosine table (N, D) was built for.
+
+    Each of its numbers depends on the row or on the column alone, whatever their order; None for
+    a learned table.
+    """
+    count = len(table)
+    found = []
+    for rows in (rows for rows in range(1, count + 1) if count % rows == 0):
+        cells = table.detach().float().unflatten(0, (rows, count // rows))
+        off_row = (cells - cells[:, :1]).abs().amax((0, 1))  # (D,), 0 where the row alone counts
+        off_column = (cells - cells[:1]).abs().amax((0, 1))
+        of_row, of_column = off_row < _SAME, off_column < _SAME
+        half = table.shape[1] // 2
+        if bool((of_row | of_column).all()) and min(of_row.sum(), of_column.sum()) >= half:
+            found.append((rows, count // rows))
+    return found[0] if len(found) == 1 else None
 
 
 def build_backbone(
@@ -91,6 +112,10 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "backbone"))
         try:
+            windows = args.get("window_size")
+            for side in windows if isinstance(windows, (list, tuple)) else [windows]:
+                if isinstance(side, int) and side < 1:  # which timm 1.0.28 takes
+                    raise ValueError(f"window_size {side} must be positive")
             vit: Any = create_model(
                 model.backbone,
                 # A check of a config builds on the meta device, and downloads nothing.
@@ -248,12 +273,24 @@ def load_weights(vit: nn.Module, checkpoint: Path, backbone: str) -> tuple[str, 
     own = vit.state_dict()
     left_out = tuple(sorted(k for k in state if k.startswith(dropped) and k not in own))
     state = {name: value for name, value in state.items() if name not in left_out}
+    _resize_fixed(state, vit)
     try:
         converted = sys.modules[type(vit).__module__].checkpoint_filter_fn(state, vit)
     except (RuntimeError, KeyError, AssertionError) as error:
         raise UserError(f"checkpoint {checkpoint} does not fit {backbone}: {error}") from error
     load_backbone(vit, converted, f"checkpoint {checkpoint}")
     return left_out
+
+
+def _resize_fixed(state: dict[str, Tensor], vit: Any) -> None:
+    """Resample fixed positions of a grid that is not square, for which timm would take it."""
+    table, own = state.get("pos_embed"), getattr(vit, "pos_embed", None)
+    if table is None or own is None or table.ndim != 3 or table.shape[2:] != own.shape[2:]:
+        return
+    prefix = own.shape[1] - math.prod(grid_of(vit))
+    grid = fixed_grid(table[0, prefix:])
+    if grid is not None and grid != grid_of(vit):
+        state["pos_embed"] = resample_abs_pos_embed(table, list(grid_of(vit)), list(grid), prefix)
 
 
 def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:

@@ -208,6 +208,8 @@ class Family(ABC):
         *,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         """Run the transformer blocks and the final norm: (B, L, D).
 
@@ -216,6 +218,8 @@ class Family(ABC):
             checkpointing: compute each block again in the backward pass instead of storing it.
                 timm's own switch is not used because it is off whenever a mask is given.
             layers: receives the output of every block, (B, L, D), before the final norm.
+            start: the first block; above 0, ``embedded`` holds what the one before it returned.
+            stop: the block before which to stop, without the final norm; None runs all.
         """
 
     def attention(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
@@ -332,16 +336,18 @@ class Transformer(Family):
         *,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
-        x = self.before_blocks(embedded.tokens)
-        for index in range(len(self.vit.blocks)):
+        x = embedded.tokens if start else self.before_blocks(embedded.tokens)
+        for index in range(len(self.vit.blocks))[start:stop]:
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.step, index, x, embedded, use_reentrant=False)
             else:
                 x = self.step(index, x, embedded)
             if layers is not None:
                 layers.append(x)
-        return self.vit.norm(x)
+        return self.vit.norm(x) if stop is None else x
 
 
 class Merging(Family):
@@ -368,11 +374,13 @@ class Merging(Family):
         *,
         checkpointing: bool = False,
         layers: list[Tensor] | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         # See check and is_uniform.
         assert embedded.bias is None and embedded.num_keys is None and layers is None
         x = embedded.tokens
-        for part in self.stages:
+        for part in self.stages[start:stop]:
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(part, x, use_reentrant=False)
             else:
@@ -424,9 +432,8 @@ def patch_attention(vit: nn.Module, embedded: Embedded) -> Tensor:
     """
     family = family_of(vit)
     assert isinstance(family, Transformer)  # no other splits
-    x, last = family.before_blocks(embedded.tokens), len(family.blocks) - 1
-    for index in range(last):
-        x = family.step(index, x, embedded)
+    last = len(family.blocks) - 1
+    x = family.run(embedded, stop=last)
     weights = family.attention(last, x, embedded).mean(dim=1)  # (B, L, L)
     rows = weights[:, 0] if family.has_class_token else weights.mean(dim=1)
     return rows[:, family.num_prefix :]

@@ -78,7 +78,8 @@ class Swin(Merging):
         return Embedded(patches)  # positions stand in the windows' attention alone
 
     def run(self, embedded: Embedded, **options: Any) -> Tensor:
-        return self.vit.norm(super().run(embedded, **options)).flatten(1, 2)  # row by row
+        x = super().run(embedded, **options)
+        return self.vit.norm(x).flatten(1, 2) if options.get("stop") is None else x  # row by row
 
     def features(self, images: Tensor) -> Tensor:
         return self.vit.forward_features(images).flatten(1, 2)

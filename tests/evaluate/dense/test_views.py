@@ -99,3 +99,41 @@ def test_channels_and_padding_colour() -> None:
     padded = fitted_view((4, 4), (4, 6)).pixels(image, (1, 2, 3))
     assert padded.shape == (4, 6, 3)
     assert padded[0, 3].tolist() == [10, 20, 30] and padded[0, 4].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I"])
+def test_a_part_is_scaled_as_if_the_whole_were(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mim.evaluate.dense.views._MOST", 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    image = Image.fromarray(pixels).convert("L" if mode == "I" else mode)
+    image = Image.fromarray(np.array(image).astype(np.int32)) if mode == "I" else image
+    resample = Image.Resampling.NEAREST if mode == "I" else Image.Resampling.BILINEAR
+    for view in views(30):
+        height, width = view.scaled
+        (top, left), (rows, columns) = view.corner, view.kept
+        whole = np.array(image.resize((width, height), resample)).astype(int)
+        part = np.array(view.move(image, 0, resample)).astype(int)
+        part = part[:, ::-1] if view.mirrored else part
+        wanted, part = whole[top : top + rows, left : left + columns], part[:rows, :columns]
+        if mode != "I":
+            assert abs(part - wanted).max() <= 2
+            continue
+        wide = np.pad(whole, 1, mode="edge")  # a tie may take the row or column beside
+        near = [wide[top + y :, left + x :][:rows, :columns] for y in (0, 1, 2) for x in (0, 1, 2)]
+        assert (np.stack(near) == part).any(0).all()
+
+
+@pytest.mark.parametrize("original", [(30_000, 1), (1, 30_000), (20_000, 2)])
+def test_a_thin_picture_needs_no_memory(original: tuple[int, int]) -> None:
+    image = Image.new("RGB", original[::-1], (10, 20, 30))
+    mask = Image.fromarray(np.full(original, 3, np.int32))
+    factor = cover_factor(original, (512, 512))
+    for key in keys(3):
+        view = training_view(key[None], original, (512, 512), factor, (0.5, 2.0), True)
+        assert view.scaled[0] * view.scaled[1] > 1e9, "the whole would take gigabytes"
+        rows, columns = view.kept
+        moved = view.pixels(image, 0)
+        moved = moved[:, ::-1] if view.mirrored else moved
+        assert (moved[:rows, :columns] == (10, 20, 30)).all()
+        labels = view.pixels(mask, 255, Image.Resampling.NEAREST)
+        assert set(np.unique(labels)) <= {3, 255} and (labels == 3).sum() == rows * columns

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mim.core.errors import UserError
-from mim.evaluate import Features, Linear, LinearSettings, build_evaluation
+from mim.evaluate import Features, Linear, LinearGrid, LinearSettings, build_evaluation
 from mim.evaluate.base import few_shot_draw, stratified_holdout
 
 QUICK = {"strengths": [0.1, 1e-3], "few_shot_strengths": [1.0, 0.1], "few_shot": [5], "draws": 2}
@@ -145,3 +145,24 @@ def test_one_class_is_refused() -> None:
     train, val = digits()
     with pytest.raises(UserError, match="at least 2 classes"):
         Linear().run(train._replace(labels=torch.zeros(600, dtype=torch.int64)), val)
+
+
+def test_many_classes_are_handed_over_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mim.evaluate.probes.linear.MOST_CLASSES", 9)
+    train, val = digits()
+    settings = LinearSettings(few_shot=())
+    numbers = Linear(settings).run(train, val)
+    assert numbers == LinearGrid().run(train, val)
+    assert "10 classes are more than the 9" in capfd.readouterr().err
+
+
+def test_answers_are_those_of_the_logits_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = digits()
+    fit = Linear(LinearSettings(few_shot=(), strengths=(0.1, 0.01))).fit(train)
+    wanted = fit.logits(train.values)[0].argmax(2)
+    monkeypatch.setattr("mim.evaluate.probes.softmax._CHUNK", 300)
+    assert torch.equal(fit.answers(train.values), wanted)
+    again = Linear(LinearSettings(few_shot=(), strengths=(0.1, 0.01))).fit(train)
+    torch.testing.assert_close(again.weight, fit.weight, atol=1e-6, rtol=1e-4)
