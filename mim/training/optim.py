@@ -67,7 +67,7 @@ def _scaled(
         fits = [s for s in config.scales if fnmatch.fnmatchcase(name, s.names)]
         rate = fits[-1].lr if fits else 1.0
         decay = fits[-1].decay if fits and fits[-1].decay is not None else decays[id(parameter)]
-        group = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        group: dict[str, Any] = {"params": [], "lr_scale": rate, "weight_decay": decay}
         parted.setdefault((rate, decay), group)["params"].append(parameter)
     return list(parted.values())
 
