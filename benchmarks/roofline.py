@@ -1,17 +1,18 @@
 """Where a step of pre-training would lose its time on a GPU, from what it computes and moves.
 
-Every operation of a real step is seen on the CPU, at two batch sizes, and its floating-point
-operations and bytes are continued to the batch that was asked for. An operation takes as long as
-the slower of the two: the arithmetic at the machine's rate of matrix products, or the traffic at
-the rate of its memory (Williams, Waterman and Patterson 2009, "Roofline"). Launches, communication
-and the loader are left out, so that the times are lower bounds.
+Every operation of a real step is seen on the CPU, at two batch sizes and with few blocks; its
+floating-point operations and bytes are continued to the batch and the depth that were asked for.
+An operation takes as long as the slower of the two: the arithmetic at the machine's rate of matrix
+products, or the traffic at the rate of its memory (Williams, Waterman and Patterson 2009,
+"Roofline"). Launches, communication and the loader are left out: the times are lower bounds.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from mim.compare.cost.step import with_regime
 from mim.core.config import Config
 from mim.core.rng import image_keys
+from mim.model import build_model
 from mim.training.runtime.precision import autocast, model_on
 
 SEEN = (2, 3)  # images of the steps that are watched
@@ -38,6 +40,7 @@ _KINDS = {
     "moves of tokens": ("gather", "scatter", "index", "cat", "constant_pad", "select_backward"),
     "casts": ("_to_copy", "clone", "copy_"),
 }
+_MEMORY, _ARITHMETIC = "waits for memory", "arithmetic"
 _ADAMW_BYTES = 28  # a weight: reads it, its gradient and two moments, writes three of them
 
 
@@ -74,14 +77,35 @@ class _Watch(TorchDispatchMode):
         self.seen: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        # Nobody reads the numbers, and products in bfloat16 take a CPU long.
+        found = (func if count is None else partial(_shapes, func))(*args, **(kwargs or {}))
         aliases = [item.alias_info for item in func._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
-            count = flop_registry.get(func.overloadpacket)
-            flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=found)
+            if count is not None:
+                flops = count(*args, **(kwargs or {}), out_val=found)
+            else:
+                flops = _attention_flops(func._schema.name, args)
             tensors = [*tree_leaves((args, kwargs or {})), *tree_leaves(found)]
             self.seen.append(Operation(_part(func, flops), flops, _bytes(tensors)))
         return found
+
+
+def _shapes(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What an operation would return, without its numbers."""
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+    return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device="cpu"), func(*args, **kwargs))
+
+
+def _attention_flops(name: str, args: tuple[Any, ...]) -> int:
+    """Counts the CPU's fused attention, which torch's counter does not know; 0 for the rest."""
+    if not name.startswith("aten::_scaled_dot_product"):
+        return 0
+    shapes = [value.shape for value in args if isinstance(value, Tensor)]
+    is_backward = name.endswith("backward")
+    return int(
+        sdpa_backward_flop_count(*shapes[:4]) if is_backward else sdpa_flop_count(*shapes[:3])
+    )
 
 
 def _part(func: Any, flops: float) -> str:
@@ -149,27 +173,59 @@ def roofline(configs: dict[str, Config], regimes: Iterable[str], card: Card) -> 
     for name, base in configs.items():
         for regime in regimes:
             config = with_regime(base, regime)
-            few, more = (operations(config, images) for images in SEEN)
-            step = at_batch(few, more, config.data.batch_size)
-            rows.append(
-                {"name": name, "regime": regime, "batch": config.data.batch_size} | _row(step, card)
-            )
+            about = {"name": name, "regime": regime, "batch": config.data.batch_size}
+            rows.append({**about, **_row(_whole(config, card))})
     return {"card": {"tflops": card.tflops, "terabytes": card.terabytes}, "rows": rows}
 
 
-def _row(step: list[Operation], card: Card) -> dict[str, Any]:
-    seconds: dict[str, float] = defaultdict(float)
-    for item in step:
-        seconds[item.part] += item.seconds(card)
+def _whole(config: Config, card: Card) -> Counter[str]:
+    """Continues steps of one and two blocks to the depths of a config: all blocks are alike."""
+    blocks = {"encoder": _depth(config), "decoder": config.model.decoder.transformer.depth}
+    base = _totals(_with_depths(config, 1, 1), card)
+    total = Counter(base)
+    for part, (encoder, decoder) in {"encoder": (2, 1), "decoder": (1, 2)}.items():
+        more = _totals(_with_depths(config, encoder, decoder), card)
+        for key in base | more:
+            total[key] += (blocks[part] - 1) * (more[key] - base[key])
+    return total
+
+
+def _depth(config: Config) -> int:
+    with torch.device("meta"):
+        return len(build_model(config).backbone.blocks)
+
+
+def _with_depths(config: Config, encoder: int, decoder: int) -> Config:
+    model = config.model
+    blocks = replace(model.decoder.transformer, depth=decoder)
+    model = replace(
+        model,
+        backbone_args={**model.backbone_args, "depth": encoder},
+        decoder=replace(model.decoder, transformer=blocks),
+    )
+    return replace(config, model=model)
+
+
+def _totals(config: Config, card: Card) -> Counter[str]:
+    """Seconds by part, those that wait for memory, and those of the arithmetic alone."""
+    few, more = (operations(config, images) for images in SEEN)
+    total: Counter[str] = Counter()
+    for item in at_batch(few, more, config.data.batch_size):
+        total[item.part] += item.seconds(card)
+        total[_MEMORY] += item.seconds(card) * item.waits_for_memory(card)
+        total[_ARITHMETIC] += item.flops / card.tflops / 1e12
+    return total
+
+
+def _row(total: Counter[str]) -> dict[str, Any]:
+    seconds = {part: total[part] for part in PARTS}
     whole = sum(seconds.values())
-    memory = sum(item.seconds(card) for item in step if item.waits_for_memory(card))
-    arithmetic = sum(item.flops for item in step) / card.tflops / 1e12
     fused = whole - sum(seconds[part] for part in FUSED)
     return {
-        "seconds": dict(seconds),
-        "memory": memory / whole,
-        "mfu": arithmetic / whole,
-        "fused": {"seconds": fused, "mfu": arithmetic / fused},
+        "seconds": seconds,
+        "memory": total[_MEMORY] / whole,
+        "mfu": total[_ARITHMETIC] / whole,
+        "fused": {"seconds": fused, "mfu": total[_ARITHMETIC] / fused},
     }
 
 
@@ -204,6 +260,6 @@ def roofline_figure(figures: dict[str, Any]) -> Figure:
         left += np.asarray(widths)
     axis.set_yticks(places, [f"{row['name']}, {row['regime']}" for row in rows])
     axis.set_xlabel("microseconds an image, forward, backward and AdamW (lower bound)")
-    axis.legend(frameon=False, fontsize="small", loc="lower right")
+    figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=len(PARTS))
     axis.spines[["top", "right"]].set_visible(False)
     return figure

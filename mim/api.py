@@ -9,23 +9,37 @@ from typing import Any
 
 from rich.console import Console
 
-from mim.compare import CompareConfig, Launch, run_comparison
+from mim.compare import CompareConfig, Launch, read_compare_config, run_comparison
 from mim.core.config import Config
 from mim.core.errors import choice_error
 from mim.core.settings import read_mapping, read_tree
 from mim.evaluate import evaluate as evaluate_encoder
 from mim.evaluate import evaluate_run, inference, on_images, run_encoder
 from mim.interop.starting import complete, pretrain_from
+from mim.model import encode
 from mim.report import read_comparison, write_report
 from mim.report.overview import closing_table, live_overview
 from mim.training.choices import MODEL, source_of
+from mim.training.loading import load
 from mim.training.runtime.machine import pick_device
 from mim.training.runtime.trackers import track_report
 from mim.training.settings import checked
 
 __all__ = [
-    *("CompareConfig", "Launch", "compare", "complete", "embed", "encode", "evaluate"),
-    *("load", "next_steps", "predict", "pretrain", "pretrain_from", "read_compare_config"),
+    "CompareConfig",
+    "Launch",
+    "compare",
+    "complete",
+    "complete_comparison",
+    "embed",
+    "encode",
+    "evaluate",
+    "load",
+    "next_steps",
+    "predict",
+    "pretrain",
+    "pretrain_from",
+    "read_compare_config",
 ]
 
 SHOWS = ("auto", "live", "plain", "quiet")

@@ -24,7 +24,7 @@ from PIL import Image
 import mim
 from mim.api import read_compare_config
 from mim.cli.main import VERBS
-from mim.cli.options import VerbGroup
+from mim.cli.options import VerbGroup, take_folder
 from mim.core.config import Config
 from mim.core.settings import checked, read_args
 
@@ -82,12 +82,13 @@ def check_verb(verb: str, args: list[str]) -> None:
         found = found.verbs[what]
     options = found.parse([arg for arg in args if arg != "--print_config"])
     if verb == "pretrain":
-        kept = list(options.settings)
-        if kept[1].startswith("runs/"):  # the config of a run that the page has made before
+        kept = take_folder(options.settings)[1]
+        made = kept[0] == "--config" and kept[1].startswith("runs/")
+        if made:  # the config of a run that the page has made before
             kept = kept[2:]
         checked(read_args(Config, kept))
     elif verb == "compare":
-        checked(read_compare_config(options.settings).base)
+        checked(read_compare_config(take_folder(options.settings, "base.")[1]).base)
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("bash") if b.page != _OWN], ids=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mim.cli.options import (
     Verb,
@@ -17,7 +18,12 @@ from mim.cli.options import (
     read_config,
     say,
     show,
+    take_folder,
 )
+from mim.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mim.core.config import Config
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +35,56 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "write every number")
 
 
+def _config_of(folder: str | None, words: list[str]) -> tuple[Config, str]:
+    """The config of ``mim pretrain`` with these words, and why it has none for the folder."""
+    from mim.api import complete
+    from mim.core.config import Config
+    from mim.training.settings import checked, read_args
+
+    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        return complete(folder, files, settings)
+
+    try:
+        return checked(read_args(Config, words, complete=fill)), ""
+    except UserError as error:
+        if folder is None:
+            raise
+        known = ["--data.path", folder, "--data.source", "auto"]
+        return checked(read_args(Config, [*words, *known])), str(error)
+
+
 def _run_inspect(options: argparse.Namespace) -> int:
-    config = read_config(options)
+    folder, words = take_folder(options.settings)
+    words = [word for file in options.config or () for word in ("--config", file)] + words
+    config, refusal = _config_of(folder, words)
     from dataclasses import asdict
 
     from mim.training.inspection import inspect
 
-    found = inspect(config, images=options.images, output=Path(options.output))
+    how: dict[str, Any] = {"images": options.images, "output": Path(options.output)}
+    found = inspect(config, **how)
+    if refusal and found.changes:  # settings are chosen by images that fit
+        for name, value in found.changes.items():
+            words += [f"--data.{name}", str(value)]
+        config, refusal = _config_of(folder, words)
+        found = inspect(config, **how)
+    found.refusal = refusal or found.refusal
+    found.command = shlex.join(["mim", "pretrain", *([folder] if folder else []), *words])
 
     def text() -> None:
-        for line in (line for part in found.values() for line in part.lines()):
+        if not found.refusal:
+            say(options.output)
+        for line in found.lines():
             say(line)
-        say(options.output)
 
-    show(options, {split: asdict(part) for split, part in found.items()}, text)
+    numbers: dict[str, Any] = {split: asdict(part) for split, part in found.splits.items()}
+    for part in numbers.values():
+        part["channels"] = sorted(part["channels"])
+    others = {
+        name: getattr(found, name)
+        for name in ("seen", "problems", "duplicates", "refusal", "changes")
+    }
+    show(options, {**numbers, **others}, text)
     return 0
 
 
@@ -60,7 +102,11 @@ def _run_stats(options: argparse.Namespace) -> int:
     from mim.training.inspection import statistics
 
     mean, std = statistics(config.data, options.images)
-    tree = {"mean": [round(x, 4) for x in mean], "std": [round(x, 4) for x in std]}
+    tree = {
+        "channels": config.data.channels,
+        "mean": [round(x, 4) for x in mean],
+        "std": [round(x, 4) for x in std],
+    }
     text = yaml.safe_dump({"data": tree}, default_flow_style=None, sort_keys=False)
     if options.output:
         write_text_atomic(Path(options.output), text)
@@ -104,9 +150,10 @@ INSPECT = Verb(
     "Count and draw what a config would train on.",
     _inspect_options,
     _run_inspect,
-    "Decode the images of both splits; print counts, sizes, modes and unreadable files, and\n"
-    "draw a sheet: an image, and its crop and mask in two epochs. Settings may follow:\n"
-    "--data.source imagefolder --data.path DIR",
+    "mim data inspect DIR: the doctor of a folder. Decode the images of both splits; print\n"
+    "counts, sizes, modes, values, duplicates, and what cannot be read, with reasons; draw a\n"
+    "sheet: an image, and its crop and mask in two epochs. The last line says whether mim\n"
+    "pretrain would start. Settings may follow, such as --data.channels 1",
     config=config_kind,
 )
 STATS = Verb(

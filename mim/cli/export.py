@@ -12,7 +12,7 @@ LAYOUTS = ("timm", "hf", "safetensors", "onnx", "mae")
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--to", choices=LAYOUTS, default="timm", help="the layout")
-    parser.add_argument("--output", required=True, help="the file, or for hf the folder")
+    parser.add_argument("--output", required=True, help="the file, or for timm and hf the folder")
     parser.add_argument(
         "--part",
         choices=("encoder", "model"),
@@ -35,7 +35,8 @@ VERB = Verb(
     _options,
     _run,
     "Write a run's weights for others, and a model card beside them.\n\n"
-    "timm         file for timm.create_model(..., checkpoint_path=FILE); .safetensors\n"
+    "timm         file for timm.create_model(..., checkpoint_path=FILE); .safetensors; or a\n"
+    "             folder, with size, mean, deviation and pooling, ready to push to a hub\n"
     "hf           folder for transformers' from_pretrained\n"
     "safetensors  timm's keys, or with --part model all of them; .safetensors\n"
     "onnx         images to tokens and features, any batch size; .onnx\n"

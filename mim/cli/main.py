@@ -26,6 +26,7 @@ from mim.cli import (
     evaluate,
     export,
     imports,
+    new,
     predict,
     pretrain,
     recipes,
@@ -47,7 +48,7 @@ _IN_ORDER: list[Verb | VerbGroup] = [
     *(pretrain.VERB, evaluate.VERB, compare.VERB, report.VERB, predict.PREDICT, predict.EMBED),
     *(visualize.VERB, bench.VERB),
     *(data.VERB, export.VERB, imports.VERB, runs.VERB, runs.DIFF, doctor.VERB, debug.VERB),
-    *(recipes.VERB, completion.VERB),
+    *(recipes.VERB, new.VERB, completion.VERB),
 ]
 VERBS = {verb.name: verb for verb in _IN_ORDER}
 # What a disk that is full, read-only or broken answers, and a folder of somebody else.

@@ -113,8 +113,8 @@ _SHORT = {"--model": "model.backbone", "--device": "train.device", "--weights": 
 def take_folder(words: Sequence[str], block: str = "") -> tuple[str | None, list[str]]:
     """The folder of images among the words of a verb, and the other words.
 
-    Short names of settings become long ones, below ``block``. A word that names no folder or file
-    of images stays, for the config's parser to refuse.
+    Short names of settings become long ones, below ``block``. The name of a config file stays, for
+    the config's parser to refuse.
     """
     folder, rest, words = None, [], list(words)
     while words:
@@ -125,7 +125,7 @@ def take_folder(words: Sequence[str], block: str = "") -> tuple[str | None, list
             rest.append(long + equals + value)
             if not equals and option not in ("-h", "--help", "--print_config") and words:
                 rest.append(words.pop(0))
-        elif folder is None and (Path(word).is_dir() or word.endswith((".tar", ".parquet"))):
+        elif folder is None and not word.endswith((".yaml", ".yml")):
             folder = word
         else:
             rest.append(word)
@@ -178,7 +178,7 @@ def read_config(
     from mim.training.settings import checked, read_args
 
     files = [word for file in options.config or () for word in ("--config", file)]
-    known = {} if prog is None else {"prog": prog}
+    known: dict[str, Any] = {} if prog is None else {"prog": prog}
     config = read_args(Config, [*files, *options.settings, *more], **known)
     if whole:
         return checked(config)

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from mim.cli.options import Verb, say
+from mim.cli.options import Verb, add_words, say
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="the comparison folder")
+    add_words(parser, "--columns", "one more table, of these alone", "MEASURE")
     parser.add_argument("--watch", action="store_true", help="serve a live page; writes nothing")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on: this machine's")
     parser.add_argument("--port", type=int, default=8765, help="0 takes a free one")
@@ -22,7 +23,7 @@ def _run(options: argparse.Namespace) -> int:
 
     folder = Path(options.folder)
     if not options.watch:
-        say(f"report: {write_report(folder)}")
+        say(f"report: {write_report(folder, options.columns or ())}")
         return 0
     with report_server(folder, options.host, options.port, options.every) as server:
         address = f"http://{options.host}:{server.server_port}/"

@@ -24,6 +24,7 @@ class Forecast:
         values: group -> seed -> the primary measure, of finished runs.
         scale: printed over stored value: 100 for points of per cents.
         against: whether all groups are compared with one of them.
+        more: lines about equal work and tuning.
     """
 
     groups: int
@@ -35,6 +36,7 @@ class Forecast:
     values: Values | None = None
     scale: float = 100.0
     against: bool = False
+    more: Sequence[str] = ()
 
     @property
     def family(self) -> Family:
@@ -54,7 +56,7 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """What ``--plan`` prints."""
-        return [self._runs(), self._hours(), self._power()]
+        return [self._runs(), *self.more, self._hours(), self._power()]
 
     def _runs(self) -> str:
         least, most = self.seeds

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from mim.compare.halving import VAL_LOSS, TuneRule, tune_rule
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
@@ -17,11 +18,17 @@ from mim.core.fingerprints import same_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
-from mim.evaluate import build_evaluation
+from mim.evaluate import EVALUATIONS, Evaluation, build_evaluation
 from mim.training import checkpoint
 from mim.training.settings import load_config
 
 VARIANT = "variant"
+Budget = Literal["epochs", "steps", "flops", "seconds"]
+RULES = (
+    *("evaluations", "primary", "margin", "against", "seeds"),
+    *("budget", "budget_of", "tune"),
+)
+"""Settings that say how a comparison is decided; ``comparison.json`` holds them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,19 @@ class CompareConfig:
     seeds: dict[str, Any] = field(default_factory=dict)
     """Seeds until the primary measure is decided, in the place of the axis seed:
     {least: 3, most: 20, until: decided}."""
+    budget: Budget = "epochs"
+    """What all groups have in common: epochs, steps, training FLOPs (flops) or seconds of training
+    by a measured rate. For the last three the group of budget_of trains as long as its config says,
+    and the steps of every other one, with its schedules, follow from it."""
+    budget_of: str = ""
+    """The group whose work is the budget, by its value on an axis; by default the first value of
+    each axis."""
+    tune: dict[str, Any] = field(default_factory=dict)
+    """Settings that are chosen for each group before the comparison, by successive halving on seeds
+    of their own and a part of the training images: {optim.base_lr: [2e-3, 4e-3, 8e-3]}. Also budget
+    (runs of full length for each group; by default as many as candidates), by (linear.accuracy or
+    val_loss; by default the primary measure), over (the axes whose values each get their own; by
+    default all) and holdout (share of the training images that decides, 0.2)."""
     base: Config = field(default_factory=Config)
     """What all runs share."""
 
@@ -80,6 +100,32 @@ class CompareConfig:
                 self._check_key(setting, key)
                 if key in self.axes:
                     raise setting_error(setting, key, "is an axis already")
+        if self.budget not in get_args(Budget):
+            raise choice_error("budget", self.budget, get_args(Budget))
+        if self.tune:
+            self._check_tune()
+
+    def _check_tune(self) -> None:
+        rule = self.tune_rule
+        assert rule is not None
+        varied = {*self.axes, *(key for own in self.variants.values() for key in own)}
+        for key in rule.grid:
+            self._check_key("tune", key)
+            if key in varied:
+                raise setting_error("tune", key, "is an axis already")
+        for key in rule.over or ():
+            if key not in self.all_axes or key == "seed":
+                raise choice_error("tune.over", key, [k for k in self.all_axes if k != "seed"])
+        name = rule.by.partition(".")[0]
+        if rule.by == VAL_LOSS:
+            for key in rule.grid:
+                if key.startswith(("mask.", "data.", "model.target")):
+                    raise setting_error("tune.by", rule.by, f"means another thing under each {key}")
+        elif name not in self.evaluations:
+            raise choice_error("tune.by", name, [*self.evaluations, VAL_LOSS])
+        elif not issubclass(EVALUATIONS.get(name), Evaluation):
+            reason = "is no probe of frozen features; choose one, or val_loss"
+            raise setting_error("tune.by", rule.by, reason)
 
     def _check_key(self, setting: str, key: str) -> None:
         known = leaves(Config)
@@ -102,6 +148,15 @@ class CompareConfig:
     def seed_rule(self) -> SeedRule | None:
         """How seeds are added; None where the axis seed names them."""
         return SeedRule(**self.seeds) if self.seeds else None
+
+    @property
+    def tune_rule(self) -> TuneRule | None:
+        """How settings are chosen; None where none are."""
+        if not self.tune:
+            return None
+        rule = tune_rule(self.tune)
+        by = rule.by or self.primary or next(iter(self.evaluations), VAL_LOSS)
+        return replace(rule, by=by if "." in by or by == VAL_LOSS else f"{by}.accuracy")
 
     @property
     def all_axes(self) -> dict[str, list[Any]]:
@@ -132,7 +187,7 @@ class Planned:
     """Of kind ``given``: the run folder whose encoder is evaluated."""
 
 
-def _label(axes: dict[str, Any]) -> str:
+def label_of(axes: dict[str, Any]) -> str:
     """A folder name: the last part of each key that tells something, and its value."""
     parts = []
     for key, value in axes.items():
@@ -148,7 +203,8 @@ def _label(axes: dict[str, Any]) -> str:
     return label
 
 
-def _vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
+def vary(base: Config, axes: dict[str, Any], output: Path) -> Config:
+    """A config with other values of dotted keys and a folder of its own, checked."""
     tree = {**to_dict(base), "output": str(output), "resume": "auto"}
     for key, value in axes.items():
         node = tree
@@ -172,8 +228,8 @@ def plan(config: CompareConfig) -> list[Planned]:
     keys = list(config.all_axes)
     for values in itertools.product(*config.all_axes.values()):
         axes = dict(zip(keys, values, strict=True))
-        folder = _label(axes)
-        varied = _vary(config.base, config.settings_of(axes), output / folder)
+        folder = label_of(axes)
+        varied = vary(config.base, config.settings_of(axes), output / folder)
         planned.append(Planned(folder, "run", axes, varied))
     if len({item.folder for item in planned}) < len(planned):
         raise UserError("axes: two runs would share a folder; shorten or rename the values")
@@ -181,6 +237,20 @@ def plan(config: CompareConfig) -> list[Planned]:
         planned += list(_references(config, planned, output))
     planned += list(_given(config, output))
     return planned
+
+
+Groups = dict[str, dict[int, Planned]]
+"""Group, its axes as JSON -> seed -> run."""
+
+
+def groups_of(planned: list[Planned]) -> Groups:
+    """The runs by all axes but the seed."""
+    found: Groups = {}
+    for item in planned:
+        if item.kind == "run":
+            axes = {key: value for key, value in item.axes.items() if key != "seed"}
+            found.setdefault(json.dumps(axes), {})[item.config.seed] = item
+    return found
 
 
 def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
@@ -234,11 +304,13 @@ def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Ite
                 for key, value in run.axes.items()
                 if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
             }
-            folder = kind + ("," + _label(axes) if axes else "")
+            folder = kind + ("," + label_of(axes) if axes else "")
             yield Planned(folder, kind, axes, replace(run.config, output=str(output / folder)))
 
 
-def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planned]:
+def hold_to_images(
+    planned: list[Planned], evaluations: Mapping[str, dict[str, Any]]
+) -> list[Planned]:
     """Open each distinct data set once, so that its faults show before any training.
 
     Returns:
@@ -256,7 +328,7 @@ def hold_to_images(planned: list[Planned], config: CompareConfig) -> list[Planne
             train = open_source(item.config.data, "train")
             val = open_source(replace(item.config.data, measured=train.measured), "val")
             steps_per_epoch(train, item.config.data)
-            for name, settings in config.evaluations.items():
+            for name, settings in evaluations.items():
                 build_evaluation(name, settings).check(train, val)
             seen[key] = f"{train.fingerprint()}-{val.fingerprint()}", train.measured
         wanted = item.config.data.fingerprint

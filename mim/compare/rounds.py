@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mim.compare.budget import equal_budget
 from mim.compare.disagreement import FILE, write_disagreement
 from mim.compare.forecast import Forecast
-from mim.compare.plan import CompareConfig, Planned, plan
+from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, plan
 from mim.compare.sequential import next_round
 from mim.compare.statistics import is_share
+from mim.compare.tune import tuning_lines
 from mim.core.settings import to_dict
 from mim.training.results import read_result
-
-Groups = dict[str, dict[int, Planned]]
-"""Group -> seed -> run."""
 
 
 def rounds(planned: list[Planned], config: CompareConfig) -> Iterator[list[Planned]]:
@@ -38,16 +37,6 @@ def rounds(planned: list[Planned], config: CompareConfig) -> Iterator[list[Plann
         for group, seed in chosen:
             started[group] = max(started[group], seed + 1)
         values = values_of(groups, config, started)
-
-
-def groups_of(planned: list[Planned]) -> Groups:
-    """The runs by all axes but the seed."""
-    found: Groups = {}
-    for item in planned:
-        if item.kind == "run":
-            axes = {key: value for key, value in item.axes.items() if key != "seed"}
-            found.setdefault(json.dumps(axes), {})[item.config.seed] = item
-    return found
 
 
 def _reference(groups: Groups, against: str) -> str | None:
@@ -110,7 +99,7 @@ def forecast(config: CompareConfig, jobs: int = 1) -> Forecast:
     Raises:
         UserError: as :func:`mim.compare.plan.plan`.
     """
-    planned = plan(config)
+    planned, lengths = equal_budget(plan(config), config, keep=False)
     groups = groups_of(planned)
     results = [
         read_result(Path(item.config.output)) for own in groups.values() for item in own.values()
@@ -133,4 +122,8 @@ def forecast(config: CompareConfig, jobs: int = 1) -> Forecast:
         values=values if len(values) > 1 else None,
         scale=100.0 if is_share(primary_of(config)[1]) else 1.0,
         against=bool(config.against),
+        more=(
+            *(each.line(config.budget) for each in lengths),
+            *tuning_lines(planned, config),
+        ),
     )

@@ -18,16 +18,19 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from mim import moved
+from mim.compare.budget import equal_budget
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
-from mim.compare.plan import CompareConfig, Planned, hold_to_images, plan, with_copies
+from mim.compare.plan import RULES, CompareConfig, Planned, hold_to_images, plan, with_copies
 from mim.compare.rounds import keep_disagreement, rounds
+from mim.compare.tune import tuned
 from mim.core import progress
 from mim.core.config import Config, DataConfig
 from mim.core.cpu.process import tune_process
 from mim.core.errors import TrainingError, UserError
 from mim.core.fingerprints import same_images
 from mim.core.lock import InUse, in_use, sole_use
-from mim.core.settings import read_args, to_dict, to_yaml
+from mim.core.registry import Registry
+from mim.core.settings import flatten, read_args, to_dict, to_yaml
 from mim.core.signals import Interrupted
 from mim.evaluate import (
     EVALUATIONS,
@@ -43,6 +46,10 @@ from mim.evaluate import (
 )
 from mim.evaluate.protocol import Protocol, encoder_digest, files_of, outdated, protocol_of
 from mim.interop.starting import pretrain_from
+from mim.masks.generators import MASKS
+from mim.model.decoders import DECODERS
+from mim.model.regimes import REGIMES
+from mim.model.targets import TARGETS
 from mim.training import checkpoint
 from mim.training.results import NAME, read_result, update_result
 from mim.training.runtime.machine import pick_device
@@ -106,23 +113,36 @@ def run_comparison(
         for item in planned:
             if item.kind != "pixels":
                 check_files(built, Path(item.config.output))
-        planned, config = with_copies(hold_to_images(planned, config), config)
-        states = _states(planned, config, command)
-        if show != "quiet":
-            _note_states(planned, states, config)
+        planned, lengths = equal_budget(planned, config)
+        planned, config = with_copies(hold_to_images(planned, config.evaluations), config)
+        for length in lengths if show != "quiet" else ():
+            progress.note(length.line(config.budget))
+        work = functools.partial(_run_all, output=output, show=show, launch=launch or Launch())
         with _signals_interrupt():
+            planned = tuned(planned, config, functools.partial(_run_tuning, work))
+            states = _states(planned, config, command)
+            if show != "quiet":
+                _note_states(planned, states, config)
             failed: list[str] = []
             begun: set[str] = set()
             for part in rounds(planned, config):
                 begun |= {item.folder for item in part}
                 _announce(output, [i.folder for i in planned if i.folder in begun])
-                failed += _run_all(part, states, config, show, launch or Launch(), watch)
+                failed += work(part, states, config.evaluations, watch=watch)
             keep_disagreement([item for item in planned if item.folder in begun], config)
         on_end()
     if failed:
         names = ", ".join(failed)
         progress.note(f"{len(failed)} of {len(begun)} failed: {names}")
     return failed
+
+
+def _run_tuning(
+    work: Callable[..., list[str]], items: list[Planned], evaluations: dict[str, Any]
+) -> None:
+    """Train and evaluate the runs in which settings are chosen, as far as they are not finished."""
+    held = hold_to_images(items, evaluations)
+    work(held, {item.folder: _state(item, evaluations, {}, {}) for item in held}, evaluations)
 
 
 def _note_states(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
@@ -145,7 +165,6 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
     for item in planned:
         known = (before.get(item.folder, {}), inputs[item.folder])
         states[item.folder] = _state(item, config.evaluations, *known)
-    rules = ("evaluations", "primary", "margin", "against", "seeds")
     overview = {
         "format": checkpoint.FORMAT,
         "name": config.name,
@@ -153,7 +172,8 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
         "variants": config.variants,
         "command": command,
         "base": to_dict(config.base),
-        **{key: getattr(config, key) for key in rules},
+        **{key: getattr(config, key) for key in RULES},
+        "components": _components(planned),
         "runs": [item.folder for item in planned],
         "planned": [
             {"folder": item.folder, "kind": item.kind, "axes": item.axes}
@@ -164,6 +184,23 @@ def _states(planned: list[Planned], config: CompareConfig, command: str) -> dict
     checkpoint.write_json_atomic(output / "comparison.json", overview)
     checkpoint.write_text_atomic(output / "compare.yaml", to_yaml(config))
     return states
+
+
+def _components(planned: list[Planned]) -> dict[str, str]:
+    """Setting and name of every component -> what it says of itself, for the recipes."""
+    registries: dict[str, Registry[Any]] = {
+        "mask.name": MASKS,
+        "model.regime.name": REGIMES,
+        "model.decoder.name": DECODERS,
+        "model.target.name": TARGETS,
+    }
+    found = {}
+    for item in planned:
+        tree = flatten(to_dict(item.config))
+        for key, registry in registries.items():
+            words = (registry.get(tree[key]).__doc__ or "").strip().partition("\n\n")[0]
+            found[f"{key} {tree[key]}"] = f"{tree[key]}: {' '.join(words.split())}"
+    return found
 
 
 def _announce(output: Path, folders: list[str]) -> None:
@@ -200,8 +237,9 @@ def _state(
         UserError: if the folder holds a run with another config, or of other files.
     """
     run = Path(item.config.output)
+    begin = State("train" if item.kind == "run" else "evaluate", {})
     if not (run / "config.yaml").is_file():
-        return State("train", {})
+        return begin
     old = read_args(Config, ["--config", str(run / "config.yaml")])
     checkpoint.check_same_run(checkpoint.fingerprint(old), item.config, run)
     other = "Choose another output"
@@ -221,7 +259,7 @@ def _state(
         )  # an evaluation failed
     if result.get("status") != "finished":
         (run / NAME).unlink(missing_ok=True)  # of a failure: try again
-        return State("train", {})
+        return begin
     left = _left(item, evaluations, result)
     again = {name: reason for name, reason in left.items() if reason}
     return State("evaluate" if left else "done", again)
@@ -332,7 +370,12 @@ def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
     measured = replace(data.measured, mean=own.measured.mean, std=own.measured.std)
     if own.measured.range is not None:
         measured = replace(measured, range=own.measured.range)
-    own_scale = {"mean": own.mean, "std": own.std, "range": own.range, "measured": measured}
+    own_scale: dict[str, Any] = {
+        "mean": own.mean,
+        "std": own.std,
+        "range": own.range,
+        "measured": measured,
+    }
     return replace(data, image_size=size, channels=channels, **own_scale)
 
 
@@ -379,18 +422,22 @@ def _write_failure(item: Planned, error: str) -> None:
 def _run_all(
     planned: list[Planned],
     states: dict[str, State],
-    config: CompareConfig,
+    evaluations: dict[str, Any],
+    *,
+    output: Path,
     show: str,
     launch: Launch,
-    watch: Watch | None,
+    watch: Watch | None = None,
 ) -> list[str]:
     """Run what is left, ``launch.jobs`` at once; return the folders that failed."""
+    if show == "live" and watch is None:  # tuning, before there is a table of runs
+        show = "plain"
     failed = []
     stopped: list[tuple[Planned, int | None]] = []
-    work = functools.partial(run_noted, evaluations=config.evaluations)
+    work = functools.partial(run_noted, evaluations=evaluations)
     jobs: LocalJobs[Planned] | SubmittedJobs[Planned]
     if launch.launcher == "submitit":
-        jobs = SubmittedJobs(work, Path(config.output), launch.slurm)
+        jobs = SubmittedJobs(work, output, launch.slurm)
     else:
         jobs = LocalJobs(functools.partial(work, show=show), launch.jobs)
     with contextlib.ExitStack() as stack:

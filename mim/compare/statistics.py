@@ -25,13 +25,18 @@ Values = Mapping[str, Mapping[int, float]]
 """Group -> seed -> value."""
 
 _SHARES = re.compile(
-    r"accuracy|(pixel|class|clean)_accuracy|miou$|mce$|mean_error$|(mask_)?(map|mar)(_|$)"
+    r"accuracy|(pixel|class|clean)_accuracy|(image_)?miou$|mce$|mean_error$|(mask_)?(map|mar)(_|$)"
 )
 
 
 def is_share(name: str) -> bool:
     """Whether a measure lies between 0 and 1 and is printed, as papers do, in per cent."""
     return _SHARES.match(name) is not None
+
+
+def more_is_better(name: str) -> bool:
+    """Whether a measure is a quality, and neither a loss nor an error."""
+    return not re.search("loss|error|mce|alignment|uniformity", name)
 
 
 LEVEL = 0.05
@@ -328,11 +333,49 @@ def difference(
     return Difference(mean, n, error, df, mean - half, mean + half, wide)
 
 
+Places = Sequence[Mapping[int, float]]
+"""Seed -> value of one cell at each place on the other axes."""
+
+
+def interaction(
+    one: Places, two: Places, three: Places, four: Places, family: Family, spread: Spread | None
+) -> Difference | None:
+    """The difference of differences ``(one - two) - (three - four)``, the mean over the places.
+
+    Args:
+        one, two, three, four: M places each, in the same order.
+        family: what the interval is simultaneous with.
+        spread: the pooled residual of all groups; by default the contrast's own.
+    """
+    cells = [cell for part in (one, two, three, four) for cell in part]
+    seeds = set.intersection(*(set(cell) for cell in cells)) if cells else set()
+
+    def mean(places: Places, seed: int) -> float:
+        return sum(cell[seed] for cell in places) / len(places)
+
+    first, second = (
+        {seed: mean(a, seed) - mean(b, seed) for seed in seeds}
+        for a, b in ((one, two), (three, four))
+    )
+    if spread is not None:  # each side is a difference already, the mean over M
+        spread = replace(spread, sd=spread.sd * math.sqrt(2 / len(one)))
+    return difference(first, second, family, spread)
+
+
 def _total(parts: Sequence[Source]) -> tuple[float, float]:
     """Standard error and degrees of freedom of a sum of sources."""
     variance = sum(part.variance for part in parts)
     spread = sum(part.spread for part in parts)
     return math.sqrt(variance), min(max(variance**2 / spread if spread > 0 else 1e6, 1.0), 1e6)
+
+
+def p_value(found: Difference) -> float:
+    """Two-sided p-value of a difference that stands by itself; 1 without an interval."""
+    if found.error is None:
+        return 1.0
+    if found.error == 0:
+        return float(found.mean == 0)
+    return float(2 * stats.t.sf(abs(found.mean) / found.error, found.df))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -240,6 +240,9 @@ class DataConfig(ComponentSettings, where="data"):
     """Which channels, from 0, pictures show as red, green and blue; by default the first three."""
     val_fraction: Between = 0.1
     """Share of the images held out where the source has no val split of its own."""
+    val_from_train: Between | None = None
+    """Share of the chosen training images that stands in for val, drawn by key: what is chosen on
+    it has not seen the val images, which are then not opened."""
     mix: tuple[MixConfig, ...] = ()
     """The sources of data.source=mixed, each with source, path, val_path and weight."""
     subset: SubsetConfig = field(default_factory=SubsetConfig)
@@ -247,9 +250,10 @@ class DataConfig(ComponentSettings, where="data"):
     fingerprint: str | None = field(default=None, metadata=FREE)
     """Digest of the source, ids and labels of all images; a run writes it into its config, and a
     run that starts from such a config refuses other images. null takes what is there."""
-    max_unreadable: BelowOne = field(default=0.001, metadata=FREE)
+    max_unreadable: BelowOne | None = field(default=None, metadata=FREE)
     """Share of the images that may be unreadable: each is named in unreadable.txt in the run folder
-    and another stands in for it. More stop the run."""
+    and another stands in for it. More stop the run. By default 0.001, or 3 images where that is
+    more, but no more than a tenth."""
     max_pixels: Count = 89_478_485
     """Larger images count as unreadable: a small file can decode to more than the memory."""
     weights: str | None = None
@@ -354,6 +358,12 @@ class MaskConfig(ComponentSettings, where="mask"):
     rounding: Literal["nearest", "ceil", "floor_visible"] = "nearest"
     """How that becomes a number of patches: nearest (halves up), ceil (SimMIM rounds the hidden
     ones up) or floor_visible (MAE rounds the visible ones down)."""
+    repeats: Count = 1
+    """Masks of an image in a step of training (data2vec 2.0: 16). The encoder runs once for each, a
+    teacher once for all; the loss is their mean."""
+    unmasked: BelowOne = 0.0
+    """Share of the images, drawn in each epoch, that training leaves unmasked; where only masked
+    patches count, their loss is 0."""
 
     schedule: MaskScheduleConfig = field(default_factory=MaskScheduleConfig)
     """A ratio that moves over training."""
@@ -409,8 +419,8 @@ class DecoderConfig(ComponentSettings, where="model.decoder"):
     """What predicts the hidden patches."""
 
     name: str = "transformer"
-    """transformer (MAE), cross_attention (CrossMAE), linear (SimMIM) or mlp; the last two need a
-    regime that keeps every token."""
+    """transformer (MAE), cross_attention (CrossMAE), rotary (CAPI), convolutional (data2vec 2.0),
+    linear (SimMIM) or mlp; the last two need a regime that keeps every token."""
 
 
 @dataclass(frozen=True)
@@ -419,11 +429,12 @@ class TargetConfig(ComponentSettings, where="model.target"):
 
     name: str = "normalized_pixels"
     """normalized_pixels (each patch to mean 0, variance 1), pixels, low_pass, frequency (cosine
-    transform), hog (histograms of oriented gradients), features (of a frozen timm model) or
-    ema_features (of the encoder's moving average)."""
+    transform), hog (histograms of oriented gradients), features (of a frozen timm model),
+    ema_features (of the encoder's moving average), clusters (CAPI's, learnt online) or codes (of a
+    codebook given as a file)."""
     loss: Literal["auto", "mse", "l1", "smooth_l1", "cosine"] = "auto"
-    """Distance between prediction and target: auto (smooth_l1 for features, mse for the rest),
-    mse, l1, smooth_l1 or cosine."""
+    """Distance between prediction and target: auto (smooth_l1 for features, cross-entropy for
+    clusters and codes, mse for the rest), mse, l1, smooth_l1 or cosine."""
     smooth_l1_beta: Positive = 2.0
     """Where smooth_l1 turns from a square into a line; 2.0 is data2vec's for images."""
     loss_on: Literal["masked", "all"] = "masked"
@@ -440,8 +451,8 @@ class ModelConfig(Settings, where="model"):
     """Encoder, regime, decoder and target."""
 
     backbone: str = "vit_tiny_patch16_224"
-    """Name of a timm model: a VisionTransformer, an Eva (EVA-02, RoPE-ViT, DINOv3), a Swin (v1 or
-    v2: token) or a Hiera (drop or token)."""
+    """Name of a timm model: a VisionTransformer, an Eva (EVA-02, RoPE-ViT, DINOv3), a Beit or
+    VisionTransformerRelPos, a Swin (v1 or v2: token) or a Hiera (drop or token)."""
     backbone_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model: patch_size, embed_dim, depth, num_heads, reg_tokens, ... timm's
     own defaults hold for the rest, such as a Swin's drop_path_rate of 0.1."""
@@ -464,7 +475,8 @@ class ModelConfig(Settings, where="model"):
     target: TargetConfig = field(default_factory=TargetConfig)
     """What must be predicted."""
     teacher_decay: BelowOne = 0.999
-    """Decay of the EMA teacher that the generator attention and the target ema_features read."""
+    """Decay of the EMA teacher that the generator attention and the targets ema_features and
+    clusters read."""
     teacher_schedule: TeacherSchedule = field(default_factory=TeacherSchedule)
     """How that decay moves."""
 

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 _SECONDS_BETWEEN_LINES = 15.0
+_FIRST_SIGN = 5.0  # seconds
 _silent = False
 
 
@@ -90,11 +91,12 @@ class RunProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def began(self, step: int) -> None:
-        """Say in a line, after the first step, what it took; a bar shows it by itself."""
-        if self.enabled and self._bar is None and step == self.start + 1:
-            took = time.monotonic() - self._began
-            line = f"{self.label}  step {step}/{self.total}  the first, after {took:.1f} s"
+    def alive(self, step: int) -> None:
+        """Say once, some seconds after the start, that steps are taken; a bar shows it itself."""
+        took = time.monotonic() - self._began
+        if self.enabled and self._bar is None and self._last == self._began and took > _FIRST_SIGN:
+            self._last = time.monotonic()
+            line = f"{self.label}  step {step}/{self.total}  after {took:.1f} s"
             print(line, file=sys.stderr, flush=True)
 
     def update(self, step: int, loss: float, rate: float | None = None) -> None:

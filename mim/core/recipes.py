@@ -28,8 +28,8 @@ def recipe_files() -> dict[str, Path]:
         UserError: if there are none.
     """
     for folder in _FOLDERS:
-        if found := sorted(folder.glob("*.yaml")):
-            return {path.stem: path for path in found}
+        if found := {path.stem: path for path in folder.glob("*.yaml")}:
+            return dict(sorted(found.items()))
     raise UserError(f"recipes: there are none in {' or '.join(map(str, _FOLDERS))}")
 
 
@@ -43,8 +43,8 @@ def recipe_file(name: str) -> Path:
 
 def headline(path: Path) -> str:
     """Returns the first sentence of a recipe's header, which says what it is."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    first, _, _ = path.read_text(encoding="utf-8").partition("\n#\n")
+    header = " ".join(line.removeprefix("#").strip() for line in first.splitlines())
     return header.partition(". ")[0].removesuffix(".")
 
 

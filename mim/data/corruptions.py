@@ -462,6 +462,9 @@ class Corrupted(ImageSource):
 
     def image(self, index: int) -> NDArray[np.uint8]:
         pixels = eval_transform([self.source.image(index)], self.config)[0]  # (C, H, W)
+        if pixels.dtype != torch.uint8:
+            reason = "has images of more than 8 bits, and corruptions are defined on 8 alone"
+            raise setting_error("data.source", self.name, reason)
         image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
         return corrupt(image, self.corruption, self.severity, int(self.keys[index]))
 

@@ -24,7 +24,8 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     What ``auto`` leaves to be found is found by looking at the training images, and stands in
     ``measured``. A set without a val split gives ``data.val_fraction`` of its images to "val" by
     :func:`holdout`. ``mean`` and ``std`` are those of the config, or else measured or the set's
-    own, in ``data.channels`` channels. Unreadable images are recorded in ``folder``, the run
+    own, in ``data.channels`` channels. With ``data.val_from_train`` both splits are parts of the
+    training images. Unreadable images are recorded in ``folder``, the run
     folder, if there is one.
 
     Raises:
@@ -88,6 +89,10 @@ def _opened(config: DataConfig, split: Split) -> ImageSource:
         )
         raise setting_error("data.path", config.path, reason)
     settings = SOURCES.chosen(config, kind)
+    asked = split
+    from_train = config.val_from_train is not None and name != "mixed"  # there, each source's
+    if from_train:
+        split = "train"
     source = maker(config, split) if settings is None else maker(settings, config, split)
     if not source.has_val:
         if len(source) < 2:
@@ -100,6 +105,10 @@ def _opened(config: DataConfig, split: Split) -> ImageSource:
         source = choose(source, config, split)
         if not len(source):
             raise setting_error("data.subset", config.subset, f"leaves no {split} images")
+    if from_train and config.val_from_train is not None:
+        if len(source) < 2:
+            raise setting_error("data.val_from_train", config.val_from_train, "needs 2 images")
+        source = Subset(source, holdout(source.sample_ids, config.val_from_train, asked))
     return source
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mim.core.errors import setting_error
+from mim.core.errors import UserError, setting_error
 
 FILE = "unreadable.txt"
 _SHOWN = 5
+_SHARE, _FEW = 0.001, 3  # that may be unreadable
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,31 @@ class Fault:
     reason: str
 
 
+def allowed(count: int, limit: float | None) -> int:
+    """How many of ``count`` images may be unreadable, see ``data.max_unreadable``."""
+    if limit is not None:
+        return int(limit * count)
+    return max(int(_SHARE * count), min(_FEW, count // 10))
+
+
 class Ledger:
     """The unreadable images of one split, over all processes of a run.
 
     Args:
         split: "train" or "val".
         count: images of the source.
-        limit: ``data.max_unreadable``, the fraction of them that may be unreadable.
+        limit: ``data.max_unreadable``, the fraction of them that may be unreadable, or None.
         folder: where each process of a run adds lines to ``unreadable.txt``: split, name and
             reason, with tabs between them. None keeps them in memory.
     """
 
-    def __init__(self, split: str, count: int, limit: float, folder: Path | None = None) -> None:
+    def __init__(
+        self, split: str, count: int, limit: float | None, folder: Path | None = None
+    ) -> None:
         self.split = split
         self.count = count
         self.limit = limit
+        self.allowed = allowed(count, limit)
         self.path = None if folder is None else folder / FILE
         self._known: dict[str, str] = {}
         self._earlier = set(self._read())  # by an earlier start: counted only when met again
@@ -81,13 +92,15 @@ class Ledger:
 
     def check(self) -> None:
         """Raises UserError if there are more unreadable images than may be."""
-        if len(self._known) <= self.limit * self.count:
+        if len(self._known) <= self.allowed:
             return
         shown = [f"{name} ({reason})" for name, reason in list(self._known.items())[:_SHOWN]]
         more = f" and {len(self._known) - _SHOWN} more" if len(self._known) > _SHOWN else ""
         where = "" if self.path is None else f"; all in {self.path}"
         reason = (
-            f"allows {int(self.limit * self.count)} unreadable of {self.count} {self.split} images,"
+            f"allows {self.allowed} unreadable of {self.count} {self.split} images,"
             f" and there are {len(self._known)}: {', '.join(shown)}{more}{where}"
         )
+        if self.limit is None:
+            raise UserError(f"data.max_unreadable: by default {reason}")
         raise setting_error("data.max_unreadable", self.limit, reason)

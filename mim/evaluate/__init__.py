@@ -45,6 +45,7 @@ from mim.evaluate.predictions import save_predictions
 from mim.evaluate.probes.analysis import Analysis, AnalysisSettings, effective_rank, linear_cka
 from mim.evaluate.probes.attentive import Attentive, AttentiveSettings
 from mim.evaluate.probes.knn import Knn, KnnSettings, knn_predict
+from mim.evaluate.probes.label_free import LabelFree, LabelFreeSettings
 from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.probes.linear_grid import LinearGrid, LinearGridSettings
 from mim.evaluate.probes.linear_mae import LinearMae, LinearMaeSettings
@@ -72,6 +73,8 @@ __all__ = [
     "FinetuneSettings",
     "Knn",
     "KnnSettings",
+    "LabelFree",
+    "LabelFreeSettings",
     "Linear",
     "LinearGrid",
     "LinearGridSettings",

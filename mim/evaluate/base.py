@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
 WITHOUT_LABELS = (
     "Measure it on labelled images (mim evaluate ... --data DIR, with a folder for each class), "
-    "look at mim visualize, or take features with mim embed"
+    "use mim evaluate label_free, look at mim visualize, or take features with mim embed"
 )
 """What can be done instead of an evaluation that needs labels."""
 

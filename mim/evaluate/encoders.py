@@ -88,7 +88,15 @@ def resized(encoder: Encoder, image_size: int | tuple[int, int] | None) -> Encod
 def on_images(encoder: Encoder, path: str | Path, source: str = "imagefolder") -> Encoder:
     """The same encoder, to read other images, normalised as those that it was trained on."""
     mean, std = normalisation(encoder.data)
-    data = replace(encoder.data, source=source, path=str(path), val_path=None, mix=())
+    data = replace(
+        encoder.data,
+        source=source,
+        path=str(path),
+        val_path=None,
+        mix=(),
+        streaming=False,
+        cache="none",
+    )
     data = replace(data, subset=SubsetConfig(), fingerprint=None, weights=None, mean=mean, std=std)
     return replace(encoder, data=data)
 

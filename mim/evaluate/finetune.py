@@ -198,6 +198,11 @@ class RandAugment:
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """(B, C, H, W) uint8 and (B,) int64 -> (B, C, H, W) uint8, C of 1 or 3."""
+        if images.dtype != torch.uint8:
+            raise UserError(
+                "evaluations.finetune.rand_augment: takes 8-bit images alone, and these have more "
+                'bits: set it to ""'
+            )
         result = torch.empty_like(images)
         for row, bits in enumerate(random_bits(keys, 1, stream=1)[:, 0].tolist()):
             pixels = images[row].permute(1, 2, 0).numpy()  # (H, W, C)

@@ -8,6 +8,7 @@ and named.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -75,7 +76,7 @@ def open_images(path: str | Path, data: DataConfig) -> ImageSource:
     path = Path(path)
     folder = path.parent if path.is_file() else path
     every = EveryImage(replace(data, source="flat", path=str(folder), fingerprint=None), "train")
-    wanted = range(len(every))
+    wanted = list(range(len(every)))
     if path.is_file():
         wanted = [i for i in wanted if every.describe(i) == path.name]
     faults = {fault.name: fault.reason for fault in every.check(torch.tensor(wanted).long())}
@@ -410,7 +411,7 @@ def _label_maps(job: _Job) -> Made:
             drawn = Image.fromarray(labels.astype(np.uint8))
             drawn.putpalette(colours.tobytes())
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, lambda temporary, drawn=drawn: drawn.save(temporary, "png"))
+            write_atomic(file, functools.partial(drawn.save, format="png"))
             ids.append(int(part.sample_ids[index]))
         return {"sample_ids": np.array(ids, dtype=np.int64)}
 
@@ -441,7 +442,7 @@ def _boxes(job: _Job) -> Made:
             places = range(start, min(start + s.batch_size, len(part)))
             read = [(i, _picture(part, i, len(model.mean))) for i in places]
             shown = [(int(part.sample_ids[i]), image) for i, image in read if image is not None]
-            images = _Pictures([image for _, image in shown])
+            images: Any = _Pictures([image for _, image in shown])
             found = evaluation.predict(
                 model, images, list(range(len(shown))), device, job.precision
             )

@@ -60,6 +60,7 @@ from mim.evaluate.features import (
 )
 from mim.evaluate.finetune import FILE as FINETUNED
 from mim.evaluate.finetune import FinetuneSettings, load_classifier
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.evaluate.probes.linear import Linear, LinearSettings
 from mim.evaluate.training import start_accelerator
 from mim.training.checkpoint import prepare_folder, read_result, write_atomic
@@ -231,8 +232,8 @@ def right_answers(
     batch_size: int,
     accelerator: Accelerator,
     classes: Sequence[int] | None = None,
-) -> float:
-    """The share of a source's images that are classified right.
+) -> tuple[Tensor, Tensor]:
+    """The ids (I,) of a source's images that can be read, and whether each is classified right.
 
     Args:
         predict: see :data:`Predict`.
@@ -244,8 +245,7 @@ def right_answers(
             By default the labels are those of the classifier.
     """
     device = accelerator.device
-    right = torch.zeros((), dtype=torch.float64, device=device)
-    count = right.clone()  # unreadable images are left out
+    ids, right = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool)]
     rank, world = accelerator.process_index, accelerator.num_processes
     for batch in eval_loader(source, data, batch_size, rank, world):
         images = to_device(batch.images, device)
@@ -253,10 +253,29 @@ def right_answers(
         if classes is not None:
             logits = logits[:, torch.as_tensor(classes, device=device)]  # (B, P)
         assert batch.labels is not None
-        right += (logits.argmax(1) == to_device(batch.labels, device)).sum()
-        count += len(batch)
-    total, counted = accelerator.reduce(right, "sum"), accelerator.reduce(count, "sum")
-    return float(total / counted)
+        ids.append(batch.sample_ids)
+        right.append((logits.argmax(1) == to_device(batch.labels, device)).cpu())
+    return gather_rows(torch.cat(ids)), gather_rows(torch.cat(right))
+
+
+def _share(answers: tuple[Tensor, Tensor]) -> float:
+    return float(answers[1].double().mean())
+
+
+def _with_answers(
+    numbers: dict[str, float],
+    clean: tuple[Tensor, Tensor],
+    corrupted: Sequence[tuple[Tensor, Tensor]],
+) -> Measured:
+    """The numbers, with the answers to each image that was corrupted, or to the clean images."""
+    ids, right = clean
+    if not corrupted or any(not torch.equal(other, corrupted[0][0]) for other, _ in corrupted):
+        return Measured(numbers, ids, {"clean_accuracy": right})
+    own = corrupted[0][0]
+    answers = {"mean_error": 1 - torch.stack([each for _, each in corrupted]).double().mean(0)}
+    if torch.equal(own, ids):
+        answers["clean_accuracy"] = right
+    return Measured(numbers, own, answers)
 
 
 @EVALUATIONS.register("robustness", RobustnessSettings)
@@ -390,12 +409,14 @@ class Robustness(EncoderEvaluation):
         predict, classes, statistics = self._classifier(encoder, train, place, precision, folder)
         val = _normalised_as(val, *statistics)
         given: dict[str, Any] = {"batch_size": s.batch_size, "accelerator": accelerator}
-        clean = right_answers(predict, val, encoder.data, **given)
+        answered = right_answers(predict, val, encoder.data, **given)
+        clean = _share(answered)
         few = keyed_subset(val, s.images, s.seed, s.name) if s.images else val
         folders = corrupted_folders(Path(s.imagenet_c)) if s.imagenet_c else {}
 
         names = self._names()
         errors: dict[str, list[float]] = {}
+        each: list[tuple[Tensor, Tensor]] = []
         main = accelerator.is_main_process
         total, done = len(names) * len(s.severities), 0
         label = f"robustness {encoder.name}"
@@ -411,10 +432,11 @@ class Robustness(EncoderEvaluation):
                         )
                     else:
                         source, known = Corrupted(few, encoder.data, name, severity, s.seed), None
-                    right = right_answers(predict, source, encoder.data, **given, classes=known)
-                    errors[name].append(1 - right)
+                    found = right_answers(predict, source, encoder.data, **given, classes=known)
+                    each.append(found)
+                    errors[name].append(1 - _share(found))
                     done += 1
-                    progress.update(done, 1 - right)
+                    progress.update(done, errors[name][-1])
         numbers: dict[str, float] = {}
         baseline = read_baseline(s.baseline, names, s.severities) if s.baseline else {}
         if baseline:
@@ -424,8 +446,8 @@ class Robustness(EncoderEvaluation):
         numbers["clean_accuracy"] = clean
         for name, path in s.folders.items():
             source, known = self._opened(Path(path), f"folders.{name}", classes, val, encoder.data)
-            right = right_answers(predict, source, encoder.data, **given, classes=known)
-            numbers[f"accuracy_{name}"] = right
+            found = right_answers(predict, source, encoder.data, **given, classes=known)
+            numbers[f"accuracy_{name}"] = _share(found)
         for name in names:
             numbers[f"error_{name}"] = means[name]
             if baseline:
@@ -435,7 +457,7 @@ class Robustness(EncoderEvaluation):
                 numbers[error_key(name, severity)] = value
         if folder is not None and main:
             _save_figure(folder / "pictures" / "robustness.png", errors, s.severities, 1 - clean)
-        return numbers
+        return _with_answers(numbers, answered, [] if folders else each)
 
     def _classifier(
         self,

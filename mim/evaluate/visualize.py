@@ -147,7 +147,8 @@ class DrawnMasks:
 
     generator: str
     ratio: float
-    pixels: NDArray[np.uint8]  # (B, H, W, 3)
+    images: Tensor  # (B, C, H, W), as batches hold them
+    pixels: NDArray[np.uint8]  # (B, H, W, 3), as they are shown
     mask: PatchMask | None  # None where the generator refuses
     refusal: str = ""
     statistics: MaskStatistics | None = None
@@ -201,9 +202,9 @@ def draw_masks(
                     mask = generator(shared.grid, keys, epoch=0, sample_ids=batch.sample_ids)
                 statistics = mask_statistics(mask, shared.grid)
             except UserError as error:
-                drawn.append(DrawnMasks(name, ratio, pixels, None, str(error)))
+                drawn.append(DrawnMasks(name, ratio, batch.images, pixels, None, str(error)))
             else:
-                drawn.append(DrawnMasks(name, ratio, pixels, mask, "", statistics))
+                drawn.append(DrawnMasks(name, ratio, batch.images, pixels, mask, "", statistics))
     return drawn
 
 

@@ -39,6 +39,11 @@ def public_config(config: Config) -> dict[str, Any]:
     return found
 
 
+def library_line(to: str) -> str:
+    """The line of a card by which a hub knows the library that loads it."""
+    return f"library_name: {({'timm': 'timm', 'hf': 'transformers'}).get(to, 'mim')}"
+
+
 def card_text(run: Path, config: Config, usage: str, to: str) -> str:
     """Markdown with the header that model hubs read; ``usage`` is Python that loads the file."""
     result = checkpoint.read_result(run)
@@ -53,6 +58,8 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
         "target": f"{model.target.name}, {model.target.loss}",
         "seed": config.seed,
     }
+    if began := result.get("started_from"):
+        what["started from"] = f"{began['file']} ({began['family']})"
     if imported:
         what["imported from"] = f"{public(imported['file'])} ({imported['family']})"
         what["its SHA-256"] = f"`{imported['sha256']}`"
@@ -76,10 +83,9 @@ def card_text(run: Path, config: Config, usage: str, to: str) -> str:
     }
     for evaluation, values in result.get("evaluations", {}).items():
         numbers |= {f"{evaluation} {key}": _number(value) for key, value in values.items()}
-    library = {"timm": "timm", "hf": "transformers"}.get(to, "mim")
     origin = "whose weights were imported" if imported else "pre-trained by masked image modelling"
     parts = [
-        f"---\nlibrary_name: {library}\ntags:\n- masked-image-modeling\n"
+        f"---\n{library_line(to)}\ntags:\n- masked-image-modeling\n"
         "- image-feature-extraction\n- mim\n---",
         f"# {run.name or run.resolve().name}",
         f"A ViT {origin}.\n\n{_table(what)}",

@@ -18,7 +18,7 @@ from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.public import public
 from mim.evaluate import encoders
-from mim.interop.card import card_text, public_config
+from mim.interop.card import card_text, library_line, public_config
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
     build_backbone,
@@ -140,7 +140,13 @@ def _timm(job: _Job) -> str:
         raise setting_error(
             "--part", "model", "has no place in timm's layout; use --to safetensors"
         )
+    if job.output.suffix != ".safetensors":
+        return _timm_folder(job)
     _write_safetensors(job.output, to_timm(job.encoder()), job.metadata())
+    return _timm_usage(job)
+
+
+def _timm_usage(job: _Job) -> str:
     model, data = job.config.model, job.config.data
     extra = {**public(model.backbone_args), "img_size": data.image_size, "in_chans": data.channels}
     arguments = ", ".join(f"{key}={value!r}" for key, value in extra.items())
@@ -153,6 +159,48 @@ def _timm(job: _Job) -> str:
     return (
         f"{imports}timm.create_model({model.backbone!r}, "
         f"checkpoint_path={str(job.output)!r}, num_classes=0, {arguments})"
+    )
+
+
+def _timm_folder(job: _Job) -> str:
+    """What a repository of the hub holds: weights, and a config with size, statistics and pooling.
+
+    The pooling is the mean of the patch tokens, as in every evaluation.
+    """
+    model, data, vit = job.config.model, job.config.data, job.vit()
+    if model.norm_eps is not None:
+        reason = "has no place in timm's config.json; export a file, and see its card"
+        raise setting_error("model.norm_eps", model.norm_eps, reason)
+    args = {"img_size": list(data.size), "in_chans": data.channels, **model.backbone_args}
+    if isinstance(vit, VisionTransformer) and "global_pool" not in args:
+        args |= {"global_pool": "avg", "fc_norm": False}
+    mean, std = normalisation(job.config)
+    described = {
+        "architecture": model.backbone,
+        "num_classes": 0,
+        "num_features": family_of(vit).width,
+        "global_pool": args.get("global_pool", "avg"),
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [data.channels, *data.size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
+        },
+    }
+    checkpoint.prepare_folder(job.output, "--output")
+    _write_safetensors(job.output / "model.safetensors", to_timm(job.encoder()), job.metadata())
+    checkpoint.write_json_atomic(job.output / "config.json", described)
+    return (
+        f"import timm\n\nmodel = timm.create_model('local-dir:' + {str(job.output)!r}, "
+        "pretrained=True)  # or 'hf-hub:USER/NAME'\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
     )
 
 
@@ -263,8 +311,15 @@ def _hf(job: _Job) -> str:
     _write_safetensors(job.output / "model.safetensors", state, {})
     checkpoint.write_json_atomic(job.output / "config.json", described)
     checkpoint.write_json_atomic(job.output / "preprocessor_config.json", processor)
-    extra = "" if has_decoder else ", add_pooling_layer=False"
-    return f"from transformers import {kind}\n\n{kind}.from_pretrained({str(job.output)!r}{extra})"
+    plain = f"ViTModel.from_pretrained({str(job.output)!r}, add_pooling_layer=False)"
+    if not has_decoder:
+        return f"from transformers import ViTModel\n\n{plain}"
+    return (
+        f"from transformers import {kind}, ViTModel\n\n"
+        f"{plain}  # the encoder on whole images: features\n"
+        f"# {kind}'s own forward hides {described['mask_ratio']:.0%} of the patches, drawn anew at "
+        f"each call:\n{kind}.from_pretrained({str(job.output)!r})"
+    )
 
 
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -351,12 +406,29 @@ FORMATS = {
 """``--to`` -> how the name of the output ends (nothing: a folder) and what writes it."""
 
 
+def _card_path(output: Path, is_folder: bool, to: str) -> Path:
+    """Where the card goes; that of another export stays.
+
+    Raises:
+        UserError: for a folder that holds another export.
+    """
+    if not is_folder:
+        card = output.with_suffix(".md")
+        taken = card.is_file() and repr(output.name) not in card.read_text(encoding="utf-8")
+        return output.with_name(f"{output.name}.md") if taken else card
+    card = output / "README.md"
+    if card.is_file() and library_line(to) not in card.read_text(encoding="utf-8"):
+        raise setting_error("--output", str(output), "holds another export; choose another folder")
+    return card
+
+
 def export_run(run: str | Path, to: str, output: str | Path, part: str | None = None) -> Exported:
     """Write a run's weights in a layout that others load, and a model card beside.
 
     Args:
         run: the run folder.
-        to: ``timm`` (a file for ``timm.create_model(..., checkpoint_path=...)``), ``hf`` (a folder
+        to: ``timm`` (a file for ``timm.create_model(..., checkpoint_path=...)``, or a folder
+            without a suffix, ready to push to a hub), ``hf`` (a folder
             for ``from_pretrained``), ``safetensors``, ``onnx``, or ``mae`` (facebookresearch/mae's
             keys in a torch file).
         output: the file, or for ``hf`` the folder.
@@ -372,17 +444,18 @@ def export_run(run: str | Path, to: str, output: str | Path, part: str | None = 
     if part is not None and part not in PARTS:
         raise choice_error("--part", part, PARTS)
     kind, run, output = FORMATS[to], Path(run), Path(output)
-    if kind.suffix and output.suffix != kind.suffix:
+    is_folder = not kind.suffix or (to == "timm" and not output.suffix)
+    if not is_folder and output.suffix != kind.suffix:
         raise UserError(f"--output: {str(output)!r} must end in {kind.suffix}")
-    if not kind.suffix and output.suffix in (".safetensors", ".pth", ".onnx", ".pt", ".bin"):
+    if is_folder and output.suffix in (".safetensors", ".pth", ".onnx", ".pt", ".bin"):
         raise UserError(f"--output: {str(output)!r} must be a folder for --to {to}")
     config = _with_normalisation(checkpoint.read_config(run))
     checkpoint.prepare_folder(output.parent, "--output")
-    if not kind.suffix and (output / "config.yaml").is_file():
+    if is_folder and (output / "config.yaml").is_file():
         raise setting_error("--output", str(output), "holds a run; choose another folder")
+    card = _card_path(output, is_folder, to)
     usage = kind.write(_Job(run, config, output, part))
-    card = output.with_suffix(".md") if kind.suffix else output / "README.md"
     # Readers of the card have the file, not this machine's folders.
-    relative = usage.replace(repr(str(output)), repr(output.name if kind.suffix else "."))
+    relative = usage.replace(repr(str(output)), repr("." if is_folder else output.name))
     checkpoint.write_text_atomic(card, card_text(run, config, relative, to))
     return Exported(output, card, usage)

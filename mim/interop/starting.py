@@ -52,8 +52,10 @@ def complete(
     tree: dict[str, Any] = {}
     for file in files:
         loaded: Any = read_mapping(file)
-        loaded = loaded.get(block[:-1], {}) if block else loaded
-        tree |= {key: value for key, value in flatten(loaded).items() if value is not None}
+        if block:  # a recipe is of one run
+            loaded = loaded.get(block[:-1], {} if "axes" in loaded else loaded)
+        known = flatten(loaded) if isinstance(loaded, Mapping) else {}  # else refused as it is read
+        tree |= {key: value for key, value in known.items() if value is not None}
     own = {k.removeprefix(block): v for k, v in settings.items() if k.startswith(block)}
     tree |= own
     added: dict[str, Any] = {}
@@ -68,7 +70,8 @@ def complete(
     if data is not None:
         for choice in choose(data, {**tree, **added}, () if block else files, output):
             added[choice.key] = choice.value
-            _tell(str(choice))
+            if choice.key != "data.path":
+                _tell(str(choice))
     return {**{block + key: value for key, value in added.items()}, **settings}
 
 
@@ -117,13 +120,14 @@ def begin(config: Config, with_decoder: bool = True) -> Config:
     if os.environ.get("RANK", "0") == "0":
         settings = {k: v for k, v in flatten(to_dict(config)).items() if v is not None}
         del settings["output"]
+        how = {"backbone": config.model.backbone}
         try:
-            import_run(file, run, settings, part="model" if with_decoder else "encoder")
+            import_run(file, run, settings, part="model" if with_decoder else "encoder", **how)
         except UserError as error:
             if not with_decoder or "decoder" not in str(error):
                 raise
             note(f"{file.name}: its decoder does not fit, and another begins anew ({error})")
-            import_run(file, run, settings, part="encoder")
+            import_run(file, run, settings, part="encoder", **how)
     return replace(config, resume="auto")  # from the checkpoint at step 0
 
 

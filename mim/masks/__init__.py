@@ -6,6 +6,7 @@ from mim.masks.generators import (
     MaskGenerator,
     build_mask_generator,
     hidden_count,
+    repeat_keys,
     sample_masks,
 )
 from mim.masks.guided import AttentionMask, LearnedMask
@@ -19,7 +20,9 @@ from mim.masks.patterns import (
     MultiblockMask,
     RowMask,
 )
+from mim.masks.squares import SquaresMask
 from mim.masks.statistics import mask_statistics
+from mim.masks.target_blocks import TargetBlocksMask
 
 __all__ = [
     "MASKS",
@@ -35,8 +38,11 @@ __all__ = [
     "MultiblockMask",
     "PatchMask",
     "RowMask",
+    "SquaresMask",
+    "TargetBlocksMask",
     "build_mask_generator",
     "hidden_count",
     "mask_statistics",
+    "repeat_keys",
     "sample_masks",
 ]

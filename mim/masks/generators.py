@@ -24,6 +24,8 @@ from mim.masks.patch_mask import PatchMask
 
 Grid = tuple[int, int]
 
+_UNMASKED, _REPEATS = 6, 7  # streams of the keys
+
 
 def hidden_count(ratio: float, patches: int, rounding: str = "nearest") -> int:
     """Count the patches that a ratio hides, by default the nearest integer, halves up."""
@@ -56,6 +58,7 @@ class MaskRequest:
         attention: (B, N), how much a teacher attends to each patch; None unless asked for.
         logits: (B, N), the scores of the generator's own network; None where it has none.
         rounding: how ratios become counts, as ``mask.rounding``.
+        epoch: the pass over the data; below 0 for masks that do not change.
     """
 
     grid: Grid
@@ -66,6 +69,7 @@ class MaskRequest:
     attention: Tensor | None = None
     logits: Tensor | None = None
     rounding: str = "nearest"
+    epoch: int = -1
 
     @property
     def num_patches(self) -> int:
@@ -78,11 +82,19 @@ class MaskRequest:
         return hidden_counts(self.ratios, units, self.rounding)
 
 
+def repeat_keys(keys: Tensor, repeats: int) -> Tensor:
+    """Derive ``repeats`` keys of each key (B,), the first of which is itself: (B * repeats,)."""
+    others = random_bits(keys, repeats - 1, _REPEATS)
+    return torch.cat([keys[:, None], others], dim=1).flatten()
+
+
 class Ratios(Protocol):
     """The part of :class:`MaskConfig` that all generators share."""
 
     @property
     def rounding(self) -> str: ...
+    @property
+    def unmasked(self) -> float: ...
     def ratio_at(self, epoch: int) -> tuple[float, float]: ...
     def all_ratios(self) -> list[tuple[str, float]]: ...
 
@@ -111,6 +123,8 @@ class MaskGenerator(ABC):
     """Whether it looks at the images; its masks then follow from what they show, too."""
     needs_attention: bool = False
     """Whether it reads a teacher's attention; the model then keeps one (``model.teacher``)."""
+    has_targets: bool = False
+    """Whether its masks carry target blocks, each to be predicted by itself (:meth:`targets`)."""
     is_trained: bool = False
     """Whether it has a network of its own, trained with the model (``model.mask_network``)."""
 
@@ -123,6 +137,10 @@ class MaskGenerator(ABC):
     def sees_images(self) -> bool:
         """Whether masks depend on the images, by themselves, a teacher or a network."""
         return self.needs_images or self.needs_attention or self.is_trained
+
+    def targets(self, request: MaskRequest) -> Tensor:
+        """(B, T, N) bool, True where a patch is in a target block; blocks may overlap."""
+        raise NotImplementedError(f"{type(self).__name__} has no target blocks")
 
     def network(self, channels: int, seed: int) -> nn.Module:
         """Build the network of a generator that is trained: images to logits (B, N)."""
@@ -183,8 +201,14 @@ class MaskGenerator(ABC):
             logits = network(images) if self.is_trained and network else None
             keys, drawn = to_device(keys, images.device), to_device(drawn, images.device)
         rounding = self.ratios.rounding
-        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding)
-        return PatchMask(self.draw(request), self.known_counts(grid, low, high), keys)
+        request = MaskRequest(grid, keys, drawn, sample_ids, images, seen, logits, rounding, epoch)
+        targets = self.targets(request) if self.has_targets else None
+        hidden, counts = self.draw(request), self.known_counts(grid, low, high)
+        if self.ratios.unmasked and epoch >= 0:
+            hidden &= uniforms(keys, 1, _UNMASKED) >= self.ratios.unmasked
+            # On the host the true counts are read; elsewhere that would wait for the device.
+            counts = (counts[0], request.num_patches) if counts and self.sees_images else None
+        return PatchMask(hidden, counts, keys, targets=targets)
 
     def draw_sizes(
         self,

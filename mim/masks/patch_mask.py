@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ class PatchMask:
             predicts a share of the hidden patches); by default hashed from the mask itself.
         valid: (B, N) bool, False for padding, which is neither visible nor masked; None where all
             images have N patches.
+        targets: (B, T, N) bool, the target blocks of each image; None where there are none.
 
     Attributes:
         visible_ids: (B, K) int64, ascending; K is the largest number of visible patches.
         masked_ids: (B, M) int64, ascending; M is the largest number of masked patches.
         visible_valid: (B, K) bool, False where a shorter row is padded; None where rows are equal.
         masked_valid: (B, M) bool, likewise.
+        target_ids: (B, T, A) int64, ascending, the patches of each block; None without any.
+        target_valid: (B, T, A) bool, False where a smaller block is padded; None where they are
+            equal.
 
     Raises:
         TypeError: if ``is_masked`` is no bool tensor.
@@ -43,12 +47,15 @@ class PatchMask:
     counts: tuple[int, int] | None = None
     keys: Tensor | None = None
     valid: Tensor | None = None
+    targets: InitVar[Tensor | None] = None
     visible_ids: Tensor = field(init=False)
     masked_ids: Tensor = field(init=False)
     visible_valid: Tensor | None = field(init=False)
     masked_valid: Tensor | None = field(init=False)
+    target_ids: Tensor | None = field(init=False)
+    target_valid: Tensor | None = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, targets: Tensor | None) -> None:
         if not isinstance(self.is_masked, Tensor) or self.is_masked.dtype != torch.bool:
             kind = getattr(self.is_masked, "dtype", type(self.is_masked).__name__)
             raise TypeError(f"is_masked must be a bool tensor (True = hidden), not {kind}")
@@ -63,6 +70,16 @@ class PatchMask:
         if self.valid is not None and bool((self.is_masked & ~self.valid).any()):
             raise ValueError("padding is masked: it is neither visible nor masked")
         self._derive()
+        ids = valid = None
+        if targets is not None:
+            number = targets.sum(dim=2)  # (B, T)
+            low, high = int(number.min()), int(number.max())
+            ids = targets.logical_not().to(torch.uint8).argsort(dim=2, stable=True)[..., :high]
+            if low != high:
+                valid = torch.arange(high, device=ids.device) < number[..., None]
+                ids = ids * valid
+        object.__setattr__(self, "target_ids", ids)
+        object.__setattr__(self, "target_valid", valid)
 
     def _derive(self) -> None:
         # Lowest and highest number in a row; where they are not known, they are read back.

@@ -289,7 +289,7 @@ class InverseBlockSettings(Settings):
 
 @MASKS.register("inverse_block", InverseBlockSettings)
 class InverseBlockMask(MaskGenerator):
-    """One visible rectangle (data2vec 2.0, arXiv:2212.07525; CAPI, arXiv:2502.08769).
+    """One visible rectangle (CAPI, arXiv:2502.08769).
 
     It has exactly K = N - hidden patches: its height follows from a log-uniform aspect, within
     what the grid allows, its width is K / height rounded up, and what is then too much is cut from
@@ -338,8 +338,9 @@ class MultiblockSettings(Settings):
 
 @MASKS.register("multiblock", MultiblockSettings)
 class MultiblockMask(RankedMask):
-    """I-JEPA's targets and context, as a mask (arXiv:2301.08243).
+    """Targets and a context after I-JEPA (arXiv:2301.08243), at any ratio.
 
+    All that is hidden is predicted; I-JEPA's own draws are the generator ``target_blocks``.
     Patches outside the context, a keyed rectangle of the grid's shape, are hidden first, in keyed
     order; then those nearest to any of the targets, each of which has a keyed centre and aspect.
     The distance is that of the target's own shape, so that all targets grow by one factor until

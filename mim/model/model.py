@@ -14,7 +14,7 @@ from mim.core.config import Config
 from mim.core.device import to_device
 from mim.core.errors import setting_error
 from mim.core.patches import Images, Patches
-from mim.masks import MaskGenerator, PatchMask, build_mask_generator
+from mim.masks import MaskGenerator, PatchMask, build_mask_generator, repeat_keys
 from mim.model.backbones import (
     Family,
     build_backbone,
@@ -115,6 +115,7 @@ class MaskedImageModel(nn.Module):
         *,
         epoch: int = -1,
         sample_ids: Tensor | None = None,
+        repeats: int = 1,
     ) -> PatchMask:
         """Draw masks by the model's generator, on the device of the images.
 
@@ -125,20 +126,29 @@ class MaskedImageModel(nn.Module):
         Args:
             images: (B, C, H, W), normalised, or patches of images of different sizes.
             keys, epoch, sample_ids: as :meth:`mim.masks.MaskGenerator.__call__` takes them.
+            repeats: masks of each image, one after another; the first is that of a single one.
         """
         generator = self.mask_generator
+        if repeats > 1:
+            keys = repeat_keys(keys, repeats)
+            sample_ids = None if sample_ids is None else sample_ids.repeat_interleave(repeats)
+
+        def each(values: Tensor) -> Tensor:
+            return values.repeat_interleave(repeats, dim=0) if repeats > 1 else values
+
         if isinstance(images, Patches):
             mask = generator.draw_sizes(images, keys, epoch=epoch, sample_ids=sample_ids)
             return to_device(mask, images.device)
+        teacher, network = self.teacher, self.mask_network
         with torch.autocast(images.device.type, enabled=False):  # ranks must not hang on rounding
             mask = generator(
                 self.grid,
                 keys,
                 epoch=epoch,
                 sample_ids=sample_ids,
-                images=images if generator.sees_images else None,
-                attention=None if self.teacher is None else self.teacher.attention,
-                network=self.mask_network,
+                images=each(images) if generator.sees_images else None,
+                attention=None if teacher is None else lambda _: each(teacher.attention(images)),
+                network=None if network is None else lambda _: each(network(images)),
             )
         return to_device(mask, images.device)
 
@@ -175,9 +185,10 @@ class MaskedImageModel(nn.Module):
 
         Args:
             images: (B, C, H, W), normalised, or patches of images of different sizes.
-            mask: (B, N), what is hidden.
+            mask: (B, N), what is hidden; or (B R, N), R masks of each image one after another.
             weight: (B,) how much each image counts; 0 leaves it out, whatever its pixels hold.
         """
+        repeats = len(mask) // len(images)
         if weight is not None:
             # Not only its loss: a NaN anywhere in the forward pass makes 0 * NaN in the backward.
             out = weight == 0
@@ -185,15 +196,24 @@ class MaskedImageModel(nn.Module):
                 images = images.left_out(out)
             else:
                 images = images.masked_fill(out.view(-1, 1, 1, 1), 0.0)
+        full_target, of_images = partial(self._target, images, repeats), weight
+        if repeats > 1:
+            assert isinstance(images, Tensor)  # see _check_sizes
+            images = images.repeat_interleave(repeats, dim=0)
+            weight = None if weight is None else weight.repeat_interleave(repeats)
         latents = self.latents(images, mask)
         readable = latents
         norm = family_of(self.backbone).pool_norm
         if not isinstance(norm, nn.Identity):
             # Models that norm after pooling have no norm on tokens; here each token is a pool.
             readable = replace(latents, tokens=norm(latents.tokens))
+        if self.decoder.predicts_blocks:
+            readable = replace(readable, mask=mask)
         if self.target.context.loss_on == "all":
             ids, valid = None, mask.valid
-            target = self.target(images, self.teacher)  # (B, N, dim)
+        elif self.decoder.predicts_blocks and mask.target_ids is not None:
+            ids = mask.target_ids.flatten(1)  # (B, T A)
+            valid = None if mask.target_valid is None else mask.target_valid.flatten(1)
         else:
             # The parts do not both take a share.
             share = (
@@ -202,7 +222,7 @@ class MaskedImageModel(nn.Module):
                 else 1.0
             )
             ids, valid = mask.masked_share(share)
-            target = self.target.at(images, ids, self.teacher)  # (B, M, dim)
+        target = full_target(ids)  # (B, M, dim)
         predicted = self.decoder.project(self.decoder(readable, ids))  # (B, M, dim)
         distance = self.target.distance(predicted, target, images=images, ids=ids, mask=mask)
         losses = per_image_loss(distance, valid)  # of (B, M)
@@ -214,13 +234,29 @@ class MaskedImageModel(nn.Module):
             for name, term in self._terms(forward):
                 if name in terms:
                     raise ValueError(f"two components give a term of the loss the name {name!r}")
-                terms[name] = term if term.ndim == 0 else _weighted_mean(term, weight)
+                # A term may be of images, whatever the number of their masks.
+                counts = of_images if len(losses) != term.numel() else weight
+                terms[name] = term if term.ndim == 0 else _weighted_mean(term, counts)
                 loss = loss + terms[name]
             for part in (self.regime, self.decoder, self.target):
                 metrics |= part.metrics(forward)
-        full_target = partial(self.target, images, self.teacher)
+        losses = losses.view(-1, repeats).mean(dim=1)
         parts = (readable, self.decoder, full_target)
         return Output(loss, reconstruction, terms, losses, latents, metrics, *parts)
+
+    def _target(self, images: Images, repeats: int, ids: Tensor | None = None) -> Tensor:
+        """Compute the target once for each image, at the patches ``ids`` (B R, M) of its masks.
+
+        Returns:
+            (B R, M, dim), or (B R, N, dim) at every patch.
+        """
+        if ids is None:
+            target = self.target(images, self.teacher)
+            return target if repeats == 1 else target.repeat_interleave(repeats, dim=0)
+        if repeats == 1:
+            return self.target.at(images, ids, self.teacher)
+        target = self.target.at(images, ids.reshape(len(images), -1), self.teacher)
+        return target.view(*ids.shape, -1)
 
     def _terms(self, forward: Forward) -> Iterator[tuple[str, Tensor]]:
         """Collect what the parts of the model add to the loss."""
@@ -274,6 +310,9 @@ def build_model(config: Config) -> MaskedImageModel:
         if not decoder.takes_sizes:
             reason = "works on one grid of patches, and data.aspect is keep"
             raise setting_error("model.decoder.name", model.decoder.name, reason)
+    if decoder.predicts_blocks and target.context.loss_on == "all":
+        reason = "predicts target blocks, and model.target.loss_on is all"
+        raise setting_error("model.decoder.name", model.decoder.name, reason)
     if target.reads_batch and config.train.accumulate > 1:
         reason = f"must be 1 with model.target.name={model.target.name!r}, which compares all "
         reason += "images of a batch"
@@ -314,6 +353,10 @@ def build_model(config: Config) -> MaskedImageModel:
 
 def _refuse_ratios(config: Config) -> None:
     """Refuse ratios drawn for each image, where all must show equally many patches."""
+    if config.mask.unmasked:
+        reason = f"shows all patches of some images, and {config.model.backbone} takes no padding "
+        reason += f"with model.regime.name={config.model.regime.name!r}: choose 0"
+        raise setting_error("mask.unmasked", config.mask.unmasked, reason)
     to = config.mask.schedule.to
     for setting, ratio in (("mask.ratio", config.mask.ratio), ("mask.schedule.to", to)):
         if isinstance(ratio, tuple) and ratio[0] != ratio[1]:
@@ -335,6 +378,9 @@ def _check_sizes(
         reason = f"packs plain timm blocks, and {name} has others; choose padded"
         raise setting_error("data.batching", "packed", reason)
     generator.check_sizes()
+    if config.mask.repeats > 1:
+        reason = "takes images of one size, and data.aspect is keep; choose 1"
+        raise setting_error("mask.repeats", config.mask.repeats, reason)
     if not regime.takes_sizes:
         reason = "takes images of one size, and data.aspect is keep"
         raise setting_error("model.regime.name", config.model.regime.name, reason)

@@ -38,6 +38,7 @@ class Latents:
         layers: the output of every block, each as ``tokens``; empty unless the regime collects.
         coords: (B, N, 2) int64, row and column of each patch, where image sizes differ.
         patch_valid: (B, N) bool, False where an image has fewer than N patches; None: all have N.
+        mask: the mask they were encoded under, for decoders that predict target blocks.
     """
 
     tokens: Tensor
@@ -48,6 +49,7 @@ class Latents:
     layers: tuple[Tensor, ...] = ()
     coords: Tensor | None = None
     patch_valid: Tensor | None = None
+    mask: PatchMask | None = None
 
     @property
     def prefix(self) -> Tensor:

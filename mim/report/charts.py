@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim.report.collect import Comparison, Group, read_metrics, show_value
-from mim.report.measures import Measure, evaluation_measures, summarize, time_unit
+from mim.report.measures import Measure
 from mim.report.statistics import Analysis, Verdict
 from mim.report.tables import VERDICTS, pair_name
 
@@ -21,7 +21,7 @@ REGIME_COLOURS = {"drop": "#0072B2", "zero": "#D55E00", "token": "#009E73"}
 _COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#5D3A9B", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_REFERENCE_LINES = {
+REFERENCE_LINES = {
     "untrained": ("#6B6B6B", "--"),
     "pixels": ("#000000", ":"),
     "given": ("#6B6B6B", "-."),
@@ -89,6 +89,8 @@ class Chart:
     levels: tuple[Level, ...] = ()
     x_limit: float | None = None
     """Right end of an x axis that begins at 0; None lets the data decide both."""
+    x_log: bool = False
+    """Whether the x axis is logarithmic."""
     y_limits: tuple[float, float] | None = None
     """Ends of the y axis; a level beyond them is named in the legend alone."""
 
@@ -121,6 +123,26 @@ class Forest:
     rows: tuple[ForestRow, ...]
     margin: float = 0.0
 
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Numbers on two axes; in printed units."""
+
+    key: str
+    title: str
+    alt: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Floats
+    """(rows, columns); NaN where there is none."""
+    texts: tuple[tuple[str, ...], ...]
+    bold: tuple[tuple[bool, ...], ...]
+    x_label: str = ""
+    y_label: str = ""
+
+
+Drawing = Chart | Forest | HeatMap
+"""All that is drawn."""
 
 _MOST_ROWS = 21
 
@@ -197,14 +219,23 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 def style_of(group: Group, look: dict[str, Style]) -> Style:
     """The style of a group, or that of its kind of reference."""
-    return look.get(group.label) or Style(*_REFERENCE_LINES[group.kind], "o")
+    return look.get(group.label) or Style(*REFERENCE_LINES[group.kind], "o")
+
+
+_CURVES = {
+    "loss": "Training loss",
+    "val_loss": "Held-out loss",
+    "effective_rank": "Effective rank",
+    "cluster_perplexity": "Clusters in use",
+}
+"""Metrics that have a chart where a run logged them."""
 
 
 def loss_charts(comparison: Comparison) -> list[Chart]:
-    """Training and held-out loss over epochs: mean over seeds, band of one standard deviation."""
+    """Losses, and what targets measure, over epochs: mean over seeds, band of one deviation."""
     look = styles(comparison)
     charts = []
-    for key, name in (("loss", "Training loss"), ("val_loss", "Held-out loss")):
+    for key, name in _CURVES.items():
         lines = []
         for group in comparison.groups:
             curve = mean_curve(group, key)
@@ -249,68 +280,3 @@ def mean_and_spread(values: Floats) -> tuple[Floats, Floats | None]:
     """(seeds, n) -> mean and sample standard deviation over seeds; none with one seed."""
     spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
     return values.mean(axis=0), spread
-
-
-def quality_charts(comparison: Comparison) -> list[Chart]:
-    """Each evaluation's first measure over training FLOPs and over wall time."""
-    first: dict[str, Measure] = {}
-    for measure in evaluation_measures(comparison):
-        first.setdefault(measure.section, measure)
-    costs = (("train_flops", "training compute"), ("wall_seconds", "wall time"))
-    charts = [_quality(comparison, measure, *cost) for measure in first.values() for cost in costs]
-    return [chart for chart in charts if chart is not None]
-
-
-def _quality(comparison: Comparison, measure: Measure, key: str, name: str) -> Chart | None:
-    look = styles(comparison)
-    points = {}
-    for group in comparison.groups:
-        costs, values = group.values(key), group.values(measure.key)
-        seeds = sorted(costs.keys() & values.keys())
-        if seeds:
-            points[group.label] = (seeds, [costs[s] for s in seeds], [values[s] for s in seeds])
-    if not points:
-        return None
-    largest = max(max(spent) for _, spent, _ in points.values())
-    per_unit, unit = time_unit(largest) if key == "wall_seconds" else _flops_unit(largest)
-    clouds = [
-        Cloud(
-            label, look[label], seeds, np.array(spent) / per_unit, np.array(reached) * measure.scale
-        )
-        for label, (seeds, spent, reached) in points.items()
-    ]
-    low, high = min(c.y.min() for c in clouds), max(c.y.max() for c in clouds)
-    room = max(high - low, 1e-3 * abs(high), 1e-9)
-    limits = (float(low - 0.25 * room), float(high + 0.25 * room))
-    levels = []
-    for reference in comparison.references:
-        summary = summarize(reference.values(measure.key).values())
-        if summary is None:
-            continue
-        y, label = summary.mean * measure.scale, reference.label
-        if limits[0] - room <= y <= limits[1] + room:  # near enough to be drawn
-            limits = (min(limits[0], y - 0.1 * room), max(limits[1], y + 0.1 * room))
-        else:
-            where = "above" if y > limits[1] else "below"
-            label = f"{label}: {measure.number(summary.mean)} ({where})"
-        levels.append(Level(label, Style(*_REFERENCE_LINES[reference.kind], ""), y))
-    said = [f"{c.label}: {c.y.mean():.4g} at {c.x.mean():.3g} {unit}" for c in clouds]
-    said += [f"{level.label}: {level.y:.4g}" for level in levels]
-    return Chart(
-        key=f"{measure.key}_against_{key}".replace(".", "_"),
-        title=f"{measure.title} against {name}",
-        x_label=f"{name} ({unit})",
-        y_label=measure.title,
-        alt=f"{measure.title} against {name}. {'; '.join(said)}.",
-        clouds=tuple(clouds),
-        levels=tuple(levels),
-        x_limit=largest / per_unit * 1.1,
-        y_limits=limits,
-    )
-
-
-def _flops_unit(largest: float) -> tuple[float, str]:
-    for scale, unit in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs")):
-        if largest >= scale:
-            return scale, unit
-    return 1e6, "MFLOPs"

@@ -33,8 +33,11 @@ REFERENCES = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 GIVEN = "given"
 """Kind of the encoders that came from elsewhere; tables call each by its name."""
 
-RULES = ("evaluations", "primary", "margin", "against", "seeds")
-"""Keys of ``comparison.json`` that say how a comparison is decided."""
+RULES = (
+    *("evaluations", "primary", "margin", "against", "seeds"),
+    *("budget", "budget_of", "tune", "components"),
+)
+"""Keys of ``comparison.json`` that say how a comparison is made and decided."""
 
 LOSSES = ("train_loss", "val_loss")
 COSTS = (
@@ -78,6 +81,8 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)
     protocols: dict[str, Any] = field(default_factory=dict)
     """Evaluation -> what its numbers depend on."""
+    evaluated: float = 0.0
+    """Seconds of its evaluations, in the call that measured them last."""
     progress: Progress | None = None
     """Of a run without a result."""
     placed: bool = True
@@ -373,6 +378,7 @@ def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any])
         environment=result.get("environment") or {},
         data=result.get("data") or {},
         protocols=result.get("protocols") or {},
+        evaluated=float((result.get("seconds") or {}).get("evaluate", 0.0)),
     )
 
 
@@ -402,7 +408,7 @@ def _group(runs: list[Run], labels: Mapping[str, str], base: Mapping[str, Any]) 
     groups = []
     for group in members.values():
         axes = without_seed(group[0].axes)
-        label = _group_label(axes, labels)
+        label = group_label(axes, labels)
         kind = group[0].kind
         if kind != "run":
             label = f"{REFERENCES[kind]} ({label})" if label else REFERENCES[kind]
@@ -418,7 +424,8 @@ def without_seed(axes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in axes.items() if key != "seed"}
 
 
-def _group_label(axes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def group_label(axes: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """What tables call the group at a place on the axes."""
     parts = []
     for key, value in axes.items():
         # The name of a component or of a variant says what it is; a bare number does not.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mim.compare.statistics import LEVEL, Difference, difference, holm, p_value
 from mim.report.collect import Comparison, Group, read_arrays
 from mim.report.figures import Picture
 from mim.report.statistics import Analysis
@@ -16,6 +18,8 @@ from mim.report.tables import Cell, Column, Row, Table, text_columns
 from mim.report.tiles import encode_image
 
 _CLASSES = 8
+_PAIRS = 15
+"""Pairs of groups of which classes are compared."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +33,70 @@ class Disputed:
 
 
 def class_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
-    """The classes on which groups differ most; it has rows where two groups kept their answers."""
-    shares = _shares(comparison.groups, _primary(analyses))
+    """The classes on which two groups differ most; it has rows where two kept their answers.
+
+    The difference of each class is paired by seed, and Holm's correction is over all classes and
+    pairs of groups, since the largest ones are shown.
+    """
+    evaluation = _primary(analyses)
+    shares = _shares(comparison.groups, evaluation)
     labels = next((own[1] for own in shares.values()), np.zeros(0, dtype=np.int64))
-    by_class = {
-        int(label): [float(right[labels == label].mean()) for _, _, right, _ in shares.values()]
-        for label in np.unique(labels if len(shares) > 1 else [])
-    }
+    groups = [group for group in comparison.groups if group.label in shares]
+    known = [int(label) for label in np.unique(labels if len(groups) > 1 else [])]
+    values = {label: _class_values(groups, evaluation, labels == label) for label in known}
+    pairs = list(combinations([group.label for group in groups], 2))[:_PAIRS]
+    found = [
+        (label, pair, result)
+        for label in known
+        for pair in pairs
+        if (result := difference(values[label][pair[0]], values[label][pair[1]])) is not None
+    ]
+    adjusted = holm([p_value(result) for *_, result in found])
+    most: dict[int, tuple[tuple[str, str], Difference, float]] = {}
+    for (label, pair, result), p in zip(found, adjusted, strict=True):
+        if label not in most or abs(result.mean) > abs(most[label][1].mean):
+            most[label] = (pair, result, p)
     names = _disputed_images(comparison).get("classes", ())
-    ranked = sorted(by_class, key=lambda label: (-np.ptp(by_class[label]), label))[:_CLASSES]
+    ranked = sorted(most, key=lambda label: (-abs(most[label][1].mean), label))[:_CLASSES]
     rows = []
     for label in ranked:
         count = int((labels == label).sum())
-        cells = [Cell(f"{100 * v:.1f}", value=v) for v in by_class[label]]
-        rows.append(Row([Cell(_name(names, label)), Cell(str(count), value=count), *cells]))
-    many = len(by_class) > _CLASSES
-    shown = f"The {len(ranked)} of {len(by_class)} classes" if many else "Classes"
-    caption = f"{shown} on which encoders differ most, right answers, mean over seeds; exploratory"
-    heads = [Column(f"{label} (%)") for label in shares]
-    return Table(caption, [*text_columns("Class"), Column("images"), *heads], rows, "classes")
+        means = [float(np.mean(list(own.values()))) for own in values[label].values()]
+        cells = [Cell(_name(names, label)), Cell(str(count), value=count)]
+        cells += [Cell(f"{100 * mean:.1f}", value=mean) for mean in means]
+        rows.append(Row([*cells, _largest(*most[label])]))
+    many = len(known) > _CLASSES
+    shown = f"The {len(ranked)} of {len(known)} classes" if many else "Classes"
+    caption = (
+        f"{shown} on which encoders differ most: right answers, mean over seeds, and the largest "
+        "difference with its own 95% interval; exploratory, bold where Holm's correction over all "
+        "classes and pairs leaves it shown"
+    )
+    heads = [Column(f"{group.label} (%)") for group in groups]
+    columns = [*text_columns("Class"), Column("images"), *heads]
+    return Table(caption, [*columns, *text_columns("Largest difference")], rows, "classes")
+
+
+def _class_values(
+    groups: Sequence[Group], evaluation: str, chosen: NDArray[np.bool_]
+) -> dict[str, dict[int, float]]:
+    """Group -> seed -> share of the chosen images that were answered right."""
+    return {
+        group.label: {
+            run.seed: float(run.answers[evaluation]["accuracy"][chosen].mean())
+            for run in group.finished
+            if "accuracy" in run.answers.get(evaluation, {})
+        }
+        for group in groups
+    }
+
+
+def _largest(pair: tuple[str, str], found: Difference, p: float) -> Cell:
+    text = f"{pair[0]} \u2212 {pair[1]}: {100 * found.mean:+.1f}".replace("-", "\u2212")
+    note = ""
+    if found.low is not None and found.high is not None:
+        note = f"{100 * found.low:.1f} to {100 * found.high:.1f}".replace("-", "\u2212")
+    return Cell(text, note, strong=p < LEVEL, value=abs(found.mean))
 
 
 def _name(classes: Sequence[str] | NDArray[Any], label: int) -> str:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mim.report.charts import Chart, Forest
+from mim.report.charts import Chart, Drawing, Forest, HeatMap
 from mim.report.collect import REFERENCES
 
 FORMATS = ("svg", "png", "pdf")
@@ -45,8 +47,16 @@ class Picture:
     """Whether its pixels are shown enlarged and must stay sharp."""
 
 
-def draw(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
-    """A chart as svg, png (200 dots an inch) and pdf; the same chart gives the same bytes."""
+def draw(drawing: Drawing, forms: tuple[str, ...]) -> dict[str, bytes]:
+    """What is drawn as svg, png (200 dots an inch) and pdf; the same gives the same bytes."""
+    if isinstance(drawing, Forest):
+        return _draw_forest(drawing, forms)
+    if isinstance(drawing, HeatMap):
+        return _draw_heat_map(drawing, forms)
+    return _draw_chart(drawing, forms)
+
+
+def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
     entries = len(chart.lines) + len(chart.clouds) + len(chart.levels)
     with _figure(_panel_size(entries)) as (figure, axes):
         for line in chart.lines:
@@ -73,6 +83,8 @@ def draw(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
                 axes.axhline(level.y, **look)
             else:
                 axes.plot([], [], **look)
+        if chart.x_log:
+            axes.set_xscale("log")
         if chart.x_limit is not None:
             axes.set_xlim(0, chart.x_limit)
         if chart.y_limits is not None:
@@ -82,10 +94,11 @@ def draw(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
         return _saved(figure, forms)
 
 
+_DIVERGING = LinearSegmentedColormap.from_list("mim", ("#E69F00", "#FFFFFF", "#56B4E9"))
 _VERDICT_COLOURS = {"different": "#0072B2", "as good": "#009E73"}
 
 
-def draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
+def _draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
     """Differences as dots with intervals, the numbers and the verdict beside each.
 
     Thick: the interval over seeds on these test images. Thin: the one for new images. Shaded: the
@@ -111,6 +124,27 @@ def draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
+        return _saved(figure, forms)
+
+
+def _draw_heat_map(heat: HeatMap, forms: tuple[str, ...]) -> dict[str, bytes]:
+    """Numbers as colours, orange below 0 and blue above, each written into its field."""
+    size = (1.6 + 1.35 * len(heat.columns), 1.0 + 0.62 * len(heat.rows))
+    with _figure(size) as (figure, axes):
+        reach = float(np.nanmax(np.abs(heat.values), initial=1e-12))
+        axes.imshow(heat.values, cmap=_DIVERGING, vmin=-reach, vmax=reach, aspect="auto")
+        for row, texts in enumerate(heat.texts):
+            for column, text in enumerate(texts):
+                weight: Any = "bold" if heat.bold[row][column] else "normal"
+                place: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": "black"}
+                axes.text(column, row, text, weight=weight, **place)
+        axes.set_xticks(range(len(heat.columns)), [_shown(text) for text in heat.columns])
+        axes.set_yticks(range(len(heat.rows)), [_shown(text) for text in heat.rows])
+        axes.set(xlabel=heat.x_label, ylabel=heat.y_label)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
         return _saved(figure, forms)
 
 

@@ -223,9 +223,9 @@ def _amount(measure: Measure, size: float) -> str:
 
 
 def _list(entries: list[str], last: str = " and ", most: int = _NAMED) -> str:
-    """ "a, b and c"; beyond ``most`` the rest is counted."""
+    """ "a, b and c"; of more than ``most`` the first is named, the rest counted."""
     if len(entries) > most:
-        entries = [*entries[: most - 1], f"{len(entries) - most + 1} more"]
+        entries = [entries[0], f"{len(entries) - 1} others"]
     if len(entries) < 2:
         return "".join(entries)
     return f"{', '.join(entries[:-1])}{last}{entries[-1]}"

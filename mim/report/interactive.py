@@ -38,9 +38,15 @@ def plotly_figure(chart: Chart) -> dict[str, Any]:
         data += _line(line, chart.x_label)
     for cloud in chart.clouds:
         data += _cloud(cloud)
+    ends = [0.0, chart.x_limit or 1.0]
+    if chart.x_limit is None and chart.lines:
+        x = np.concatenate([line.x for line in chart.lines])
+        ends = [float(x.min()), float(x.max())]
     for level in chart.levels:
-        data.append(_level(level, chart.x_limit or 1.0))
+        data.append(_level(level, ends))
     x_axis: dict[str, Any] = {"title": {"text": _text(chart.x_label)}}
+    if chart.x_log:
+        x_axis["type"] = "log"
     if chart.x_limit is not None:
         x_axis["range"] = [0, chart.x_limit]
     y_axis: dict[str, Any] = {"title": {"text": _text(chart.y_label)}}
@@ -92,9 +98,9 @@ def _cloud(cloud: Cloud) -> list[dict[str, Any]]:
     return [seeds, mean]
 
 
-def _level(level: Level, width: float) -> dict[str, Any]:
+def _level(level: Level, ends: list[float]) -> dict[str, Any]:
     return {
-        "x": [0, width], "y": [level.y, level.y], "mode": "lines", "name": _text(level.label),
+        "x": ends, "y": [level.y, level.y], "mode": "lines", "name": _text(level.label),
         "line": {"color": level.style.colour, "dash": _DASH[level.style.line], "width": 1.5},
         "hovertemplate": "%{y:.4g}",
     }  # fmt: skip

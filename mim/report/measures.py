@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from mim.compare.statistics import is_share
+from mim.compare.statistics import is_share, more_is_better
 from mim.report.collect import LOSSES, Comparison
 
 MISSING = "\u2013"
@@ -149,7 +149,7 @@ def evaluation_measures(comparison: Comparison) -> list[Measure]:
                 scale=100.0 if share else 1.0,
                 unit="%" if share else "",
                 decimals=1 if share else _decimals(comparison, [key]),
-                higher=not re.search("loss|error|mce", name),
+                higher=more_is_better(name),
             )
         )
     # Columns of one evaluation stand together, in the order in which evaluations appear.
@@ -178,7 +178,13 @@ def cost_measures(comparison: Comparison) -> list[Measure]:
         decimals = _decimals(comparison, [key], scale=scale)
         return Measure(key, "On this machine", label, scale, unit, decimals, higher)
 
+    per_flops, flops_name = flops_unit(_largest(comparison, ["train_flops"]))
+    training = partial(Measure, section="Training", higher=False, exact=True)
+    spent = _decimals(comparison, ["train_flops"], scale=1 / per_flops)
     return [
+        training("epochs", label="epochs", decimals=_decimals(comparison, ["epochs"])),
+        training("steps", label="steps", decimals=0),
+        training("train_flops", label=flops_name, scale=1 / per_flops, decimals=spent),
         per_image("encoder_tokens", label="tokens in encoder", decimals=0 if whole else 1),
         per_image("flops_forward", label="forward GFLOPs", scale=1e-9, decimals=flops),
         per_image("flops_backward", label="backward GFLOPs", scale=1e-9, decimals=flops),
@@ -193,6 +199,14 @@ def time_unit(seconds: float) -> tuple[float, str]:
     if seconds >= 7200:
         return 3600.0, "h"
     return (60.0, "min") if seconds >= 600 else (1.0, "s")
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    """(FLOPs in the unit, its name) to print numbers of operations up to ``largest``."""
+    for scale, unit in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs")):
+        if largest >= scale:
+            return scale, unit
+    return 1e6, "MFLOPs"
 
 
 def _largest(comparison: Comparison, keys: Sequence[str]) -> float:

@@ -64,28 +64,31 @@ def overview(comparison: Comparison, active: Collection[str] = ()) -> Grid:
     heads = [column.label.lower() for column in table.columns]
     finished = sum(run.finished and run.folder.name not in active for run in comparison.runs)
     left = training_left(comparison)
-    about = f", about {clock(left)} of training left" if left else ""
+    about = f", about {clock(left)} left" if left else ""
     return grid(heads, rows, f"{comparison.name}: {finished} of {len(rows)} done{about}")
 
 
 def training_left(comparison: Comparison) -> float | None:
-    """Estimate the seconds of training that are left; None while nothing is known.
+    """Estimate the seconds that are left, evaluations too; None while nothing is known.
 
     A run that has not begun is taken to last as long as its group's finished ones, or else as the
-    mean of all that are known.
+    mean of all that are known; every run is taken to be evaluated in the mean time so far.
     """
     known: dict[str, list[float]] = {}
+    spent = [run.evaluated for run in comparison.runs if run.kind == "run" and run.evaluated]
+    evaluating = sum(spent) / len(spent) if spent else 0.0
     left, waiting = 0.0, []
     for group in comparison.groups:
         for run in group.runs:
             progress = run.progress
             if run.finished and "wall_seconds" in run.measures:
-                known.setdefault(group.label, []).append(run.measures["wall_seconds"])
+                took = run.measures["wall_seconds"] + run.evaluated
+                known.setdefault(group.label, []).append(took)
             elif progress is not None and progress.seconds_left is not None and progress.total:
-                left += progress.seconds_left
+                left += progress.seconds_left + evaluating
                 if (rest := progress.total - progress.step) > 0:
                     whole = progress.seconds_left * progress.total / rest
-                    known.setdefault(group.label, []).append(whole)
+                    known.setdefault(group.label, []).append(whole + evaluating)
             elif progress is not None:
                 waiting.append(group.label)
     means = {label: sum(seconds) / len(seconds) for label, seconds in known.items()}

@@ -22,7 +22,7 @@ from mim.core.errors import UserError
 from mim.core.files import write_atomic
 from mim.core.fingerprints import same_images
 from mim.report import disagreement, figures, interactive, layers, robustness, tables
-from mim.report.charts import Chart, Forest, forests, loss_charts, quality_charts
+from mim.report.charts import Chart, Drawing, Forest, HeatMap, forests, loss_charts
 from mim.report.collect import (
     Comparison,
     axis_labels,
@@ -31,17 +31,20 @@ from mim.report.collect import (
     show_value,
     without_seed,
 )
+from mim.report.curves import frontier_charts, quality_charts, scaling_charts
 from mim.report.finding import finding
 from mim.report.gallery import gallery
+from mim.report.interactions import interaction_maps, interaction_table
 from mim.report.recipe import recipe_table
 from mim.report.statistics import MOST_PAIRED, Analysis, analyse
 from mim.report.tables import Table
 from mim.report.tiles import reconstructions, viewer
+from mim.report.tuning import tuning_charts, tuning_table
 
-C = TypeVar("C", Chart, Forest)
+D = TypeVar("D", Chart, Forest, HeatMap)
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, columns: Sequence[str] = ()) -> Path:
     """Write the report of a comparison into its folder.
 
     ``report.html``, ``report.md``, ``results.csv``; ``tables/`` with each table as ``.tex``,
@@ -50,16 +53,17 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: holds ``comparison.json`` and the run folders that it names.
+        columns: measures of ``tables/chosen``, one more table, in this order.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        UserError: if the folder is no comparison, a file in it cannot be read, or it cannot be
-            written to.
+        UserError: if the folder is no comparison, a file in it cannot be read, it cannot be
+            written to, or there is no such measure.
     """
     folder = Path(folder)
-    report = Report(read_comparison(folder))
+    report = Report(read_comparison(folder), columns)
     contents: dict[str, str | bytes] = {
         "results.csv": tables.results_csv(report.comparison),
         "report.md": report_markdown(report),
@@ -69,7 +73,7 @@ def write_report(folder: Path) -> Path:
             contents[f"tables/{table.key}.{form}"] = write(table)
     stills = {}
     for chart in report.figures:
-        drawn = _draw(chart, figures.FORMATS)
+        drawn = figures.draw(chart, figures.FORMATS)
         stills[chart.key] = drawn["svg"]
         contents |= {f"figures/{chart.key}.{form}": content for form, content in drawn.items()}
     # Last, so that the page never appears before the files it links to.
@@ -92,22 +96,29 @@ def _write(content: bytes, path: Path) -> None:
 class Report:
     """A comparison and all that its page is made of, each worked out once."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, columns: Sequence[str] = ()) -> None:
         self.comparison = comparison
+        self.chosen = tables.chosen_measures(comparison, columns)
         self.few = tables.drawn(comparison)
         self.analyses = analyse(comparison)
         self.finding = finding(comparison, self.analyses)
         self.forests = forests(comparison, self.analyses)
-        self.charts: list[Chart] = [
-            *loss_charts(self.few),
-            *quality_charts(self.few),
-            *robustness.robustness_charts(self.few),
-        ]
+        self.heat_maps = interaction_maps(comparison, self.analyses)
+        frontier = frontier_charts(self.few, self.analyses)
+        self.panels: dict[str, list[Chart]] = {
+            "frontier": frontier,
+            "scaling": scaling_charts(self.few, self.analyses),
+            "curves": loss_charts(self.few),
+            "quality": [] if frontier else quality_charts(self.few),
+            "robustness": robustness.robustness_charts(self.few),
+            "tuning": tuning_charts(self.few),
+        }
+        self.charts = [chart for charts in self.panels.values() for chart in charts]
 
     @property
-    def figures(self) -> list[Chart | Forest]:
+    def figures(self) -> list[Drawing]:
         """All that is drawn."""
-        return [*self.forests, *self.charts]
+        return [*self.forests, *self.charts, *self.heat_maps]
 
     @cached_property
     def tables(self) -> list[tuple[str, Table]]:
@@ -115,10 +126,13 @@ class Report:
         comparison, analyses = self.comparison, self.analyses
         found = [
             ("Results", tables.comparison_table(comparison, analyses)),
+            ("Chosen columns", tables.means_table(comparison, self.chosen, analyses, "chosen")),
             ("Loss and cost", tables.cost_table(comparison, analyses)),
             ("Runs without a result", tables.failures_table(comparison)),
             ("Worth of pre-training", tables.margin_table(comparison, analyses)),
             ("Differences", tables.difference_table(comparison, analyses)),
+            ("Interactions", interaction_table(comparison, analyses)),
+            ("Tuning", tuning_table(comparison)),
             ("Classes", disagreement.class_table(comparison, analyses)),
             ("Robustness", robustness.robustness_table(comparison)),
             ("Layers", layers.layers_table(comparison)),
@@ -127,13 +141,11 @@ class Report:
             ("Settings", tables.settings_table(comparison)),
             ("Data and environment", tables.facts_table(comparison)),
         ]
-        return [(title, table) for title, table in found if table.rows]
-
-
-def _draw(chart: Chart | Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
-    if isinstance(chart, Forest):
-        return figures.draw_forest(chart, forms)
-    return figures.draw(chart, forms)
+        return [
+            (title, table)
+            for title, table in found
+            if table.rows and (self.chosen or table.key != "chosen")
+        ]
 
 
 _TABLE_FORMS: dict[str, Callable[[Table], str]] = {
@@ -141,6 +153,7 @@ _TABLE_FORMS: dict[str, Callable[[Table], str]] = {
     "csv": tables.table_csv,
     "md": lambda table: tables.markdown(table) + "\n",
 }
+_BUDGETS = {"steps": "steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 _TEXT_KINDS = {"tex": "text/x-tex", "csv": "text/csv", "md": "text/markdown"}
 
 
@@ -173,9 +186,9 @@ def report_html(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     comparison, few, charts = report.comparison, report.few, report.charts
-    drawn = stills or {chart.key: _draw(chart, ("svg",))["svg"] for chart in report.figures}
+    drawn = stills or {chart.key: figures.draw(chart, ("svg",))["svg"] for chart in report.figures}
 
-    def pictures(shown: Iterable[C]) -> list[tuple[C, figures.Picture]]:
+    def pictures(shown: Iterable[D]) -> list[tuple[D, figures.Picture]]:
         uris = ((chart, figures.data_uri("image/svg+xml", drawn[chart.key])) for chart in shown)
         return [(chart, figures.Picture(uri, chart.alt)) for chart, uri in uris]
 
@@ -200,9 +213,8 @@ def report_html(
         disagreement=disagreement.disagreement(comparison, report.analyses),
         tiles=reconstructions(few),
         viewer=seen,
-        curves=pictures(c for c in charts if c.lines and c.key != "robustness"),
-        robustness=pictures(c for c in charts if c.key == "robustness"),
-        quality=pictures(c for c in charts if c.clouds),
+        heat_maps=pictures(report.heat_maps),
+        panels_of={name: pictures(shown) for name, shown in report.panels.items()},
         gallery=shown,
         left_out=[path.relative_to(comparison.folder) for path in left_out],
         configs=configs(few),
@@ -305,6 +317,18 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
         found.append(
             f"{', '.join(dict.fromkeys(whole))} learnt from all of train (held_out 0): the last "
             "epoch is measured, and nothing was chosen."
+        )
+    budget = comparison.rules.get("budget", "epochs")
+    if budget != "epochs":
+        of = comparison.rules.get("budget_of") or "the first value of each axis"
+        found.append(
+            f"Groups have equal {_BUDGETS[budget]}, those of {of} (at each length): the steps of "
+            "every other group, and its schedules, follow from what its step costs."
+        )
+    if comparison.rules.get("tune"):
+        found.append(
+            "Settings under Tuning were chosen for each group before, with the same work for each, "
+            "on other seeds and on a part of the training images; no test image was read for it."
         )
     if "robustness.mean_error" in comparison.evaluation_keys:
         found.append(

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mim.core.settings import flatten
-from mim.report.collect import Comparison, show_value
-from mim.report.tables import Cell, Row, Table, text_columns
+from mim.report.collect import Comparison, Group, Run, show_value
+from mim.report.measures import MISSING
+from mim.report.tables import Cell, Column, Row, Table, text_columns
 
 _BACKBONE = {"patch_size": "patch", "embed_dim": "width", "depth": "depth", "num_heads": "heads"}
 
 
 def recipe_table(comparison: Comparison) -> Table:
-    """The recipe of every row in words, where its config is known."""
-    rows = [
-        Row([Cell(group.label), Cell(recipe(flatten(group.config)))])
-        for group in comparison.groups
-        if group.config
-    ]
-    return Table("What each row is, in words", text_columns("Encoder", "Recipe"), rows, "recipes")
+    """The recipe of every row in words, its size, and its code."""
+    rows, words = [], comparison.rules.get("components", {})
+    for group in comparison.groups:
+        if not group.config:
+            continue
+        config = flatten(group.config)
+        own = {f"{key} {value}" for key, value in config.items()}
+        size = _parameters(group)
+        cells = [
+            Cell(group.label),
+            Cell(recipe(config), " ".join(text for key, text in words.items() if key in own)),
+            Cell(MISSING if size is None else f"{size / 1e6:.3g} M", value=size),
+            Cell("; ".join(dict.fromkeys(_code(run) for run in group.finished)) or MISSING),
+        ]
+        rows.append(Row(cells))
+    columns = [*text_columns("Encoder", "Recipe"), Column("encoder's parameters")]
+    caption = "What each row is, in words, with its components in their own"
+    return Table(caption, [*columns, *text_columns("Code")], rows, "recipes")
+
+
+def _parameters(group: Group) -> int | None:
+    """Numbers in the encoder that the first finished run has left, by the head of its file."""
+    for run in group.finished[:1]:
+        path = run.folder / "encoder.safetensors"
+        if path.is_file():
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                head = json.loads(file.read(length))
+            shapes = [entry["shape"] for name, entry in head.items() if name != "__metadata__"]
+            return sum(math.prod(shape) for shape in shapes)
+    return None
+
+
+def _code(run: Run) -> str:
+    """Digests of the code and of each plug-in."""
+    names = [name for name in run.environment if name == "code" or name.startswith("plugin ")]
+    return ", ".join(f"{name} {run.environment[name]}" for name in names)
 
 
 def recipe(config: Mapping[str, Any]) -> str:

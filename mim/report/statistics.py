@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from mim.compare.sequential import Progress, SeedRule, family_pairs, follow, nominal_level
 from mim.compare.statistics import (
@@ -22,9 +21,11 @@ from mim.compare.statistics import (
     Difference,
     Family,
     Source,
+    Spread,
     difference,
     holm,
     item_source,
+    p_value,
     pooled_spread,
 )
 from mim.core.errors import choice_error, setting_error
@@ -69,7 +70,7 @@ class Analysis:
         best: of the group with the best mean, or that of ``against``, with each other one.
         margin: two groups nearer than this are as good as each other, in stored units.
         family: what the intervals hold for at once.
-        pooled: whether one spread stands for all groups; None where there is none.
+        spread: the residual of all groups; None where there is none.
         looks: how many were taken; 0 where the seeds were fixed.
         mixed: why the rows cannot be compared; empty where they can.
         images: test images behind the intervals for new ones; 0 without.
@@ -81,10 +82,15 @@ class Analysis:
     best: tuple[Verdict, ...] = ()
     margin: float = 0.0
     family: Family = STANDING_ALONE
-    pooled: bool | None = None
+    spread: Spread | None = None
     looks: int = 0
     mixed: str = ""
     images: int = 0
+
+    @property
+    def pooled(self) -> bool | None:
+        """Whether one spread stands for all groups; None where there is none."""
+        return None if self.spread is None else self.spread.pooled
 
     @property
     def sign(self) -> int:
@@ -131,7 +137,9 @@ def analyse(comparison: Comparison) -> list[Analysis]:
     if any(same_task(pair) for _, *pair in pairs(comparison)) or len(comparison.groups) < 2:
         ordered += loss_measures(comparison)
     found = [_analyse(comparison, measure, measure is primary) for measure in ordered]
-    p_values = [_p(verdict) for each in found if not each.primary for verdict in each.verdicts]
+    p_values = [
+        p_value(verdict.found) for each in found if not each.primary for verdict in each.verdicts
+    ]
     adjusted = iter(holm(p_values))
     return [each if each.primary else _corrected(each, adjusted) for each in found]
 
@@ -148,16 +156,6 @@ def _primary(comparison: Comparison, measures: Sequence[Measure]) -> Measure | N
     if wanted:
         raise choice_error("primary", wanted, [measure.key for measure in measures])
     return measures[0]
-
-
-def _p(verdict: Verdict) -> float:
-    """Two-sided p-value of a difference that stands by itself; 1 without an interval."""
-    found = verdict.found
-    if found.error is None:
-        return 1.0
-    if found.error == 0:
-        return float(found.mean == 0)
-    return float(2 * stats.t.sf(abs(found.mean) / found.error, found.df))
 
 
 def _corrected(analysis: Analysis, adjusted: Iterable[float]) -> Analysis:
@@ -200,7 +198,7 @@ def _analyse(comparison: Comparison, measure: Measure, primary: bool) -> Analysi
         verdicts=tuple(verdicts),
         best=tuple(ranked),
         family=judge.family,
-        pooled=None if judge.spread is None else judge.spread.pooled,
+        spread=judge.spread,
         looks=judge.progress.looks if judge.progress else 0,
         images=judge.images,
     )

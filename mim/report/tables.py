@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mim.compare.statistics import Difference
+from mim.core.errors import choice_error
 from mim.core.progress import clock
 from mim.core.settings import flatten
 from mim.report.collect import (
@@ -124,7 +125,8 @@ def means_table(
     leaders = {each.measure.key: leader(comparison, each) for each in analyses}
     bold = any(leaders.get(measure.key) for measure in measures)
     rows = []
-    for group in (*comparison.groups, *comparison.references):
+    references = comparison.references if comparison.evaluation_keys else ()
+    for group in (*comparison.groups, *references):
         total, n = len(group.runs), len(group.finished)
         count = str(n) if n == total else f"{n} of {total}"
         cells = [Cell(group.label), Cell(count if total else MISSING, value=float(n))]
@@ -140,6 +142,20 @@ def means_table(
     strong = "; bold: shown to be ahead of every other row" if bold else ""
     caption = f"Mean ± standard deviation over seeds{strong}"
     return Table(caption, [*text_columns("Encoder"), Column("n"), *heads], rows, key)
+
+
+def chosen_measures(comparison: Comparison, keys: Sequence[str]) -> list[Measure]:
+    """The measures of these names.
+
+    Raises:
+        UserError: if there is no such measure.
+    """
+    every = [*evaluation_measures(comparison), *loss_measures(comparison)]
+    known = {measure.key: measure for measure in [*every, *cost_measures(comparison)]}
+    for key in keys:
+        if key not in known:
+            raise choice_error("--columns", key, known)
+    return [known[key] for key in keys]
 
 
 MOST_DRAWN = 36
@@ -245,6 +261,10 @@ def _difference_cell(measure: Measure, found: Difference | None, kind: str = "")
     return Cell(text, ", ".join(notes), strong=shown, value=found.mean)
 
 
+_UNTOLD = ("seed", "output", "resume", "data.fingerprint", "plugins")
+"""Settings that differ by run, or stand elsewhere."""
+
+
 def settings_table(comparison: Comparison) -> Table:
     """Where the config of each group departs from the base."""
     base = flatten(comparison.base)
@@ -253,7 +273,7 @@ def settings_table(comparison: Comparison) -> Table:
         config = flatten(group.config) if group.config else base | flatten(group.axes)
         for key in dict.fromkeys([*base, *config]):
             ours, theirs = (_setting(settings, key) for settings in (config, base))
-            if ours != theirs and key not in ("seed", "output", "resume"):
+            if ours != theirs and key not in _UNTOLD:
                 rows.append(Row([Cell(text) for text in (group.label, key, theirs, ours)]))
     columns = text_columns("Encoder", "Setting", "Base", "Here")
     return Table("Settings that differ from the base config", columns, rows, "settings")

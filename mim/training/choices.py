@@ -16,12 +16,11 @@ import torch
 
 from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import IMAGE_EXTENSIONS, is_hidden
 from mim.core.settings import flatten, read_tree, to_dict
 from mim.data import ImageSource, UnreadableImage, open_source
+from mim.data.detection import detect
 from mim.data.images.transforms import size_of
 from mim.data.places.splits import find_splits
-from mim.data.storage.packed import MANIFEST
 from mim.model.backbones import Family, build_backbone, family_of
 from mim.training.runtime.machine import pick_device
 
@@ -102,23 +101,12 @@ def source_of(path: Path) -> tuple[str, str]:
     """
     if not path.exists():
         raise setting_error("data.path", str(path), "does not exist")
-    names = [path.name] if path.is_file() else [item.name for item in path.iterdir()]
-    if MANIFEST in names:
-        return "packed", f"it has a {MANIFEST}"
-    for ending, source in ((".tar", "shards"), (".parquet", "huggingface")):
-        if any(name.endswith(ending) for name in names):
-            return source, f"it has files that end in {ending}"
-    try:
-        train, _ = find_splits(name for name in names if (path / name).is_dir())
-    except UserError as error:
-        raise setting_error("data.path", str(path), str(error)) from error
-    part = path / (train or ".")
-    inside = [item for item in part.iterdir() if not is_hidden(item.name)]
-    classes = [item for item in inside if item.is_dir()]
-    loose = [item for item in inside if item.name.lower().endswith(IMAGE_EXTENSIONS)]
-    if len(classes) > 1 and not loose:
-        return "imagefolder", f"{part.as_posix()} holds {len(classes)} folders, one for each class"
-    return "flat", "no folder for each class: images without labels"
+    if path.is_dir():
+        try:
+            find_splits(item.name for item in path.iterdir() if item.is_dir())
+        except UserError as error:
+            raise setting_error("data.path", str(path), str(error)) from error
+    return detect(str(path))
 
 
 def _chosen(config: Config, given: Mapping[str, Any]) -> Iterator[Choice]:

@@ -259,7 +259,8 @@ def debug_batch(
     tiles = []
     for position in shown:
         rank, row = divmod(position, len(batches[0]))
-        image, mask = inputs[rank].images[row : row + 1], inputs[rank].mask[row : row + 1]
+        image, first = inputs[rank].images[row : row + 1], row * config.mask.repeats
+        mask = inputs[rank].mask[first : first + 1]
         tiles.append(masked_pixels(model, image, mask, source))
     return DebuggedStep(
         step=step,

@@ -52,7 +52,7 @@ class Log(Hook):
         return self._progress
 
     def after_step(self, trainer: Trainer, batch: Batch, inputs: Any) -> None:
-        self._progress.began(batch.step + 1)
+        self._progress.alive(batch.step + 1)
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.state.step % self.every == 0 or trainer.done

@@ -31,6 +31,7 @@ from mim.core.progress import note
 from mim.core.rng import image_keys
 from mim.core.settings import to_dict
 from mim.core.signals import Interrupted
+from mim.core.terminal import printable
 from mim.data import (
     Batch,
     ImageSource,
@@ -95,7 +96,7 @@ class Inputs:
     images: Images
     """(B, C, H, W), normalised, or patches of several sizes."""
     mask: PatchMask
-    """(B, N)."""
+    """(B, N), or (B R, N), R masks of each image."""
     weight: Tensor | None
     """(B,) how much each image counts; None where all count alike."""
     total_weight: float | None
@@ -135,8 +136,15 @@ class PretrainTask(Task):
         device, train = self.accelerator.device, self.images.train
         keys = image_keys(self.config.seed, batch.epoch, batch.sample_ids, purpose="mask")
         images = normalize(to_device(batch.images, device), train.mean, train.std)
-        mask = self.model.draw_mask(images, keys, epoch=batch.epoch, sample_ids=batch.sample_ids)
-        if mask.num_masked == 0 and self.config.model.target.loss_on == "masked":
+        mask = self.model.draw_mask(
+            images,
+            keys,
+            epoch=batch.epoch,
+            sample_ids=batch.sample_ids,
+            repeats=self.config.mask.repeats,
+        )
+        nothing = mask.num_masked == 0 and not self.config.mask.unmasked
+        if nothing and self.config.model.target.loss_on == "masked":
             raise TrainingError(
                 f"mask: no patch of the batch of step {batch.step} is hidden, so "
                 "that its loss counts none; raise mask.ratio or set model.target.loss_on=all"
@@ -148,7 +156,9 @@ class PretrainTask(Task):
         factor: Tensor | float
         for cut in parts(inputs.images, count):
             images = inputs.images[cut]
-            mask = inputs.mask if count == 1 else inputs.mask[cut]
+            repeats = len(inputs.mask) // len(inputs.images)
+            rows = slice(cut.start * repeats, cut.stop * repeats)
+            mask = inputs.mask if count == 1 else inputs.mask[rows]
             weight, factor = None, len(images) / len(inputs.images)
             if inputs.weight is not None and inputs.total_weight is not None:
                 weight = inputs.weight[cut]
@@ -249,7 +259,7 @@ def _pretrain(config: Config, accelerator: Accelerator, alone: bool) -> dict[str
             note(f"{reason}; resuming from step {start}")
     task, online, flops = _build_task(config, images, accelerator)
     if alone and accelerator.is_main_process:
-        note(_begins(task))
+        print(printable(_begins(task)), flush=True)
     held_out = HeldOut(config, images.val)
     hooks: list[Hook] = [Log(config.train.log_every, run.name), held_out]
     hooks += [online] if online is not None else []
@@ -440,7 +450,7 @@ def _build_task(
     online = None
     if config.online_probe.enabled:
         online = OnlineProbe(model, images.train, config, accelerator, images.val)
-    flops = _measure_flops(model, config, images.val)
+    flops = measure_flops(model, config, images.val)
     narrow_weights(model, config.train)  # after what stays in float32 has been made of them
     if config.train.compile:
         model.compile()
@@ -535,7 +545,7 @@ def _result(
     }
 
 
-def _measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> dict[str, float]:
+def measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) -> dict[str, float]:
     """Measures operations and encoder tokens an image, under masks of held-out images.
 
     Where the ratio is drawn or changes, they are means over several epochs, and over more images:
@@ -554,7 +564,9 @@ def _measure_flops(model: MaskedImageModel, config: Config, val: ImageSource) ->
             visible = float(mask.is_visible.sum()) / len(mask)
             patches = float(mask.valid.sum()) / len(mask)
         tokens = model.regime.encoder_tokens(model.backbone, visible, patches)
-        rows.append((*count_flops(model, images, sample_ids, epoch), tokens))
+        tokens *= config.mask.repeats
+        flops = count_flops(model, images, sample_ids, epoch, config.mask.repeats)
+        rows.append((*flops, tokens))
     forward, backward, tokens = (sum(column) / len(rows) for column in zip(*rows, strict=True))
     return {
         "flops_forward": round(forward),

@@ -53,6 +53,35 @@ EQUAL: dict[str, dict[str, Any]] = {
     "cross_attention": {"model.decoder.name": "cross_attention"},
     "linear": {"model.decoder.name": "linear", "model.regime.name": "token"},
     "ema_features": {"model.target.name": "ema_features"},
+    "data2vec 2": {
+        "model.target.name": "ema_features",
+        "model.target.ema_features.layers": "mlp",
+        "model.target.ema_features.normalize": "instance",
+        "model.target.ema_features.class_weight": 1.0,
+        "model.decoder.name": "convolutional",
+        "model.decoder.convolutional.noise": 0,
+        "model.decoder.convolutional.width": 16,
+    },
+    **{
+        f"CAPI {name}": {
+            "model.backbone": "vit_large_patch14_capi",
+            "model.backbone_args": {
+                "patch_size": 2,
+                "embed_dim": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "num_reg_tokens": 4,
+            },
+            "model.regime.name": name,
+            "model.decoder.name": "rotary",
+            "model.decoder.rotary.width": 16,
+            "model.decoder.rotary.depth": 1,
+            "model.decoder.rotary.heads": 2,
+            "model.target.name": "clusters",
+            "model.target.clusters.clusters": 4,
+        }
+        for name in REGIMES
+    },
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.gpu import trainer_of
 from mim import load_config
@@ -27,13 +28,18 @@ SMALL: dict[str, Any] = {
     "data.batch_size": 6,
     "data.workers": 0,
     "mask.aligned.unit": 4,
+    "mask.target_blocks.min_keep": 2,
+    "model.decoder.block_predictor": {"width": 16, "depth": 1, "heads": 2},
     "mask.learned.width": 8,
     **{
         f"model.decoder.{name}.{size}": value
-        for name in ("transformer", "cross_attention")
+        for name in ("transformer", "cross_attention", "rotary")
         for size, value in {"width": 16, "depth": 1, "heads": 2}.items()
     },
     "model.decoder.mlp.width": 16,
+    "model.decoder.rotary.share": 0.5,
+    **{f"model.decoder.convolutional.{size}": 4 for size in ("width", "groups")},
+    "model.target.clusters.clusters": 8,
     "model.target.hog.cell": 2,
     "model.target.features.backbone": "vit_tiny_patch16_224",
     "model.target.features.backbone_args": {
@@ -64,6 +70,8 @@ def cases() -> list[Any]:
             generator, way = next(generators), dict(next(ways))
             if generator == "learned":
                 way.pop("train.weights", None)
+            if TARGETS.get(target).reads_batch:
+                way.pop("train.accumulate", None)
             names = [generator, regime, decoder, target]
             keys = ("mask", "model.regime", "model.decoder", "model.target")
             changes = {f"{key}.name": name for key, name in zip(keys, names, strict=True)} | way
@@ -78,7 +86,12 @@ CASES = cases()
 def config_of(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Config]:
     def make(changes: Mapping[str, Any]) -> Config:
         np.save(tmp_path / "mask.npy", np.eye(4, dtype=bool))
-        path = tiny({**SMALL, "mask.file.path": str(tmp_path / "mask.npy"), **changes})
+        save_file({"codebook": torch.randn(5, 4)}, tmp_path / "codes.safetensors")
+        files = {
+            "mask.file.path": str(tmp_path / "mask.npy"),
+            "model.target.codes.codebook": str(tmp_path / "codes.safetensors"),
+        }
+        path = tiny({**SMALL, **files, **changes})
         return load_config(path, {"output": str(tmp_path / "run")})
 
     return make
@@ -173,6 +186,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "block as BEiT": {"mask.name": "block", "mask.block.exact": False, "train.accumulate": 2},
     "attention, drawn ratio": {"mask.name": "attention", "mask.ratio": [0.3, 0.7]},
     "learned, drawn ratio": {"mask.name": "learned", "mask.ratio": [0.3, 0.7]},
+    "CAPI": {
+        "model.backbone": "vit_large_patch14_capi",
+        "model.backbone_args": {
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "num_reg_tokens": 4,
+            "drop_path_rate": 0.2,
+        },
+        "mask.name": "inverse_block",
+        "model.decoder.name": "rotary",
+        "model.decoder.rotary.drop_path": 0.2,
+        "model.target.name": "clusters",
+        "optim.clip_grad": 1.0,
+    },
+    "CrossMAE": {
+        "model.decoder.name": "cross_attention",
+        "model.decoder.cross_attention.layers": "maps",
+        "model.decoder.cross_attention.share_of": "all",
+    },
+    "data2vec 2": {
+        "model.decoder.name": "convolutional",
+        "model.target.name": "ema_features",
+        "model.target.ema_features.layers": "mlp",
+        "model.target.ema_features.normalize": "instance",
+        "model.target.ema_features.class_weight": 2.56,
+    },
     "loss on all": {"model.target.loss_on": "all", "model.regime.name": "token"},
 }
 

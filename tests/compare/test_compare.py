@@ -426,7 +426,7 @@ def test_changed_images_are_noticed(tmp_path: Path, write: Callable[..., Path]) 
     from mim.core.settings import to_yaml
 
     config = read_compare_config(["--config", str(write({"seed": [0, 1]}, evaluations={}))])
-    held = planning.hold_to_images(plan(config), config)
+    held = planning.hold_to_images(plan(config), config.evaluations)
     prints = {item.config.data.fingerprint for item in held}
     assert len(prints) == 1 and None not in prints  # every run is held to the same images
     run = Path(held[0].config.output)
@@ -442,4 +442,4 @@ def test_changed_images_are_noticed(tmp_path: Path, write: Callable[..., Path]) 
     wanted = replace(config.base, data=replace(config.base.data, fingerprint="of other images"))
     with pytest.raises(UserError, match=r"^data\.fingerprint: 'of other images' asks for other"):
         asked = replace(config, base=wanted)
-        planning.hold_to_images(plan(asked), asked)
+        planning.hold_to_images(plan(asked), asked.evaluations)

@@ -21,7 +21,9 @@ from mim.compare.statistics import (
     Spread,
     difference,
     holm,
+    interaction,
     item_source,
+    p_value,
     pooled_spread,
     power_of_difference,
     power_of_equality,
@@ -228,6 +230,64 @@ def test_items_by_hand() -> None:
     # MS_item = 2 * 2 / 2 = 2, MS_both = 0: the variance is 2 / (2 * 3).
     assert source.variance == pytest.approx(1 / 3)
     assert item_source(np.array([[1.0, 2.0], [2.0, 1.0]])).variance == 0.0
+
+
+def test_an_interaction_by_hand() -> None:
+    one, two, three, four = ({0: a, 1: a + 1.0, 2: a + 3.0} for a in (7.0, 4.0, 2.0, 1.5))
+    two |= {0: 3.0, 7: 99.0}
+    alone = Family("separate")
+    found = interaction([one], [two], [three], [four], alone, None)
+    assert found is not None and found.n == 3
+    assert found.mean == pytest.approx((3.5 + 2.5 + 2.5) / 3)  # (1 - 2) - (3 - 4), seed by seed
+    assert found.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
+    pooled = interaction([one], [two], [three], [four], alone, Spread(0.3, 6, 1.0))
+    assert pooled is not None and pooled.df == 6
+    assert pooled.error == pytest.approx(0.3 * math.sqrt(4 / 3))
+    # Over two places the mean of the contrasts, with half of the variance.
+    twice = [[cell, cell] for cell in (one, two, three, four)]
+    halved = interaction(*twice, alone, Spread(0.3, 6, 1.0))
+    assert halved is not None and halved.error == pytest.approx(0.3 * math.sqrt(2 / 3))
+    assert halved.mean == pytest.approx(pooled.mean)
+    assert interaction([], [], [], [], alone, None) is None
+
+
+@pytest.mark.parametrize(("rows", "columns", "places"), [(2, 2, 1), (3, 3, 2)])
+def test_intervals_of_all_interactions_hold_at_once(rows: int, columns: int, places: int) -> None:
+    rng, count, seeds = np.random.default_rng(rows), 400, 4
+    truth = rng.normal(size=(rows, columns, places))
+    family, missed = Family("separate", count=(rows - 1) * (columns - 1)), 0
+    for _ in range(count):
+        shared = rng.normal(0, 3, seeds)
+        cells = truth[..., None] + shared + rng.normal(size=(rows, columns, places, seeds))
+        table = cells.reshape(-1, seeds)
+        spread = pooled_spread(_table(table.T))
+
+        def at(row: int, column: int, cells: np.ndarray = cells) -> list[dict[int, float]]:
+            return [dict(enumerate(values.tolist())) for values in cells[row, column]]
+
+        wrong = False
+        for r in range(1, rows):
+            for c in range(1, columns):
+                four = (at(r, c), at(0, c), at(r, 0), at(0, 0))
+                found = interaction(*four, family, spread)
+                true = (truth[r, c] - truth[0, c] - truth[r, 0] + truth[0, 0]).mean()
+                assert found is not None and found.low is not None and found.high is not None
+                wrong |= not found.low <= true <= found.high
+        missed += wrong
+    if family.count == 1:
+        assert _close(missed / count, 0.05, count)
+    else:  # Bonferroni's bound
+        assert missed / count <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / count)
+        assert missed > 0
+
+
+def test_a_p_value_agrees_with_its_interval() -> None:
+    first, second = {0: 1.0, 1: 2.0, 2: 3.5}, {0: 0.5, 1: 0.9, 2: 2.0}
+    found = difference(first, second)
+    assert found is not None
+    expected = stats.ttest_rel(list(first.values()), list(second.values())).pvalue
+    assert p_value(found) == pytest.approx(expected)
+    assert (p_value(found) < 0.05) == found.shown
 
 
 def test_planned_power_is_simulated_power() -> None:

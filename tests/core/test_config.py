@@ -237,8 +237,8 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
         ["model.backbone: 'resnet18'", "no patches to hide; the regimes need one of timm's"],
     ),
     "another transformer": (
-        Config(model=ModelConfig(backbone="beit_base_patch16_224")),
-        ["model.backbone: 'beit_base_patch16_224'", "is a Beit", "VisionTransformer, Eva"],
+        Config(model=ModelConfig(backbone="cait_xxs24_224")),
+        ["model.backbone: 'cait_xxs24_224'", "is a Cait", "VisionTransformer, NaFlexVit"],
     ),
     "patches by a convolutional stem": (
         Config(model=ModelConfig(backbone="vit_tiny_r_s16_p8_224")),

@@ -237,6 +237,7 @@ def test_inspect_counts_and_draws(
     tmp_path: Path, tiny: Callable[..., Path], mim: Callable[..., Any]
 ) -> None:
     root = Path(folder(tmp_path / "set", range(8), ("a", "b")))
+    (root / "train/b/notes.czi").write_bytes(b"")
     (root / "train/a/rgb.png").write_bytes(png(0, "RGB", (9, 8)))
     (root / "train/b/empty.png").write_bytes(b"")
     config = tiny({"data.source": "imagefolder", "data.path": str(root), "data.batch_size": 2})
@@ -249,9 +250,12 @@ def test_inspect_counts_and_draws(
     assert found["sides"] == {"width": [6, 6, 9], "height": [4, 4, 8]}
     assert found["unreadable"] == {"train/b/empty.png": "the file is empty"}
     assert "train/b/empty.png: the file is empty" in outcome.out
+    assert "files that are not read: 1 .czi" in outcome.out
+    assert found["values"]["L"]["levels"] >= 1
     with Image.open(picture) as sheet:  # 8 images; whole, and crop and mask of two epochs
-        assert sheet.size == (5 * 100 - 4, 8 * 100 - 4)
-        pixels = np.asarray(sheet)
+        assert sheet.size == (5 * 100 - 4, 8 * 100 - 4 + 32)
+        assert (np.asarray(sheet)[:32] < 128).any()  # the title, and those of the columns
+        pixels = np.asarray(sheet)[32:]
     # The third column is the second with gray over a share of it.
     crop, masked = pixels[:96, 100:196], pixels[:96, 200:296]
     assert 0 < (crop != masked).any(axis=2).mean() <= 0.75

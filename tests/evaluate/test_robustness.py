@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from mim.data import Corrupted, ImageSource, Subset, eval_loader, match_classes,
 from mim.evaluate import Encoder, evaluate, open_encoder
 from mim.evaluate import robustness as module
 from mim.evaluate.finetune import load_classifier
+from mim.evaluate.predictions import Measured
 from mim.evaluate.robustness import (
     ALEXNET,
     corrupted_folders,
@@ -138,7 +140,7 @@ def test_a_folder_of_the_same_images_gives_the_same_errors(
     predict: list[Any] = []
     real = module.right_answers
 
-    def spy(*args: Any, **kwargs: Any) -> float:
+    def spy(*args: Any, **kwargs: Any) -> Any:
         predict.append(args[0])
         return real(*args, **kwargs)
 
@@ -149,10 +151,26 @@ def test_a_folder_of_the_same_images_gives_the_same_errors(
         for severity in (1, 5):
             made = Corrupted(few, DATA, name, severity, seed=0)
             made.mean, made.std = val.mean, val.std
-            right = right_answers(predict[0], made, DATA, 16, accelerator)
+            ids, answers = right_answers(predict[0], made, DATA, 16, accelerator)
+            assert torch.equal(ids, made.sample_ids)
+            right = float(answers.double().mean())
             assert found[f"error_{name}_severity_{severity}"] == pytest.approx(1 - right)
     # All fifteen are there, or those that are.
     assert set(measure(imagenet_c=str(tmp_path), corruptions=[])) == set(found)
+
+
+def test_the_answers_to_each_image_are_those_of_the_numbers(
+    measure: Callable[..., dict[str, float]], val: ImageSource
+) -> None:
+    found = measure(severities=[1, 3], corruptions=["contrast", "brightness"], images=0)
+    assert isinstance(found, Measured)
+    assert found.arrays["sample_ids"].tolist() == val.sample_ids.tolist()
+    for name in ("mean_error", "clean_accuracy"):
+        assert found.arrays[name].mean() == pytest.approx(found[name])
+    assert set(np.unique(found.arrays["mean_error"])) <= {0, 0.25, 0.5, 0.75, 1}
+    few = measure(severities=[1], corruptions=["contrast"], images=20)
+    assert isinstance(few, Measured)
+    assert len(few.arrays["mean_error"]) == 20 and "clean_accuracy" not in few.arrays
 
 
 def test_predictions_are_restricted_to_the_classes_of_a_folder(
@@ -177,8 +195,9 @@ def test_predictions_are_restricted_to_the_classes_of_a_folder(
         logits[:, 7] = 1.0
         return logits
 
-    assert right_answers(predict, small, DATA, 3, accelerator, [3, 7]) == 0.5
-    assert right_answers(predict, small, DATA, 3, accelerator) == 0
+    ids, right = right_answers(predict, small, DATA, 3, accelerator, [3, 7])
+    assert torch.equal(ids, small.sample_ids) and right.tolist() == [False, True, True, False]
+    assert not right_answers(predict, small, DATA, 3, accelerator)[1].any()
 
     (tmp_path / "a" / "dragon").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "a" / "dragon" / "1.png")

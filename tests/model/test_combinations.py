@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mim import load_config
 from mim.core.errors import UserError
@@ -25,14 +26,19 @@ SIZES: dict[str, Any] = {
     "mask.ratio": 0.5,
     "model.decoder.name": "transformer",
     "mask.aligned.unit": 16,
+    "mask.target_blocks.min_keep": 2,
+    "model.decoder.block_predictor": {"width": 16, "depth": 1, "heads": 2},
     "mask.learned.width": 8,
     "model.backbone_args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
     **{
         f"model.decoder.{name}.{size}": value
-        for name in ("transformer", "cross_attention")
+        for name in ("transformer", "cross_attention", "rotary")
         for size, value in {"width": 16, "depth": 1, "heads": 2}.items()
     },
     "model.decoder.mlp.width": 16,
+    "model.decoder.rotary.share": 0.5,
+    **{f"model.decoder.convolutional.{size}": 4 for size in ("width", "groups")},
+    "model.target.clusters.clusters": 8,
     "model.target.features.backbone": "vit_tiny_patch16_224",
     "model.target.features.backbone_args": {
         "patch_size": 8,
@@ -51,6 +57,7 @@ def test_every_combination_trains_or_is_refused(
     generator: str, regime: str, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "mask.npy", np.eye(4, dtype=bool))
+    save_file({"codebook": torch.randn(5, 192)}, tmp_path / "codes.safetensors")
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(3)
     base = load_config(
@@ -59,6 +66,7 @@ def test_every_combination_trains_or_is_refused(
             **SIZES,
             "mask.name": generator,
             "mask.file.path": str(tmp_path / "mask.npy"),
+            "model.target.codes.codebook": str(tmp_path / "codes.safetensors"),
             "model.regime.name": regime,
         },
     )
@@ -88,6 +96,9 @@ def test_every_combination_trains_or_is_refused(
                 assert grad is not None and grad.isfinite().all(), (*what, name)
                 assert grad.abs().max() > 0, (*what, name)
         model.update_teacher()
-        assert output.prediction.shape == output.target.shape
+        dim = output.prediction.shape[-1]
+        numbers = target == "codes"  # of entries, each of which has a logit
+        assert output.target.shape == (*output.prediction.shape[:2], 1 if numbers else dim)
         trained += 1
-    assert trained == len(PARTS) // (2 if regime == "drop" else 1)
+    refused = 2 * len(list(TARGETS)) if regime == "drop" else 0  # linear and mlp
+    assert trained == len(PARTS) - refused

@@ -24,6 +24,7 @@ from mim.core.errors import UserError
 from mim.core.rng import image_keys
 from mim.masks import PatchMask, sample_masks
 from mim.model import MaskedImageModel, build_model
+from mim.model.decoders import ConvolutionalSettings
 
 REGIMES = {
     "drop": RegimeConfig("drop"),
@@ -274,7 +275,10 @@ def test_the_mlp_by_hand(depth: int) -> None:
     [
         ({"share": 0.0}, ["model.decoder.cross_attention.share: 0.0", "above 0"]),
         ({"share": 1.5}, ["model.decoder.cross_attention.share: 1.5", "at most 1"]),
-        ({"layers": "first"}, ["model.decoder.cross_attention.layers: 'first'", "last, weighted"]),
+        (
+            {"layers": "first"},
+            ["model.decoder.cross_attention.layers: 'first'", "last, maps, weighted"],
+        ),
         ({"heads": 3}, ["model.decoder.cross_attention.width: 512", "heads=3"]),
         ({"depth": 0}, ["model.decoder.cross_attention.depth: 0"]),
         ({"mlp_ratio": 0.0}, ["model.decoder.cross_attention.mlp_ratio: 0.0"]),
@@ -286,3 +290,99 @@ def test_bad_settings_are_named(settings: dict[str, Any], parts: list[str]) -> N
         CrossDecoderConfig(**settings)
     for part in parts:
         assert part in str(caught.value)
+
+
+# --- CrossMAE's own form -------------------------------------------------------------------------
+
+
+@ANY_REGIME
+def test_maps_are_crossmaes(regime: str) -> None:
+    """Each block reads its own sum of the embedded patches and all outputs, after its own norm."""
+    model = cross_model(regime, layers="maps", share=1.0).double().eval()
+    decoder, mask = model.decoder, masks()
+    latents = model.latents(images(dtype=torch.float64), mask)
+    assert len(latents.layers) == 4 and decoder.map_weights.shape == (2, 4)
+    x = decoder.mask_token + decoder.pos_embed
+    for block, norm, row in zip(
+        decoder.blocks, decoder.layer_norms, decoder.map_weights, strict=True
+    ):
+        x = block(x, norm(torch.stack(latents.layers, dim=-1) @ row), None)
+    torch.testing.assert_close(decoder(latents), decoder.norm(x), rtol=0, atol=1e-12)
+    assert block.kv.in_features == 24 and not hasattr(decoder, "embed")  # the encoder's width
+
+
+def test_the_first_map_is_what_enters_the_encoder() -> None:
+    model = cross_model("drop", layers="maps", share=1.0).double().eval()
+    mask, vit = masks(), model.backbone
+    latents = model.latents(images(dtype=torch.float64), mask)
+    placed = vit._pos_embed(vit.patch_embed(images(dtype=torch.float64)))
+    visible = mask.visible_ids[..., None].expand(-1, -1, 24)
+    expected = torch.cat([placed[:, :1], placed[:, 1:].gather(1, visible)], dim=1)
+    torch.testing.assert_close(latents.layers[0], expected, rtol=0, atol=1e-12)
+
+
+def test_every_weight_of_the_maps_learns_and_decays() -> None:
+    from mim.training.optim import build_optimizer
+
+    model = cross_model("drop", layers="maps").train()
+    model(images(), masks()).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert not any(p.requires_grad for p in model.backbone.norm.parameters())  # nobody reads it
+    optimizer = build_optimizer(Config().optim, model, 1e-3)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay[id(model.decoder.map_weights)] > 0
+
+
+@pytest.mark.parametrize(
+    ("share_of", "expected"), [("masked", 12), ("all", 16)]
+)  # of 64 patches 48 are hidden
+def test_a_share_of_all_patches(share_of: str, expected: int) -> None:
+    model = cross_model("drop", layers="maps", share=0.25, share_of=share_of)
+    ids, _ = masks().masked_share(model.decoder.share_at(masks()))
+    assert ids.shape[1] == expected
+    few = masks(ratio=0.1)  # fewer hidden than a quarter of all: all of them
+    assert few.masked_share(model.decoder.share_at(few))[0].shape[1] == (2 if expected == 12 else 6)
+
+
+# --- data2vec 2.0's convolutions -----------------------------------------------------------------
+
+
+def conv_model(regime: str, **settings: Any) -> MaskedImageModel:
+    config = Config(
+        data=DataConfig(image_size=32),
+        model=ModelConfig(
+            backbone_args={"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
+            regime=REGIMES[regime],
+            decoder=DecoderConfig("convolutional", convolutional=ConvolutionalSettings(**settings)),
+        ),
+    )
+    return build_model(config).double()
+
+
+def test_convolutions_by_hand() -> None:
+    model = conv_model("token", width=24, depth=2, groups=4).eval()
+    latents = model.latents(images(dtype=torch.float64), masks())
+    x = latents.patches.transpose(1, 2).reshape(3, 24, 8, 8)
+    for conv in model.decoder.blocks:
+        assert conv.groups == 4 and conv.kernel_size == (3, 3)
+        y = conv(x)
+        mean, var = y.mean(1, keepdim=True), y.var(1, keepdim=True, unbiased=False)
+        x = x + torch.nn.functional.gelu((y - mean) / (var + 1e-5).sqrt())
+    expected = x.reshape(3, 24, 64).transpose(1, 2)
+    torch.testing.assert_close(model.decoder(latents), expected, rtol=0, atol=1e-12)
+
+
+def test_noise_stands_where_patches_are_dropped_in_training_only() -> None:
+    model = conv_model("drop", width=24, depth=1, groups=4, noise=0.5)
+    latents = model.latents(images(dtype=torch.float64), masks())
+    one, two = model.train().decoder(latents), model.decoder(latents)
+    assert not torch.equal(one, two)
+    model.eval()
+    assert torch.equal(model.decoder(latents), model.decoder(latents))
+
+
+def test_groups_must_divide_both_widths() -> None:
+    with pytest.raises(UserError, match=r"convolutional\.groups: 5 does not divide .*width=24"):
+        conv_model("drop", width=24, groups=5)
+    with pytest.raises(UserError, match=r"convolutional\.groups: 16 does not divide the 24 of"):
+        conv_model("drop")

@@ -13,7 +13,7 @@ from mim.masks import MASKS, PatchMask, build_mask_generator, sample_masks
 from mim.model.attention import causal, key_bias, to_additive
 from mim.model.packing import Packing, first_fit
 
-LOOKS = ("attention", "learned", "file", "aligned")
+LOOKS = ("attention", "learned", "file", "aligned", "target_blocks")
 
 
 def flags(*rows: str) -> torch.Tensor:

@@ -26,8 +26,9 @@ from scipy import stats
 from mim.compare.statistics import holm
 from mim.core.errors import UserError
 from mim.report import write_report
-from mim.report.charts import loss_charts, mean_curve, quality_charts, styles
+from mim.report.charts import loss_charts, mean_curve, styles
 from mim.report.collect import axis_labels, read_comparison
+from mim.report.curves import quality_charts
 from mim.report.finding import Finding, finding
 from mim.report.measures import Measure, evaluation_measures, summarize
 from mim.report.page import Report, report_html, report_markdown

@@ -225,13 +225,16 @@ def test_time_left_is_estimated_from_what_is_known(folder: Path) -> None:
     (folder / "comparison.json").write_text(json.dumps(plan))
     assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3)
     grid = overview(read_comparison(folder))
-    assert "about 0:49 of training left" in str(grid.title)
+    assert "about 0:49 left" in str(grid.title)
+    for path in folder.glob("regime=*/result.json"):  # each was evaluated in 10 seconds
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": {"evaluate": 10}}))
+    assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3 + 10)
     # Half way, at 100 images a second: 700 steps of 64 images are left.
     settings = "train: {epochs: 20}\ndata: {batch_size: 64}\n"
     (zero / "config.yaml").write_text(settings)
     line = {"step": 700, "epoch": 10, "loss": 0.5, "images_per_second": 100}
     (zero / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert training_left(read_comparison(folder)) == pytest.approx(448)
+    assert training_left(read_comparison(folder)) == pytest.approx(448 + 10)
     # Nothing of its own group is known: it is taken for what the running one will need in all.
     (folder / "regime=drop,seed=0" / "result.json").unlink()
     (folder / "regime=drop,seed=1" / "result.json").unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mim.training import checkpoint
 
@@ -72,6 +73,50 @@ def test_two_processes_are_one(
         assert other[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
     # A run may go on with another number of processes: accumulation there and here.
     assert mim("pretrain", "--config", config, "--output", two, "--resume", "auto").code == 0
+
+
+CLUSTERS = {
+    "data.batch_size": 32,
+    "model.backbone": "vit_large_patch14_capi",
+    "model.backbone_args": {
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_reg_tokens": 4,
+    },
+    "model.decoder.name": "rotary",
+    "model.decoder.rotary": {"width": 16, "depth": 1, "heads": 2, "share": 0.5},
+    "model.target.name": "clusters",
+    "model.target.clusters.clusters": 8,
+    "train.checkpoint_every": 0.02,
+    "train.log_every": 1,
+    "optim.clip_grad": 1.0,
+}
+
+
+def test_clusters_are_balanced_over_processes_and_resume(
+    tmp_path: Path, mim: Mim, tiny: Tiny, ranks: Launch
+) -> None:
+    config = tiny(CLUSTERS)
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    assert mim("pretrain", "--config", config, "--output", one).code == 0
+    assert ranks(["pretrain", "--config", config, "--output", two]).wait() == [0, 0]
+    state, other = (checkpoint.model_state(run) for run in (one, two))
+    assert "target.layer.weight" in state and "teacher.encoder.reg_token" in state
+    for name, value in state.items():
+        assert other[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
+    # Half of it, and the rest: every bit is that of the whole.
+    assert mim("pretrain", "--config", config, "--output", again).code == 0
+    for saved in checkpoint.checkpoints(again)[1:]:
+        saved.unlink()
+    (again / "result.json").unlink()
+    call = ["pretrain", "--config", config, "--output", again, "--resume", "auto"]
+    assert mim(*call).code == 0
+    for name, value in checkpoint.model_state(again).items():
+        assert torch.equal(value, state[name]), name
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    assert {"effective_rank", "cluster_perplexity", "loss_clustering"} <= rows[0].keys()
 
 
 NOTE = """

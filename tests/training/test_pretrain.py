@@ -186,6 +186,20 @@ ATTENTION = {
     "model.teacher_decay": 0.5,
 }
 LEARNED = {"mask.name": "learned", "mask.learned.width": 8, "train.ema_decay": 0.5}
+MOVING = {
+    "mask.repeats": 3,
+    "mask.unmasked": 0.2,
+    "train.accumulate": 2,
+    "model.target.name": "ema_features",
+    "model.teacher_schedule.shape": "linear",
+    "model.teacher_schedule.to": 1.0,
+    "optim.schedule.shape": "multistep",
+    "optim.schedule.milestones": [2, 4],
+    "optim.schedule.unit": "steps",
+    "optim.decay_schedule.shape": "cosine",
+    "optim.decay_schedule.to": 0.4,
+    "optim.scales": [{"names": "backbone.patch_embed.*", "lr": 0.2, "decay": 3.0}],
+}
 NARROW = {"train.precision": "bf16", "train.weights": "bf16", "train.ema_decay": 0.5}
 
 
@@ -198,8 +212,9 @@ NARROW = {"train.precision": "bf16", "train.weights": "bf16", "train.ema_decay":
         (signal.SIGTERM, 143, ATTENTION),
         (signal.SIGTERM, 143, LEARNED),
         (signal.SIGTERM, 143, NARROW),
+        (signal.SIGTERM, 143, MOVING),
     ],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1", "a teacher", "a learned mask", "bf16 weights"],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1", "teacher", "learned mask", "bf16", "schedules, repeats"],
 )
 def test_a_signal_ends_the_step_saves_and_exits(
     number: signal.Signals,

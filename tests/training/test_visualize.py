@@ -102,8 +102,11 @@ def test_every_generator_is_drawn_or_says_why_not(tiny: Tiny) -> None:
     refused = {item.generator: item.refusal for item in drawn if item.mask is None}
     assert {"aligned", "file"} <= refused.keys()  # a unit of 32 pixels, and no path
     built_in = {name for name in MASKS if MASKS.get(name).__module__.startswith("mim.")}
-    assert built_in & refused.keys() == {"aligned", "file"}
-    assert "mask.file.path" in words(mask_figure(config, drawn=drawn))
+    assert built_in & refused.keys() == {"aligned", "file", "target_blocks"}
+    figure = mask_figure(config, drawn=drawn)  # no blank rows, but a line
+    assert len(pictures(figure)) == 3 * (len(drawn) - len(refused))
+    said = [text.get_text() for text in figure.texts if "Left out" in text.get_text()]
+    assert len(said) == 1 and "aligned, file, target_blocks" in said[0]
 
 
 @pytest.mark.parametrize("regime", ["drop", "zero", "token"])

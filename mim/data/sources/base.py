@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -74,6 +75,8 @@ class ImageSource(ABC):
     """(n,) how much each image counts in training, or None where all count alike."""
     measured: MeasuredConfig = MeasuredConfig()
     """What ``open_source`` found by looking at the training images."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Ending -> files that are not read as images."""
     deep: bool = False
     """Whether images have more than 8 bits, so that pictures stretch their contrast; likewise."""
     show: tuple[int, int, int] | None = None
@@ -316,7 +319,7 @@ class Subset(View):
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
         self.ledger, self.measured = source.ledger, source.measured
-        self.deep, self.show = source.deep, source.show
+        self.deep, self.show, self.left_out = source.deep, source.show, source.left_out
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed

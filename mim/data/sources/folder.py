@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import is_hidden
+from mim.core.files import IMAGE_EXTENSIONS, is_hidden
 from mim.core.rng import name_to_int
 from mim.data.images.decode import (
     UnreadableImage,
@@ -33,6 +33,7 @@ from mim.data.places.splits import find_splits
 from mim.data.sources.base import SOURCES, EncodedSource, Split, required_path, some_bytes
 from mim.data.unreadable import Fault, Ledger
 
+_SHOWN = 5  # empty classes in a message
 HEADERS_CHECKED = 20_000
 """The most files whose headers are read when a source is opened, which takes a second or two; with
 more, a bad file shows when it is decoded."""
@@ -74,6 +75,7 @@ class Files(EncodedSource):
         """Find the images below folders of a part; returns how many each holds."""
         listing = list_images(self.root, part, folders, keep=self._keeps_list)
         self._names, self.sample_ids = listing.names, listing.ids
+        self.left_out = listing.left_out
         tell_left_out((self.root / part).as_posix(), listing.left_out)
         if self._pages is not None:
             return self._open_pages(listing.counts)
@@ -218,8 +220,17 @@ class ImageFolder(Files):
         classes = _folders(self.root / part)
         if not classes:
             reason = f"has no class sub-folders in {(self.root / part).as_posix()}"
+            beside = [] if part != "." else _folders(self.root.resolve().parent)
+            if len(beside) > 1 and self._holds_images():
+                reason += (
+                    f", but images: it looks like one class of {self.root.resolve().parent}. Name "
+                    "that folder, or set data.source=flat for images without labels"
+                )
             raise setting_error(self.setting, self._given, reason)
         return classes
+
+    def _holds_images(self) -> bool:
+        return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(self.root))
 
     def _list(self, part: str, folders: Sequence[str], labels: Tensor) -> Tensor:
         """Find the files of the class folders of one part; returns the label (n,) of each."""
@@ -227,10 +238,13 @@ class ImageFolder(Files):
         paths = [name if part == "." else f"{part}/{name}" for name in folders]
         chosen = [paths[place] for place in order.tolist()]
         counts = self._find(part, chosen)
-        for path, count in zip(chosen, counts.tolist(), strict=True):
-            if not count:
-                reason = f"has an empty class: no image in {(self.root / path).as_posix()}"
-                raise setting_error(self.setting, self._given, reason)
+        empty = [p for p, count in zip(chosen, counts.tolist(), strict=True) if not count]
+        if empty:
+            names = ", ".join((self.root / path).as_posix() for path in empty[:_SHOWN])
+            more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+            many = "an empty class" if len(empty) == 1 else f"{len(empty)} empty classes"
+            reason = f"has {many}: no image in {names}{more}"
+            raise setting_error(self.setting, self._given, reason)
         return labels[order].repeat_interleave(counts)
 
 

@@ -330,6 +330,7 @@ class Shards(EncodedSource):
         left_out: Counter[str] = Counter()
         for index in indices:
             left_out.update(json.loads(str(index.left_out)))
+        self.left_out = dict(left_out)
         tell_left_out(self._given, left_out)
 
     def _divide_folders(

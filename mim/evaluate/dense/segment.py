@@ -55,6 +55,7 @@ from mim.evaluate.dense.training import (
 )
 from mim.evaluate.dense.views import stack_pixels, whole_view
 from mim.evaluate.features import check_finite
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.training.runtime.precision import autocast
 
 if TYPE_CHECKING:
@@ -341,11 +342,18 @@ class Segment(DenseEvaluation):
     def measure(
         self, model: Segmenter, source: SegmentationSource, accelerator: Accelerator, precision: str
     ) -> dict[str, float]:
-        """miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS of each class there is."""
+        """miou, pixel_accuracy, class_accuracy (mean recall), iou_CLASS of each class there is, and
+        image_miou, the mean over images of each one's own mIoU."""
         metric = _confusion_metric(len(model.classes))
-        for index in share_of(len(source), accelerator):
+        images = share_of(len(source), accelerator)
+        own = torch.zeros(len(images), dtype=torch.float64)
+        counts = torch.zeros(len(model.classes), len(model.classes), dtype=torch.int64)
+        for place, index in enumerate(images):
+            metric.reset()
             metric.update(*self.labels(model, source, index, accelerator.device, precision))
-        counts: Tensor = metric.confmat  # type: ignore[assignment]  # zeros without images
+            found: Tensor = metric.compute()
+            counts += found
+            own[place] = intersection_over_union(found).nanmean()
         confusion = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
         each = intersection_over_union(confusion)
         recall = confusion.diagonal().double() / confusion.sum(1)
@@ -357,7 +365,10 @@ class Segment(DenseEvaluation):
         for name, value in zip(model.classes, each.tolist(), strict=True):
             if not math.isnan(value):  # NaN: in neither truth nor prediction
                 numbers[f"iou_{name}"] = value
-        return numbers
+        alone = gather_rows(own)
+        numbers["image_miou"] = float(alone.nanmean())
+        answers = {"image_miou": alone} if not alone.isnan().any() else {}
+        return Measured(numbers, torch.as_tensor(source.sample_ids), answers)
 
     def draw(
         self,

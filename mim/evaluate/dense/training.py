@@ -503,8 +503,8 @@ class DenseEvaluation(TaskEvaluation):
                 store,
             )
             chosen = best.numbers(self.chosen_by)
-        numbers = {**self.measure(model, other, accelerator, precision), **chosen}
-        numbers |= self.data_numbers()
+        numbers = self.measure(model, other, accelerator, precision)
+        numbers.update({**chosen, **self.data_numbers()})
         if folder is not None and accelerator.is_main_process:
             if s.save and not s.weights:
                 model.save(folder / f"{s.name}.safetensors", numbers)

@@ -33,18 +33,22 @@ from mim.model.backbones.family import (
 from mim.model.backbones.hiera import HieraFamily
 from mim.model.backbones.naflex import NaFlexViT
 from mim.model.backbones.plain import PlainViT, block_at
+from mim.model.backbones.relative import BeitFamily, RelativeViT, RelPosViT
 from mim.model.backbones.rotary import RotaryViT
 from mim.model.backbones.swin import Swin
 
 __all__ = [
     "FAMILIES",
     "UNIT",
+    "BeitFamily",
     "CapiFamily",
     "Embedded",
     "Family",
     "HieraFamily",
     "NaFlexViT",
     "PlainViT",
+    "RelPosViT",
+    "RelativeViT",
     "RotaryViT",
     "Swin",
     "attention_maps",

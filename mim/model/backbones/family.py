@@ -36,12 +36,14 @@ class Embedded:
         bias: added to the attention scores of every layer, broadcasts to (B, heads, L, L); None
             where all may read all.
         num_keys: how many tokens are read (keys and values), the first ones; None reads all.
+        places: (B, L) int64, which of all tokens each is, for biases by place; None: all in order.
     """
 
     tokens: Tensor
     rotation: Tensor | None = None
     bias: Tensor | None = None
     num_keys: int | None = None
+    places: Tensor | None = None
 
 
 class RegimeTraits(Protocol):

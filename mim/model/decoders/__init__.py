@@ -7,6 +7,7 @@ from mim.model.decoders.base import (
     DecoderContext,
     build_decoder,
 )
+from mim.model.decoders.block_predictor import BlockPredictor, BlockPredictorSettings
 from mim.model.decoders.convolutional import ConvolutionalDecoder, ConvolutionalSettings
 from mim.model.decoders.cross_attention import (
     CrossAttentionDecoder,
@@ -19,6 +20,8 @@ from mim.model.decoders.transformer import TransformerDecoder, TransformerSettin
 
 __all__ = [
     "DECODERS",
+    "BlockPredictor",
+    "BlockPredictorSettings",
     "BlocksSettings",
     "ConvolutionalDecoder",
     "ConvolutionalSettings",

@@ -66,6 +66,9 @@ class Decoder(WithTerms, nn.Module, ABC):
     """Whether image sizes may differ (:class:`mim.core.patches.Patches`)."""
     packs: bool = False
     """Whether images of different sizes share a sequence."""
+    predicts_blocks: ClassVar[bool] = False
+    """Whether it predicts the target blocks of a mask (``PatchMask.target_ids``), each by itself:
+    ``ids`` are then (B, T A), and the latents hold the mask."""
     head: nn.Module
 
     def __init__(self, settings: Any, context: DecoderContext) -> None:

@@ -67,8 +67,8 @@ class NormalizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., output)."""
-        weight = self.length * self.direction / self.direction.norm(dim=1, keepdim=True)
-        return F.linear(F.normalize(x, dim=-1), weight)
+        scale = self.length / (self.direction.norm(dim=1, keepdim=True) + 1e-8)
+        return F.linear(F.normalize(x, dim=-1), self.direction * scale)
 
 
 @dataclass(frozen=True)

@@ -210,5 +210,7 @@ class EmaFeatures(Target):
             return {}
         assert self._class_target is not None
         wanted, self._class_target = self._class_target, None
-        distance = self.distance(forward.latents.prefix[:, 0], wanted)  # (B,)
+        tokens = forward.latents.prefix[:, 0]  # (B R, D), R masks of each image
+        wanted = wanted.repeat_interleave(len(tokens) // len(wanted), dim=0)
+        distance = self.distance(tokens, wanted)  # (B R,)
         return {"class_token": distance * self.settings.class_weight}

@@ -23,7 +23,11 @@ from mim.model import MaskedImageModel
 
 
 def count_flops(
-    model: MaskedImageModel, images: Images, sample_ids: Tensor, epoch: int = -1
+    model: MaskedImageModel,
+    images: Images,
+    sample_ids: Tensor,
+    epoch: int = -1,
+    repeats: int = 1,
 ) -> tuple[int, int]:
     """Counts (forward, backward) floating-point operations an image in training.
 
@@ -34,7 +38,7 @@ def count_flops(
 
     def loss() -> Tensor:
         keys = image_keys(0, epoch, sample_ids, purpose="mask")
-        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids)
+        mask = model.draw_mask(images, keys, epoch=epoch, sample_ids=sample_ids, repeats=repeats)
         return model(images, mask).loss
 
     checkpointing, model.regime.checkpointing = model.regime.checkpointing, False

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.detection import MeanAveragePrecision
 
 pytest.importorskip("pycocotools")
 
@@ -259,3 +260,19 @@ def test_from_the_command_line(
     result = json.loads((run / "result.json").read_text())
     assert "map_50" in result["evaluations"]["detect"]
     assert (run / "pictures/detect.png").is_file() and (run / "detect.safetensors").is_file()
+    boxes = run.parent / "boxes.json"
+    outcome = mim("predict", run, squares / "val", "--output", boxes)
+    assert outcome.code == 0, outcome.err
+    source = detect(squares).sources[1]
+    metric = MeanAveragePrecision()
+    for index, objects in enumerate(source.objects):
+        name = Path(source.describe(index)).name
+        found = [item for item in json.loads(boxes.read_text()) if item["file"] == name]
+        corners = torch.tensor([item["bbox"] for item in found]).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        labels = torch.tensor([source.classes.index(item["class"]) for item in found]).long()
+        scores = torch.tensor([item["score"] for item in found])
+        predicted = {"boxes": corners, "labels": labels, "scores": scores}
+        metric.update([predicted], [{"boxes": objects.boxes, "labels": objects.labels}])
+    measured = float(metric.compute()["map_50"])
+    assert measured == pytest.approx(result["evaluations"]["detect"]["map_50"], abs=0.01)

@@ -35,6 +35,7 @@ from mim.evaluate.dense.segment import (
 )
 from mim.evaluate.dense.segmentation_data import VOID, MaskedBatch
 from mim.evaluate.dense.training import encoder_at_size, parameter_groups
+from mim.evaluate.predictions import Measured
 from mim.model.backbones import block_outputs, family_of, resize_positions
 from mim.training.checkpoint import save_encoder
 
@@ -92,6 +93,8 @@ def test_void_counts_neither_in_loss_nor_in_numbers(encoder: Encoder, scenes: Pa
     assert model.loss(batch).item() == 0.0
     numbers = evaluation.run(encoder)
     assert set(numbers) > {"miou", "pixel_accuracy", "class_accuracy", "iou_dark", "iou_light"}
+    assert isinstance(numbers, Measured)
+    assert numbers.arrays["image_miou"].mean() == pytest.approx(numbers["image_miou"])
 
 
 def test_windows_cover_and_are_averaged(encoder: Encoder, scenes: Path) -> None:
@@ -378,6 +381,18 @@ def test_from_the_command_line(
     used = result["evaluation_settings"]["segment"]
     assert used["head"] == "linear" and used["void"] == 9 and used["image_size"] == [16, 24]
     assert (run / "pictures/segment.png").is_file() and (run / "segment.safetensors").is_file()
+    maps = tmp_path / "maps"
+    outcome = mim("predict", run, scenes / "images" / "val", "--output", maps)
+    assert outcome.code == 0, outcome.err
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    for file in sorted((scenes / "masks" / "val").iterdir()):
+        truth = torch.from_numpy(np.array(Image.open(file))).long()
+        found = torch.from_numpy(np.array(Image.open(maps / file.name))).long()
+        for label in (0, 1):
+            confusion[label] += found[truth == label].bincount(minlength=2)
+    measured = float(intersection_over_union(confusion).mean())
+    assert measured == pytest.approx(result["evaluations"]["segment"]["miou"])
+    assert json.loads((maps / "classes.json").read_text())["1"]["class"] == "light"
     outcome = mim(*asked, "path=nowhere")
     assert outcome.code == 2 and "has no folder" in outcome.line
     settings.write_text(yaml.safe_dump({"detect": {}}))

@@ -28,6 +28,12 @@ class KnownTeacher:
         tokens = patches.repeat(1, 1, copies)[..., : self.context.width]
         return [tokens ** (k + 1) for k in range(self.context.depth)]
 
+    def mlp_outputs(self, images: Tensor) -> list[Tensor]:
+        return [tokens + 1 for tokens in self.layers(images)]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.layers(images)[0]
+
 
 @pytest.fixture
 def make() -> Make:
@@ -43,9 +49,10 @@ def make() -> Make:
         depth: int = 4,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        has_class_token: bool = False,
         **settings: Any,
     ) -> Target:
-        context = TargetContext(patch, channels, grid, width, depth, mean, std)
+        context = TargetContext(patch, channels, grid, width, depth, mean, std, has_class_token)
         return build_target(TargetConfig(name=name, **settings), context)
 
     return build

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mim import load_config
 from mim.core.config import (
     Config,
     DataConfig,
@@ -27,7 +28,8 @@ from mim.core.config import (
 from mim.core.errors import UserError
 from mim.masks import PatchMask
 from mim.model import build_model, check_config
-from mim.model.targets import EmaFeatures, FrozenFeatures, Target
+from mim.model.backbones import build_backbone
+from mim.model.targets import EmaFeatures, FrozenFeatures, Target, Teacher
 from mim.training.optim import build_optimizer
 
 Make = Callable[..., Target]
@@ -355,3 +357,58 @@ def test_the_gradient_does_not_reach_the_teacher(make: Make) -> None:
             return [images.flatten(2).expand(-1, 4, -1)[..., :12] * weight] * 4
 
     assert not make("ema_features")(torch.randn(2, 1, 4, 4), Trainable()).requires_grad
+
+
+# --- data2vec 2.0 --------------------------------------------------------------------------------
+
+
+def test_channels_normalised_over_tokens(make: Make, teach: Any, images_of: Any) -> None:
+    settings = EmaFeaturesConfig(top=2, normalize="instance", layers="mlp", normalize_mean=False)
+    target = make("ema_features", grid=(3, 3), ema_features=settings).double()
+    images = images_of(target)
+    teacher = teach(target)
+    expected = 0
+    for tokens in teacher.mlp_outputs(images)[-2:]:  # (B, N, D)
+        mean, var = tokens.mean(1, keepdim=True), tokens.var(1, keepdim=True, unbiased=False)
+        expected = expected + (tokens - mean) / (var + 1e-5).sqrt() / 2
+    torch.testing.assert_close(target(images, teacher), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_output_of_an_mlp_is_what_its_module_gives(backbone: str) -> None:
+    args = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    vit = build_backbone(ModelConfig(backbone, args), (32, 32), 3)
+    teacher, seen = Teacher(vit, 0.9), []
+    for block in teacher.encoder.blocks:
+        block.mlp.register_forward_hook(lambda module, given, out: seen.append(out[:, 1:]))
+    images = torch.randn(2, 3, 32, 32)
+    teacher.encoder.forward_features(images)
+    expected = list(seen)
+    for one, other in zip(teacher.mlp_outputs(images), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_the_class_token_predicts_the_mean_of_the_target() -> None:
+    config = load_config(
+        None,
+        {
+            "data.image_size": 32,
+            "model.backbone_args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+            "model.decoder.transformer": {"width": 16, "depth": 1, "heads": 2},
+            "model.target.name": "ema_features",
+            "model.target.loss": "mse",
+            "model.target.ema_features.class_weight": 2.56,
+        },
+    )
+    model = build_model(config).double().train()
+    images = torch.randn(3, 3, 32, 32).double()
+    output = model(images, model.draw_mask(images, torch.arange(3)))
+    wanted = model.target(images, model.teacher).mean(dim=1)
+    distance = (output.latents.prefix[:, 0] - wanted).square().mean()
+    assert output.terms["class_token"].item() == pytest.approx(2.56 * distance.item(), abs=1e-9)
+
+
+def test_a_class_token_is_needed_for_its_loss(make: Make) -> None:
+    with pytest.raises(UserError, match=r"ema_features\.class_weight: 0\.5 needs a backbone with"):
+        make("ema_features", ema_features=EmaFeaturesConfig(class_weight=0.5))
+    make("ema_features", has_class_token=True, ema_features=EmaFeaturesConfig(class_weight=0.5))

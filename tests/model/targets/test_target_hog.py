@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mim.core.errors import UserError
 from mim.core.patches import unpatchify
 from mim.model.targets import Target
 from mim.model.targets.hog import oriented_gradients
+from mim.training.checkpoint import read_config
 
 Make = Callable[..., Target]
 
@@ -122,6 +124,13 @@ def test_it_is_the_hog_of_maskfeat(
 
 def test_a_new_run_has_the_hog_of_maskfeat() -> None:
     assert HogConfig().gradient == "sobel" and HogConfig().window == 0
+
+
+def test_an_old_run_keeps_the_hog_of_its_time(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {target: {name: hog, hog: {bins: 9, cell: 8, normalize: true}}}\n")
+    assert read_config(tmp_path).model.target.hog.gradient == "central"
 
 
 def test_a_window_that_does_not_fit_is_refused(make: Make) -> None:

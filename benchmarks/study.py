@@ -1,0 +1,258 @@
+"""Write the study: gather what its comparisons measured, and draw every figure of its page.
+
+``python -m benchmarks.study FOLDER...`` writes ``docs/study/results.csv`` from comparison folders,
+and the tables of ``docs/study.md`` from that file alone; without a folder it only draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mim.compare.statistics import (
+    Design,
+    Difference,
+    Family,
+    Spread,
+    difference,
+    holm,
+    is_share,
+    pooled_spread,
+)
+from mim.core.files import write_text_atomic
+from mim.report.collect import read_comparison
+from mim.report.tables import results_csv
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "docs" / "study" / "results.csv", ROOT / "docs" / "study.md"
+_HEADER = "# What each run of docs/study.md measured. `python -m benchmarks.study` draws the page"
+_TUNE, _STUDY = "tune", "cifar10"
+_RATE = "optim.base_lr"
+MARGIN = 0.015
+"""Within this two groups are as good as each other; configs/study/cifar10.yaml says the same."""
+_MEASURES = {
+    "linear.accuracy": "linear probe (%)",
+    "knn.accuracy": "k-NN (%)",
+    "finetune.accuracy": "fine-tuned on 10 % of labels (%)",
+}
+PRIMARY = "linear.accuracy"
+Row = dict[str, str]
+
+
+def gather(folders: Iterable[Path]) -> str:
+    """The finished runs of some comparisons in one table, with the folder's name before each."""
+    rows: list[Row] = []
+    for folder in folders:
+        found = csv.DictReader(io.StringIO(results_csv(read_comparison(folder))))
+        rows += [{"piece": folder.name, **row} for row in found if row["status"] == "finished"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return f"{_HEADER}\n{table.getvalue()}"
+
+
+def read(text: str) -> list[Row]:
+    """The rows of ``docs/study/results.csv``."""
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
+def _values(rows: Iterable[Row], kind: str, measure: str) -> dict[str, dict[int, float]]:
+    """Group -> seed -> value of the study's rows of one kind."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["piece"] == _STUDY and row["kind"] == kind and row.get(measure):
+            group = row.get("variant") or kind
+            found.setdefault(group, {})[int(row["seed"] or 0)] = float(row[measure])
+    return found
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    marks = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
+
+
+def rates(rows: Sequence[Row]) -> str:
+    """The probe of each rate on the split of train, the best of each group in bold."""
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["piece"] == _TUNE and row["kind"] == "run" and row.get(PRIMARY):
+            curves.setdefault(row["variant"], {})[float(row[_RATE])] = float(row[PRIMARY])
+    tried = sorted({rate for curve in curves.values() for rate in curve})
+    return _table(
+        ["encoder", *(f"{rate:g}" for rate in tried)],
+        [
+            [f"`{group}`", *(_best(curve.get(rate), max(curve.values())) for rate in tried)]
+            for group, curve in curves.items()
+        ],
+    )
+
+
+def _best(value: float | None, best: float) -> str:
+    if value is None:
+        return "\u2013"
+    text = f"{100 * value:.1f}"
+    return f"**{text}**" if value == best else text
+
+
+def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
+    """Group -> the rate of the best probe on the split of train; of equals the smaller."""
+    best: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        if row["piece"] == _TUNE and row["kind"] == "run" and row.get(PRIMARY):
+            found = float(row[PRIMARY]), -float(row[_RATE])
+            best[row["variant"]] = max(best.get(row["variant"], found), found)
+    return {group: -rate for group, (_, rate) in best.items()}
+
+
+def results(rows: Sequence[Row]) -> str:
+    """Mean and spread of each group by each measure."""
+    measures = {key: head for key, head in _MEASURES.items() if any(row.get(key) for row in rows)}
+    groups = [*_values(rows, "run", PRIMARY), "untrained", "pixels"]
+    names = {"untrained": "untrained", "pixels": "raw pixels"}
+    lines = []
+    for group in groups:
+        kind = group if group in names else "run"
+        cells = [_summary(_values(rows, kind, key).get(group, {}), key) for key in measures]
+        lines.append([names.get(group, f"`{group}`"), *cells])
+    return _table(["encoder", *measures.values()], lines)
+
+
+def _summary(values: Mapping[int, float], measure: str) -> str:
+    if not values:
+        return "\u2013"
+    scale = 100.0 if is_share(measure.partition(".")[2]) else 1.0
+    each = scale * np.array(list(values.values()))
+    mean = f"{each.mean():.1f}"
+    return f"{mean} ± {each.std(ddof=1):.1f}" if len(each) > 1 else mean
+
+
+def _family(values: Mapping[str, Mapping[int, float]], spread: Spread | None) -> Family:
+    count = len(values) * (len(values) - 1) // 2
+    pooled = spread is not None and spread.pooled
+    return Family("pairs" if pooled else "separate", len(values), count)
+
+
+def differences(rows: Sequence[Row]) -> str:
+    """All pairs by the primary measure, with Tukey's simultaneous intervals and verdicts."""
+    values = _values(rows, "run", PRIMARY)
+    spread = pooled_spread(values)
+    family = _family(values, spread)
+    names = list(values)
+    found = [
+        (one, other, difference(values[one], values[other], family, spread))
+        for place, one in enumerate(names)
+        for other in names[place + 1 :]
+    ]
+    kept = [(one, other, each) for one, other, each in found if each is not None]
+    equal = holm([each.p_equal(MARGIN) for *_, each in kept])
+    lines = [
+        [f"`{one}` \u2212 `{other}`", *_points(each), _verdict(each, p)]
+        for (one, other, each), p in zip(kept, equal, strict=True)
+    ]
+    return _table(["difference", "points", "95 % interval", "verdict"], lines)
+
+
+def _points(found: Difference) -> tuple[str, str]:
+    if found.low is None or found.high is None:
+        return f"{100 * found.mean:+.1f}", "\u2013"
+    return f"{100 * found.mean:+.1f}", f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+
+
+def _verdict(found: Difference, p_equal: float) -> str:
+    if found.error is None:
+        return "too few seeds"
+    if found.shown:
+        return "a difference"
+    return f"as good within {100 * MARGIN:g} points" if p_equal < 0.05 else "undecided"
+
+
+def references(rows: Sequence[Row]) -> str:
+    """Each group minus the untrained encoder (which fine-tuned is scratch) and raw pixels."""
+    lines = []
+    for measure, head in _MEASURES.items():
+        values = _values(rows, "run", measure)
+        family = Family("separate", count=max(len(values), 1))
+        untrained = _values(rows, "untrained", measure).get("untrained", {})
+        pixels = _values(rows, "pixels", measure).get("pixels", {})
+        for group, own in values.items():
+            cells = []
+            for other in (untrained, dict.fromkeys(own, *pixels.values()) if pixels else {}):
+                found = difference(own, other, family)
+                cells.append("\u2013" if found is None else "{} ({})".format(*_points(found)))
+            lines.append([f"`{group}`, {head.removesuffix(' (%)')}", *cells])
+    return _table(["encoder, measure", "minus untrained", "minus raw pixels"], lines)
+
+
+def power(rows: Sequence[Row]) -> str:
+    """What the design could have shown: the smallest difference with 80 % power."""
+    lines = []
+    for measure, head in _MEASURES.items():
+        values = _values(rows, "run", measure)
+        spread = pooled_spread(values) if len(values) > 1 else None
+        if spread is None:
+            continue
+        seeds = min(map(len, values.values()))
+        smallest = Design(_family(values, spread), seeds, spread.sd).smallest()
+        shown = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
+        name = head.removesuffix(" (%)")
+        lines.append([name, str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), shown])
+    heads = ["measure", "seeds", "residual SD", "degrees of freedom", "smallest difference shown"]
+    return _table(heads, lines)
+
+
+def cost(rows: Sequence[Row]) -> str:
+    """Length and compute of each group."""
+    names = {"epochs": "epochs", "encoder_tokens": "tokens in the encoder"}
+    lines = []
+    for group in _values(rows, "run", PRIMARY):
+        first = next(r for r in rows if r["piece"] == _STUDY and r.get("variant") == group)
+        flops = float(first["flops_forward"]) + float(first["flops_backward"])
+        cells = [f"{float(first[key]):g}" for key in names]
+        total = float(first["train_flops"]) / 1e12
+        lines.append([f"`{group}`", *cells, f"{flops / 1e9:.4f}", f"{total:.2f}"])
+    heads = [
+        "encoder",
+        *names.values(),
+        "GFLOPs an image, forward + backward",
+        "TFLOPs of training",
+    ]
+    return _table(heads, lines)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    each.__name__: each for each in (rates, results, differences, references, power, cost)
+}
+"""Name between the page's marks -> what draws it."""
+
+
+def draw(page: str, rows: Sequence[Row]) -> str:
+    """The page with every table drawn again between ``<!-- NAME -->`` and ``<!-- / -->``."""
+
+    def drawn(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n\n{TABLES[match[1]](rows)}\n\n<!-- / -->"
+
+    return re.sub(r"<!-- (\w+) -->.*?<!-- / -->", drawn, page, flags=re.DOTALL)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Gathers, where folders are given, and draws."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, help="of comparisons")
+    folders = parser.parse_args(args).folders
+    if folders:
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_text_atomic(RESULTS, gather(folders))
+    write_text_atomic(PAGE, draw(PAGE.read_text(), read(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()

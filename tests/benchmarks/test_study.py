@@ -1,0 +1,49 @@
+"""The page of the study says what its runs measured, by the rule that it states."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from benchmarks import study
+
+ROWS = study.read(study.RESULTS.read_text())
+CONFIG = yaml.safe_load((study.ROOT / "configs" / "study" / "cifar10.yaml").read_text())
+
+
+def test_every_table_is_drawn_from_the_results() -> None:
+    page = study.PAGE.read_text()
+    assert study.draw(page, ROWS) == page
+    assert all(f"<!-- {name} -->" in page for name in study.TABLES)
+
+
+def test_each_rate_is_the_one_that_the_rule_takes() -> None:
+    chosen = study.chosen_rates(ROWS)
+    for name, settings in CONFIG["variants"].items():
+        assert settings["optim.base_lr"] == chosen[name.partition(", FLOPs")[0]], name
+
+
+def test_the_margin_is_that_of_the_comparison() -> None:
+    assert pytest.approx(CONFIG["margin"] / 100) == study.MARGIN
+    assert study.PRIMARY.startswith(CONFIG["primary"])
+
+
+def test_a_difference_of_known_size_gets_its_verdict() -> None:
+    """Two groups 5 points apart with a residual of nothing but a tenth of a point."""
+    rows = [
+        {
+            "piece": "cifar10",
+            "kind": "run",
+            "variant": group,
+            "seed": str(seed),
+            study.PRIMARY: str(value + 0.001 * ((seed + place) % 2)),
+        }
+        for place, (group, value) in enumerate([("a", 0.40), ("b", 0.45), ("c", 0.4505)])
+        for seed in range(4)
+    ]
+    lines = study.differences(rows).splitlines()[2:]
+    assert [line.rsplit("| ", 1)[1].removesuffix(" |") for line in lines] == [
+        "a difference",
+        "a difference",
+        "as good within 1.5 points",
+    ]
