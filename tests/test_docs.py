@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 import mim
+from benchmarks.__main__ import _parser as benchmark_parser
 from mim.api import read_compare_config
 from mim.cli.main import VERBS
 from mim.cli.options import VerbGroup, take_folder
@@ -109,6 +110,8 @@ def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             check_verb(words[1], words[2:])
         elif words[0] == "bash":
             assert (ROOT / words[1]).is_file(), words
+        elif words[0] == "benchmarks":
+            benchmark_parser().parse_known_args(words[1:])
         elif words[0] == "pip":
             wanted = re.findall(r"\[(\w+)\]", " ".join(words))
             assert set(wanted) <= set(extras["optional-dependencies"])
