@@ -644,7 +644,7 @@ def test_an_import_that_was_killed_is_done_again(
     assert mim("import", file, "--output", half, *heads).code == 0
     names = [{p.relative_to(run) for p in run.rglob("*")} for run in (whole, half)]
     assert names[0] == names[1]
-    one, other = (run / "encoder.safetensors" for run in (whole, half))
-    assert one.read_bytes() == other.read_bytes()
+    one, other = (checkpoint.encoder_weights(run) for run in (whole, half))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     again = mim("import", file, "--output", half, *heads)
     assert again.code == 2 and "already holds a run" in again.line

@@ -193,20 +193,20 @@ def _fit(
 ) -> SoftmaxFit:
     problems, n, width = features.shape
     device = features.device
-    step = max(1, _CHUNK // (problems * width))
-    cuts = [slice(start, start + step) for start in range(0, n, step)]
+    most = max(1, _CHUNK // (problems * width))
+    cuts = [slice(start, start + most) for start in range(0, n, most)]
     fit_on = torch.ones(problems, n, dtype=torch.bool, device=device) if fit_on is None else fit_on
     share = fit_on.double() / fit_on.sum(1, keepdim=True)  # (P, n), sums to 1
     # One copy in float64, whose last column is the bias's 1, and changed in place.
     x = torch.ones(problems, n, width + 1, dtype=torch.float64, device=device)
     mean = torch.zeros(problems, width, dtype=torch.float64, device=device)
-    for cut in cuts:
-        x[:, cut, :-1] = features[:, cut]
-        mean += torch.einsum("pn,pnd->pd", share[:, cut], x[:, cut, :-1])
+    for piece in cuts:
+        x[:, piece, :-1] = features[:, piece]
+        mean += torch.einsum("pn,pnd->pd", share[:, piece], x[:, piece, :-1])
     variance = torch.zeros_like(mean)
-    for cut in cuts:
-        x[:, cut, :-1] -= mean[:, None]
-        variance += torch.einsum("pn,pnd->pd", share[:, cut], x[:, cut, :-1].square())
+    for piece in cuts:
+        x[:, piece, :-1] -= mean[:, None]
+        variance += torch.einsum("pn,pnd->pd", share[:, piece], x[:, piece, :-1].square())
     std = variance.sqrt()
     # A feature without spread tells nothing; dividing by ~0 would turn rounding into signal.
     inverse_std = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std, 0.0)
@@ -217,13 +217,13 @@ def _fit(
         basis = torch.linalg.qr(x[..., :-1].mT).Q  # (P, D, n)
         x = torch.cat([x[..., :-1] @ basis, x[..., -1:]], 2)
     second = x.new_zeros(problems, x.shape[2] - 1, x.shape[2] - 1)
-    for cut in cuts:
-        part = x[:, cut, :-1]
-        second += part.mT @ (share[:, cut, None] * part)
+    for piece in cuts:
+        part = x[:, piece, :-1]
+        second += part.mT @ (share[:, piece, None] * part)
     moments, rotation = torch.linalg.eigh(second)
     basis = basis @ rotation  # (P, D, R)
-    for cut in cuts:
-        x[:, cut, :-1] = x[:, cut, :-1] @ rotation  # (P, n, R+1)
+    for piece in cuts:
+        x[:, piece, :-1] = x[:, piece, :-1] @ rotation  # (P, n, R+1)
     moments = moments.clamp_min(0)
 
     lam = strengths.to(device, torch.float64).expand(problems, -1)  # (P, S)
