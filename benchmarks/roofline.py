@@ -9,7 +9,7 @@ products, or the traffic at the rate of its memory (Williams, Waterman and Patte
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from mim.compare.cost.step import with_regime
 from mim.core.config import Config
 from mim.core.rng import image_keys
+from mim.core.settings import flatten, read_tree, to_dict
 from mim.model import build_model
+from mim.model.backbones import family_of
 from mim.training.runtime.precision import autocast, model_on
 
 SEEN = (2, 3)  # images of the steps that are watched
@@ -132,8 +134,7 @@ def operations(config: Config, images: int) -> list[Operation]:
     device = torch.device("cpu")
     config = replace(config, train=replace(config.train, attention="fused", linear="torch"))
     model = model_on(config, device).train()
-    size = config.data.image_size
-    noise = torch.randn(images, config.data.channels, size, size)
+    noise = torch.randn(images, config.data.channels, *config.data.size)
     ids = torch.arange(images)
     mask = model.draw_mask(noise, image_keys(0, 0, ids), epoch=0, sample_ids=ids)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _Watch() as watch:
@@ -178,38 +179,32 @@ def roofline(configs: dict[str, Config], regimes: Iterable[str], card: Card) -> 
     return {"card": {"tflops": card.tflops, "terabytes": card.terabytes}, "rows": rows}
 
 
-def _whole(config: Config, card: Card) -> Counter[str]:
+def _whole(config: Config, card: Card) -> dict[str, float]:
     """Continues steps of one and two blocks to the depths of a config: all blocks are alike."""
     blocks = {"encoder": _depth(config), "decoder": config.model.decoder.transformer.depth}
     base = _totals(_with_depths(config, 1, 1), card)
-    total = Counter(base)
+    total = dict(base)
     for part, (encoder, decoder) in {"encoder": (2, 1), "decoder": (1, 2)}.items():
         more = _totals(_with_depths(config, encoder, decoder), card)
-        for key in base | more:
-            total[key] += (blocks[part] - 1) * (more[key] - base[key])
+        for key, value in more.items():
+            total[key] += (blocks[part] - 1) * (value - base[key])
     return total
 
 
 def _depth(config: Config) -> int:
     with torch.device("meta"):
-        return len(build_model(config).backbone.blocks)
+        return len(family_of(build_model(config).backbone).blocks)
 
 
 def _with_depths(config: Config, encoder: int, decoder: int) -> Config:
-    model = config.model
-    blocks = replace(model.decoder.transformer, depth=decoder)
-    model = replace(
-        model,
-        backbone_args={**model.backbone_args, "depth": encoder},
-        decoder=replace(model.decoder, transformer=blocks),
-    )
-    return replace(config, model=model)
+    depths = {"model.backbone_args.depth": encoder, "model.decoder.transformer.depth": decoder}
+    return read_tree(Config, [], {**flatten(to_dict(config)), **depths})
 
 
-def _totals(config: Config, card: Card) -> Counter[str]:
+def _totals(config: Config, card: Card) -> dict[str, float]:
     """Seconds by part, those that wait for memory, and those of the arithmetic alone."""
     few, more = (operations(config, images) for images in SEEN)
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for item in at_batch(few, more, config.data.batch_size):
         total[item.part] += item.seconds(card)
         total[_MEMORY] += item.seconds(card) * item.waits_for_memory(card)
@@ -217,7 +212,7 @@ def _totals(config: Config, card: Card) -> Counter[str]:
     return total
 
 
-def _row(total: Counter[str]) -> dict[str, Any]:
+def _row(total: dict[str, float]) -> dict[str, Any]:
     seconds = {part: total[part] for part in PARTS}
     whole = sum(seconds.values())
     fused = whole - sum(seconds[part] for part in FUSED)

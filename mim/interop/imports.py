@@ -162,7 +162,7 @@ def settings_of(file: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     weights = read_weights(file)
     found = convert(weights.tensors)
     backbone = given.get("model.backbone")
-    return _Reader(weights, found, found.state, backbone).config(given)
+    return _Reader(weights, found, found.state, backbone, given).config(given)
 
 
 class _Reader:

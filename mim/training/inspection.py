@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ class Findings:
     """Names of images with the same content."""
     refusal: str
     """Why a run would not start or not end; empty if it would."""
-    changes: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
     """Settings of ``data`` without which it would not, by which it would."""
     command: str = ""
     """What would start it; the caller knows."""
@@ -392,9 +393,9 @@ def inspect(
     return Findings(seen, found, problems, twice, refusal)
 
 
-def _changes(data: DataConfig, found: dict[Split, Inspection]) -> dict[str, int]:
+def _changes(data: DataConfig, found: dict[Split, Inspection]) -> dict[str, Any]:
     """Settings that do not fit the images, and values that do."""
-    changes = {}
+    changes: dict[str, Any] = {}
     channels = set[int]().union(*(part.channels for part in found.values()))
     if len(channels) == 1:
         changes["channels"] = channels.pop()

@@ -63,11 +63,12 @@ def _scaled(
             reason = "fits the name of no trained parameter; the first are "
             raise scale.error("names", reason + ", ".join(list(trained)[:4]))
     parted: dict[tuple[float, float], dict[str, Any]] = {}
+    group: dict[str, Any]
     for name, parameter in trained.items():
         fits = [s for s in config.scales if fnmatch.fnmatchcase(name, s.names)]
         rate = fits[-1].lr if fits else 1.0
         decay = fits[-1].decay if fits and fits[-1].decay is not None else decays[id(parameter)]
-        group: dict[str, Any] = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        group = {"params": [], "lr_scale": rate, "weight_decay": decay}
         parted.setdefault((rate, decay), group)["params"].append(parameter)
     return list(parted.values())
 

@@ -52,8 +52,10 @@ def as_rgb(pixels: Pixels) -> Pixels:
 
 def _to_uint8(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
     """Shows ``content``, what stands in the place of normalised ``images``; (B, C, H, W) each."""
-    values = [restore(part.float().cpu(), source.mean, source.std) for part in (images, content)]
-    return _shown(*values, source)
+    whole, part = (
+        restore(values.float().cpu(), source.mean, source.std) for values in (images, content)
+    )
+    return _shown(whole, part, source)
 
 
 def _shown(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:

@@ -12,7 +12,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -29,7 +29,7 @@ _MOST_CHANNELS_FIRST = 64  # a longer first axis is one of space
 _BIT_DEPTH_AT = 24  # of a PNG
 _BITS, _SAMPLES, _FORMAT = 258, 277, 339  # TIFF tags
 
-Values: TypeAlias = NDArray[np.generic]
+Values: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def read_tiff(data: bytes, max_pixels: int, depth: Depth) -> Pixels:
         raise ValueError("a TIFF of this kind needs the package tifffile") from error
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            first = file.pages[0]
+            first = file.pages.first
             size = first.imagewidth * first.imagelength
             if size > max_pixels:
                 raise ValueError(f"{size:,} pixels are more than data.max_pixels={max_pixels}")
@@ -301,8 +301,8 @@ def scaled(pixels: Pixels, depth: Depth) -> NDArray[np.uint8] | NDArray[np.float
         whole = np.ascontiguousarray(values)
         return 255 - whole if pixels.is_inverted else whole
     low, high = _ends(pixels, values, depth)
-    work = np.float32 if values.dtype.itemsize <= 2 else np.float64
-    unit = (values.astype(work) - low) / (high - low if high > low else 1.0)
+    work: Values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    unit = (work - low) / (high - low if high > low else 1.0)
     unit = unit.clip(0, 1).astype(np.float32)
     return np.ascontiguousarray(1 - unit if pixels.is_inverted else unit)
 

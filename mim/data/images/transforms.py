@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ def _output(out: Tensor | None, images: Sequence[Picture], config: DataConfig) -
 
 def _write(pixels: Pixels, plane: Tensor) -> None:
     """Write (H, W, C) to (C, H, W), as bytes or from 0 to 1."""
-    values = pixels.transpose(2, 0, 1)
+    values: NDArray[Any] = pixels.transpose(2, 0, 1)
     if plane.dtype == torch.float32 and values.dtype == np.uint8:
         values = values.astype(np.float32) / 255
     plane.numpy()[:] = values

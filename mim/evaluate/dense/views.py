@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class View:
         """
         rows, columns = self.kept
         if isinstance(value, Image.Image) and math.prod(self.scaled) > _MOST:
-            value = self._scaled_part(value, resample)
+            value = cast(T, self._scaled_part(value, resample))
         else:
             value = F.resize(value, list(self.scaled), resample)
             value = F.crop(value, *self.corner, rows, columns)

@@ -116,19 +116,19 @@ class CapiViT(Eva):
         width: int = self.embed_dim
         if self.num_prefix_tokens % 4:
             raise ValueError("num_reg_tokens must be divisible by 4: a quarter lies on each side")
-        head_width = self.blocks[0].attn.head_dim
-        if head_width % 4:
+        blocks: list[Any] = list(self.blocks)
+        self.head_width = int(blocks[0].attn.head_dim)
+        if self.head_width % 4:
             raise ValueError("embed_dim / num_heads must be divisible by 4, for two axes")
-        self.head_width = int(head_width)
         self.norm = nn.RMSNorm(width, eps=1e-5, elementwise_affine=False)
-        for block in self.blocks:
+        for block in blocks:
             block.attn.num_prefix_tokens = 0  # registers have places too
             if drop_path_rate:
                 block.drop_path1 = DropPath(drop_path_rate)
                 block.drop_path2 = DropPath(drop_path_rate)
             for part in block.modules():
                 if isinstance(part, nn.Linear):
-                    part.bias = None
+                    part.register_parameter("bias", None)
                     nn.init.xavier_uniform_(part.weight)
         self.patch_embed.proj.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(width, -1))

@@ -234,6 +234,10 @@ class Family(ABC):
         """What the MLP of a block whose input is ``x`` gives, (B, L, D); only where it splits."""
         raise NotImplementedError(f"{self.kind} does not show its MLPs")
 
+    def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
+        """The output (B, L, D) of a block whose input is ``x``; only where blocks stand alone."""
+        raise NotImplementedError(f"{self.kind} does not run its blocks one by one")
+
     def before_blocks(self, tokens: Tensor) -> Tensor:
         """Apply what stands between the positions and the first block."""
         return tokens
