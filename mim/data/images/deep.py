@@ -303,8 +303,8 @@ def scaled(pixels: Pixels, depth: Depth) -> NDArray[np.uint8] | NDArray[np.float
     low, high = _ends(pixels, values, depth)
     work: Values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
     unit = (work - low) / (high - low if high > low else 1.0)
-    unit = unit.clip(0, 1).astype(np.float32)
-    return np.ascontiguousarray(1 - unit if pixels.is_inverted else unit)
+    grey = unit.clip(0, 1).astype(np.float32)
+    return np.ascontiguousarray(1 - grey if pixels.is_inverted else grey)
 
 
 def _ends(pixels: Pixels, values: Values, depth: Depth) -> tuple[float, float]:
