@@ -203,7 +203,8 @@ def test_examples_of_own_components_work(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(40) % 2)
-    (pretrain, compare) = commands(next(b for b in blocks("bash") if b.page == _OWN).text)
+    own = next(b for b in blocks("bash") if b.page == _OWN and "mim compare" in b.text)
+    (pretrain, compare) = commands(own.text)
     plugins = json.dumps([file for file, _ in files])
     pretrain += ["--plugins", plugins, "--data.source", "npz", "--data.path", "images.npz"]
     pretrain += ["--data.batch_size=8", "--train.max_steps=2", "--log.tensorboard=false"]

@@ -171,8 +171,8 @@ def _fit(setting: str, value: Any, hint: Any) -> Any:
 
 
 def _in_per_cent(value: Any, bound: Bound) -> str:
-    """Asks whether a value above 1 is meant in per cent, where that would be valid."""
-    is_number = isinstance(value, (int, float)) and 1 < value < 100
+    """Asks whether a value is meant in per cent, where that would be valid."""
+    is_number = isinstance(value, (int, float)) and 5 <= value < 100
     return f" (did you mean {value / 100:g}?)" if is_number and bound.holds(value / 100) else ""
 
 
