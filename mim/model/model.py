@@ -175,8 +175,8 @@ class MaskedImageModel(nn.Module):
         """Return the tokens of :meth:`latents`, prefix first, (B, P + T, D).
 
         Without a mask they equal timm's own ``backbone.forward_features(images)`` up to rounding,
-        a map laid out row by row. With one, ``drop`` returns the visible patches only; the other regimes return
-        all, in order.
+        a map laid out row by row. With one, ``drop`` returns the visible patches only; the other
+        regimes return all, in order.
         """
         return self.latents(images, mask).tokens
 
