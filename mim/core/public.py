@@ -12,7 +12,7 @@ _NAMES = ("source", "backbone", "name", "variant", "cpu", "device")
 """Keys of names whose slash is no folder's, as in torchvision/CIFAR10."""
 _TEXTS = ("command", "error")
 _URL = r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}[^\s'\"<>|]+"
-_PATH = r"(?:~[\w.-]*|\.{0,2}|[A-Za-z]:)[/\\][^\s'\"<>|:;,)]+"
+_PATH = r"(?:~[\w.-]*|\.{0,2}|[A-Za-z]:)[/\\](?!\])[^\s'\"<>|:;,)]+"
 _PROSE = re.compile(r"[\n'\"]|: |\s--?\w|.[\s=][A-Za-z][A-Za-z0-9+.-]*://")
 _IN_QUOTES = r"(?P<quote>['\"])(?P<quoted>[^'\"\n]*[/\\][^'\"\n]*)(?P=quote)"
 _PLACE = re.compile(rf"{_IN_QUOTES}|(?<![\w/\\.'\"~-])(?P<bare>{_URL}|{_PATH})")

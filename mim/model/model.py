@@ -174,9 +174,9 @@ class MaskedImageModel(nn.Module):
     def encode(self, images: Images, mask: PatchMask | None = None) -> Tensor:
         """Return the tokens of :meth:`latents`, prefix first, (B, P + T, D).
 
-        Without a mask they equal timm's own ``backbone.forward_features(images)``, a map laid out
-        row by row. With one, ``drop`` returns the visible patches only; the other regimes return
-        all, in order.
+        Without a mask they equal timm's own ``backbone.forward_features(images)`` up to rounding,
+        a map laid out row by row. With one, ``drop`` returns the visible patches only; the other
+        regimes return all, in order.
         """
         return self.latents(images, mask).tokens
 

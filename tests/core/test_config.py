@@ -302,7 +302,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
         make(decoder=DecoderConfig("transfomer")),
         [
             "model.decoder.name: 'transfomer'",
-            "linear, mlp, transformer",
+            "cross_attention, linear, mlp, rotary, transformer",
             "did you mean 'transformer'",
         ],
     ),
@@ -311,7 +311,7 @@ UNFIT: dict[str, tuple[Config, list[str]]] = {
         [
             "model.decoder.name: 'linear'",
             "model.regime.name='drop'",
-            "choose cross_attention, transformer",
+            "choose block_predictor, convolutional, cross_attention, rotary, transformer",
         ],
     ),
     "unknown target": (

@@ -128,8 +128,8 @@ def test_a_tracker_that_fails_is_left_out(
     if fault == "hangs":
         cause[call] = "no answer for 0.3 s, see log.timeout"
     assert warnings(outcome.err) == [
-        f"log: {name} has failed and gets nothing more of this run ({cause[call]}); training goes "
-        "on"
+        f"log: {name} has failed and gets nothing more of this run ({cause[call]}); "
+        "training continues"
     ]
     assert [row["step"] for row in rows(run) if "lr" in row] == [2, 4, 6]
     (other,) = set(given) - {name}

@@ -49,6 +49,7 @@ def test_only_the_last_part_of_a_place_is_left(place: str) -> None:
 def test_what_is_no_place_stays(text: str) -> None:
     assert public(text) == text
     assert public("12: images/s and 3/4") == "12: images/s and 3/4"
+    assert public({"error": "[red]it[/] is odd"}) == {"error": "[red]it[/] is odd"}
     for kept in ({"source": "torchvision/CIFAR10"}, {"model.backbone": ["hf-hub:a/b"]}):
         assert public(kept) == kept
 

@@ -88,7 +88,7 @@ def test_devices_that_are_not_there(mim: Mim, tmp_path: Path, monkeypatch: Any) 
     for wanted, reason in {
         "cuda": "is not there: torch sees no GPU; choose cpu",
         "cuda:3": "is not there",
-        "bogus": "is no device; choose cpu, cuda or cuda:0",
+        "bogus": "is no device; choose auto, cpu, cuda, cuda:1 or mps",
         "mps": "cannot be used: ",
     }.items():
         outcome = mim("evaluate", "knn", "untrained", "--device", wanted)

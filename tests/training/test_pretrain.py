@@ -603,7 +603,9 @@ def test_from_python(tmp_path: Path, tiny: Tiny) -> None:
     assert output.loss.ndim == 0 and output.prediction.shape == (3, 16, 4)
     assert output.latents.tokens.shape == (3, 1 + 8, 16)
     assert torch.equal(output.loss, older(images, mask).loss)
-    assert torch.equal(model.encode(images), model.backbone.forward_features(images))
+    # Up to rounding: drop projects the patches by a product, timm by a convolution.
+    expected = model.backbone.forward_features(images)
+    torch.testing.assert_close(model.encode(images), expected, rtol=1e-5, atol=1e-6)
     features = package.encode(model, images)
     assert torch.equal(features, model.encode(images)[:, 1:].mean(1))
     with pytest.raises(UserError, match="no run folder"):
