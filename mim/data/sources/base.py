@@ -319,7 +319,7 @@ class Subset(View):
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
         self.ledger, self.measured = source.ledger, source.measured
-        self.deep, self.show, self.left_out = source.deep, source.show, source.left_out
+        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed
