@@ -51,10 +51,14 @@ class Ledger:
         self.split = split
         self.count = count
         self.limit = limit
-        self.allowed = allowed(count, limit)
         self.path = None if folder is None else folder / FILE
         self._known: dict[str, str] = {}
         self._earlier = set(self._read())  # by an earlier start: counted only when met again
+
+    @property
+    def allowed(self) -> int:
+        """How many of them may be unreadable."""
+        return allowed(self.count, self.limit)
 
     def _read(self) -> dict[str, str]:
         if self.path is None or not self.path.is_file():

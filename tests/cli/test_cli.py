@@ -180,17 +180,20 @@ def test_faults_of_an_image_folder(tmp_path: Path, mim: Mim, tiny: Tiny) -> None
     (data / "train" / "empty").mkdir()
     assert "empty" in expect(mim(*args), 2)
     (data / "train" / "empty").rmdir()
-    victim = data / "train" / "cats" / "003.png"
-    content = victim.read_bytes()
-    victim.write_bytes(b"no image")
+    # Of so few images one may be unreadable, two are too many.
+    victims = [data / "train" / "cats" / name for name in ("003.png", "004.png")]
+    content = [victim.read_bytes() for victim in victims]
+    for victim in victims:
+        victim.write_bytes(b"no image")
     assert "003.png" in expect(mim(*args), 2)
     assert not list(run.glob("checkpoints/*")) and not (run / "metrics.jsonl").exists()
     # A header that is good and pixels that are not: seen when it is decoded, also in a worker.
-    victim.write_bytes(content[: len(content) // 2])
+    for victim, whole in zip(victims, content, strict=True):
+        victim.write_bytes(whole[: len(whole) // 2])
     for workers in (0, 2):
         again = mim(*args[:-1], tmp_path / f"run{workers}", "--data.workers", workers)
         assert "003.png" in expect(again, 2)
-    victim.write_bytes(content)
+    victims[0].write_bytes(content[0])
     assert mim(*args).code == 0
 
 

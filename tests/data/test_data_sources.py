@@ -250,10 +250,18 @@ def test_unknown_sources(name: str, message: str) -> None:
 
 
 def test_channels_that_the_images_cannot_have() -> None:
+    with pytest.raises(UserError, match=r"data\.channels: 5 must be 1, 3 or 4"):
+        open_source(DataConfig(source="digits", channels=5), "train")
     with pytest.raises(
         UserError, match=r"data\.channels: 4 .*digits.*set data\.mean and data\.std"
     ):
-        open_source(DataConfig(source="digits", channels=4), "train")
+        open_source(DataConfig(source="digits", channels=4, stats="source"), "train")
+
+
+def test_channels_without_statistics_are_measured() -> None:
+    digits = open_source(DataConfig(source="digits", channels=4, image_size=8), "train")
+    assert digits.mean[:3] == pytest.approx([0.305] * 3, abs=0.01)
+    assert digits.mean[3] == 1 and len(digits.std) == 4  # opaque
 
 
 def test_statistics_fit_the_channels_and_the_config(tmp_path: Path) -> None:

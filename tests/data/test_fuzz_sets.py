@@ -56,10 +56,12 @@ class Picture:
 def encode(rng: np.random.Generator, value: int) -> tuple[bytes, int]:
     """A file of one of many odd kinds, and the gray value that it shows."""
     size = int(rng.integers(1, 20)), int(rng.integers(1, 20))
-    gray = Image.new("L", size, value)
     kind = rng.choice(
         ["L", "RGB", "RGBA", "P", "CMYK", "16", "LA", "bmp", "gif", "npy", "npy16", "tif"]
     )
+    if kind in ("16", "npy16"):  # at least one of the upper two bits: data.range is that of 16 bits
+        value = max(value, 64)
+    gray = Image.new("L", size, value)
     file = io.BytesIO()
     match str(kind):
         case "RGB" | "RGBA" | "P" | "LA":
@@ -120,7 +122,9 @@ def seen(config: DataConfig) -> tuple[Counter[tuple[str, str, int]], ImageSource
                 continue
             # Colour spaces round; within an image all pixels are one.
             assert pixels.min() == pixels.max()
-            found[split, label, int(pixels.flat[0])] += 1
+            value = float(pixels.flat[0])
+            is_deep = pixels.dtype == np.float32  # more than 8 bits: from 0 to 1
+            found[split, label, round(value * 65535 / 256 if is_deep else value)] += 1
     return found, source
 
 

@@ -16,8 +16,12 @@ all its images; ``open_source`` then holds some of them out.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -29,11 +33,13 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
 from mim.core.errors import UserError, setting_error
+from mim.core.files import write_atomic
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
 from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
-from mim.data.images.deep import Pixels, depth_of
+from mim.data.images.deep import Depth, Pixels, depth_of
 from mim.data.images.transforms import Picture
+from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.unreadable import Fault, Ledger
 
 Split: TypeAlias = Literal["train", "val"]
@@ -231,6 +237,8 @@ class EncodedSource(ImageSource):
     def __init__(self, config: DataConfig) -> None:
         self._max_pixels, self._decoder = config.max_pixels, config.decode
         self._depth = depth_of(config)
+        self._streams = config.streaming
+        self._has_deep: bool | None = None
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -253,18 +261,50 @@ class EncodedSource(ImageSource):
     def has_deep(self) -> bool:
         if self._depth is None:
             return False
+        if self._has_deep is None:
+            self._has_deep = self._look(self._depth)
+        return self._has_deep
+
+    def _look(self, depth: Depth) -> bool:
+        """Whether some of the images have more than 8 bits; kept for later runs that stream."""
         chosen = torch.tensor(spread_indices(len(self), _SAMPLED))
         if self.groups is not None:  # stored together: one read, not many
             chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
+        kept = self._kept_look(chosen, depth) if self._streams else None
+        if kept is not None and kept.is_file():
+            return kept.read_text(encoding="utf-8") == "deep"
         self.ahead(chosen)
-        return any(map(self.is_deep, chosen.tolist()))
+        found = [self._bits(index) for index in chosen.tolist()]
+        # An image that could not be read now may be read next time.
+        if kept is not None and (any(found) or None not in found):
+            try:
+                write_atomic(
+                    cache_folder("measured") / kept.name,
+                    lambda path: path.write_text("deep" if any(found) else "8 bits", "utf-8"),
+                )
+            except (OSError, UserError):  # no room for a cache
+                logging.getLogger("mim").warning("%s: cannot be kept for later runs", kept)
+        return any(found)
 
-    def is_deep(self, index: int) -> bool:
+    def _kept_look(self, chosen: Tensor, depth: Depth) -> Path | None:
+        """Where it is kept; None if nothing tells one version of the files from the next."""
+        stamps = [self.stamp(index) for index in chosen.tolist()]
+        if any(stamp.startswith(("/", "None/")) or not stamp for stamp in stamps):
+            return None
+        told = json.dumps([*stamps, str(replace(depth, range=None)), self._max_pixels])
+        digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        return cache_place("measured") / f"{digest}.txt"
+
+    def _bits(self, index: int) -> bool | None:
+        """Whether an image has more than 8 bits; None for an unreadable one."""
         try:
             name = self.describe(index)
             return is_deep(self.encoded(index), name, self._max_pixels, self._depth)
         except UnreadableImage:
-            return False
+            return None
+
+    def is_deep(self, index: int) -> bool:
+        return bool(self._bits(index))
 
     def glance(self, index: int) -> bytes:
         data = self.encoded(index)
@@ -319,7 +359,7 @@ class Subset(View):
         self.sample_ids = source.sample_ids[self.indices]
         self.mean, self.std = source.mean, source.std
         self.ledger, self.measured = source.ledger, source.measured
-        self.deep, self.show, self.left_out = source.deep, source.show, source.left_out
+        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed
