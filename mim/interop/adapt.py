@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.patches import Grid
+from mim.model.backbones import resample_positions
 
 
 def square_grid(count: int) -> Grid | None:
@@ -40,9 +41,7 @@ def adapt_positions(
         )
     if old == new:
         return positions, ""
-    resampled = resample_abs_pos_embed(
-        positions, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix
-    )
+    resampled = resample_positions(positions, new, old, prefix)
     return resampled, f"bicubic from a grid of {_by(old)} to {_by(new)}"
 
 

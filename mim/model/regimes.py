@@ -260,7 +260,8 @@ class Drop(Regime):
         _refuse_empty_rows(family, mask)
         prefix, ids, valid = family.num_prefix, mask.visible_ids, mask.visible_valid  # (B, K)
         embedded = None
-        if valid is None and isinstance(images, Tensor):
+        hides = ids.shape[1] < mask.num_patches  # else timm's own way, to the last bit
+        if hides and valid is None and isinstance(images, Tensor):
             embedded = family.embed_at(images, ids)
         if embedded is None:
             embedded = _place(family, _embed(family, images, mask.is_masked), images)

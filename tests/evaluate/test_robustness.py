@@ -219,22 +219,20 @@ def test_processes_share_the_images(val: ImageSource) -> None:
     class Share:
         process_index: int
         num_processes: int
-        parts: list[torch.Tensor]
         device: str = "cpu"
-
-        def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
-            self.parts.append(value)
-            return value
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)[:, 20:30]
 
-    parts: list[torch.Tensor] = []
-    for rank in range(2):
-        right_answers(predict, val, DATA, 32, Share(rank, 2, parts))  # type: ignore[arg-type]
-    whole: list[torch.Tensor] = []
-    right_answers(predict, val, DATA, 50, Share(0, 1, whole))  # type: ignore[arg-type]
-    assert parts[0] + parts[2] == whole[0] and parts[1] + parts[3] == whole[1] == len(val)
+    def answers(batch_size: int, rank: int, world: int) -> dict[int, bool]:
+        share: Any = Share(rank, world)
+        ids, right = right_answers(predict, val, DATA, batch_size, share)
+        return dict(zip(ids.tolist(), right.tolist(), strict=True))
+
+    one, other, whole = answers(32, 0, 2), answers(32, 1, 2), answers(50, 0, 1)
+    assert one and other and not one.keys() & other.keys()
+    assert one | other == whole and len(whole) == len(val)
+    assert 0 < sum(whole.values()) < len(whole)
 
 
 def test_baselines(measure: Callable[..., dict[str, float]], tmp_path: Path) -> None:

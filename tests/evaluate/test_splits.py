@@ -59,7 +59,7 @@ def test_a_class_too_small_is_named() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("nearest", {}, r"evaluations: 'nearest' is not one of .*finetune, knn, linear"),
+        ("nearest", {}, r"evaluations: 'nearest' is not one of .*knn, label_free, linear"),
         ("knn", {"poool": "mean"}, r"evaluations.knn: 'poool' is not one of .*did you mean 'pool'"),
         ("linear", {"pool": "max"}, r"evaluations.linear.pool: 'max' is not one of both, cls"),
         ("linear", {"draws": 0}, r"evaluations.linear.draws: 0 must be at least 1"),

@@ -177,6 +177,7 @@ def test_a_process_without_images_takes_part_in_what_all_do(
             accelerator=SimpleNamespace(**given),
             data=DATA,
             heads=3,
+            guarded=False,
             logits=lambda model, images: torch.zeros(3, len(images), 10),
         )
         accuracies(task, torch.nn.Identity(), alone)  # type: ignore[arg-type]

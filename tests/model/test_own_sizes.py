@@ -18,7 +18,7 @@ from mim.evaluate.features import image_tokens, pool_tokens
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel, Output, build_model, check_config
 from mim.model.backbones import family_of, sincos_position_embedding
-from mim.model.decoders import _positions
+from mim.model.decoders.base import positions
 from mim.model.regimes import Latents
 
 GRIDS = [(3, 5), (6, 2), (4, 4), (2, 3)]
@@ -236,7 +236,7 @@ def test_positions_of_decoders_follow_row_and_column() -> None:
     images = batch([0, 1])
     latents = Latents(torch.zeros(2, 16, 8), 1, 15, coords=images.coords)
     table = torch.zeros(1, 17, 8, dtype=torch.float64)
-    found = _positions(table, latents, num_prefix=1)
+    found = positions(table, latents, num_prefix=1)
     for row, grid in enumerate(images.grids):
         expected = sincos_position_embedding(grid, 8, 1)[0].double()
         torch.testing.assert_close(found[row, : len(expected)], expected, rtol=0, atol=1e-6)

@@ -29,6 +29,7 @@ from mim.model.backbones.family import (
     family_of,
     patch_attention,
     register_family,
+    resample_positions,
 )
 from mim.model.backbones.hiera import HieraFamily
 from mim.model.backbones.naflex import NaFlexViT
@@ -65,6 +66,7 @@ __all__ = [
     "patch_attention",
     "patch_size_of",
     "register_family",
+    "resample_positions",
     "resize_positions",
     "set_norm_eps",
     "sincos_position_embedding",

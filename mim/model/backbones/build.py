@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from timm import create_model, is_model, is_model_pretrained, list_models
-from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import load_state_dict as read_state_dict
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from mim.core.config import ModelConfig
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.fields import plain
 from mim.core.rng import seed_of
-from mim.model.backbones.family import FAMILIES, family_of
+from mim.model.backbones.family import FAMILIES, family_of, resample_positions
 
 # What the project sets itself; the value says where.
 _RESERVED = {
@@ -290,7 +290,7 @@ def _resize_fixed(state: dict[str, Tensor], vit: Any) -> None:
     prefix = own.shape[1] - math.prod(grid_of(vit))
     grid = fixed_grid(table[0, prefix:])
     if grid is not None and grid != grid_of(vit):
-        state["pos_embed"] = resample_abs_pos_embed(table, list(grid_of(vit)), list(grid), prefix)
+        state["pos_embed"] = resample_positions(table, grid_of(vit), grid, prefix)
 
 
 def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
@@ -301,8 +301,8 @@ def resize_positions(source: Any, target: Any) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(source.state_dict())
     if source.pos_embed is not None and grid_of(source) != grid_of(target):
         prefix = 0 if source.no_embed_class else source.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(
-            source.pos_embed.detach(), list(grid_of(target)), list(grid_of(source)), prefix
+        state["pos_embed"] = resample_positions(
+            source.pos_embed.detach(), grid_of(target), grid_of(source), prefix
         )
     return state
 

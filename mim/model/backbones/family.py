@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -407,6 +408,20 @@ def as_unit(block: nn.Module, work: Callable[..., Tensor], *args: Any) -> Tensor
 
 UNIT = "call_as_unit"
 """A block's method under which ``train.shard`` gathers its weights."""
+
+
+def resample_positions(table: Tensor, new: Grid, old: Grid, prefix: int = 0) -> Tensor:
+    """Resample positions (1, P + n, D) from an old grid to a new one, bicubic, as timm does.
+
+    timm 1.0.28 returns them as they are where the new grid is square and
+    has as many patches as the old one, 2 x 8 into 4 x 4.
+    """
+    if new == old:
+        return table
+    maps = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
+    patches = maps.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([table[:, :prefix], patches], dim=1)
 
 
 def block_outputs(vit: nn.Module, embedded: Embedded) -> list[Tensor]:

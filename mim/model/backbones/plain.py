@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim.core.cpu.linear import PatchProjection, linear_of
 from mim.core.patches import Patches, patches_at, values_at
-from mim.model.backbones.family import Embedded, Grid, Transformer, as_unit, register_family
+from mim.model.backbones.family import (
+    Embedded,
+    Grid,
+    Transformer,
+    as_unit,
+    register_family,
+    resample_positions,
+)
 
 
 @register_family(VisionTransformer)
@@ -78,13 +84,7 @@ class PlainViT(Transformer):
 
     def _positions(self, grid: Grid, prefix: int) -> Tensor:
         """(n, D) for the patches of a grid."""
-        table = resample_abs_pos_embed(
-            self.vit.pos_embed,
-            new_size=list(grid),
-            old_size=list(self.grid),
-            num_prefix_tokens=prefix,
-        )
-        return table[0, prefix:]
+        return resample_positions(self.vit.pos_embed, grid, self.grid, prefix)[0, prefix:]
 
     def step(self, index: int, x: Tensor, embedded: Embedded) -> Tensor:
         block, bias = self.vit.blocks[index], embedded.bias

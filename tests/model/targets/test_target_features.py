@@ -188,7 +188,8 @@ def test_a_teacher_of_another_patch_size_is_refused(make: Make) -> None:
         ({"backbone": "vit_tiny"}, r"features\.backbone: 'vit_tiny' is not one of .*vit_tiny_"),
         (
             {"backbone": "resnet18", "backbone_args": {}},
-            r"features\.backbone: 'resnet18' takes images of any size; the regimes need one of",
+            r"features\.backbone: 'resnet18' takes images of any size and, like every CNN, has no "
+            r"patches to hide; the regimes need one of",
         ),
         (
             {"backbone_args": {**ARGS, "patch_size": 3}},
