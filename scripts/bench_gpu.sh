@@ -41,7 +41,7 @@ if [ -n "${MIM_BENCH_TINY:-}" ]; then
     --data.image_size 32 --data.batch_size 8
     --model.backbone vit_tiny_patch16_224 --model.backbone_args '{"patch_size": 8, "depth": 1}'
     --model.decoder.transformer.width 64 --model.decoder.transformer.depth 1
-    --model.decoder.transformer.heads 2 --mask.aligned.unit 8 "$@"
+    --model.decoder.transformer.heads 2 --mask.aligned.unit 8 --mask.target_blocks.min_keep 2 "$@"
   )
   timing=(--rounds 1 --steps 1 --no-products)
   sizes="vit_base" photos=64 workers=0 rounds=1 watched=1 patience=10
