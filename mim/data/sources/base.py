@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import write_atomic
+from mim.core.files import write_json_atomic
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
 from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
@@ -272,16 +272,13 @@ class EncodedSource(ImageSource):
             chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
         kept = self._kept_look(chosen, depth) if self._streams else None
         if kept is not None and kept.is_file():
-            return kept.read_text(encoding="utf-8") == "deep"
+            return kept.read_text(encoding="utf-8").strip() == "true"
         self.ahead(chosen)
         found = [self._bits(index) for index in chosen.tolist()]
         # An image that could not be read now may be read next time.
         if kept is not None and (any(found) or None not in found):
             try:
-                write_atomic(
-                    cache_folder("measured") / kept.name,
-                    lambda path: path.write_text("deep" if any(found) else "8 bits", "utf-8"),
-                )
+                write_json_atomic(cache_folder("measured") / kept.name, any(found))
             except (OSError, UserError):  # no room for a cache
                 logging.getLogger("mim").warning("%s: cannot be kept for later runs", kept)
         return any(found)
@@ -293,7 +290,7 @@ class EncodedSource(ImageSource):
             return None
         told = json.dumps([*stamps, str(replace(depth, range=None)), self._max_pixels])
         digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-        return cache_place("measured") / f"{digest}.txt"
+        return cache_place("measured") / f"{digest}.json"
 
     def _bits(self, index: int) -> bool | None:
         """Whether an image has more than 8 bits; None for an unreadable one."""
