@@ -12,7 +12,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import IO, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -68,7 +68,7 @@ class Pixels:
 
 
 def array_shape(
-    file: BinaryIO, max_pixels: int, dtypes: Sequence[DTypeLike] = ()
+    file: IO[bytes], max_pixels: int, dtypes: Sequence[DTypeLike] = ()
 ) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
     """Shape and type in the header of an ``.npy``.
 
@@ -102,7 +102,7 @@ def _array(data: bytes, max_pixels: int, channels: int | None) -> Values:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             name = _member(archive)
             with archive.open(name) as file:
-                array_shape(file, max_pixels)  # type: ignore[arg-type]
+                array_shape(file, max_pixels)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return channels_last(arrays[name.removesuffix(".npy")], channels)
     array_shape(io.BytesIO(data), max_pixels)
@@ -125,7 +125,7 @@ def is_deep_array(starts: bytes, file: BinaryIO, max_pixels: int) -> bool:
     if not starts.startswith(ZIP):
         return array_shape(file, max_pixels)[1].itemsize > 1
     with zipfile.ZipFile(file) as archive, archive.open(_member(archive)) as member:
-        return array_shape(member, max_pixels)[1].itemsize > 1  # type: ignore[arg-type]
+        return array_shape(member, max_pixels)[1].itemsize > 1
 
 
 def is_deep_image(image: Image.Image, starts: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -56,9 +57,9 @@ class RelativeViT(Transformer):
         x = x + block.drop_path1(_scaled(block, 1, attended))
         return x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))
 
+    @abstractmethod
     def _bias(self, attn: Any) -> Tensor | None:
         """(heads, P + N, P + N) of a block, its own and that of all blocks, perhaps after a 1."""
-        raise NotImplementedError
 
 
 @register_family(Beit)
