@@ -1,7 +1,8 @@
 """Write the study: gather what its comparisons measured, and draw every figure of its page.
 
 ``python -m benchmarks.study FOLDER...`` writes ``docs/study/results.csv`` from comparison folders,
-and the tables of ``docs/study.md`` from that file alone; without a folder it only draws them.
+and the tables of ``docs/study.md`` and of the README from that file alone; without a folder it only
+draws them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from mim.report.collect import read_comparison
 from mim.report.tables import results_csv
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "docs" / "study" / "results.csv", ROOT / "docs" / "study.md"
+RESULTS = ROOT / "docs" / "study" / "results.csv"
+PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
 _HEADER = "# What each run of docs/study.md measured. `python -m benchmarks.study` draws the page"
 _TUNE, _STUDY = "tune", "cifar10"
 _RATE = "optim.base_lr"
@@ -114,7 +116,7 @@ def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def results(rows: Sequence[Row]) -> str:
-    """Mean and spread of each group by each measure."""
+    """Mean and spread of each group by each measure, and what it costs to train."""
     measures = {key: head for key, head in _MEASURES.items() if any(row.get(key) for row in rows)}
     groups = [*_values(rows, "run", PRIMARY), "untrained", "pixels"]
     names = {"untrained": "untrained", "pixels": "raw pixels"}
@@ -122,8 +124,17 @@ def results(rows: Sequence[Row]) -> str:
     for group in groups:
         kind = group if group in names else "run"
         cells = [_summary(_values(rows, kind, key).get(group, {}), key) for key in measures]
-        lines.append([names.get(group, f"`{group}`"), *cells])
-    return _table(["encoder", *measures.values()], lines)
+        lines.append([names.get(group, f"`{group}`"), *cells, *_cost(rows, group)])
+    cost = ["tokens in the encoder", "GFLOPs an image, forward + backward"]
+    return _table(["encoder", *measures.values(), *cost], lines)
+
+
+def _cost(rows: Iterable[Row], group: str) -> tuple[str, str]:
+    for row in rows:
+        if row["piece"] == _STUDY and row.get("variant") == group and row["kind"] == "run":
+            flops = float(row["flops_forward"]) + float(row["flops_backward"])
+            return f"{float(row['encoder_tokens']):g}", f"{flops / 1e9:.3f}"
+    return "\u2013", "\u2013"
 
 
 def _summary(values: Mapping[int, float], measure: str) -> str:
@@ -209,27 +220,8 @@ def power(rows: Sequence[Row]) -> str:
     return _table(heads, lines)
 
 
-def cost(rows: Sequence[Row]) -> str:
-    """Length and compute of each group."""
-    names = {"epochs": "epochs", "encoder_tokens": "tokens in the encoder"}
-    lines = []
-    for group in _values(rows, "run", PRIMARY):
-        first = next(r for r in rows if r["piece"] == _STUDY and r.get("variant") == group)
-        flops = float(first["flops_forward"]) + float(first["flops_backward"])
-        cells = [f"{float(first[key]):g}" for key in names]
-        total = float(first["train_flops"]) / 1e12
-        lines.append([f"`{group}`", *cells, f"{flops / 1e9:.4f}", f"{total:.2f}"])
-    heads = [
-        "encoder",
-        *names.values(),
-        "GFLOPs an image, forward + backward",
-        "TFLOPs of training",
-    ]
-    return _table(heads, lines)
-
-
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    each.__name__: each for each in (rates, results, differences, references, power, cost)
+    each.__name__: each for each in (rates, results, differences, references, power)
 }
 """Name between the page's marks -> what draws it."""
 
@@ -251,7 +243,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if folders:
         RESULTS.parent.mkdir(exist_ok=True)
         write_text_atomic(RESULTS, gather(folders))
-    write_text_atomic(PAGE, draw(PAGE.read_text(), read(RESULTS.read_text())))
+    rows = read(RESULTS.read_text())
+    for page in PAGES:
+        write_text_atomic(page, draw(page.read_text(), rows))
 
 
 if __name__ == "__main__":
