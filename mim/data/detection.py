@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from mim.core.errors import UserError, setting_error
-from mim.core.files import IMAGE_EXTENSIONS, is_hidden, walk
+from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden, walk
 from mim.data.places.fetch import is_url
 from mim.data.places.splits import find_splits
 from mim.data.storage.packed import MANIFEST
@@ -69,7 +69,7 @@ def _folder(folder: Path) -> tuple[str, str]:
 
 def _folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
+        return sorted(e.name for e in entries if is_folder(e) and not is_hidden(e.name))
 
 
 def _files(root: Path) -> Iterator[str]:

@@ -31,6 +31,7 @@ from mim.core.errors import choice_error, setting_error
 from mim.core.files import prepare_folder, write_atomic, write_json_atomic, write_text_atomic
 from mim.core.lock import sole_use
 from mim.core.progress import note
+from mim.core.terminal import printable
 from mim.data import ImageSource, Subset, UnreadableImage, prepare
 from mim.data.sources.folder import FlatFolder
 from mim.data.unreadable import Ledger
@@ -239,7 +240,9 @@ def _write_npy(output: Path, parts: Iterator[Arrays], names: Mapping[int, str]) 
                 np.save(file, kept)
 
     write_atomic(output, write)
-    write_text_atomic(output.with_suffix(".txt"), "".join(f"{name}\n" for name in files))
+    # One line each, also of a name that holds a line end.
+    lines = "".join(f"{printable(name)}\n" for name in files)
+    write_text_atomic(output.with_suffix(".txt"), lines)
 
 
 def _write_parquet(output: Path, parts: Iterator[Arrays], names: Mapping[int, str]) -> None:

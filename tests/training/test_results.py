@@ -71,6 +71,8 @@ def test_an_odd_result_is_one_line_of_the_listing(odd: str, tmp_path: Path, mim:
     assert found["status"] == "unreadable"
     refused = mim("diff", tmp_path / "a", tmp_path / "b")
     assert refused.code == 2 and str(tmp_path / "a") in refused.line
+    with pytest.raises(UserError, match="cannot be read"):
+        read_result(tmp_path / "a")
 
 
 def test_what_is_torn_is_never_written_over(tmp_path: Path) -> None:
