@@ -13,6 +13,9 @@ from mim.data.places.fetch import is_url
 from mim.data.places.splits import find_splits
 from mim.data.storage.packed import MANIFEST
 
+FOLDERS = ("auto", "imagefolder", "flat")
+"""Sources that may read images in a folder."""
+
 
 def detect(path: str | None) -> tuple[str, str]:
     """The source that reads a path, and what was seen there, in words.
@@ -65,6 +68,34 @@ def _folder(folder: Path) -> tuple[str, str]:
         kind = "images beside folders" if beside and classes else "images without class folders"
         return "flat", f"{said}{kind}: no labels"
     return "imagefolder", f"{said}{len(classes)} folders of images, taken for classes"
+
+
+def keep_outside(setting: str, output: Path, root: str | None, divided: bool = True) -> None:
+    """Refuse to write among images, where a picture or an array would be an image next time.
+
+    Args:
+        setting: what messages call the output.
+        output: a file, or a folder of files.
+        root: a folder of images.
+        divided: whether what stands beside its ``train/`` and ``val/`` is not read.
+
+    Raises:
+        UserError: if it lies there.
+    """
+    if root is None or not Path(root).is_dir() or output.suffix in (".csv", ".json", ".parquet"):
+        return
+    images, place = Path(root).resolve(), output.resolve()
+    if not place.is_relative_to(images):
+        return
+    parts = place.relative_to(images).parts
+    try:
+        train, val = find_splits(_folders(images)) if divided else (None, None)
+    except UserError:  # the source says what is wrong with the folders
+        train, val = None, None
+    is_beside = train is not None and parts[:1] not in ((train,), (val,))
+    if not is_beside and not any(map(is_hidden, parts)):
+        reason = f"lies among the images of {root}, and what is written there would be taken for "
+        raise setting_error(setting, str(output), reason + "images; choose a place outside")
 
 
 def _folders(root: Path) -> list[str]:

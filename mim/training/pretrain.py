@@ -42,6 +42,7 @@ from mim.data import (
     train_loader,
     write_list,
 )
+from mim.data.detection import FOLDERS, keep_outside
 from mim.data.weights import Weigh
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel
@@ -232,6 +233,8 @@ def pretrain(config: Config, alone: bool = False) -> dict[str, Any]:
     accelerator = _accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     with together(rank, world, config.train.timeout), contextlib.ExitStack() as stack:
+        if config.data.source in FOLDERS and not (run / "config.yaml").is_file():
+            keep_outside("output", run, config.data.path)
         checkpoint.prepare_folder(run)
         if rank == 0:  # the first process holds the folder for all
             stack.enter_context(sole_use(run))

@@ -201,6 +201,37 @@ def test_a_name_with_a_line_end_is_one_line_beside_the_features(
     assert len(np.load(tmp_path / "f.npy")) == len(names)
 
 
+@pytest.mark.parametrize("layout", ["flat", "imagefolder"])
+def test_nothing_is_written_among_the_images(
+    layout: str, tmp_path: Path, mim: Mim, tiny: Callable[..., Path]
+) -> None:
+    images = tmp_path / "images"
+    for number in range(16):
+        part = "" if layout == "flat" else f"train/{number % 2}/"
+        path = images / f"{part}{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 15 * number).save(path)
+    inside = images if layout == "flat" else images / "train"
+    config = tiny({"data.source": layout, "data.path": str(images), "data.batch_size": 4})
+    run = tmp_path / "run"
+    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    before = sorted(images.rglob("*"))
+    base = ("--base.data.source", layout, "--base.data.path", images)
+    for args in (
+        ("pretrain", "--config", config, "--output", inside / "run"),
+        ("compare", *base, "--output", inside / "cmp"),
+        ("data", "inspect", images, "--output", inside / "sheet.png"),
+        ("embed", run, images, "--output", inside / "f.npy"),
+    ):
+        refused = mim(*args)
+        assert refused.code == 2 and "lies among the images" in refused.err.splitlines()[-1]
+    assert sorted(images.rglob("*")) == before
+    assert mim("pretrain", "--config", config, "--output", images / ".runs" / "a").code == 0
+    assert mim("embed", run, images, "--output", images / "f.parquet").code == 0
+    if layout == "imagefolder":  # beside train/
+        assert mim("pretrain", "--config", config, "--output", images / "runs" / "a").code == 0
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes")
 def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(
     tmp_path: Path, mim: Mim, tiny: Callable[..., Path]

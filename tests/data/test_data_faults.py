@@ -299,15 +299,14 @@ class Deadly(ImageSource):
 def test_a_torn_pipe_is_told_as_the_dead_worker_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a finalizer has swallowed what torch raises."""
     monkeypatch.setattr("mim.data.loader._SIGNAL_SECONDS", 0.0)
-    dead, alive = (
-        multiprocessing.get_context("fork").Process(target=time.sleep, args=(s,)) for s in (0, 60)
-    )
+    context = multiprocessing.get_context("fork")
+    dead, alive = (context.Process(target=time.sleep, args=(seconds,)) for seconds in (0, 60))
     for process in (dead, alive):
         process.start()
     dead.join()
-    with pytest.raises(WorkerError, match=rf"pid {dead.pid}\) exited unexpectedly.*--resume auto"):
-        with worker_deaths(lambda: [alive, dead]):
-            raise ConnectionResetError
+    told = rf"pid {dead.pid}\) exited unexpectedly.*--resume auto"
+    with pytest.raises(WorkerError, match=told), worker_deaths(lambda: [alive, dead]):
+        raise ConnectionResetError
     with pytest.raises(ConnectionResetError), worker_deaths(lambda: [alive]):
         raise ConnectionResetError
     alive.kill()
