@@ -79,7 +79,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([0, 1, 1], [0, MISSING], "lacks|without"),
         ([0.5, 1.0, 0.0], [0.0], "0.5"),
         ([0.0, math.nan, 1.0], [0.0], "lacks|holds no label"),
-        ([0.0, math.inf, 1.0], [0.0], "inf"),
+        ([0.0, math.inf, 1.0], [0.0], "inf|holds no label"),
     ],
 )
 def test_labels_that_are_none(

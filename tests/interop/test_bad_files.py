@@ -161,7 +161,7 @@ def test_what_training_leaves_among_weights_is_left_out(
     }
     torch.save({**weights, **others}, tmp_path / "w.pth")
     account = import_model(tmp_path / "w.pth", small).account
-    left_out = {entry.source for entry in account.entries if entry.outcome == "left out"}
+    left_out = {entry.key for entry in account.entries if entry.outcome == "left out"}
     assert set(others) <= left_out and len(account.entries) == len(weights) + len(others)
 
 
