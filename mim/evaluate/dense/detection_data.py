@@ -425,10 +425,10 @@ def _outline(given: Any, image: dict[str, Any], where: str) -> Any:
         size, counts = (
             (given.get(k) for k in ("size", "counts")) if isinstance(given, dict) else (0, 0)
         )
-        fits = size == [image["height"], image["width"]]
-        is_sound = fits and isinstance(counts, (str, list))
+        pixels = image["height"] * image["width"]
+        is_sound = size == [image["height"], image["width"]] and isinstance(counts, (str, list))
         if isinstance(counts, list):
-            is_sound = fits and all(map(_is_number, counts)) and sum(counts) == math.prod(size)
+            is_sound = is_sound and all(map(_is_number, counts)) and sum(counts) == pixels
     if not is_sound:
         reason = "is neither polygons of 3 points or more nor run lengths of the image"
         raise UserError(f"{_SETTING}.path: {where}: the segmentation {str(given)[:60]} {reason}")
