@@ -16,6 +16,7 @@ from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.data import Picture, depth_of, eval_transform, normalize, picture_of, read_picture
 from mim.evaluate import check_pool, pool_tokens
+from mim.evaluate.features import check_finite
 from mim.interop.exports import normalisation
 from mim.model.backbones import family_of
 from mim.training import checkpoint
@@ -104,7 +105,9 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
                     normalize(images.to(device), self.mean_, self.std_)
                 )  # (B, P + N, D)
                 features.append(pool_tokens(vit, tokens, self.pool).cpu())
-        return torch.cat(features).numpy()
+        found = torch.cat(features)
+        check_finite(found, "fp32")
+        return found.numpy()
 
 
 def _picture(item: Any, row: int, data: DataConfig) -> Picture:

@@ -59,8 +59,11 @@ def _run_inspect(options: argparse.Namespace) -> int:
     config, refusal = _config_of(folder, words)
     from dataclasses import asdict
 
+    from mim.data.detection import FOLDERS, keep_outside
     from mim.training.inspection import inspect
 
+    if config.data.source in FOLDERS:
+        keep_outside("--output", Path(options.output), config.data.path)
     how: dict[str, Any] = {"images": options.images, "output": Path(options.output)}
     found = inspect(config, **how)
     if refusal and found.changes:  # settings are chosen by images that fit

@@ -137,11 +137,13 @@ def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[s
     if options.settings:
         import yaml
 
-        from mim.core.files import parse_yaml
+        from mim.core.files import decode_text, parse_yaml
 
         path = options.settings
+        if not Path(path).is_file():
+            raise UserError(f"--settings: {path!r} is not a file")
         try:
-            loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
+            loaded = parse_yaml(decode_text(Path(path).read_bytes()))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error

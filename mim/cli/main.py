@@ -151,7 +151,10 @@ def _several() -> bool:
 def _tell(error: Exception | str) -> None:
     """Say what is wrong, and in which process where there are more than one."""
     who = f"rank {os.environ.get('RANK', '0')}: " if _several() else ""
-    print(f"mim: error: {who}{error}", file=sys.stderr)
+    from mim.core.terminal import printable
+
+    text = "\n".join(map(printable, str(error).split("\n")))
+    print(f"mim: error: {who}{text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

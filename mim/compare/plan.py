@@ -14,7 +14,7 @@ from mim.compare.halving import VAL_LOSS, TuneRule, tune_rule
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.fingerprints import same_images
+from mim.core.fingerprints import check_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
@@ -331,11 +331,8 @@ def hold_to_images(
             for name, settings in evaluations.items():
                 build_evaluation(name, settings).check(train, val)
             seen[key] = f"{train.fingerprint()}-{val.fingerprint()}", train.measured
-        wanted = item.config.data.fingerprint
         present, measured = seen[key]
-        if wanted is not None and not same_images(wanted, present):
-            reason = f"asks for other images than there are, which have {present}"
-            raise setting_error("data.fingerprint", wanted, reason)
+        check_images(item.config.data.fingerprint, present)
         data = replace(item.config.data, fingerprint=present, measured=measured)
         held.append(replace(item, config=replace(item.config, data=data)))
     return held

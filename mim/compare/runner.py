@@ -32,6 +32,7 @@ from mim.core.lock import InUse, in_use, sole_use
 from mim.core.registry import Registry
 from mim.core.settings import flatten, read_args, to_dict, to_yaml
 from mim.core.signals import Interrupted
+from mim.data.detection import FOLDERS, keep_outside
 from mim.evaluate import (
     EVALUATIONS,
     Encoder,
@@ -106,6 +107,8 @@ def run_comparison(
         reason = "starts its own processes; call it once, without torchrun or accelerate launch"
         raise UserError(f"compare: {reason} (WORLD_SIZE is {world}); --jobs N runs N at once")
     output = Path(config.output)
+    if config.base.data.source in FOLDERS and not (output / "comparison.json").is_file():
+        keep_outside("output", output, config.base.data.path)
     checkpoint.prepare_folder(output)
     with sole_use(output):
         planned = plan(config)

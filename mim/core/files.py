@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -45,6 +46,16 @@ _MOST_VALUES, _DEEPEST = 100_000, 50
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is one that systems and archivers leave among the user's."""
     return name.startswith(".") or name in _COMPANIONS
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; links in a circle lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def decode_text(data: bytes) -> str:
@@ -93,7 +104,7 @@ def walk(root: Path, start: str = ".") -> Iterator[Folder]:
                 if is_hidden(entry.name):
                     continue
                 path = entry.name if current == "." else f"{current}/{entry.name}"
-                if not entry.is_dir():
+                if not is_folder(entry):
                     found.files.append(entry.name)
                 elif entry.is_symlink():
                     links.append(path)

@@ -47,7 +47,7 @@ def import_plugin(plugin: str) -> None:
     path = Path(plugin).resolve()
     if not path.is_file():
         raise UserError(f"plugins: {plugin!r} is not a file")
-    name = f"mim_plugin_{path.stem}_{_digest(plugin)[:16]}"
+    name = f"mim_plugin_{_digest(plugin)[:16]}"  # by content: a run's copy may have another name
     _note(plugin)
     if name in sys.modules:
         return

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mim.core.terminal import printable
+
 _SECONDS_BETWEEN_LINES = 15.0
 _FIRST_SIGN = 5.0  # seconds
 _silent = False
@@ -35,7 +37,7 @@ def clock(seconds: float) -> str:
 
 def note(text: str) -> None:
     """Write a line to stderr."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(printable(text), markup=False, highlight=False)
 
 
 def stage(text: str) -> None:

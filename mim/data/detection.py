@@ -8,10 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 from mim.core.errors import UserError, setting_error
-from mim.core.files import IMAGE_EXTENSIONS, is_hidden, walk
+from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden, walk
 from mim.data.places.fetch import is_url
 from mim.data.places.splits import find_splits
 from mim.data.storage.packed import MANIFEST
+
+FOLDERS = ("auto", "imagefolder", "flat")
+"""Sources that may read images in a folder."""
 
 
 def detect(path: str | None) -> tuple[str, str]:
@@ -67,9 +70,37 @@ def _folder(folder: Path) -> tuple[str, str]:
     return "imagefolder", f"{said}{len(classes)} folders of images, taken for classes"
 
 
+def keep_outside(setting: str, output: Path, root: str | None, divided: bool = True) -> None:
+    """Refuse to write among images, where a picture or an array would be an image next time.
+
+    Args:
+        setting: what messages call the output.
+        output: a file, or a folder of files.
+        root: a folder of images.
+        divided: whether what stands beside its ``train/`` and ``val/`` is not read.
+
+    Raises:
+        UserError: if it lies there.
+    """
+    if root is None or not Path(root).is_dir() or output.suffix in (".csv", ".json", ".parquet"):
+        return
+    images, place = Path(root).resolve(), output.resolve()
+    if not place.is_relative_to(images):
+        return
+    parts = place.relative_to(images).parts
+    try:
+        train, val = find_splits(_folders(images)) if divided else (None, None)
+    except UserError:  # the source says what is wrong with the folders
+        train, val = None, None
+    is_beside = train is not None and parts[:1] not in ((train,), (val,))
+    if not is_beside and not any(map(is_hidden, parts)):
+        reason = f"lies among the images of {root}, and what is written there would be taken for "
+        raise setting_error(setting, str(output), reason + "images; choose a place outside")
+
+
 def _folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
+        return sorted(e.name for e in entries if is_folder(e) and not is_hidden(e.name))
 
 
 def _files(root: Path) -> Iterator[str]:

@@ -75,7 +75,6 @@ def _clean(given: Sequence[Any] | NDArray[Any]) -> NDArray[Any] | None:
         raise UserError("has lists for labels; a label is one number or word")
     if values.dtype.kind == "f":
         values = values.astype(object)
-        values[np.not_equal(values, values)] = None
     if values.dtype.kind == "O":
         values = _of_objects(values)
     if values is None:
@@ -99,7 +98,7 @@ def _clean(given: Sequence[Any] | NDArray[Any]) -> NDArray[Any] | None:
 
 def _of_objects(values: NDArray[Any]) -> NDArray[Any] | None:
     """An array of numbers or words in place of one of Python objects; None if all are missing."""
-    missing = np.array([value is None for value in values], dtype=bool)
+    missing = np.array([value is None or _is_nan(value) for value in values], dtype=bool)
     if missing.all() and len(values):
         return None
     if missing.any():
@@ -112,10 +111,26 @@ def _of_objects(values: NDArray[Any]) -> NDArray[Any] | None:
     wrong = [value for value in values if not isinstance(value, (int, float, np.number))]
     if wrong:
         raise UserError(f"has the label {str(wrong[0])[:40]!r}; a label is one number or word")
-    wrong = [value for value in values if int(value) != value or abs(value) >= 2**63]
+    wrong = [value for value in values if not abs(value) < 2**63 or int(value) != value]
     if wrong:
         raise UserError(f"has the label {wrong[0]}; labels count the classes from 0")
     return values.astype(np.int64)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
+
+
+def check_ids(sample_ids: Tensor) -> None:
+    """Check that no two images share an id, and with it mask and augmentation.
+
+    Raises:
+        UserError: if some do.
+    """
+    ordered = sample_ids.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise UserError(f"gives the id {int(twice[0])} to two images")
 
 
 def check_labels(labels: Tensor | None, classes: Sequence[str], count: int) -> None:

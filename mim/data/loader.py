@@ -309,10 +309,12 @@ def _identity(batch: Any) -> Any:
 
 
 @contextmanager
-def worker_deaths() -> Iterator[None]:
+def worker_deaths(workers: Callable[[], Sequence[Any]] = tuple) -> Iterator[None]:
     """Report in one line that a loader process was killed.
 
-    torch raises this from a signal handler, hence anywhere in the loop over the batches.
+    torch raises this from a signal handler, hence anywhere in the loop over the batches; where
+    that is a finalizer, Python ignores it, and all that is seen is a torn pipe. ``workers``
+    returns the processes, of which a dead one tells the same.
 
     Raises:
         WorkerError: in place of torch's RuntimeError.
@@ -326,9 +328,12 @@ def worker_deaths() -> Iterator[None]:
                 time.sleep(_SIGNAL_SECONDS)
             except RuntimeError as signalled:
                 found = signalled
-        if "DataLoader worker" not in str(found):
-            raise
         what = " ".join(str(found).split())
+        if "DataLoader worker" not in what:
+            dead = [str(worker.pid) for worker in workers() if not worker.is_alive()]
+            if not dead:
+                raise
+            what = f"DataLoader worker (pid {', '.join(dead)}) exited unexpectedly."
         raise WorkerError(
             f"{what} Too little memory is the usual cause: lower data.workers or data.batch_size. "
             "What was saved is kept; go on with --resume auto"
@@ -373,8 +378,11 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def _workers(self) -> Sequence[Any]:
+        return getattr(self._loader._iterator, "_workers", ())
+
     def __iter__(self) -> Iterator[Batch]:
-        with worker_deaths():
+        with worker_deaths(self._workers):
             for batch in self._loader:
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)

@@ -10,7 +10,7 @@ from mim.core.errors import UserError, setting_error
 from mim.core.progress import note
 from mim.data.detection import detect
 from mim.data.images.transforms import LUMINANCE
-from mim.data.labels import check_labels
+from mim.data.labels import check_ids, check_labels
 from mim.data.measuring import measure
 from mim.data.sources.base import SOURCES, ImageSource, Split, Subset, holdout
 from mim.data.storage.cache import cached
@@ -35,6 +35,7 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
     """
     config, source, faults = _measured(config, split)
     try:
+        check_ids(source.sample_ids)
         check_labels(source.labels, source.classes, len(source))
     except UserError as error:
         raise setting_error("data.source", config.source, str(error)) from error

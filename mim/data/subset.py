@@ -17,6 +17,7 @@ from mim.core.config import DataConfig, SubsetConfig
 from mim.core.errors import choice_error, setting_error
 from mim.core.files import decode_text, write_text_atomic
 from mim.core.rng import image_keys, name_to_int
+from mim.data.images.decode import read_file
 from mim.data.labels import one_spelling
 from mim.data.sources.base import ImageSource, Split, Subset
 
@@ -57,8 +58,8 @@ def read_lines(setting: str, path: str) -> list[str]:
         UserError: if it cannot be read or holds none.
     """
     try:
-        text = one_spelling(decode_text(Path(path).read_bytes()))
-    except (OSError, UnicodeDecodeError) as error:
+        text = one_spelling(decode_text(read_file(Path(path))))
+    except (OSError, ValueError) as error:
         raise setting_error(setting, path, f"cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]

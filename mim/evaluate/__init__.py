@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mim.core.errors import UserError
+from mim.core.fingerprints import check_images
 from mim.data import ImageSource, open_source
 from mim.evaluate.base import (
     EVALUATIONS,
@@ -164,8 +165,12 @@ def evaluate(
 
     others = {name: e for name, e in built.items() if name not in tasks}
     if others:
+        own = train is None and val is None
         train = open_source(encoder.data, "train", folder) if train is None else train
         val = open_source(encoder.data, "val", folder) if val is None else val
+        if own:
+            present = f"{train.fingerprint()}-{val.fingerprint()}"
+            check_images(encoder.data.fingerprint, present, "; --data DIR measures on others")
         _measure(encoder, others, train, val, batch_size, device, precision, folder, keep)
     for name, task in tasks.items():
         keep(name, task.run(encoder, device=device, precision=precision, folder=folder))

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ from mim.core.errors import choice_error, setting_error
 from mim.core.files import prepare_folder, write_atomic, write_json_atomic, write_text_atomic
 from mim.core.lock import sole_use
 from mim.core.progress import note
+from mim.core.terminal import printable
 from mim.data import ImageSource, Subset, UnreadableImage, prepare
+from mim.data.detection import keep_outside
 from mim.data.sources.folder import FlatFolder
 from mim.data.unreadable import Ledger
 from mim.evaluate.base import build_evaluation
@@ -193,6 +196,7 @@ def embed(
         raise setting_error("--output", str(output), "must end in .npy or .parquet")
     if per not in ("image", "patch"):
         raise choice_error("--per", per, ("image", "patch"))
+    keep_outside("--output", output, str(images), divided=False)
     encoder = on_images(resized(run_encoder(Path(run)), image_size), images, "flat")
     check_pool(encoder.vit, pool)
     if per == "patch":  # of each image equally many
@@ -239,7 +243,9 @@ def _write_npy(output: Path, parts: Iterator[Arrays], names: Mapping[int, str]) 
                 np.save(file, kept)
 
     write_atomic(output, write)
-    write_text_atomic(output.with_suffix(".txt"), "".join(f"{name}\n" for name in files))
+    # One line each, also of a name that holds a line end.
+    lines = "".join(f"{printable(name)}\n" for name in files)
+    write_text_atomic(output.with_suffix(".txt"), lines)
 
 
 def _write_parquet(output: Path, parts: Iterator[Arrays], names: Mapping[int, str]) -> None:
@@ -301,6 +307,7 @@ def predict(
     if output.suffix != ending:
         what = f"must end in {ending}" if ending else "must be a folder"
         raise setting_error("--output", str(output), f"{what} for {task}")
+    keep_outside("--output", output, str(images), divided=False)
     encoder = on_images(run_encoder(run), images, "flat")
     make = {"finetune": _classes, "segment": _label_maps, "detect": _boxes}[task]
     source = open_images(images, encoder.data)
@@ -386,9 +393,11 @@ def _picture(source: ImageSource, index: int, channels: int) -> Image.Image | No
         image = prepare(source.image(index), channels)
     except UnreadableImage:
         return None
-    if not isinstance(image, Image.Image):
-        raise setting_error("data.channels", channels, "must be 1 or 3 for segment and detect")
-    return image
+    if isinstance(image, Image.Image):
+        return image
+    if image.dtype != np.uint8 or channels not in (1, 3):
+        raise setting_error("data.channels", channels, "must be 1 or 3, of 8 bits, for this task")
+    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def _label_maps(job: _Job) -> Made:
@@ -398,6 +407,8 @@ def _label_maps(job: _Job) -> Made:
     model = Segmenter(encoder_at_size(job.encoder, s), s, classes, *statistics_of(job.encoder, s))
     model.load(path)
     colours = (class_colours(len(classes)) * 255).round().astype(np.uint8)
+    names = [Path(job.source.describe(index)) for index in range(len(job.source))]
+    stems = Counter(name.with_suffix("") for name in names)
 
     def compute(part: ImageSource, device: torch.device) -> Arrays:
         model.to(device).eval()
@@ -407,7 +418,9 @@ def _label_maps(job: _Job) -> Made:
             if image is None:
                 continue
             labels = evaluation.labels_of(model, image, device, job.precision).numpy()
-            file = (job.output / part.describe(index)).with_suffix(".png")
+            name = Path(part.describe(index))
+            alone = stems[name.with_suffix("")] == 1  # else 1.jpg.png beside 1.tif.png
+            file = job.output / (name.with_suffix(".png") if alone else f"{name}.png")
             drawn = Image.fromarray(labels.astype(np.uint8))
             drawn.putpalette(colours.tobytes())
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from mim.core.config import DataConfig
 from mim.core.device import to_device
 from mim.core.errors import choice_error, setting_error
 from mim.core.fields import Count, Natural
-from mim.core.files import parse_yaml
+from mim.core.files import decode_text, parse_yaml
 from mim.core.progress import RunProgress
 from mim.data import (
     ClassFolders,
@@ -200,11 +200,13 @@ def read_baseline(
             keys = [error_key(name, severity) for severity in severities]
             if all(key in numbers for key in keys):
                 errors[name] = sum(numbers[key] for key in keys) / len(keys)
+    elif not Path(given).is_file():
+        raise setting_error(setting, given, "is not alexnet, a run folder or a file")
     else:
         try:
-            errors = parse_yaml(Path(given).read_text(encoding="utf-8"))
+            errors = parse_yaml(decode_text(Path(given).read_bytes()))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = f"is not alexnet, a run folder or a file: {' '.join(str(error).split())}"
+            reason = f"cannot be read: {' '.join(str(error).split())}"
             raise setting_error(setting, given, reason) from error
         if not isinstance(errors, dict):
             raise setting_error(setting, given, "does not map corruptions to their mean errors")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.files import decode_text
 from mim.interop.account import some
 from mim.training.checkpoint import read_safetensors
 
@@ -27,6 +29,20 @@ from mim.training.checkpoint import read_safetensors
 _WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "teacher", "module")
 # What other tools wrap a model in, and so put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+# What training keeps among the weights: counters, losses and their parameters, queues, metrics.
+_OF_TRAINING = re.compile(
+    r"(module\.)?(n_averaged|(global_)?step|epoch|queue(_ptr)?"
+    r"|(criterion|loss(_fn|_fun|_func)?|(train|val|valid|test)_\w+|metrics?)\..+)"
+)
+# Globals that a pickle of plain numbers may name: attributes of a script, and NumPy's scalars.
+_SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep it in different places
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BESIDE = ("model.safetensors", "pytorch_model.bin", "encoder.safetensors")
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -59,7 +75,7 @@ def _beside(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return found if isinstance(found, dict) else {}
@@ -85,8 +101,7 @@ def _unsafe_names(path: Path) -> list[str]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # Training scripts store their arguments so; the class holds attributes and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _unsafe_names(path) if zipfile.is_zipfile(path) else []
@@ -234,6 +249,9 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
         for name, value in state.items()
         if not isinstance(value, Tensor)
     }
+    for name in [name for name in tensors if _OF_TRAINING.fullmatch(name)]:
+        del tensors[name]
+        left_out[name] = "belongs to the training, not to the model"
     if not tensors:
         raise UserError(f"{str(path)!r} holds no tensors")
     tensors, heads = _dino_teacher(_strip(tensors))

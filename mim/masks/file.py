@@ -171,6 +171,8 @@ class FileMask(MaskGenerator):
     def _values(self, path: Path, name: str) -> NDArray[np.bool_]:
         """Read a file as (H, W) or (n, H, W) bool, True where hidden."""
         is_array = path.suffix.lower() == ".npy"
+        if not path.is_file():
+            raise self._error("cannot be read: it is no regular file", name)
         try:
             values: Any = np.load(path, allow_pickle=False) if is_array else _read_png(path)
         except _READ_ERRORS as error:

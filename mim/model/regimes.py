@@ -106,6 +106,9 @@ class Regime(WithTerms, nn.Module, ABC):
     """Whether it adds a mask of its own to the attention in every layer."""
     hidden_by: tuple[str, object] | None = None
     """The setting by which it does so, and its value, for messages; else it is the name."""
+    takes_merging: bool = False
+    """Whether it hides patches by ``Family.hide`` alone, so that backbones can be used that embed
+    smaller ones and merge them."""
     takes_sizes: bool = False
     """Whether image sizes may differ (:class:`mim.core.patches.Patches`)."""
     predict_share: float = 1.0
@@ -251,6 +254,7 @@ class Drop(Regime):
     """Only visible patches are encoded (MAE's encoder, He et al. 2021, arXiv:2111.06377)."""
 
     keeps_all_tokens = False
+    takes_merging = True
     takes_sizes = True
 
     def inputs(
@@ -320,6 +324,7 @@ class Zero(Regime):
     """
 
     keeps_all_tokens = True
+    takes_merging = True
     takes_sizes = True
     settings: ZeroSettings
     hidden_by = ("model.regime.zero.attend_mask", True)
@@ -415,6 +420,7 @@ class Token(Regime):
     """Masked patches become a learned token that all attend to (SimMIM, arXiv:2111.09886)."""
 
     keeps_all_tokens = True
+    takes_merging = True
     takes_sizes = True
 
     def __init__(self, settings: None, context: RegimeContext) -> None:

@@ -242,13 +242,16 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+            rows.append(row)
         except ValueError as error:
             if number == len(lines):  # no line end: the writer was stopped in the middle
                 break

@@ -176,7 +176,10 @@ class Difference:
         ]
         if self.section != "result" or len(numbers) < 2:
             return None
-        return numbers[1] - numbers[0]
+        try:
+            return float(numbers[1]) - float(numbers[0])
+        except OverflowError:  # of a file that no run wrote
+            return None
 
 
 def diff_runs(first: FoundRun, second: FoundRun) -> list[Difference]:

@@ -29,8 +29,10 @@ class Metrics:
         self._writer = BackgroundWriter("mim-metrics")
         if path.is_file():
             lines = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines():
+                # A line cut short by a kill, or damaged.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
                     if json.loads(line)["step"] <= step:
                         lines.append(line + "\n")
             write_text_atomic(path, "".join(lines))

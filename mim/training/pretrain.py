@@ -24,7 +24,7 @@ from mim.core.cpu.process import tune_process
 from mim.core.device import to_device
 from mim.core.errors import TrainingError, UserError, setting_error
 from mim.core.files import remove_leftovers
-from mim.core.fingerprints import same_images
+from mim.core.fingerprints import check_images, same_images
 from mim.core.lock import sole_use
 from mim.core.patches import Images
 from mim.core.progress import note
@@ -42,6 +42,7 @@ from mim.data import (
     train_loader,
     write_list,
 )
+from mim.data.detection import FOLDERS, keep_outside
 from mim.data.weights import Weigh
 from mim.masks import PatchMask
 from mim.model import MaskedImageModel
@@ -232,6 +233,8 @@ def pretrain(config: Config, alone: bool = False) -> dict[str, Any]:
     accelerator = _accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     with together(rank, world, config.train.timeout), contextlib.ExitStack() as stack:
+        if config.data.source in FOLDERS and not (run / "config.yaml").is_file():
+            keep_outside("output", run, config.data.path)
         checkpoint.prepare_folder(run)
         if rank == 0:  # the first process holds the folder for all
             stack.enter_context(sole_use(run))
@@ -402,15 +405,12 @@ def _open_images(
     train = open_source(config.data, "train", run)
     val = open_source(replace(config.data, measured=train.measured), "val", run)
     present = f"{train.fingerprint()}-{val.fingerprint()}"
-    requested = config.data.fingerprint
     earlier = None if saved is None else saved.get("data")
     if earlier is not None and not same_images(earlier, present):
         reason = "is over other images than those that are there now: their names, labels or "
         reason += "contents have changed"
         raise UserError(f"resume: the run in {config.output!r} {reason}")
-    if requested is not None and not same_images(requested, present):
-        reason = f"asks for other images than there are, which have {present}; null takes these"
-        raise setting_error("data.fingerprint", requested, reason)
+    check_images(config.data.fingerprint, present, "; null takes these")
     config = replace(
         config, data=replace(config.data, fingerprint=present, measured=train.measured)
     )

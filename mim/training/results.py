@@ -41,6 +41,9 @@ def read_result(run: str | Path) -> dict[str, Any]:
     for key in _MAPPINGS:
         if not isinstance(result.get(key, {}), dict):
             raise UserError(f"{path} cannot be read: its {key!r} is no mapping")
+    for name, numbers in result.get("evaluations", {}).items():
+        if not isinstance(numbers, dict):
+            raise UserError(f"{path} cannot be read: its evaluation {name!r} is no mapping")
     return result
 
 

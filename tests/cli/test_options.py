@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import mim.core.files
 from mim.cli.main import VERBS
@@ -161,6 +163,91 @@ def test_stdout_on_a_full_disk_is_one_line() -> None:
         )
     assert ended.returncode == 2
     assert ended.stderr == f"mim: error: cannot write: {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_lines_on_stderr_cannot_command_a_terminal(
+    tmp_path: Path, mim: Mim, tiny: Callable[..., Path]
+) -> None:
+    name = "a\x1b]0;title\x07.\x1b[31m"
+    images = tmp_path / name
+    for number in range(12):
+        path = images / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * number).save(path)
+    (images / "odd\x1b[31m.png").write_bytes(b"none")
+    (images / name).write_bytes(b"of no known ending")
+    run, changes = tmp_path / "run", {"data.source": "flat", "data.batch_size": 4}
+    config = tiny({**changes, "data.path": str(images), "data.max_unreadable": 0.5})
+    trained = mim("pretrain", "--config", config, "--output", run)
+    assert trained.code == 0, trained.err
+    embedded = mim("embed", run, images, "--output", tmp_path / "f.npy")
+    refused = mim("embed", run, images / "nowhere", "--output", tmp_path / "f.npy")
+    assert "left out" in embedded.err and refused.code == 2
+    for outcome in (trained, embedded, refused):
+        assert "\x1b" not in outcome.err + outcome.out and "\x07" not in outcome.err
+
+
+def test_a_name_with_a_line_end_is_one_line_beside_the_features(
+    tmp_path: Path, mim: Mim, tiny: Callable[..., Path]
+) -> None:
+    run, images = tmp_path / "run", tmp_path / "images"
+    assert mim("pretrain", "--config", tiny({"train.max_steps": 1}), "--output", run).code == 0
+    images.mkdir()
+    for name in ("a", "b\nc", "d\re"):
+        Image.new("L", (8, 8)).save(images / f"{name}.png")
+    assert mim("embed", run, images, "--output", tmp_path / "f.npy").code == 0
+    names = (tmp_path / "f.txt").read_text().splitlines()
+    assert names == ["a.png", "b\\nc.png", "d\\re.png"]
+    assert len(np.load(tmp_path / "f.npy")) == len(names)
+
+
+@pytest.mark.parametrize("layout", ["flat", "imagefolder"])
+def test_nothing_is_written_among_the_images(
+    layout: str, tmp_path: Path, mim: Mim, tiny: Callable[..., Path]
+) -> None:
+    images = tmp_path / "images"
+    for number in range(16):
+        part = "" if layout == "flat" else f"train/{number % 2}/"
+        path = images / f"{part}{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 15 * number).save(path)
+    inside = images if layout == "flat" else images / "train"
+    config = tiny({"data.source": layout, "data.path": str(images), "data.batch_size": 4})
+    run = tmp_path / "run"
+    assert mim("pretrain", "--config", config, "--output", run).code == 0
+    before = sorted(images.rglob("*"))
+    base = ("--base.data.source", layout, "--base.data.path", images)
+    for args in (
+        ("pretrain", "--config", config, "--output", inside / "run"),
+        ("compare", *base, "--output", inside / "cmp"),
+        ("data", "inspect", images, "--output", inside / "sheet.png"),
+        ("embed", run, images, "--output", inside / "f.npy"),
+    ):
+        refused = mim(*args)
+        assert refused.code == 2 and "lies among the images" in refused.err.splitlines()[-1]
+    assert sorted(images.rglob("*")) == before
+    assert mim("pretrain", "--config", config, "--output", images / ".runs" / "a").code == 0
+    assert mim("embed", run, images, "--output", images / "f.parquet").code == 0
+    if layout == "imagefolder":  # beside train/
+        assert mim("pretrain", "--config", config, "--output", images / "runs" / "a").code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes")
+def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(
+    tmp_path: Path, mim: Mim, tiny: Callable[..., Path]
+) -> None:
+    pipe, masks = tmp_path / "pipe.txt", tmp_path / "masks"
+    os.mkfifo(pipe)
+    masks.mkdir()
+    os.mkfifo(masks / "1.npy")
+    given = ("--config", tiny(), "--output", tmp_path / "run")
+    for more in (("--data.subset.files", pipe), ("--mask.name", "file", "--mask.file.path", masks)):
+        assert "no regular file" in mim("pretrain", *given, *more).line
+    assert mim("pretrain", *given).code == 0
+    measure = ("evaluate", "knn", tmp_path / "run", "--settings", pipe)
+    assert "is not a file" in mim(*measure).line
+    measure = ("evaluate", "robustness", tmp_path / "run", "--set", f"baseline={pipe}")
+    assert "is not alexnet, a run folder or a file" in mim(*measure, "classifier=linear").err
 
 
 def test_names_cannot_command_a_terminal(tmp_path: Path, mim: Mim) -> None:

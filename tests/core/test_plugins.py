@@ -81,6 +81,8 @@ def test_two_of_one_name_both_load(tmp_path: Path) -> None:
     kept = yaml.safe_load((run / "config.yaml").read_text())["plugins"]
     assert kept == ["plugins/own.py", "plugins/own_2.py"]
     assert [(run / name).read_bytes() for name in kept] == [one.read_bytes(), two.read_bytes()]
+    again = load_config(run / "config.yaml")  # whose copy of the second has another name
+    assert again.mask.name == "second_of_two"
     with pytest.raises(UserError, match="'first_of_two' is taken"):
         load_config(None, {"plugins": [str(write(tmp_path / "c.py", "first_of_two", "other"))]})
 

@@ -195,10 +195,17 @@ def test_a_run_is_not_resumed_over_other_pixels_of_the_same_names(
     result = run / "result.json"
     told = json.loads(result.read_text())
     result.write_text(json.dumps(told | {"status": "interrupted"}))
+    before = (root / "train/0/0.bmp").read_bytes()
     # Another image under an old name, of the same size in bytes.
     (root / "train/0/0.bmp").write_bytes(png(255))
     again = mim("pretrain", "--config", config, "--output", run, "--resume", "auto")
     assert again.code == 2 and "contents have changed" in again.line
+    # Nor are numbers on them added to the run's.
+    measure = ("evaluate", "knn", run, "--set", "k=[1]", "few_shot=[]")
+    assert "data.fingerprint" in mim(*measure).line
+    assert mim(*measure, "--data", root).code == 0
+    (root / "train/0/0.bmp").write_bytes(before)
+    assert mim(*measure).code == 0
 
 
 def test_packing_replaced_images_is_refused_and_touched_ones_are_kept(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from mim.data import (
     eval_transform,
     open_source,
     train_loader,
+    worker_deaths,
 )
 from mim.data.images.decode import decode
 from mim.data.images.transforms import prepare
@@ -291,6 +294,22 @@ class Deadly(ImageSource):
         if index == 20:
             os.kill(os.getpid(), signal.SIGKILL)
         return np.full((4, 4, 1), index, dtype=np.uint8)
+
+
+def test_a_torn_pipe_is_told_as_the_dead_worker_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a finalizer has swallowed what torch raises."""
+    monkeypatch.setattr("mim.data.loader._SIGNAL_SECONDS", 0.0)
+    context = multiprocessing.get_context("fork")
+    dead, alive = (context.Process(target=time.sleep, args=(seconds,)) for seconds in (0, 60))
+    for process in (dead, alive):
+        process.start()
+    dead.join()
+    told = rf"pid {dead.pid}\) exited unexpectedly.*--resume auto"
+    with pytest.raises(WorkerError, match=told), worker_deaths(lambda: [alive, dead]):
+        raise ConnectionResetError
+    with pytest.raises(ConnectionResetError), worker_deaths(lambda: [alive]):
+        raise ConnectionResetError
+    alive.kill()
 
 
 def test_a_killed_worker_is_told_in_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([0, MISSING, 1], [0], "lacks|without"),
         ([0, 1, 1], [0, MISSING], "lacks|without"),
         ([0.5, 1.0, 0.0], [0.0], "0.5"),
+        ([0.0, math.nan, 1.0], [0.0], "lacks|holds no label"),
+        ([0.0, math.inf, 1.0], [0.0], "inf|holds no label"),
     ],
 )
 def test_labels_that_are_none(
@@ -84,7 +87,7 @@ def test_labels_that_are_none(
 ) -> None:
     if source == "cls" and any(isinstance(label, list) for label in train):
         message = "holds no label"
-    if source == "cls" and MISSING in [*train, *val]:
+    if source == "cls" and (MISSING in [*train, *val] or math.nan in train):
         message = "holds no label"
     with pytest.raises(UserError, match=message) as raised:
         opened(write(source, tmp_path / "set", train, val))
@@ -126,6 +129,20 @@ def test_words_and_names() -> None:
         label_table([1], ["a"])
     with pytest.raises(UserError, match="labels count the classes"):
         label_table([10**30], [0])
+
+
+def test_ids_of_a_source_of_ones_own_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mim.data.sources.embedded import Digits
+
+    begin = Digits.__init__
+
+    def wrong(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.sample_ids = self.sample_ids % 500
+
+    monkeypatch.setattr(Digits, "__init__", wrong)
+    with pytest.raises(UserError, match=r"data.source: 'digits' gives the id 0 to two images"):
+        opened(DataConfig(source="digits", channels=1))
 
 
 def test_a_source_of_ones_own_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,9 @@ def test_links_to_folders_above_multiply_nothing(tmp_path: Path, source: str) ->
     (root / "cat/dogs").symlink_to("../dog/back")
     (root / "dog/back").symlink_to("../cat")
     (root / "dog/self").symlink_to(".")
+    (root / "dog/here").symlink_to("there")  # a circle of two
+    (root / "dog/there").symlink_to("here")
+    (root / "round").symlink_to("round")
     deep = root / "dog"
     for _ in range(3):  # a tree of links, of which each doubles the way
         deep = deep / "d"

@@ -255,3 +255,18 @@ def test_the_precision_stands_in_the_result(place: Path, mim: Callable[..., Any]
         assert mim("evaluate", name, place / "run", *given).code == 0
     found = json.loads((place / "run" / "result.json").read_text())["evaluation_precision"]
     assert found == {"knn": "fp16", "linear": "bf16", "analysis": "fp32"}
+
+
+def test_every_photograph_has_its_label_map(place: Path, mim: Callable[..., Any]) -> None:
+    segment = ("segment", place / "run", "--settings", place / "segment.yaml", "--set")
+    assert mim("evaluate", *segment, "pictures=0").code == 0
+    for name in ("1.jpg", "1.png", "2.jpeg", "deep/1.jpg"):
+        picture(place / "new" / name)
+    predict = ("predict", place / "run", place / "new", "--task", "segment", "--output")
+    done = mim(*predict, place / "maps")
+    assert done.code == 0, done.err
+    found = {str(path.relative_to(place / "maps")) for path in (place / "maps").rglob("*.png")}
+    assert found == {"1.jpg.png", "1.png.png", "2.png", "deep/1.png"}
+    before = (place / "new" / "1.png").read_bytes()
+    assert "lies among the images" in mim(*predict, place / "new").line
+    assert (place / "new" / "1.png").read_bytes() == before

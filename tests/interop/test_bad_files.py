@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -143,6 +144,25 @@ def test_mixed_key_styles(store: Store, small: Small) -> None:
         import_model(store(state), small, style="hf")
     with pytest.raises(UserError, match="is not one of"):
         import_model(store(state), small, style="jax")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_training_leaves_among_weights_is_left_out(
+    prefix: str, tmp_path: Path, small: Small
+) -> None:
+    weights = {prefix + key: value for key, value in fill(encoder_shapes()).items()}
+    others = {
+        "n_averaged": torch.tensor(5),
+        f"{prefix}criterion.weight": torch.ones(3),
+        "train_acc.total": torch.tensor(0),
+        "queue_ptr": torch.zeros(1),
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+    }
+    torch.save({**weights, **others}, tmp_path / "w.pth")
+    account = import_model(tmp_path / "w.pth", small).account
+    left_out = {entry.key for entry in account.entries if entry.outcome == "left out"}
+    assert set(others) <= left_out and len(account.entries) == len(weights) + len(others)
 
 
 def test_keys_are_loaded_whole_or_not_at_all(store: Store, small: Small) -> None:

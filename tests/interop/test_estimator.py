@@ -100,4 +100,7 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
         features.transform([tmp_path / "none.png"])
     with pytest.raises(UserError, match=r"X\[0\]: shape \(4,\)"):
         features.transform([np.zeros(4, np.uint8)])
+    features.model_.backbone.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="not finite"):
+        features.transform([np.zeros((4, 4), np.uint8)])
     assert torch.is_grad_enabled()

@@ -21,6 +21,7 @@ from layouts_by_hand import (
     norm,
     simmim,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mim.interop import convert, export_run, import_model, import_run, to_hf, to_mae, to_timm
@@ -473,6 +474,15 @@ def test_timm_folders_name_their_model(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(imported.model.encode(images), original.forward_features(images))
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path: Path) -> None:
+    args = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=8, **args)
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    text = json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": args})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    assert import_model(tmp_path).config.model.backbone_args["num_heads"] == 2
 
 
 def test_a_teacher_begins_as_the_imported_encoder(store: Store, small: Small) -> None:

@@ -34,7 +34,7 @@ from mim.evaluate.finetune import FinetuneSettings, build_classifier, parameter_
 from mim.masks import PatchMask
 from mim.model import build_model, check_config
 from mim.model.backbones import build_backbone, family_of
-from mim.model.regimes import build_regime
+from mim.model.regimes import Token, build_regime
 
 SWIN: dict[str, Any] = {
     "patch_size": 2,
@@ -386,6 +386,18 @@ def test_what_a_backbone_cannot_do_is_refused_when_the_config_is_read(case: str)
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("name", [SWIN1, HIERA1])
+def test_a_regime_of_ones_own_says_whether_it_takes_merging(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, size = (SWIN, 16) if name == SWIN1 else (HIERA, 32)
+    config = config_of(name, args, size, "token", "linear")
+    check_config(config)
+    monkeypatch.setattr(Token, "takes_merging", False)
+    with pytest.raises(UserError, match=r"model\.regime\.name: 'token' works on one token"):
+        check_config(config)
 
 
 # --- Fine-tuning ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,8 @@ def test_exports_over_every_setting(tmp_path: Path, mim: Any, tiny: Callable[...
         )
     )
     formats = {"timm": "e.safetensors", "safetensors": "s.safetensors", "mae": "m.pth", "hf": "hf"}
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        formats["onnx"] = "o.onnx"
     for to, name in formats.items():
         outcome = mim("export", run, "--to", to, "--output", tmp_path / "SECRET" / to / name)
         assert outcome.code == 0, outcome.err

@@ -458,6 +458,14 @@ def test_bad_folders_are_one_clear_line(fake_comparison: Write, tmp_path: Path) 
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize("damaged", [b"\xff\xfe\x00\n", b"[1]\n"])
+def test_damaged_metrics_are_one_clear_line(fake_comparison: Write, damaged: bytes) -> None:
+    folder = fake_comparison(axes={"seed": [0]})
+    (folder / "seed=0" / "metrics.jsonl").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not JSON"):
+        write_report(folder)
+
+
 ODD = {
     "torn": ('{"format": 1, "status": "fini', "cannot be read"),
     "empty": ("", "cannot be read"),

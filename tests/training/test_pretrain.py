@@ -514,7 +514,9 @@ def test_another_seed_is_another_run(tmp_path: Path, mim: Mim, tiny: Tiny) -> No
 def test_metrics_forget_what_a_checkpoint_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 2.0}, {"step": 4, "loss": 0.5}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    lines = [json.dumps(row).encode() for row in rows]
+    damaged = [b"\xff\xfe\x00", b"[1]", b'{"loss": 1.0}', b'{"step": "two"}']
+    path.write_bytes(b"\n".join([*damaged, *lines, b'{"step": 6, "lo']))
     with Metrics(path, 2) as metrics:
         metrics.write(step=4, loss=0.25)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [

@@ -69,8 +69,13 @@ def test_an_odd_result_is_one_line_of_the_listing(odd: str, tmp_path: Path, mim:
     assert second.startswith("b\tfinished\t")
     (found, _) = json.loads(mim("runs", tmp_path, "--json", "-").out)
     assert found["status"] == "unreadable"
+    (tmp_path / "b" / "c").mkdir()
+    (tmp_path / "b" / "c" / "result.json").write_text(f'{{"steps": 1{"0" * 400}}}')
+    assert mim("diff", tmp_path / "b", tmp_path / "b" / "c").code == 0
     refused = mim("diff", tmp_path / "a", tmp_path / "b")
     assert refused.code == 2 and str(tmp_path / "a") in refused.line
+    with pytest.raises(UserError, match="cannot be read"):
+        read_result(tmp_path / "a")
 
 
 def test_what_is_torn_is_never_written_over(tmp_path: Path) -> None:

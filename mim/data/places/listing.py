@@ -28,6 +28,7 @@ from torch import Tensor
 from mim.core.errors import UserError
 from mim.core.files import IMAGE_EXTENSIONS, walk
 from mim.core.rng import name_to_int
+from mim.core.terminal import printable
 from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.places.kept import write_arrays
 from mim.data.places.names import Names
@@ -105,7 +106,7 @@ def tell_left_out(where: str, left_out: dict[str, int]) -> None:
     if left_out:
         kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
         shown = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in kinds)
-        logging.getLogger("mim").warning("%s: files left out: %s", where, shown)
+        logging.getLogger("mim").warning("%s", printable(f"{where}: files left out: {shown}"))
 
 
 def _times(status: os.stat_result) -> tuple[int, int]:

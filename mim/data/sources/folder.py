@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import IMAGE_EXTENSIONS, is_hidden
+from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden
 from mim.core.rng import name_to_int
 from mim.data.images.decode import (
     UnreadableImage,
@@ -46,7 +46,7 @@ def _folders(path: Path) -> list[str]:
         return sorted(
             entry.name
             for entry in entries
-            if entry.is_dir()
+            if is_folder(entry)
             and not is_hidden(entry.name)
             and not (entry.is_symlink() and real.is_relative_to(Path(entry.path).resolve()))
         )

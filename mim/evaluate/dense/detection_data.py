@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
+from mim.core.files import decode_text
 from mim.core.registry import Registry
 from mim.core.rng import name_to_int
 from mim.data.images.transforms import prepare
@@ -37,6 +38,13 @@ from mim.evaluate.dense.views import DenseBatches, View, fit_factor, fitted_view
 _SETTING = "evaluations.detect"
 _FILES_CHECKED = 2_000
 _RIM = 1.0  # pixels by which formats that count from 1 may lie outside
+_ID = (int, str)
+_COCO: dict[str, dict[str, Any]] = {
+    "images": {"id": _ID, "file_name": str, "height": object, "width": object},
+    "annotations": {"image_id": _ID, "category_id": _ID, "bbox": object},
+    "categories": {"id": _ID, "name": str},
+}
+"""Lists of COCO's JSON -> what each entry must have, and of which type."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +254,7 @@ class VocBoxes(DetectionSource):
         if not path.is_file():
             raise setting_error(f"{_SETTING}.path", str(root), f"has no {path}")
         stems = []
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+        for line in filter(str.strip, decode_text(path.read_bytes()).splitlines()):
             stem = line.strip()
             if not _inside(root / "Annotations", f"{stem}.xml", str(path)).is_file():
                 stem = re.sub(r"\s+(-1|0|1)$", "", stem)  # as in the lists of one class
@@ -338,23 +346,20 @@ class CocoBoxes(DetectionSource):
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(decode_text(path.read_bytes()))
         except (OSError, ValueError) as error:
             raise UserError(f"{_SETTING}.path: {path} cannot be read as JSON: {error}") from error
-        needed: dict[str, tuple[str, ...]] = {
-            "images": ("id", "file_name", "height", "width"),
-            "annotations": ("image_id", "category_id", "bbox"),
-            "categories": ("id", "name"),
-        }
-        for key, fields in needed.items():
+        for key, fields in _COCO.items():
             rows = content.get(key) if isinstance(content, dict) else None
             if not isinstance(rows, list):
                 raise UserError(f"{_SETTING}.path: {path} is not COCO's: it has no list {key!r}")
             for row in rows:
-                lacking = [f for f in fields if not isinstance(row, dict) or row.get(f) is None]
-                if lacking:
-                    reason = f"an entry of {key!r} has no {lacking[0]!r}"
-                    raise UserError(f"{_SETTING}.path: {path}: {reason}")
+                given = row if isinstance(row, dict) else {}
+                for name, kinds in fields.items():
+                    if (value := given.get(name)) is None or not isinstance(value, kinds):
+                        shown = "no" if value is None else f"{value!r} for its"
+                        reason = f"an entry of {key!r} has {shown} {name!r}"
+                        raise UserError(f"{_SETTING}.path: {path}: {reason}")
         return content
 
     @staticmethod
@@ -386,7 +391,7 @@ class CocoBoxes(DetectionSource):
             left, top, width, height = box
             boxes.append([left, top, left + width, top + height])
             labels.append(_class_index(self.classes, names[item["category_id"]], where))
-            outlines.append(item.get("segmentation") or None)
+            outlines.append(_outline(item.get("segmentation"), image, where))
         return Objects(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.int64),
@@ -400,8 +405,34 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _id_of(category: dict[str, Any]) -> Any:
-    return category["id"]
+def _id_of(category: dict[str, Any]) -> tuple[bool, Any]:
+    return isinstance(category["id"], str), category["id"]
+
+
+def _outline(given: Any, image: dict[str, Any], where: str) -> Any:
+    """COCO's polygons, or run lengths of the whole image; None without any."""
+    if not given:
+        return None
+    if isinstance(given, list):
+        is_sound = all(
+            isinstance(part, list)
+            and len(part) >= 6
+            and len(part) % 2 == 0
+            and all(map(_is_number, part))
+            for part in given
+        )
+    else:
+        size, counts = (
+            (given.get(k) for k in ("size", "counts")) if isinstance(given, dict) else (0, 0)
+        )
+        pixels = image["height"] * image["width"]
+        is_sound = size == [image["height"], image["width"]] and isinstance(counts, (str, list))
+        if isinstance(counts, list):
+            is_sound = is_sound and all(map(_is_number, counts)) and sum(counts) == pixels
+    if not is_sound:
+        reason = "is neither polygons of 3 points or more nor run lengths of the image"
+        raise UserError(f"{_SETTING}.path: {where}: the segmentation {str(given)[:60]} {reason}")
+    return given
 
 
 @dataclass

@@ -34,6 +34,7 @@ from mim.data.images.decode import (
     read_picture,
 )
 from mim.data.images.transforms import prepare, upright
+from mim.data.labels import one_spelling
 from mim.data.loader import Batch
 from mim.data.sources.base import ImageSource, Split
 from mim.evaluate.dense.views import DenseBatches, cover_factor
@@ -266,10 +267,11 @@ def _stems(folder: Path, given: str) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
             continue
-        if path.stem in found:
-            reason = f"has two files of one stem: {found[path.stem]} and {path.name}"
+        stem = one_spelling(path.stem)
+        if stem in found:
+            reason = f"has two files of one stem: {found[stem]} and {path.name}"
             raise setting_error(f"{_SETTING}.path", given, reason)
-        found[path.stem] = path
+        found[stem] = path
     if not found:
         raise setting_error(f"{_SETTING}.path", given, f"has no images in {folder}")
     return found

@@ -20,6 +20,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mim.core.errors import setting_error
 from mim.core.patches import Patches, values_at
 
 Grid = tuple[int, int]
@@ -60,6 +61,8 @@ class RegimeTraits(Protocol):
     def hidden_by(self) -> tuple[str, object] | None: ...
     @property
     def order(self) -> str: ...
+    @property
+    def takes_merging(self) -> bool: ...
 
 
 class Family(ABC):
@@ -367,6 +370,14 @@ class Merging(Family):
     @property
     def token_width(self) -> int:
         return int(self.vit.patch_embed.proj.out_channels)
+
+    def check(self, regime: RegimeTraits) -> None:
+        """Refuse a regime that counts on one embedded patch for each of the mask's."""
+        if not regime.takes_merging:
+            reason = f"works on one token for each patch of the mask, and a {self.kind} embeds "
+            reason += "smaller ones; choose another backbone (a regime of your own that hides "
+            reason += "patches by Family.hide says takes_merging = True)"
+            raise setting_error("model.regime.name", regime.name, reason)
 
     @property
     def stages(self) -> list[nn.Module]:

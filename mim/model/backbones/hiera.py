@@ -52,6 +52,7 @@ class HieraFamily(Merging):
 
     def check(self, regime: RegimeTraits) -> None:
         """Refuse masks and orders, which its attention does not take."""
+        super().check(regime)
         if regime.hides_keys:
             reason = "needs keys that nobody reads, and the attention of a Hiera takes no mask; "
             reason += "choose the regime drop or token, or false"

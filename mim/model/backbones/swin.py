@@ -56,6 +56,7 @@ class Swin(Merging):
 
     def check(self, regime: RegimeTraits) -> None:
         """Refuse what drops tokens or needs a mask other than the windows' own."""
+        super().check(regime)
         if not regime.keeps_all_tokens:
             reason = f"leaves tokens out, and the windows of a {self.kind} need the whole grid; "
             reason += "choose token"

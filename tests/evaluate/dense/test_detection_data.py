@@ -257,6 +257,15 @@ def test_bad_files(both: Path) -> None:
         (first(height="tall"), "height is 'tall', not a size"),
         ({"annotations": [{**box, "bbox": [1, None, 3, 4]}]}, "not 4 numbers"),
         ({"annotations": [{**box, "bbox": None}]}, "an entry of 'annotations' has no 'bbox'"),
+        ({"annotations": [{**box, "image_id": [0]}]}, "has [0] for its 'image_id'"),
+        (first(file_name=7), "an entry of 'images' has 7 for its 'file_name'"),
+        ({"categories": [{"id": 1, "name": ["cat"]}]}, "has ['cat'] for its 'name'"),
+        ({"annotations": [{**box, "segmentation": [[1, 2, 3, 4]]}]}, "is neither polygons of 3"),
+        ({"annotations": [{**box, "segmentation": "round"}]}, "is neither polygons of 3"),
+        (
+            {"annotations": [{**box, "segmentation": {"size": [30, 40], "counts": [9]}}]},
+            "nor run lengths of the image",
+        ),
         ({"images": content["images"][:1]}, "annotates the unknown image 1"),
         ({"categories": content["categories"][:2]}, "category 3 is not among its categories"),
     ):
@@ -267,6 +276,29 @@ def test_bad_files(both: Path) -> None:
     assert "has no image val_1.png" in message("coco")
     path.write_text("{")
     assert "cannot be read as JSON" in message("coco")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(both: Path, encoding: str) -> None:
+    for name in ("coco/annotations/instances_val2017.json", "voc/ImageSets/Main/val.txt"):
+        (both / name).write_text((both / name).read_text(), encoding)
+    for layout in ("coco", "voc"):
+        assert len(open_detection(spec(both, layout), "val")) == len(BOXES)
+
+
+def test_ids_may_be_numbers_and_words(both: Path) -> None:
+    path = both / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    before = open_detection(spec(both, "coco"), "train")
+    for row in [c for c in content["categories"] if c["id"] == 3] + content["annotations"]:
+        key = "id" if "name" in row else "category_id"
+        row[key] = "three" if row[key] == 3 else row[key]
+    path.write_text(json.dumps(content))
+    after = open_detection(spec(both, "coco"), "train")
+    assert sorted(after.classes) == sorted(before.classes)
+    for one, other in zip(after.objects, before.objects, strict=True):
+        names = [[s.classes[i] for i in o.labels] for s, o in ((after, one), (before, other))]
+        assert names[0] == names[1]
 
 
 def test_an_image_of_another_size_than_annotated(both: Path) -> None:

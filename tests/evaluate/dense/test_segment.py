@@ -350,6 +350,21 @@ def test_bad_settings(encoder: Encoder, scenes: Path, changes: Any, line: str) -
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_image_that_would_be_scaled_to_too_many_pixels(
+    encoder: Encoder, scenes: Path, tmp_path: Path
+) -> None:
+    """Its short side becomes resize: a strip of 1 pixel, thousands of times as long."""
+    own = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    Image.new("RGB", (60_000, 1)).save(own / "images/val/0.png")
+    Image.new("L", (60_000, 1), 1).save(own / "masks/val/0.png")
+    given = {**SHORT, "path": str(own), "resize": 256, "epochs": 1}
+    with pytest.raises(UserError) as caught:
+        evaluate(encoder, {"segment": given})
+    line = str(caught.value)
+    assert line.startswith("evaluations.segment.resize: 256 scales") and "leave it out" in line
+    assert "1 x 60000 pixels to 256 x 15360000" in line
+
+
 def test_raw_pixels_are_refused_and_gone_images_are_named(
     config: Config, scenes: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,13 @@ def test_folders(folder: Path) -> None:
     few = SegmentationSubset(train, torch.tensor([4, 1]))
     assert few.sample_ids.tolist() == train.sample_ids[[4, 1]].tolist()
     assert few.describe(0).endswith("scene_4.png") and (few.mask(0) == expected).all()
+
+
+def test_stems_are_the_same_in_either_spelling(folder: Path) -> None:
+    for kind, form in (("images", "NFC"), ("masks", "NFD")):
+        path = next((folder / kind / "train").glob("scene_4.*"))
+        path.rename(path.with_stem(unicodedata.normalize(form, "B\u00e4r")))
+    assert len(open_segmentation(spec(folder), "train")) == 6
 
 
 def test_a_palette_counts_by_index(folder: Path) -> None:
