@@ -103,6 +103,7 @@ def test_segmentation_reads_all_bits_and_so_does_prediction(
         assert picture.width > picture.height > 100
     outcome = mim("predict", run, deep_scenes / "images" / "val", "--output", maps)
     assert outcome.code == 0, outcome.err
+    assert "become 0 to 1" not in outcome.err, "the range is the head's"
     confusion = torch.zeros(2, 2, dtype=torch.int64)
     for file in sorted((deep_scenes / "masks" / "val").iterdir()):
         truth = torch.from_numpy(mask_of(file).copy()).long()
