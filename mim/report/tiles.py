@@ -137,8 +137,8 @@ def viewer(comparison: Comparison) -> dict[str, Any] | None:
         ``width``, ``height`` of a tile in pixels; ``small``; ``count`` of images, and ``first``,
         which of them is shown at first; ``originals``, a sheet with an image a column; ``ratios``,
         ``start`` (the trained one); ``masks``, distinct masks as strings of 0 and 1; ``groups``
-        with ``label``, ``colour``, ``grid``, ``sheet`` (a row a ratio, a column an image), ``row`` and
-        ``mask`` (by ratio; None where it has none).
+        with ``label``, ``colour``, ``grid``, ``sheet`` (a row a ratio, a column an image), ``row``
+        and ``mask`` (by ratio; None where it has none).
         None where groups show other images than each other, or none.
     """
     shown = _shown_runs(comparison)
