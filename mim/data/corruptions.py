@@ -430,9 +430,9 @@ def corrupt(image: Stored, name: str, severity: int, key: int) -> Stored:
     kind = CORRUPTIONS[name]
     parameters, unit = kind.parameters((image.shape[0], image.shape[1]), severity)
     rng = np.random.default_rng(key & (1 << 64) - 1)
-    if image.dtype == np.uint8:
-        return _bytes(kind.apply(image.astype(np.float32) / 255, parameters, unit, rng))
-    return kind.apply(image, parameters, unit, rng).clip(0, 1).astype(np.float32)
+    is_bytes, values = image.dtype == np.uint8, image.astype(np.float32)
+    changed = kind.apply(values / 255 if is_bytes else values, parameters, unit, rng)
+    return _bytes(changed) if is_bytes else changed.clip(0, 1).astype(np.float32)
 
 
 def check_channels(name: str, channels: int) -> None:
