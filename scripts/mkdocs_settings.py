@@ -31,7 +31,11 @@ def _kind(kind: Any) -> str:
         return " or ".join(map(_kind, arguments))
     if kind is type(None):
         return "null"
-    return f"`{kind.__name__ if isinstance(kind, type) and not arguments else kind}`"
+    whole = typing.get_origin(kind) or kind
+    name = whole.__name__ if isinstance(whole, type) else str(whole)
+    inside = ", ".join(_kind(each).strip("`") for each in arguments if each is not Ellipsis)
+    more = ", ..." if Ellipsis in arguments else ""
+    return f"`{name}[{inside}{more}]`" if arguments else f"`{name}`"
 
 
 def _items(kind: type) -> Iterator[tuple[str, str]]:

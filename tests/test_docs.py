@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -312,6 +313,13 @@ def test_search_finds_what_newcomers_look_for() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for word in ("unlabelled", "DICOM", "ViT-S", "ImageNet-100", "ut of memory", "openmim"):
         assert word in text, word
+
+
+def test_the_reference_writes_types_as_a_reader_would() -> None:
+    written = runpy.run_path(str(ROOT / "scripts" / "mkdocs_settings.py"))["on_page_markdown"]
+    text = written("".join(f"<!-- settings: {name} -->" for name in ("data", "evaluations")))
+    assert "**`data.image_size`** (`int` or `tuple[int, int]`; default `224`)" in text
+    assert not re.search(r"Bound|typing\.|<class|0x[0-9a-f]{6}", text)
 
 
 @pytest.mark.slow  # .ci/run builds the site itself

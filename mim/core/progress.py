@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -38,6 +39,12 @@ def clock(seconds: float) -> str:
 def note(text: str) -> None:
     """Write a line to stderr."""
     Console(stderr=True, soft_wrap=True).print(printable(text), markup=False, highlight=False)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """:func:`note`, but what was said in this process is not said again."""
+    note(text)
 
 
 def stage(text: str) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from mim.core.config import DataConfig
 from mim.core.errors import choice_error, setting_error
 from mim.core.rng import image_keys, random_bits
+from mim.data.images.transforms import Pixels as Stored
 from mim.data.images.transforms import eval_transform
 from mim.data.sources.base import ImageSource
 
@@ -410,9 +411,11 @@ def _bytes(x: Pixels) -> NDArray[np.uint8]:
     return np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)
 
 
-def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDArray[np.uint8]:
-    """Corrupt an image (H, W, C) uint8, C of 1 or 3, by one of :data:`CORRUPTIONS`.
+def corrupt(image: Stored, name: str, severity: int, key: int) -> Stored:
+    """Corrupt an image (H, W, C), C of 1 or 3, by one of :data:`CORRUPTIONS`.
 
+    One of more than 8 bits, float32 from 0 to 1, stays so, but for ``pixelate`` and
+    ``jpeg_compression``, which know 256 levels.
     Severity 0 leaves it unchanged, 5 is the strongest. What is drawn follows from the key alone,
     see :func:`mim.core.rng.image_keys`.
 
@@ -427,7 +430,9 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, key: int) -> NDA
     kind = CORRUPTIONS[name]
     parameters, unit = kind.parameters((image.shape[0], image.shape[1]), severity)
     rng = np.random.default_rng(key & (1 << 64) - 1)
-    return _bytes(kind.apply(image.astype(np.float32) / 255, parameters, unit, rng))
+    is_bytes, values = image.dtype == np.uint8, image.astype(np.float32)
+    changed = kind.apply(values / 255 if is_bytes else values, parameters, unit, rng)
+    return _bytes(changed) if is_bytes else changed.clip(0, 1).astype(np.float32)
 
 
 def check_channels(name: str, channels: int) -> None:
@@ -460,11 +465,8 @@ class Corrupted(ImageSource):
         keys = image_keys(seed, -1, source.sample_ids, purpose=f"corruption/{name}")
         self.keys = random_bits(keys, 1)[:, 0]
 
-    def image(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> Stored:
         pixels = eval_transform([self.source.image(index)], self.config)[0]  # (C, H, W)
-        if pixels.dtype != torch.uint8:
-            reason = "has images of more than 8 bits, and corruptions are defined on 8 alone"
-            raise setting_error("data.source", self.name, reason)
         image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
         return corrupt(image, self.corruption, self.severity, int(self.keys[index]))
 

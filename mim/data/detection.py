@@ -10,7 +10,7 @@ from pathlib import Path
 from mim.core.errors import UserError, setting_error
 from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden, walk
 from mim.data.places.fetch import is_url
-from mim.data.places.splits import find_splits
+from mim.data.places.splits import find_splits, split_of
 from mim.data.storage.packed import MANIFEST
 
 FOLDERS = ("auto", "imagefolder", "flat")
@@ -66,7 +66,7 @@ def _folder(folder: Path) -> tuple[str, str]:
     beside = any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(root))
     if beside or len(classes) < 2:
         kind = "images beside folders" if beside and classes else "images without class folders"
-        return "flat", f"{said}{kind}: no labels"
+        return "flat", f"{said}{kind}: no labels{_parent(folder) if root is folder else ''}"
     return "imagefolder", f"{said}{len(classes)} folders of images, taken for classes"
 
 
@@ -96,6 +96,22 @@ def keep_outside(setting: str, output: Path, root: str | None, divided: bool = T
     if not is_beside and not any(map(is_hidden, parts)):
         reason = f"lies among the images of {root}, and what is written there would be taken for "
         raise setting_error(setting, str(output), reason + "images; choose a place outside")
+
+
+def _parent(folder: Path) -> str:
+    """Words that name the folder above where this one seems to be one class of several."""
+    place = folder.resolve()
+    try:
+        others = (n for n in _folders(place.parent) if n != place.name and _holds(place.parent / n))
+        beside = next(others, None) if _holds(place) and split_of(place.name) is None else None
+    except OSError:  # nothing can be said of what lies beside it
+        beside = None
+    return f"; if it is one class beside {beside}, give {folder.parent}" if beside else ""
+
+
+def _holds(folder: Path) -> bool:
+    """Whether images lie directly in a folder."""
+    return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(folder))
 
 
 def _folders(root: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.progress import note
+from mim.core.progress import note_once
 from mim.data.detection import detect
 from mim.data.images.transforms import LUMINANCE
 from mim.data.labels import check_ids, check_labels
@@ -56,7 +56,7 @@ def _measured(config: DataConfig, split: Split) -> tuple[DataConfig, ImageSource
         if name is None:
             name, words = detect(config.path)
             if split == "train":
-                note(f"data.source=auto: {config.path} holds {words} ({name})")
+                note_once(f"data.source=auto: {config.path} holds {words} ({name})")
         config = replace(config, source=name, measured=replace(config.measured, source=name))
     source = _opened(config, split)
     faults = source.check()  # it also sees how many bits the images have
@@ -70,7 +70,8 @@ def _measured(config: DataConfig, split: Split) -> tuple[DataConfig, ImageSource
         config = replace(config, measured=measured)
         if split == "train" and measured.range is not None:
             low, high = measured.range
-            note(f"data.range=auto: {low:g} to {high:g} of the images' values become 0 to 1")
+            where = config.path or config.source
+            note_once(f"data.range=auto: {low:g} to {high:g} become 0 to 1 in {where}")
         source = _opened(config, split)
     return replace(config, measured=measured), source, faults
 

@@ -126,7 +126,8 @@ class FinetuneSettings(TrainedSettings):
     smoothing: BelowOne = 0.1
     """Label smoothing."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment policy; empty is none."""
+    """timm's name of a RandAugment policy; empty is none. By default none for images of more than 8
+    bits, and of other than 1 or 3 channels, which it cannot take."""
     erasing: Annotated[float, Bound(lambda p: 0 <= p <= 1, "must lie between 0 and 1")] = 0.25
     """Probability with which a rectangle of an image becomes noise (random erasing)."""
     ema: BelowOne = 0.0
@@ -151,7 +152,15 @@ class FinetuneSettings(TrainedSettings):
         if recipe == "auto":
             vit = None if encoder is None else encoder.vit
             recipe = "base" if vit is None else recipe_of(family_of(vit).width)
-        return {**RECIPES.get(recipe, {}), "recipe": recipe}
+        found = {**RECIPES.get(recipe, {}), "recipe": recipe}
+        if encoder is not None and not _is_plain(encoder.data):
+            found["rand_augment"] = ""
+        return found
+
+
+def _is_plain(data: DataConfig) -> bool:
+    """Whether images are what RandAugment knows: of 8 bits, and 1 or 3 channels."""
+    return data.channels in (1, 3) and data.measured.range is None
 
 
 @contextmanager

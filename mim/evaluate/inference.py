@@ -33,15 +33,17 @@ from mim.core.files import prepare_folder, write_atomic, write_json_atomic, writ
 from mim.core.lock import sole_use
 from mim.core.progress import note
 from mim.core.terminal import printable
-from mim.data import ImageSource, Subset, UnreadableImage, prepare
+from mim.data import ImageSource, Picture, Subset, UnreadableImage, prepare
 from mim.data.detection import keep_outside
+from mim.data.images.transforms import size_of
+from mim.data.measuring import measure
 from mim.data.sources.folder import FlatFolder
 from mim.data.unreadable import Ledger
 from mim.evaluate.base import build_evaluation
 from mim.evaluate.dense.detect import Detect, Detector
 from mim.evaluate.dense.pictures import class_colours
 from mim.evaluate.dense.segment import Segment, Segmenter
-from mim.evaluate.dense.training import encoder_at_size, statistics_of
+from mim.evaluate.dense.training import encoder_at_size, range_in, statistics_of, with_range
 from mim.evaluate.encoders import Encoder, on_images, resized, run_encoder
 from mim.evaluate.features import PATCHES, check_pool, each_batch, extract_features
 from mim.evaluate.finetune import FILE, load_classifier
@@ -78,7 +80,13 @@ def open_images(path: str | Path, data: DataConfig) -> ImageSource:
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
-    every = EveryImage(replace(data, source="flat", path=str(folder), fingerprint=None), "train")
+    data = replace(data, source="flat", path=str(folder), fingerprint=None)
+    every = EveryImage(data, "train")
+    found = measure(every, replace(data, stats="source"), lambda _: every).range
+    if found != data.measured.range and found is not None:
+        said = f"{found[0]:g} to {found[1]:g} become 0 to 1 in {path}"
+        note(f"data.range=auto: {said}; the run has seen no images of more than 8 bits")
+        every = EveryImage(with_range(data, found), "train")
     wanted = list(range(len(every)))
     if path.is_file():
         wanted = [i for i in wanted if every.describe(i) == path.name]
@@ -309,6 +317,8 @@ def predict(
         raise setting_error("--output", str(output), f"{what} for {task}")
     keep_outside("--output", output, str(images), divided=False)
     encoder = on_images(run_encoder(run), images, "flat")
+    found = range_in(read_safetensors(run / f"{task}.safetensors")[1])
+    encoder = replace(encoder, data=with_range(encoder.data, found))
     make = {"finetune": _classes, "segment": _label_maps, "detect": _boxes}[task]
     source = open_images(images, encoder.data)
     compute, join = make(_Job(run, output, encoder, source, top, batch_size, precision))
@@ -319,6 +329,8 @@ def predict(
 def _task_of(run: Path, task: str | None) -> str:
     if task is not None and task not in TASKS:
         raise choice_error("--task", task, TASKS)
+    if not run.is_dir():
+        raise setting_error("run", str(run), "does not exist")
     found = [name for name in TASKS if (run / f"{name}.safetensors").is_file()]
     if task in found:
         return str(task)
@@ -388,16 +400,11 @@ def _head_of(job: _Job, name: str) -> tuple[Any, dict[str, str], Path]:
     return build_evaluation(name, settings, job.encoder), read_safetensors(path)[1], path
 
 
-def _picture(source: ImageSource, index: int, channels: int) -> Image.Image | None:
+def _picture(source: ImageSource, index: int, channels: int) -> Picture | None:
     try:
-        image = prepare(source.image(index), channels)
+        return prepare(source.image(index), channels)
     except UnreadableImage:
         return None
-    if isinstance(image, Image.Image):
-        return image
-    if image.dtype != np.uint8 or channels not in (1, 3):
-        raise setting_error("data.channels", channels, "must be 1 or 3, of 8 bits, for this task")
-    return Image.fromarray(image[:, :, 0] if channels == 1 else image)
 
 
 def _label_maps(job: _Job) -> Made:
@@ -487,11 +494,11 @@ def _boxes(job: _Job) -> Made:
 class _Pictures:
     """Images without boxes, for what reads those of a detection source."""
 
-    def __init__(self, images: Sequence[Image.Image]) -> None:
+    def __init__(self, images: Sequence[Picture]) -> None:
         self.images = images
-        self.objects = [SimpleNamespace(size=(image.height, image.width)) for image in images]
+        self.objects = [SimpleNamespace(size=size_of(image)) for image in images]
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Picture:
         return self.images[index]
 
     def describe(self, index: int) -> str:

@@ -137,7 +137,7 @@
   };
   const sources = [shown.originals, ...shown.groups.map((group) => group.sheet)];
   Promise.all(sources.map(load)).then(([originals, ...sheets]) => {
-    const state = { image: 0, place: shown.start };
+    const state = { image: shown.first, place: shown.start };
     const same = (place) => new Set(shown.groups.map((group) =>
       group.mask[place] === null ? "" : group.mask[place].join() + group.grid.join())).size === 1;
     const views = viewer.querySelector(".views");
@@ -206,7 +206,7 @@
       const input = document.createElement("input");
       input.type = "radio";
       input.name = "image";
-      input.checked = image === 0;
+      input.checked = image === shown.first;
       input.setAttribute("aria-label", `Image ${image + 1}`);
       input.addEventListener("change", () => { state.image = image; render(); });
       const thumb = canvas();

@@ -134,10 +134,11 @@ def viewer(comparison: Comparison) -> dict[str, Any] | None:
     """What the page's viewer shows: predictions of every group at several mask ratios.
 
     Returns:
-        ``width``, ``height`` of a tile in pixels; ``small``; ``count`` of images; ``originals``, a
-        sheet with an image a column; ``ratios``, ``start`` (the trained one); ``masks``, distinct
-        masks as strings of 0 and 1; ``groups`` with ``label``, ``colour``, ``grid``, ``sheet`` (a
-        row a ratio, a column an image), ``row`` and ``mask`` (by ratio; None where it has none).
+        ``width``, ``height`` of a tile in pixels; ``small``; ``count`` of images, and ``first``,
+        which of them is shown at first; ``originals``, a sheet with an image a column; ``ratios``,
+        ``start`` (the trained one); ``masks``, distinct masks as strings of 0 and 1; ``groups``
+        with ``label``, ``colour``, ``grid``, ``sheet`` (a row a ratio, a column an image), ``row``
+        and ``mask`` (by ratio; None where it has none).
         None where groups show other images than each other, or none.
     """
     shown = _shown_runs(comparison)
@@ -188,12 +189,22 @@ def viewer(comparison: Comparison) -> dict[str, Any] | None:
         "height": height,
         "small": small,
         "count": count,
+        "first": _most_telling(first[:count]),
         "originals": originals,
         "ratios": ratios,
         "start": ratios.index(next(iter(own.values()))),
         "masks": list(masks),
         "groups": groups,
     }
+
+
+def _most_telling(images: Pixels) -> int:
+    """Position of the image whose parts differ most in colour: something is to be seen there."""
+    count, height, width, channels = images.shape
+    tall, wide = max(height // 8, 1), max(width // 8, 1)
+    whole = images[:, : height // tall * tall, : width // wide * wide]
+    parts = whole.reshape(count, height // tall, tall, width // wide, wide, channels).mean((2, 4))
+    return int(parts.std((1, 2)).sum(-1).argmax())
 
 
 def _pictures_of(run: Run) -> Path:

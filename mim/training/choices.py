@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mim.core.config import Config, DataConfig
@@ -87,7 +88,13 @@ def choose(
 _KEYS = (
     *("model.backbone", "model.backbone_args.patch_size", "model.position_embedding"),
     *("model.decoder.transformer.width", "model.decoder.transformer.depth"),
-    *("model.decoder.transformer.heads", "data.source", "data.image_size", "data.batch_size"),
+    *(
+        "model.decoder.transformer.heads",
+        "data.source",
+        "data.channels",
+        "data.image_size",
+        "data.batch_size",
+    ),
     *("data.workers", "optim.base_lr", "optim.warmup_epochs", "train.epochs", "train.precision"),
 )
 """What may be chosen."""
@@ -111,14 +118,20 @@ def source_of(path: Path) -> tuple[str, str]:
 
 def _chosen(config: Config, given: Mapping[str, Any]) -> Iterator[Choice]:
     """Chooses for a config in which source, path and model are settled."""
-    train = open_source(config.data, "train")
+    data, model = config.data, config.model
+    if not is_given("data.channels", given):  # which statistics would need
+        data = replace(data, stats="source")
+    train = open_source(data, "train")
     device = torch.device(pick_device(config.train.device, "train.device"))
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if half:
         yield Choice("train.precision", "bf16", "the GPU computes in it")
-    data, model = config.data, config.model
+    data = config.data
+    side, channels = _look(train)
+    if not is_given("data.channels", given) and channels not in (1, 3):
+        yield Choice("data.channels", channels, "those of the images")
+        data = replace(data, channels=channels)
     if not is_given("data.image_size", given) and not data.keeps_aspect:
-        side = _side(train)
         size = max([s for s in _SIZES if s <= side * 1.15], default=_SIZES[0])
         yield Choice("data.image_size", size, f"the short side of the images is about {side:g}")
         data = replace(data, image_size=size)
@@ -164,17 +177,21 @@ def _own_patch(model: Any, data: DataConfig) -> int:
     return max(family.patch_size) if family.is_uniform else 0
 
 
-def _side(source: ImageSource) -> float:
-    """The median of the short sides of a few images, evenly spread over the source."""
-    sides = []
+def _look(source: ImageSource) -> tuple[float, int]:
+    """The median of the short sides of a few images, evenly spread over the source, and how many
+    channels the arrays among them have; 3 where there are none."""
+    sides, channels = [], 3
     for index in range(0, len(source), max(len(source) // _LOOKED_AT, 1)):
         try:
-            sides.append(min(size_of(source.image(index))))
+            image = source.image(index)
         except UnreadableImage:
             continue
+        sides.append(min(size_of(image)))
+        if isinstance(image, np.ndarray):
+            channels = image.shape[2]
     if not sides:
         raise setting_error("data.path", source.name, "has no image that can be read")
-    return median(sides)
+    return median(sides), channels
 
 
 def _batch(

@@ -61,6 +61,7 @@ def _to_uint8(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
 def _shown(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
     """Returns (B, H, W, C) of ``content``, which is from 0 to 1 like the ``images`` it changes.
 
+    What is NaN is gray.
     Of images of more than 8 bits black and white are the 0.5th and the 99.5th percentile of the
     image, of each channel unless there are three.
     """
@@ -73,7 +74,7 @@ def _shown(images: Tensor, content: Tensor, source: ImageSource) -> Pixels:
         low, high = (torch.from_numpy(end).float()[..., None, None] for end in ends)
         low, high = (end[:, None] if one else end for end in (low, high))
         content = (content - low) / (high - low).clamp_min(1e-6)
-    whole = (content.clamp(0, 1) * 255).round().to(torch.uint8)
+    whole = (content.nan_to_num(0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return whole.permute(0, 2, 3, 1).numpy()
 
 
@@ -114,7 +115,7 @@ def masked_pixels(
         uint8 (B, H, W, C) each, white around images smaller than the largest.
     """
     patches = _patches(model, images)
-    gray = torch.zeros_like(patches)  # the mean colour
+    gray = torch.full_like(patches, torch.nan)  # see _shown
     hidden = torch.where(mask.is_masked[..., None], gray, patches)
     return _pixels(model, images, patches, source), _pixels(model, images, hidden, source)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,5 +50,52 @@ def test_from_sixteen_bit_tiffs_without_labels_to_embeddings_and_neighbours(
     features = MIMFeatures(run, device="cpu").fit_transform(files)
     assert features.shape == (60, 16) and np.isfinite(features).all()
     assert features.std(0).min() > 0
+    picture = mim("visualize", "reconstruct", run, "--images", "2", "--output", tmp_path / "r.png")
+    assert picture.code == 0, picture.err
+
+
+def bands(root: Path, count: int = 40) -> Path:
+    """Float arrays of four channels in two classes, which only the fourth, below 0, tells apart."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        label = ("flat", "striped")[number % 2]
+        image = np.repeat(blobs(1, number)[0][..., None], 4, axis=2) * 3
+        stripes = np.sin(np.arange(SIZE) * (0.5 if label == "flat" else 2))
+        image[..., 3] = rng.uniform(0.8, 1.2) * (stripes[:, None] - 2)
+        (root / label).mkdir(parents=True, exist_ok=True)
+        np.save(root / label / f"{number:02}.npy", image.astype(np.float32))
+    return root
+
+
+def test_four_channels_of_floats_under_three_regimes(
+    tmp_path: Path, mim: Callable[..., Any]
+) -> None:
+    root, output = bands(tmp_path / "bands"), tmp_path / "regimes"
+    looked = mim("data", "inspect", root, "--output", tmp_path / "s.png")
+    assert "mim pretrain would start" in looked.out and "float32 x 4" in looked.out, looked.out
+    small = '{"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}'
+    words = ("compare", root, "--output", output, "--base.model.backbone_args", small)
+    words += ("--base.train.max_steps", 4, "--base.train.epochs", 2, "--evaluations")
+    axes = '{"model.regime.name": ["drop", "zero", "token"], "seed": [0, 1]}'
+    compared = mim(*words, '{"knn": {"few_shot": []}}', "--axes", axes)
+    assert compared.code == 0, compared.err
+    assert "data.channels: 4 (those of the images)" in compared.err
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    trained = [row for row in rows if row["model.regime.name"] in ("drop", "zero", "token")]
+    assert len({(row["model.regime.name"], row["seed"]) for row in trained}) == 6
+    report = (output / "report.html").read_text()
+    assert all(f">{regime}<" in report for regime in ("drop", "zero", "token"))
+
+    run = next(path.parent for path in sorted(output.glob("*/encoder.safetensors")))
+    found = mim("evaluate", "linear", run, "--set", "few_shot=[]")
+    assert found.code == 0, found.err
+    numbers = json.loads((run / "result.json").read_text())["evaluations"]
+    assert numbers["linear"]["accuracy"] == 1, "the fourth channel is read"
+    short = ("--set", "epochs=1", "layer_decay=1", "mixup=0", "cutmix=0")
+    tuned = mim("evaluate", "finetune", run, *short)
+    assert tuned.code == 0, tuned.err
+    predicted = mim("predict", run, root, "--output", tmp_path / "classes.csv")
+    assert predicted.code == 0, predicted.err
+    assert len(list(csv.DictReader((tmp_path / "classes.csv").open()))) == 40
     picture = mim("visualize", "reconstruct", run, "--images", "2", "--output", tmp_path / "r.png")
     assert picture.code == 0, picture.err

@@ -194,6 +194,103 @@ def test_features_go_on_where_they_stopped(
     assert (tmp_path / "whole.txt").read_text() == (tmp_path / "parts.txt").read_text()
 
 
+FEW = "import mim.evaluate.inference as inference\n\ninference.PART = 25\n"
+KILLED = """
+import os
+import signal
+
+true, calls = inference.extract_features, []
+
+
+def counted(*args):
+    calls.append(args)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return true(*args)
+
+
+inference.extract_features = counted
+"""
+
+
+def test_two_processes_write_what_one_does(
+    adapted: tuple[Path, str],
+    place: Path,
+    tmp_path: Path,
+    mim: Callable[..., Any],
+    ranks: Callable[..., Any],
+) -> None:
+    run, images = adapted[0], place / "photos" / "val"
+    for verb, ending in (("embed", "npy"), ("predict", "csv")):
+        for name in ("one", "two"):
+            words = [verb, run, images, "--output", tmp_path / f"{name}.{ending}"]
+            if name == "one":
+                assert mim(*words).code == 0
+            else:
+                both = ranks(words, all=FEW)
+                assert both.wait() == [0, 0], both.texts()
+                assert all("25 of 120 images" in t or "50 of 120" in t for t in both.texts())
+    one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    texts = [(tmp_path / f"{name}.txt").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 120
+    rows = [list(csv.reader((tmp_path / f"{name}.csv").open())) for name in ("one", "two")]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    shares = [[float(row[2]) for row in part[1:]] for part in rows]
+    assert shares[0] == pytest.approx(shares[1], abs=2e-4)
+
+
+def test_a_killed_process_loses_no_finished_part(
+    adapted: tuple[Path, str],
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: Callable[..., Any],
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra hf is not installed")
+    run, images, output = adapted[0], place / "photos" / "val", tmp_path / "features.parquet"
+    killed = ranks(["embed", run, images, "--output", output], world=1, all=FEW + KILLED)
+    assert killed.wait() == [-9], killed.texts()
+    kept = sorted((tmp_path / "features.parquet.parts").glob("*.npz"))
+    assert len(kept) == 2 and not output.exists()
+    monkeypatch.setattr(inference, "PART", 25)
+    true, sizes = inference.extract_features, []
+
+    def counted(encoder: Any, part: Any, *rest: Any) -> Any:
+        sizes.append(len(part))
+        return true(encoder, part, *rest)
+
+    monkeypatch.setattr(inference, "extract_features", counted)
+    mim.embed(run, images, output, device="cpu")
+    assert sizes == [25, 25, 20], "two parts were kept"
+    mim.embed(run, images, tmp_path / "whole.npy", device="cpu")
+    table = parquet.read_table(output)
+    found = np.stack(table["features"].to_pylist())
+    np.testing.assert_allclose(found, np.load(tmp_path / "whole.npy"), atol=1e-5)
+    assert table["file"].to_pylist() == (tmp_path / "whole.txt").read_text().splitlines()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_an_8_bit_run_takes_what_16_bits_mean_from_the_images(
+    adapted: tuple[Path, str], place: Path, tmp_path: Path, mim: Callable[..., Any]
+) -> None:
+    """The same photographs as 16-bit numbers below 256: the largest of their type is not white."""
+    run = adapted[0]
+    for number, file in enumerate(sorted((place / "photos" / "val").rglob("*.*"))[:6]):
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        for name, values in (("bytes", pixels), ("deep", pixels.astype(np.uint16))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            np.save(tmp_path / name / f"{number}.npy", values)
+    found = {}
+    for name in ("bytes", "deep"):
+        outcome = mim("embed", run, tmp_path / name, "--output", tmp_path / f"{name}.npy")
+        assert outcome.code == 0, outcome.err
+        found[name] = np.load(tmp_path / f"{name}.npy")
+    assert "0 to 255 become 0 to 1" in outcome.err
+    gap = np.abs(found["deep"] - found["bytes"]).max()
+    assert gap < 0.1 * found["bytes"].std(0).max(), gap
+
+
 def test_patches_at_another_size_are_what_the_model_encodes(
     adapted: tuple[Path, str], place: Path, tmp_path: Path
 ) -> None:

@@ -164,6 +164,19 @@ def test_blurs_move_light_and_make_none() -> None:
         assert (corrupt(gray(0.5), name, 5, 0) == gray(0.5)).all()
 
 
+def test_images_of_more_than_8_bits_keep_theirs(photo: NDArray[np.uint8]) -> None:
+    """Float images are corrupted as bytes are, and their values are not cut down to 256 levels."""
+    for name in CORRUPTIONS:
+        for key in (1, 2):
+            deep = corrupt(photo.astype(np.float32) / 255, name, 3, key)
+            assert deep.dtype == np.float32 and deep.min() >= 0 and deep.max() <= 1
+            gap = np.abs(deep * 255 - corrupt(photo, name, 3, key))
+            assert gap.max() < 0.51, name
+    faint = photo.astype(np.float32) / 255 / 1000  # one level of 8 bits
+    for name in ("contrast", "brightness", "gaussian_blur", "fog"):
+        assert len(np.unique(corrupt(faint, name, 3, 1))) > 200, name
+
+
 def test_what_cannot_be_made_is_told(photo: NDArray[np.uint8]) -> None:
     with pytest.raises(UserError, match=r"corruption: 'frost' is not one of .*fog"):
         corrupt(photo, "frost", 1, 0)

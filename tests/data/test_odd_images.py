@@ -59,10 +59,10 @@ def test_no_image_starts_ghostscript(tmp_path: Path, way: str) -> None:
         with pytest.raises(UnreadableImage, match="holds no image"):
             read_picture(path, "x", 100)
     elif way == "segmentation":
-        from mim.evaluate.dense.segmentation_data import read_image
+        from mim.evaluate.dense.segmentation_data import read_mask
 
         with pytest.raises(Exception, match="cannot be read as an image: the file holds no image"):
-            read_image(path)
+            read_mask(path)
     else:
         module = "mim.sklearn" if way == "features" else "mim.evaluate.finetune"
         content = (

@@ -105,6 +105,7 @@ def test_report_in_a_browser(browser: Any, comparison: Path) -> None:
     page.locator(".views canvas").first.wait_for()
     slider = page.get_by_role("slider")
     assert page.locator(".ratio output").inner_text() == "0.76"
+    page.get_by_role("radio", name="Image 1", exact=True).check()
     original = pixels("Image 1, original")
     slider.press("ArrowLeft")
     assert page.locator(".ratio output").inner_text() == "0.50"
@@ -160,13 +161,20 @@ def test_report_in_a_browser(browser: Any, comparison: Path) -> None:
     seen.finish()
 
 
-def test_report_on_a_dark_phone(browser: Any, comparison: Path) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_report_fits_and_can_be_read(
+    browser: Any, comparison: Path, scheme: Any, width: int
+) -> None:
     report = write_report(comparison)
-    size = {"width": 390, "height": 844}
-    seen = Seen(browser, report.as_uri(), color_scheme="dark", viewport=size)
+    size = {"width": width, "height": 844}
+    seen = Seen(browser, report.as_uri(), color_scheme=scheme, viewport=size)
     page = seen.page
     page.locator(".views canvas").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "only tables scroll aside"
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= width, "only tables scroll aside"
+    heights = "[...document.querySelectorAll('tbody td')].map((n) => n.offsetHeight)"
+    assert max(page.evaluate(heights)) < 400, "no column of words is squeezed"
     # Words stand out from their ground: WCAG asks for 4.5.
     ratio = page.evaluate(
         """() => {

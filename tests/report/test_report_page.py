@@ -44,7 +44,7 @@ from mim.report.tables import (
     results_csv,
     table_csv,
 )
-from mim.report.tiles import reconstructions, viewer
+from mim.report.tiles import _most_telling, reconstructions, viewer
 
 Write = Callable[..., Path]
 REGIMES = {"model.regime.name": ["drop", "zero"], "seed": [0, 1, 2]}
@@ -651,6 +651,15 @@ def test_viewer_holds_every_ratio_of_every_group(fake_comparison: Write) -> None
     for image in range(shown["count"]):
         text = shown["masks"][drop["mask"][1][image]]
         assert text == "".join("01"[int(bit)] for bit in arrays["is_masked"][1, image].ravel())
+
+
+def test_the_viewer_begins_with_an_image_on_which_something_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    images = np.full((4, 32, 32, 3), 128, np.uint8)
+    images[1] = rng.integers(0, 256, images[1].shape)  # noise
+    images[2, :, 16:] = (250, 200, 20)
+    images[3] = np.linspace(118, 138, 32).astype(np.uint8)[:, None]
+    assert _most_telling(images) == 2
 
 
 def test_viewer_needs_the_same_images(fake_comparison: Write) -> None:

@@ -40,6 +40,23 @@ def test_choices_follow_from_the_images(folder: Path) -> None:
     assert rate == pytest.approx(1.5e-4 * 16 * (16 / 4096) ** 0.5, rel=0.02)
 
 
+def test_the_channels_are_those_of_the_arrays(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", rng.normal(size=(5, 40, 40)).astype(np.float32))
+    for tree in ({}, {"data.channels": 5}):
+        found = {choice.key: choice.value for choice in choose(tmp_path, tree)}
+        assert found["data.image_size"] == 32 and found.get("data.channels", 5) == 5
+        assert ("data.channels" in found) != ("data.channels" in tree)
+
+
+def test_one_class_of_several_is_seen(folder: Path) -> None:
+    source, said = source_of(folder / "a")
+    assert source == "flat" and said.endswith(f"if it is one class beside b, give {folder}")
+    (folder / "a").rename(folder.parent / "alone")
+    assert "beside" not in source_of(folder.parent / "alone")[1]
+
+
 def test_what_is_given_is_not_chosen(folder: Path) -> None:
     tree = {"data.image_size": 32, "model.decoder": {}, "train.epochs": 3, "train.device": "cpu"}
     found = {choice.key: choice.value for choice in choose(folder, tree)}

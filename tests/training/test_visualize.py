@@ -164,6 +164,24 @@ def test_reconstructions_under_masks_not_seen_in_training(
         reconstruction_figure(run, generators=["rows"])
 
 
+def test_hidden_patches_are_gray_however_an_image_is_stretched(tiny: Tiny, tmp_path: Path) -> None:
+    from mim.model import build_model
+    from mim.training.pictures import reconstruct
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "deep").mkdir()
+    for number in range(6):
+        values = rng.normal(number, 1, (8, 8, 4)).astype(np.float32)
+        np.save(tmp_path / "deep" / f"{number}.npy", values)
+    given = {"data.source": "flat", "data.path": str(tmp_path / "deep"), "data.channels": 4}
+    config = load_config(tiny({**given, "data.show": [3, 0, 1]}))
+    source = open_source(config.data, "train")
+    found = reconstruct(build_model(config), config, source, [0, 1])
+    hidden = np.asarray(found["is_masked"]).repeat(2, 1).repeat(2, 2)
+    assert np.unique(found["masked"][hidden]).tolist() == [128]
+    assert (found["masked"][~hidden] == found["original"][~hidden]).all()
+
+
 def test_the_algebra_as_matrices(tiny: Tiny) -> None:
     config = load_config(tiny({"mask.ratio": 0.5}))
     shown = pictures(algebra_figure(config))

@@ -236,7 +236,7 @@ def _output(out: Tensor | None, images: Sequence[Picture], config: DataConfig) -
     return torch.empty(shape, dtype=dtype_of(images)) if out is None else out
 
 
-def _write(pixels: Pixels, plane: Tensor) -> None:
+def write_planes(pixels: Pixels, plane: Tensor) -> None:
     """Write (H, W, C) to (C, H, W), as bytes or from 0 to 1."""
     values: NDArray[Any] = pixels.transpose(2, 0, 1)
     if plane.dtype == torch.float32 and values.dtype == np.uint8:
@@ -268,7 +268,7 @@ def train_transform(
     if (stacked := _small_stack(upright, config)) is not None:
         return planes.copy_(crop_resize(stacked, boxes, mirrored, config.size, how))
     for row, (image, box) in enumerate(zip(upright, boxes.tolist(), strict=True)):
-        _write(resize(cut_out(image, tuple(box)), config.size, how), planes[row])
+        write_planes(resize(cut_out(image, tuple(box)), config.size, how), planes[row])
     for row in mirrored.nonzero()[:, 0].tolist():  # torch mirrors planes several times as fast
         planes[row] = planes[row].flip(-1)
     return planes
@@ -377,7 +377,7 @@ def eval_transform(
     how, planes = resizer(config), _output(out, images, config)
     for row, image in enumerate(images):
         upright = prepare(image, config.channels)
-        _write(cover(upright, config.size, how, config.eval_share), planes[row])
+        write_planes(cover(upright, config.size, how, config.eval_share), planes[row])
     return planes
 
 

@@ -40,7 +40,7 @@ from mim.evaluate.dense.detection_data import (
     picture_of,
     whole_images,
 )
-from mim.evaluate.dense.pictures import detection_picture
+from mim.evaluate.dense.pictures import detection_picture, shown
 from mim.evaluate.dense.pyramid import Pyramid, layer_maps
 from mim.evaluate.dense.training import (
     DenseEvaluation,
@@ -175,7 +175,7 @@ class Detector(DenseModel):
             purpose = f"regions-{stage}"
             keys = image_keys(self.seed, batch.epoch, batch.sample_ids, purpose=purpose)
             sampler.keys = keys.tolist()
-        images = list(to_device(batch.images, device).float() / 255)
+        images = list(_unit(to_device(batch.images, device)))
         targets = [
             {key: to_device(value, device) for key, value in t.items()} for t in batch.targets
         ]
@@ -197,11 +197,16 @@ class Detector(DenseModel):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """(B, C, H, W) uint8 -> for each image boxes (n, 4), labels (n,) from 1, scores (n,), and
+        """(B, C, H, W) as read -> for each image boxes (n, 4), labels (n,) from 1, scores (n,), and
         masks (n, 1, H, W) in [0, 1]."""
         device = next(self.parameters()).device
-        found: list[dict[str, Tensor]] = self.network(list(to_device(images, device).float() / 255))
+        found: list[dict[str, Tensor]] = self.network(list(_unit(to_device(images, device))))
         return found
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Bytes, or float32 from 0 to 1, as the latter."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def _network(
@@ -362,10 +367,10 @@ class Detect(DenseEvaluation):
         found = self.predict(model, source, indices, device, precision)
         for index, prediction in zip(indices, found, strict=True):
             keep = prediction["scores"] >= _DRAWN_ABOVE
-            shown = {key: value[keep].numpy() for key, value in prediction.items()}
+            kept = {key: value[keep].numpy() for key, value in prediction.items()}
             truth = _truth(source.objects[index], model.masks)
-            image = picture_of(source, index, len(model.mean))
-            rows.append((image, {key: value.numpy() for key, value in truth.items()}, shown))
+            image = shown(picture_of(source, index, len(model.mean)), source)
+            rows.append((image, {key: value.numpy() for key, value in truth.items()}, kept))
         detection_picture(rows, model.classes, path)
 
 

@@ -29,10 +29,10 @@ from mim.core.errors import UserError, setting_error
 from mim.core.files import decode_text
 from mim.core.registry import Registry
 from mim.core.rng import name_to_int
-from mim.data.images.transforms import prepare
+from mim.data.images.transforms import Picture, prepare, size_of
 from mim.data.loader import Batch
-from mim.data.sources.base import ImageSource, Split
-from mim.evaluate.dense.segmentation_data import check_annotation, check_file, opened, read_image
+from mim.data.sources.base import Split
+from mim.evaluate.dense.segmentation_data import DenseFiles, check_annotation, check_file, opened
 from mim.evaluate.dense.views import DenseBatches, View, fit_factor, fitted_view, stack_pixels
 
 _SETTING = "evaluations.detect"
@@ -108,13 +108,11 @@ class Objects:
         return torch.from_numpy(found)
 
 
-class DetectionSource(ImageSource):
+class DetectionSource(DenseFiles):
     """Images with objects. Must pickle, as every source."""
 
     labels = None
     mean, std = (), ()  # images are normalised as the encoder is used to
-    files: list[Path]
-    """The images."""
     objects: list[Objects]
     """What is marked in each."""
     mended: int = 0
@@ -126,12 +124,6 @@ class DetectionSource(ImageSource):
         return any(len(o.labels) for o in self.objects) and all(
             o.outlines is not None for o in self.objects
         )
-
-    def image(self, index: int) -> Image.Image:
-        return read_image(self.files[index])
-
-    def describe(self, index: int) -> str:
-        return str(self.files[index])
 
     def subset(self, indices: Tensor) -> DetectionSource:
         """The images at some positions."""
@@ -152,6 +144,7 @@ class DetectionSource(ImageSource):
 
     def _add(self, root: Path, items: list[tuple[Path, Objects, str]], bad_boxes: str) -> None:
         """Takes images with their objects, and where each was written, for messages."""
+        DenseFiles.__init__(self, DataConfig())
         self.files = [path for path, _, _ in items]
         self.objects = [self._checked(o, where, bad_boxes) for _, o, where in items]
         names = [path.relative_to(root).as_posix() for path in self.files]
@@ -287,7 +280,7 @@ class VocBoxes(DetectionSource):
         size = int(number(tree, "size/height")), int(number(tree, "size/width"))
         if min(size) <= 0 and image.is_file():  # some tools leave it at 0 x 0
             with opened(image) as picture:
-                size = picture.height, picture.width
+                size = size_of(picture)
         return Objects(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.int64),
@@ -443,7 +436,7 @@ class ObjectBatch(Batch):
     """For each image boxes (n, 4), labels (n,) from 1, and masks (n, H, W) uint8 if wanted."""
 
 
-def picture_of(source: DetectionSource, index: int, channels: int) -> Image.Image:
+def picture_of(source: DetectionSource, index: int, channels: int) -> Picture:
     """An image in the wanted channels.
 
     Raises:
@@ -451,8 +444,6 @@ def picture_of(source: DetectionSource, index: int, channels: int) -> Image.Imag
     """
     stored = source.image(index)
     image = prepare(stored, channels)
-    if not isinstance(image, Image.Image):
-        raise setting_error("data.channels", channels, "must be 1 or 3 for images with boxes")
     height, width = source.objects[index].size
     check_annotation(stored, source.describe(index), (width, height), "its annotation")
     return image
@@ -496,9 +487,9 @@ class DetectionBatches(DenseBatches):
         super().__init__(source, data, seed, scale, fill)
         self.masks = masks
 
-    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], dict[str, Tensor]]:
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[Any], dict[str, Tensor]]:
         image = picture_of(self.source, index, self.config.channels)
-        view = self.view(image, key, fit_factor((image.height, image.width), self.config.size))
+        view = self.view(image, key, fit_factor(size_of(image), self.config.size))
         return view.pixels(image, self.fill), target_of(
             self.source.objects[index], view, self.masks
         )
@@ -510,10 +501,10 @@ class DetectionBatches(DenseBatches):
 def whole_images(
     source: DetectionSource, indices: Sequence[int], data: DataConfig, fill: int | tuple[int, ...]
 ) -> tuple[Tensor, list[View]]:
-    """Whole images, scaled until they fit, as (B, C, H, W) uint8, and how each was moved."""
+    """Whole images, scaled until they fit, as (B, C, H, W), and how each was moved."""
     pixels, views = [], []
     for index in indices:
         image = picture_of(source, index, data.channels)
-        views.append(fitted_view((image.height, image.width), data.size))
+        views.append(fitted_view(size_of(image), data.size))
         pixels.append(views[-1].pixels(image, fill))
     return stack_pixels(pixels), views

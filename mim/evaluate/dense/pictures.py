@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from mim.data import ImageSource, Picture
+from mim.evaluate.dense.views import stack_pixels
 from mim.training.checkpoint import write_atomic
+from mim.training.pictures import as_rgb, shown_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +33,11 @@ def class_colours(count: int) -> NDArray[np.float64]:
     return np.asarray(colormaps["hsv"](np.arange(count) / count))[:, :3]
 
 
+def shown(image: Picture, source: ImageSource) -> NDArray[np.uint8]:
+    """(H, W, 3) of an image of a source, its contrast stretched where it has more than 8 bits."""
+    return as_rgb(shown_pixels(stack_pixels([np.asarray(image)]), source))[0]
+
+
 def paint(labels: NDArray[Any], colours: NDArray[np.float64]) -> NDArray[np.float64]:
     """(H, W) labels -> (H, W, 3); what is no class is gray."""
     known = (labels >= 0) & (labels < len(colours))
@@ -39,10 +46,10 @@ def paint(labels: NDArray[Any], colours: NDArray[np.float64]) -> NDArray[np.floa
     return painted
 
 
-def _grid(images: Sequence[Image.Image], titles: Sequence[str]) -> tuple[Figure, Any]:
+def _grid(images: Sequence[NDArray[np.uint8]], titles: Sequence[str]) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    tallest = max(image.height / image.width for image in images)
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
     size = (_WIDTH * len(titles), (_WIDTH * tallest + 0.1) * len(images) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(images), len(titles), squeeze=False)
@@ -51,10 +58,6 @@ def _grid(images: Sequence[Image.Image], titles: Sequence[str]) -> tuple[Figure,
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     return figure, axes
-
-
-def _show(axis: Any, image: Image.Image) -> None:
-    axis.imshow(np.asarray(image), cmap="gray" if image.mode == "L" else None)
 
 
 def _finish(
@@ -71,21 +74,22 @@ def _finish(
 
 
 def segmentation_picture(
-    rows: Sequence[tuple[Image.Image, NDArray[Any], NDArray[Any]]],
+    rows: Sequence[tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any]]],
     classes: Sequence[str],
     path: Path,
 ) -> None:
     """Writes a PNG: a row an image; image, truth, prediction; below, the classes' colours.
 
     Args:
-        rows: image, true labels and predicted labels (H, W); a label that is no class is void.
+        rows: image (H, W, 3), true labels and predicted labels (H, W); a label that is no class is
+            void.
         classes: their names.
         path: of the file; its folder is made.
     """
     colours = class_colours(len(classes))
     figure, axes = _grid([row[0] for row in rows], ("image", "truth", "prediction"))
     for line, (image, truth, predicted) in zip(axes, rows, strict=True):
-        _show(line[0], image)
+        line[0].imshow(image)
         line[1].imshow(paint(truth, colours), interpolation="nearest")
         line[2].imshow(paint(predicted, colours), interpolation="nearest")
     used = [row[1] for row in rows]
@@ -93,15 +97,15 @@ def segmentation_picture(
 
 
 def detection_picture(
-    rows: Sequence[tuple[Image.Image, dict[str, NDArray[Any]], dict[str, Any]]],
+    rows: Sequence[tuple[NDArray[np.uint8], dict[str, NDArray[Any]], dict[str, Any]]],
     classes: Sequence[str],
     path: Path,
 ) -> None:
     """Writes a PNG: a row an image; the true boxes and the predicted ones; the classes' colours.
 
     Args:
-        rows: image, truth and prediction, each ``boxes`` (n, 4) and ``labels`` (n,) from 0, the
-            prediction with ``scores`` (n,); ``masks`` (n, H, W) where there are any.
+        rows: image (H, W, 3), truth and prediction, each ``boxes`` (n, 4) and ``labels`` (n,) from
+            0, the prediction with ``scores`` (n,); ``masks`` (n, H, W) where there are any.
         classes: their names.
         path: of the file; its folder is made.
     """
@@ -111,7 +115,7 @@ def detection_picture(
     figure, axes = _grid([row[0] for row in rows], ("truth", "prediction"))
     for line, (image, *marked) in zip(axes, rows, strict=True):
         for axis, objects in zip(line, marked, strict=True):
-            _show(axis, image)
+            axis.imshow(image)
             for number, (box, label) in enumerate(
                 zip(objects["boxes"].tolist(), objects["labels"].tolist(), strict=True)
             ):

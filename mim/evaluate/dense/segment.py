@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -29,10 +28,11 @@ from mim.core.config import FREE, DataConfig
 from mim.core.device import to_device
 from mim.core.fields import Natural, Share
 from mim.core.rng import seed_of
-from mim.data import Batch, normalize
+from mim.data import Batch, Picture, normalize
+from mim.data.images.transforms import size_of
 from mim.data.sources.base import Split
 from mim.evaluate.base import EVALUATIONS
-from mim.evaluate.dense.pictures import segmentation_picture
+from mim.evaluate.dense.pictures import segmentation_picture, shown
 from mim.evaluate.dense.pyramid import Pyramid, layer_maps, quarter_layers
 from mim.evaluate.dense.segmentation_data import (
     VOID,
@@ -319,14 +319,14 @@ class Segment(DenseEvaluation):
     def labels_of(
         self,
         model: Segmenter,
-        image: Image.Image,
+        image: Picture,
         device: torch.device,
         precision: str = "fp32",
         called: str = "an image",
     ) -> Tensor:
         """Predicted labels of an image, (height, width) int64, at its own size."""
         model.eval()
-        original = image.height, image.width
+        original = size_of(image)
         window: tuple[int, int] = model.encoder.patch_embed.img_size
         view = whole_view(original, base_factor(original, window, self.settings.resize))
         if math.prod(view.scaled) > DataConfig().max_pixels:
@@ -382,5 +382,6 @@ class Segment(DenseEvaluation):
         rows = []
         for index in indices:
             predicted, truth = self.labels(model, source, index, device, precision)
-            rows.append((pair(source, index, len(model.mean))[0], truth.numpy(), predicted.numpy()))
+            image = shown(pair(source, index, len(model.mean))[0], source)
+            rows.append((image, truth.numpy(), predicted.numpy()))
         segmentation_picture(rows, model.classes, path)

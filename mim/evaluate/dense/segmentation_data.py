@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -31,12 +32,15 @@ from mim.data.images.decode import (
     decoding,
     open_image,
     open_regular,
+    read_file,
     read_picture,
+    stored_values,
 )
-from mim.data.images.transforms import prepare, upright
+from mim.data.images.deep import Depth
+from mim.data.images.transforms import Picture, prepare, size_of, upright
 from mim.data.labels import one_spelling
 from mim.data.loader import Batch
-from mim.data.sources.base import ImageSource, Split
+from mim.data.sources.base import EncodedSource, ImageSource, Split
 from mim.evaluate.dense.views import DenseBatches, cover_factor
 
 VOID = -1
@@ -60,6 +64,28 @@ class SegmentationSpec:
     """Names of the classes, in the order of their labels."""
     void: int = 255
     """Label in the masks of pixels that never count."""
+
+
+F = TypeVar("F", bound="DenseFiles")
+
+
+class DenseFiles(EncodedSource):
+    """Images of a dense task that are files."""
+
+    files: list[Path]
+    """The images."""
+
+    def reading(self: F, data: DataConfig) -> F:
+        """The same images, read as a config says (``data.range`` and the like)."""
+        other = copy(self)
+        EncodedSource.__init__(other, data)
+        return other
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.files[index])
+
+    def describe(self, index: int) -> str:
+        return str(self.files[index])
 
 
 class SegmentationSource(ImageSource):
@@ -150,38 +176,51 @@ def open_segmentation(spec: SegmentationSpec, split: Split) -> SegmentationSourc
     return source
 
 
-def read_image(path: Path) -> Image.Image:
-    """A decoded image.
+def read_mask(path: Path) -> Image.Image | NDArray[Any]:
+    """A decoded mask, or the (height, width, channels) of an array.
+
+    Raises:
+        UserError: if it cannot be read; names the file.
+    """
+    with opened(path) as found:
+        if not isinstance(found, Image.Image):
+            return found
+    try:
+        return read_picture(path, str(path), DataConfig().max_pixels, "pil")
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image | NDArray[Any]]:
+    """An image of which the header has been read; as an array where that needs all of the file.
 
     Raises:
         UserError: if it cannot be read; names the file.
     """
     try:
-        image = read_picture(path, str(path), DataConfig().max_pixels, "pil")
-    except UnreadableImage as error:
-        raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
-    if not isinstance(image, Image.Image):
-        raise UserError(f"{path} is an array, which has no masks or boxes")
-    return image
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image of which the header has been read; see :func:`read_image`."""
-    try:
         with decoding(str(path)), open_regular(path) as file:
-            yield open_image(file)
+            try:
+                image = open_image(file)
+            except ValueError:
+                found = stored_values(read_file(path), str(path), DataConfig().max_pixels, Depth())
+                assert found is not None  # no image of 8 bits that PIL opens
+                yield found.values
+            else:
+                yield image
     except UnreadableImage as error:
         raise UserError(f"{path} cannot be read as an image: {error.reason}") from error
 
 
 def check_file(path: Path, size: tuple[int, int], annotation: str) -> None:
-    """:func:`check_annotation` of a file, of which no more than the header is read."""
+    """:func:`check_annotation` of a file, of which no more than the header is read if possible."""
     with opened(path) as image:
         check_annotation(image, str(path), size, annotation)
 
 
-def check_annotation(image: Image.Image, name: str, size: tuple[int, int], annotation: str) -> None:
+def check_annotation(
+    image: Picture | NDArray[Any], name: str, size: tuple[int, int], annotation: str
+) -> None:
     """Refuse a mask or boxes that do not fit an image as it is seen.
 
     Args:
@@ -194,20 +233,24 @@ def check_annotation(image: Image.Image, name: str, size: tuple[int, int], annot
         UserError: if the sizes differ, or if EXIF turns the image and the annotation may have been
             made on the picture as it is stored.
     """
-    seen = upright(image)
-    if seen is not image and size == image.size:
+    seen = upright(image) if isinstance(image, Image.Image) else image
+    if isinstance(image, Image.Image) and seen is not image and size == image.size:
         raise UserError(
             f"{name} is turned by its EXIF orientation, and {annotation} may have been made on the "
             "picture as it is stored; store it upright"
         )
-    if size != seen.size:
-        raise UserError(
-            f"{name} is {seen.width} x {seen.height} pixels, {annotation} {size[0]} x {size[1]}"
-        )
+    height, width = size_of(seen)
+    if size != (width, height):
+        raise UserError(f"{name} is {width} x {height} pixels, {annotation} {size[0]} x {size[1]}")
 
 
-def _labels_of(image: Image.Image, name: str) -> NDArray[np.integer[Any]]:
+def _labels_of(image: Image.Image | NDArray[Any], name: str) -> NDArray[np.integer[Any]]:
     """(height, width), the labels of a mask's file: gray values, or indices of a palette."""
+    if not isinstance(image, Image.Image):
+        if image.shape[2] > 1 or image.dtype.kind not in "bui":
+            reason = f"{image.shape[2]} channels of {image.dtype}"
+            raise UserError(f"{name} has {reason}; a mask holds one whole number a pixel")
+        return image[:, :, 0]
     if image.mode not in ("L", "P", "1", "I") and not image.mode.startswith("I;16"):
         raise UserError(
             f"{name} is an image of mode {image.mode}; a mask holds one label a pixel (L or P)"
@@ -216,12 +259,13 @@ def _labels_of(image: Image.Image, name: str) -> NDArray[np.integer[Any]]:
 
 
 @SEGMENTATION_SOURCES.register("folders")
-class SegmentationFolders(SegmentationSource):
+class SegmentationFolders(SegmentationSource, DenseFiles):
     """``path/images/{train,val}`` and ``path/masks/{train,val}``, paired by equal stem."""
 
     def __init__(self, spec: SegmentationSpec, split: Split) -> None:
         if not spec.path:
             raise setting_error(f"{_SETTING}.path", spec.path, "is needed by the source folders")
+        DenseFiles.__init__(self, DataConfig())
         self.name, self.void, self.classes = "folders", spec.void, list(spec.classes)
         root = Path(spec.path)
         images, masks = (_stems(root / kind / split, spec.path) for kind in ("images", "masks"))
@@ -231,8 +275,8 @@ class SegmentationFolders(SegmentationSource):
                 reason = f"holds {here[lone[0]]} but no {kind} of that stem"
                 raise setting_error(f"{_SETTING}.path", spec.path, reason)
         stems = sorted(images)
-        self.images, self.masks = [images[s] for s in stems], [masks[s] for s in stems]
-        names = [path.relative_to(root).as_posix() for path in self.images]
+        self.files, self.masks = [images[s] for s in stems], [masks[s] for s in stems]
+        names = [path.relative_to(root).as_posix() for path in self.files]
         self.sample_ids = torch.tensor([name_to_int(name) for name in names])
         if not self.classes:
             found = sorted({int(v) for i in range(min(len(self), 50)) for v in self._values(i)})
@@ -242,21 +286,15 @@ class SegmentationFolders(SegmentationSource):
     def _values(self, index: int) -> NDArray[np.integer[Any]]:
         return np.unique(self.read_mask(index))
 
-    def image(self, index: int) -> Image.Image:
-        return read_image(self.images[index])
-
     def read_mask(self, index: int) -> NDArray[np.integer[Any]]:
         path = self.masks[index]
-        return _labels_of(read_image(path), str(path))
-
-    def describe(self, index: int) -> str:
-        return str(self.images[index])
+        return _labels_of(read_mask(path), str(path))
 
     def describe_mask(self, index: int) -> str:
         return str(self.masks[index])
 
     def verify_size(self, index: int, size: tuple[int, int]) -> None:
-        check_file(self.images[index], size, f"its mask {self.masks[index]}")
+        check_file(self.files[index], size, f"its mask {self.masks[index]}")
 
 
 def _stems(folder: Path, given: str) -> dict[str, Path]:
@@ -359,7 +397,7 @@ class MaskedBatch(Batch):
     """(B, H, W) int64, :data:`VOID` where nothing counts."""
 
 
-def pair(source: SegmentationSource, index: int, channels: int) -> tuple[Image.Image, Image.Image]:
+def pair(source: SegmentationSource, index: int, channels: int) -> tuple[Picture, Image.Image]:
     """An image and its mask, of mode I.
 
     Raises:
@@ -367,8 +405,6 @@ def pair(source: SegmentationSource, index: int, channels: int) -> tuple[Image.I
     """
     stored = source.image(index)
     image = prepare(stored, channels)
-    if not (isinstance(image, Image.Image) and isinstance(stored, Image.Image)):
-        raise setting_error("data.channels", channels, "must be 1 or 3 for images with masks")
     mask = Image.fromarray(source.mask(index))
     check_annotation(stored, source.describe(index), mask.size, source.describe_mask(index))
     return image, mask
@@ -401,9 +437,9 @@ class SegmentationBatches(DenseBatches):
         super().__init__(source, data, seed, scale, fill)
         self.resize = resize
 
-    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], Tensor]:
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[Any], Tensor]:
         image, mask = pair(self.source, index, self.config.channels)
-        factor = base_factor((image.height, image.width), self.config.size, self.resize)
+        factor = base_factor(size_of(image), self.config.size, self.resize)
         view = self.view(image, key, factor)
         labels = torch.from_numpy(view.pixels(mask, VOID, Image.Resampling.NEAREST))
         return view.pixels(image, self.fill), labels.long()

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -39,12 +39,16 @@ from mim.core.fields import (
     Span,
     is_free,
 )
-from mim.data import Batch, BatchLoader, ImageSource, holdout, open_source
+from mim.core.progress import note_once
+from mim.data import Batch, BatchLoader, ImageSource, holdout
+from mim.data.measuring import measure
 from mim.data.sources.base import Split
 from mim.evaluate.base import TaskEvaluation
 from mim.evaluate.dense.pyramid import SCALES
+from mim.evaluate.dense.segmentation_data import DenseFiles
 from mim.evaluate.dense.views import DenseBatches
 from mim.evaluate.drop_path import draws_of, key_drop_paths
+from mim.evaluate.encoders import normalisation
 from mim.evaluate.features import check_precision
 from mim.evaluate.training import (
     StepSettings,
@@ -69,6 +73,8 @@ from mim.training.trainer import Loss, parts
 
 if TYPE_CHECKING:
     from mim.evaluate.encoders import Encoder
+
+T = TypeVar("T", bound=ImageSource)
 
 
 @dataclass(frozen=True)
@@ -180,16 +186,38 @@ def statistics_of(
         if len(settings.mean) != channels:
             raise settings.error("mean", f"must have {channels} values, one for each channel")
         return settings.mean, settings.std
-    if encoder.data.mean is not None and encoder.data.std is not None:
-        return encoder.data.mean, encoder.data.std
     try:
-        source = open_source(encoder.data, "train")
+        return normalisation(encoder.data)
     except UserError as error:
         raise UserError(
             f"evaluations.{settings.name}.mean: must be given, with std: what {encoder.name} was "
             f"pre-trained on cannot be read ({error})"
         ) from error
-    return tuple(source.mean), tuple(source.std)
+
+
+def with_range(data: DataConfig, found: tuple[float, float] | None) -> DataConfig:
+    """A config by which images of more than 8 bits are read by the range that was found."""
+    return data if found is None else replace(data, measured=replace(data.measured, range=found))
+
+
+def found_range(data: DataConfig, source: ImageSource) -> tuple[float, float] | None:
+    """The range of training images where ``data.range: auto`` has seen none of more than 8 bits."""
+    if not isinstance(source, DenseFiles) or data.measured.range is not None:
+        return data.measured.range
+    found = measure(source.reading(data), replace(data, stats="source"), source.reading).range
+    if found is not None:
+        where = source.files[0].parent
+        note_once(f"data.range=auto: {found[0]:g} to {found[1]:g} become 0 to 1 in {where}")
+    return found
+
+
+def read_as(source: T, data: DataConfig) -> T:
+    """The images of a task, read as a config says."""
+    if not isinstance(source, DenseFiles):
+        return source
+    other = source.reading(data)
+    other.deep, other.show = data.range != "high_byte" and other.has_deep(), data.show
+    return other
 
 
 def data_of(encoder: Encoder, settings: DenseSettings, images: int) -> DataConfig:
@@ -218,6 +246,8 @@ class DenseModel(nn.Module):
     seed: int
     mean: tuple[float, ...]
     """Of each channel, by which images are normalised."""
+    range: tuple[float, float] | None = None
+    """Values of images of more than 8 bits that become 0 and 1; see ``data.range``."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
@@ -247,6 +277,7 @@ class DenseModel(nn.Module):
             TASK: self.task,
             "classes": json.dumps(self.classes),
             "numbers": json.dumps(numbers),
+            "range": json.dumps(self.range),
         }
         save_encoder(path, self.state_dict(), metadata)
 
@@ -282,6 +313,13 @@ class DenseModel(nn.Module):
             more = f" and {len(wrong) - 1} more faults" if len(wrong) > 1 else ""
             raise setting_error(setting, str(path), f"does not fit the settings: {wrong[0]}{more}")
         self.load_state_dict(state)
+        self.range = range_in(metadata) or self.range
+
+
+def range_in(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    """What :meth:`DenseModel.save` wrote of the range."""
+    found = json.loads(metadata.get("range", "null"))
+    return None if found is None else (found[0], found[1])
 
 
 def parameter_groups(model: DenseModel, settings: DenseSettings) -> list[dict[str, Any]]:
@@ -488,8 +526,11 @@ class DenseEvaluation(TaskEvaluation):
         own, other = self.sources
         model: DenseModel = self.build(encoder)
         store, chosen = None, {}
+        model.range = found_range(encoder.data, own)
         if s.weights:
             model.load(Path(s.weights))
+        data = with_range(encoder.data, model.range)
+        own, other = read_as(own, data), read_as(other, data)
         model.to(accelerator.device).eval()
         if not s.weights:
             held, rest = (

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mim.core.config import DataConfig
 from mim.core.rng import image_keys, permutation, uniforms
+from mim.data.images.transforms import Picture, Pixels, dtype_of, size_of, write_planes
 from mim.data.loader import Batch, StepBatches, steps_per_epoch
 from mim.data.sources.base import ImageSource
 
@@ -86,12 +87,26 @@ class View:
 
     def pixels(
         self,
-        image: Image.Image,
+        image: Picture,
         fill: int | tuple[int, ...],
         resample: int = Image.Resampling.BILINEAR,
-    ) -> NDArray[np.generic]:
-        """:meth:`move` of an image, as (H, W) or (H, W, C) where it has channels."""
-        return np.array(self.move(image, fill, resample))
+    ) -> NDArray[Any]:
+        """:meth:`move` of an image, as (H, W) or (H, W, C) where it has channels.
+
+        ``fill`` is from 0 to 255 for float images, too.
+        """
+        if isinstance(image, Image.Image):
+            return np.array(self.move(image, fill, resample))
+        channels = image.shape[2]
+        fills: Any = (fill,) * channels if isinstance(fill, int) else fill
+        if image.dtype == np.float32:
+            fills = [value / 255 for value in fills]
+        elif channels in (1, 3):
+            image = image.squeeze(2) if channels == 1 else image
+            return self.pixels(Image.fromarray(image), fill, resample)
+        planes = [Image.fromarray(image[:, :, channel]) for channel in range(channels)]
+        moved = [self.move(plane, f, resample) for plane, f in zip(planes, fills, strict=True)]
+        return np.stack([np.asarray(plane) for plane in moved], axis=2)
 
     def boxes(self, boxes: Tensor, original: tuple[int, int]) -> Tensor:
         """:meth:`move` of boxes (n, 4) as left, top, right, bottom.
@@ -167,11 +182,14 @@ def fitted_view(original: tuple[int, int], size: tuple[int, int]) -> View:
     return View((min(scaled[0], size[0]), min(scaled[1], size[1])), (0, 0), size)
 
 
-def stack_pixels(pixels: Sequence[NDArray[np.generic]]) -> Tensor:
-    """(H, W) or (H, W, C) uint8 arrays -> (B, C, H, W)."""
-    stacked = torch.from_numpy(np.stack(pixels))
-    stacked = stacked if stacked.ndim == 4 else stacked[..., None]
-    return stacked.permute(0, 3, 1, 2).contiguous()
+def stack_pixels(pixels: Sequence[NDArray[Any]]) -> Tensor:
+    """(H, W) or (H, W, C) arrays -> (B, C, H, W): uint8, or float32 where any of them is."""
+    whole: list[Pixels] = [each if each.ndim == 3 else each[:, :, None] for each in pixels]
+    height, width, channels = whole[0].shape
+    stacked = torch.empty(len(whole), channels, height, width, dtype=dtype_of(whole))
+    for image, planes in zip(whole, stacked, strict=True):
+        write_planes(image, planes)
+    return stacked
 
 
 class DenseBatches(StepBatches):
@@ -199,17 +217,17 @@ class DenseBatches(StepBatches):
         self.share = slice(None)  # of a batch, for one of several processes
 
     @abstractmethod
-    def read(self, index: int, key: Tensor) -> tuple[NDArray[np.generic], Any]:
+    def read(self, index: int, key: Tensor) -> tuple[NDArray[Any], Any]:
         """The pixels of an image's view by its key (1,), and what is marked there."""
 
     @abstractmethod
     def collate(self, marks: Sequence[Any], **images: Any) -> Batch:
         """A batch of these fields and of what is marked on its images."""
 
-    def view(self, image: Image.Image, key: Tensor, factor: float) -> View:
+    def view(self, image: Picture, key: Tensor, factor: float) -> View:
         """The training view of an image, ``factor`` being its scale 1."""
-        original, size = (image.height, image.width), self.config.size
-        return training_view(key, original, size, factor, self.scale, self.config.flip)
+        size = self.config.size
+        return training_view(key, size_of(image), size, factor, self.scale, self.config.flip)
 
     def batch(self, number: int) -> Batch:
         epoch, position = divmod(number, self.per_epoch)
