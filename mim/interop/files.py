@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Weights:
     metadata: dict[str, str]
     """Of a safetensors file; ``mim_config`` is the config of this package's own files."""
     arguments: dict[str, Any]
-    """Of the training script, where the file holds them (facebookresearch/mae)."""
+    """Of the training script, where the file holds them (facebookresearch/mae, SimMIM)."""
     left_out: dict[str, str]
     """Entries besides the weights -> why they were left out."""
     notes: tuple[str, ...]
@@ -75,18 +75,22 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+# Training scripts store their arguments so. The class of the first holds attributes and runs
+# nothing; a node of yacs (SimMIM, Swin) is a mapping, and is read as one.
+_ARGUMENTS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+
+
 def _unsafe_names(path: Path) -> list[str]:
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # an old or broken file; the refusal stands without the names
         return []
-    return [name for name in found if name != "argparse.Namespace"]
+    return [name for name in found if name not in ("argparse.Namespace", "yacs.config.CfgNode")]
 
 
 def _read_torch(path: Path) -> Any:
     try:
-        # Training scripts store their arguments so; the class holds attributes and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_ARGUMENTS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _unsafe_names(path) if zipfile.is_zipfile(path) else []
@@ -221,7 +225,7 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
         state, left_out, chosen = _unwrap(content, path, key)
         if chosen:
             notes.append(f"the weights stood under {chosen!r}")
-            script = content.get("args")
+            script = content.get("args", content.get("config"))
             if isinstance(script, argparse.Namespace):
                 arguments = dict(vars(script))
             elif isinstance(script, Mapping):
