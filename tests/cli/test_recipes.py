@@ -114,6 +114,7 @@ def test_every_recipe_has_its_header() -> None:
         assert all(line.startswith("#") for line in header.splitlines()), name
         for part in ("paper", "command", "time", "published", "measured"):
             assert re.search(rf"^# {part}:", header, re.MULTILINE), (name, part)
+        assert re.search(r"# time: +[\d.]+ GFLOP an image", header), name
         assert 20 < len(headline(recipe_file(name))) < 130, name
         for evaluation, settings in evaluations_of(read_mapping(recipe_file(name))).items():
             build_evaluation(evaluation, settings)
