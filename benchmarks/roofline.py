@@ -143,7 +143,8 @@ def operations(config: Config, images: int) -> list[Operation]:
     noise = torch.randn(images, config.data.channels, *config.data.size)
     ids = torch.zeros(images, dtype=torch.int64)
     keys, times = image_keys(0, 0, ids), config.mask.repeats
-    mask = model.draw_mask(noise, keys, epoch=0, sample_ids=ids, repeats=times)
+    draw = partial(model.draw_mask, noise, keys, epoch=0, sample_ids=ids, repeats=times)
+    mask = draw()
     owned = {value.untyped_storage().data_ptr() for value in (*model.parameters(), noise)}
     kept: dict[int, UntypedStorage] = {}
 
@@ -155,6 +156,8 @@ def operations(config: Config, images: int) -> list[Operation]:
     # The CPU has no fused form of a bias that learns.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels, set_priority=True), Watch() as watch:
+        if model.mask_generator.sees_images:  # else it is drawn on the host
+            draw()
         with autocast(config.train.precision, device), saved_tensors_hooks(keep, lambda x: x):
             loss = model(noise, mask).loss
         held = sum(storage.nbytes() for storage in kept.values())

@@ -48,6 +48,7 @@ def test_few_blocks_tell_of_many(regime: str, config: Config) -> None:
         {"model.decoder.name": "convolutional", "model.decoder.convolutional.groups": 4},
         {"model.target.name": "ema_features", "model.target.ema_features.top": 2},
         {"mask.repeats": 3},
+        {"mask.name": "attention"},
     ],
     ids=lambda settings: ",".join(str(value) for value in settings.values()),
 )
@@ -67,6 +68,16 @@ def assert_continued(config: Config) -> None:
     continued = whole_step(config, CARD)
     for part, figure in whole.items():
         assert continued[part] == pytest.approx(figure, rel=1e-9), part
+
+
+def test_a_mask_that_sees_the_image_is_part_of_the_step(config: Config) -> None:
+    counted, found = [], []
+    for name in ("random", "attention"):
+        config = replace(config, mask=replace(config.mask, name=name))
+        images = torch.randn(2, 1, 8, 8)
+        counted.append(2 * count_flops(build_model(config), images, torch.arange(2))[0])
+        found.append(sum(item.flops for item in operations(config, 2)))
+    assert found[1] - found[0] == counted[1] - counted[0] > 0
 
 
 def test_what_is_kept_is_what_the_allocator_gives_out(config: Config) -> None:
