@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.patches import unpatchify
-from mim.interop import import_model, import_run
+from mim.core.recipes import recipe_file
+from mim.core.settings import read_mapping
+from mim.interop import convert, import_model, import_run
 from mim.masks import sample_masks
+from mim.model import build_model
 from mim.training import checkpoint
+from mim.training.optim import build_optimizer, build_schedule
+from mim.training.settings import load_config
 
 Store = Callable[..., Path]
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -169,3 +175,70 @@ def test_an_imported_run_goes_on(tmp_path: Path, store: Store, mim: Any) -> None
         assert 0 < max((after[k] - before[k]).abs().max() for k in before) < 0.1
         outcome = mim("evaluate", "knn", run, "--set", "k=[5]", "few_shot=[]", "pool=mean")
         assert outcome.code == 0, outcome.err
+
+
+def simmim_rate(step: int, multistep: bool) -> float:
+    """For 2,048 images and one step an epoch, by SimMIM's two schedules."""
+    if multistep:  # 1e-4 for 512 images from 5e-7, a tenth from epoch 700 on
+        first, peak = 2e-6, 4e-4
+        after = peak if step < 700 else peak / 10
+    else:  # 2e-4 from 1e-6, and a cosine of 100 epochs to 1e-5, which counts the warm-up
+        first, peak = 4e-6, 8e-4
+        after = 4e-5 + (peak - 4e-5) * 0.5 * (1 + math.cos(math.pi * step / 100))
+    return first + (peak - first) * step / 10 if step < 10 else after
+
+
+@pytest.mark.parametrize("recipe", ["simmim-vit-b", "simmim-swin-b"])
+def test_three_steps_of_the_recipe_are_simmim_s(recipe: str) -> None:
+    """Loss, clipping, decay and rate, with weights in SimMIM's own layout on the other side."""
+    is_vit = recipe == "simmim-vit-b"
+    args = read_mapping(recipe_file(recipe))["model"]["backbone_args"]
+    sizes = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    if not is_vit:
+        sizes = {"patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4]}
+        sizes["window_size"] = 4
+    given = {
+        "data.source": "photos",
+        "data.image_size": 16,
+        "mask.aligned.unit": 8 if is_vit else 4,
+        "model.backbone_args": {**args, **sizes, "drop_path_rate": 0.0},
+    }
+    config = load_config(recipe_file(recipe), given)
+    state = vit_state(shared=True) if is_vit else fill(swin_shapes())
+    model = build_model(config).double().train()
+    model.load_state_dict(convert(state).state)
+    theirs = {key: value.double().requires_grad_() for key, value in state.items()}
+    kept = ("cls_token",) if is_vit else ("mask_token", TABLE)
+    free = [v for k, v in theirs.items() if v.ndim == 1 or k.endswith((".bias", *kept))]
+    groups: list[dict[str, Any]] = [
+        {"params": [v for v in theirs.values() if all(v is not f for f in free)]},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.05)
+    optimizer = build_optimizer(config.optim, model, 1.0)
+    schedule = build_schedule(config.optim, 2048, config.train.epochs, 1)
+    generator = torch.Generator().manual_seed(4)
+    for step in (9, 10, 90 if not is_vit else 750):
+        pixels = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+        where = {"seed": 0, "epoch": step, "sample_ids": [0, 1, 2, 3]}
+        mask = sample_masks(config.mask, model.grid, **where, patch_size=model.patch_size)
+        loss = model(pixels, mask).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad or 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        hidden = mask.is_masked
+        found = simmim(theirs, pixels, hidden, 3) if is_vit else simmim_swin(theirs, pixels, hidden)
+        torch.testing.assert_close(loss, found["loss"], **EXACT)
+        found["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 5.0)
+        for group in reference.param_groups:
+            group["lr"] = simmim_rate(step, is_vit)
+        reference.step()
+        reference.zero_grad()
+    own = dict(model.named_parameters())
+    for name, value in convert({k: v.detach() for k, v in theirs.items()}).state.items():
+        torch.testing.assert_close(own[name].detach(), value, **EXACT, msg=name)
+        assert not torch.equal(value, convert(state).state[name].double())
