@@ -93,7 +93,7 @@ def test_other_content(content: Any, store: Store) -> None:
 
 
 def test_another_architecture(store: Store, small: Small) -> None:
-    for name in ("resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"):
+    for name in ("resnet18", "swinv2_tiny_window8_256", "convnext_atto"):
         path = store(timm.create_model(name, num_classes=3).state_dict())
         with pytest.raises(UserError, match=r"no ViT|no part of a ViT"):
             import_model(path, small)
