@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,11 +310,11 @@ class _Reader:
 
     def _table(self, stage: str = "") -> Tensor:
         """The first table of relative position biases, (offsets, heads)."""
-        return next(
-            value
-            for key, value in self.state.items()
-            if key.startswith(f"backbone.{stage}") and key.endswith("relative_position_bias_table")
-        )
+        place, name = f"backbone.{stage}", "relative_position_bias_table"
+        for key, value in self.state.items():
+            if key.startswith(place) and key.endswith(name):
+                return value
+        raise UserError(f"the file is not whole: it lacks each {place}*.{name}")
 
     # --- the config ---
 
@@ -366,8 +366,7 @@ class _Reader:
                 )
             base = _meta_model(name)
             if patch_size_of(base) != self.patch:
-                same = self.patch[0] == self.patch[1]
-                args["patch_size"] = self.patch[0] if same else list(self.patch)
+                args["patch_size"] = self._patch_size
             heads = self._heads(given)
             size = {"embed_dim": self.width, "depth": depth, "num_heads": heads}
             had = (base.embed_dim, len(base.blocks), base.blocks[0].attn.num_heads)
@@ -409,74 +408,42 @@ class _Reader:
 
     def _beit(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """timm's Beit that the weights are of (BEiT, SimMIM's ViT), and its arguments."""
-        state, block = self.state, "backbone.blocks.0"
-        size = "large" if self.width == 1024 else "base"
-        name, args = self._sized(
-            f"beit_{size}_patch16_224",
-            {
-                "patch_size": self.patch[0],
-                "embed_dim": self.width,
-                "depth": len(self.found.blocks[0]),
-                "num_heads": int(self._table().shape[1]),
-                "mlp_ratio": _ratio(self._size(f"{block}.mlp.fc1.weight", 0), self.width),
-            },
-            lambda vit: (
-                vit.patch_embed.patch_size[0],
-                vit.embed_dim,
-                len(vit.blocks),
-                vit.blocks[0].attn.num_heads,
-                vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
-            ),
-        )
-        table = "relative_position_bias_table"
+        block, table = "backbone.blocks.0", "relative_position_bias_table"
+        name = self.backbone or f"beit_{'large' if self.width == 1024 else 'base'}_patch16_224"
+        _meta_model(name, self.named_args, "beit")
         return name, {
-            **args,
-            "use_rel_pos_bias": f"{block}.attn.{table}" in state,
-            "use_shared_rel_pos_bias": f"backbone.rel_pos_bias.{table}" in state,
-            "use_abs_pos_emb": "backbone.pos_embed" in state,
-            "qkv_bias": f"{block}.attn.q_bias" in state,
-            "init_values": 0.1 if f"{block}.gamma_1" in state else None,
-            "global_pool": "avg" if "backbone.fc_norm.weight" in state else "token",
+            **self.named_args,
+            "patch_size": self._patch_size,
+            "embed_dim": self.width,
+            "depth": len(self.found.blocks[0]),
+            "num_heads": int(self._table().shape[1]),
+            "mlp_ratio": _ratio(self._size(f"{block}.mlp.fc1.weight", 0), self.width),
+            "qkv_bias": f"{block}.attn.q_bias" in self.state,
+            "init_values": 0.1 if f"{block}.gamma_1" in self.state else None,
+            "use_rel_pos_bias": f"{block}.attn.{table}" in self.state,
+            "use_shared_rel_pos_bias": f"backbone.rel_pos_bias.{table}" in self.state,
+            "use_abs_pos_emb": "backbone.pos_embed" in self.state,
+            "global_pool": "avg" if "backbone.fc_norm.weight" in self.state else "token",
         }
 
     def _swin(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """timm's SwinTransformer that the weights are of, and its arguments."""
-        stages = range(len(self.found.blocks))
-        depths = [len(self.found.blocks[stage]) for stage in stages]
-        size = {96: "small" if depths[2:3] == [18] else "tiny", 192: "large"}.get(
-            self.width, "base"
-        )
-        heads = [int(self._table(f"layers.{stage}.").shape[1]) for stage in stages]
-        window = (math.isqrt(len(self._table("layers.0."))) + 1) // 2
-        return self._sized(
-            f"swin_{size}_patch4_window7_224",
-            {
-                "patch_size": self.patch[0],
-                "embed_dim": self.width,
-                "depths": depths,
-                "num_heads": heads,
-                "window_size": window,
-            },
-            lambda vit: (
-                vit.patch_embed.patch_size[0],
-                vit.patch_embed.proj.out_channels,
-                [len(stage.blocks) for stage in vit.layers],
-                [stage.blocks[0].attn.num_heads for stage in vit.layers],
-                vit.layers[0].blocks[0].window_size[0],
-            ),
-        )
+        size = {96: "tiny", 192: "large"}.get(self.width, "base")
+        name = self.backbone or f"swin_{size}_patch4_window7_224"
+        _meta_model(name, self.named_args, "swin")
+        stages = sorted(self.found.blocks)
+        return name, {
+            **self.named_args,
+            "patch_size": self._patch_size,
+            "embed_dim": self.width,
+            "depths": [len(self.found.blocks[stage]) for stage in stages],
+            "num_heads": [int(self._table(f"layers.{stage}.").shape[1]) for stage in stages],
+            "window_size": (math.isqrt(len(self._table("layers.0."))) + 1) // 2,
+        }
 
-    def _sized(
-        self, name: str, sizes: dict[str, Any], of: Callable[[Any], tuple[Any, ...]]
-    ) -> tuple[str, dict[str, Any]]:
-        """The model of this name, and the arguments that its sizes (``of``) lack for ``sizes``.
-
-        Where the user or a ``config.json`` names another, that one.
-        """
-        name = self.backbone or name
-        had = of(_meta_model(name, self.named_args, self.found.kind))
-        changed = [key for key, old in zip(sizes, had, strict=True) if sizes[key] != old]
-        return name, {**self.named_args, **{key: sizes[key] for key in changed}}
+    @property
+    def _patch_size(self) -> int | list[int]:
+        return self.patch[0] if self.patch[0] == self.patch[1] else list(self.patch)
 
     def _depth(self, part: str) -> int:
         pattern = re.compile(rf"{part}\.blocks\.\d+\.norm1\.weight")

@@ -157,6 +157,9 @@ def test_what_is_not_whole_is_refused(store: Store) -> None:
         lacking = {k: v for k, v in state.items() if not k.startswith(f"encoder.{part}")}
         with pytest.raises(UserError, match=r"not whole|it lacks"):
             import_model(store(lacking))
+    lacking = {k: v for k, v in state.items() if not ("layers.1." in k and TABLE in k)}
+    with pytest.raises(UserError, match="it lacks each"):
+        import_model(store(lacking))
     beit = vit_state(shared=False)
     del beit[f"encoder.blocks.1.attn.{TABLE}"]
     with pytest.raises(UserError, match="it lacks"):
