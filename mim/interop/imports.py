@@ -651,8 +651,8 @@ def _fit(
         shape = tuple(own[key].shape) if key in own else ()
         resizes = key.endswith("relative_position_bias_table") and shape[1:] == table.shape[1:]
         if resizes and shape != table.shape:
-            window = model.get_submodule(key.rpartition(".")[0]).window_size
-            fitted[key], notes[key] = adapt_bias_table(table, window, shape, key)
+            part: Any = model.get_submodule(key.rpartition(".")[0])
+            fitted[key], notes[key] = adapt_bias_table(table, part.window_size, shape, key)
     whole = {
         part
         for part in ("decoder.", "regime.", "target.", "teacher.", "mask_network.")
