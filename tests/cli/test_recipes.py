@@ -172,6 +172,9 @@ def test_what_does_not_decay_is_the_original_s_choice(
         if parameter.ndim > 1
     ]
     names = {key.split(".")[-1] for key, p in model.named_parameters() if any(p is k for k in kept)}
+    for regime in regimes_of(name):  # what a pattern names must be there in each
+        other = load_config(recipe_file(name), {**reduced(name), "model.regime.name": regime})
+        build_optimizer(other.optim, build_model(other), 1.0)
     assert sorted(names) == free
     assert isinstance(model.backbone.norm, torch.nn.LayerNorm)
 
