@@ -9,6 +9,8 @@ products, or the traffic at the rate of its memory (Williams, Waterman and Patte
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,10 +33,13 @@ from mim.core.rng import image_keys
 from mim.core.settings import flatten, read_tree, to_dict
 from mim.model import build_model
 from mim.model.backbones import family_of
+from mim.model.decoders import DECODERS
+from mim.model.targets import TARGETS
 from mim.training.runtime.precision import autocast, model_on
 
 SEEN = (2, 3)  # images of the steps that are watched
 OPTIMISER = "optimiser"
+KEPT = "kept"  # no operation: the bytes that the forward pass keeps for the backward pass
 PARTS = ("products", "attention", "norms", "moves of tokens", "casts", "pointwise", OPTIMISER)
 FUSED = ("casts", "pointwise")  # a compiler lets them ride along with what makes their input
 _KINDS = {
@@ -71,8 +77,8 @@ class Operation:
         return self.bytes / card.terabytes > self.flops / card.tflops
 
 
-class _Watch(TorchDispatchMode):
-    """Notes each operation that computes or copies; views are free."""
+class Watch(TorchDispatchMode):
+    """Notes each operation that computes or copies; views are free, products are not computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,24 +131,40 @@ def _bytes(values: Iterable[Any]) -> int:
 
 
 def operations(config: Config, images: int) -> list[Operation]:
-    """Returns the operations of one step, those of AdamW as one.
+    """Returns the operations of one step, those of AdamW as one, and what is kept as another.
 
     Args:
         config: of pre-training, with its regime and precision.
-        images: in the batch.
+        images: in the batch; all have one mask, so that figures grow by straight lines.
     """
     device = torch.device("cpu")
     config = replace(config, train=replace(config.train, attention="fused", linear="torch"))
     model = model_on(config, device).train()
     noise = torch.randn(images, config.data.channels, *config.data.size)
-    ids = torch.arange(images)
-    mask = model.draw_mask(noise, image_keys(0, 0, ids), epoch=0, sample_ids=ids)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _Watch() as watch:
-        with autocast(config.train.precision, device):
+    ids = torch.zeros(images, dtype=torch.int64)
+    keys, times = image_keys(0, 0, ids), config.mask.repeats
+    draw = partial(model.draw_mask, noise, keys, epoch=0, sample_ids=ids, repeats=times)
+    mask = draw()
+    owned = {value.untyped_storage().data_ptr() for value in (*model.parameters(), noise)}
+    kept: dict[int, UntypedStorage] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in owned:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        return value
+
+    # The CPU has no fused form of a bias that learns.
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels, set_priority=True), Watch() as watch:
+        if model.mask_generator.sees_images:  # else it is drawn on the host
+            draw()
+        with autocast(config.train.precision, device), saved_tensors_hooks(keep, lambda x: x):
             loss = model(noise, mask).loss
+        held = sum(storage.nbytes() for storage in kept.values())
         loss.backward()
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [*watch.seen, Operation(OPTIMISER, 0, _ADAMW_BYTES * weights)]
+    rest = [Operation(OPTIMISER, 0, _ADAMW_BYTES * weights), Operation(KEPT, 0, held)]
+    return [*watch.seen, *rest]
 
 
 def at_batch(few: list[Operation], more: list[Operation], batch: int) -> list[Operation]:
@@ -175,30 +197,43 @@ def roofline(configs: dict[str, Config], regimes: Iterable[str], card: Card) -> 
         for regime in regimes:
             config = with_regime(base, regime)
             about = {"name": name, "regime": regime, "batch": config.data.batch_size}
-            rows.append({**about, **_row(_whole(config, card))})
+            rows.append({**about, **_row(whole_step(config, card))})
     return {"card": {"tflops": card.tflops, "terabytes": card.terabytes}, "rows": rows}
 
 
-def _whole(config: Config, card: Card) -> dict[str, float]:
-    """Continues steps of one and two blocks to the depths of a config: all blocks are alike."""
-    blocks = {"encoder": _depth(config), "decoder": config.model.decoder.transformer.depth}
-    base = _totals(_with_depths(config, 1, 1), card)
-    total = dict(base)
-    for part, (encoder, decoder) in {"encoder": (2, 1), "decoder": (1, 2)}.items():
-        more = _totals(_with_depths(config, encoder, decoder), card)
-        for key, value in more.items():
-            total[key] += (blocks[part] - 1) * (value - base[key])
+def whole_step(config: Config, card: Card) -> dict[str, float]:
+    """Continues steps of few blocks to the depths of a config: all blocks are alike."""
+    depths = _depths(config)
+    total: dict[str, float] = defaultdict(float)
+    for more in itertools.product((0, 1), repeat=len(depths)):
+        places = dict(zip(depths, more, strict=True))
+        few = {key: least + places[key] for key, (least, _) in depths.items()}
+        times = {key: depth - least for key, (least, depth) in depths.items()}
+        # A line in each depth by itself: maps of all blocks of the encoder into each decoder's.
+        weight = math.prod(n if places[key] else 1 - n for key, n in times.items())
+        for name, value in _totals(_with(config, few), card).items():
+            total[name] += weight * value
     return total
 
 
-def _depth(config: Config) -> int:
+def _depths(config: Config) -> dict[str, tuple[int, int]]:
+    """Returns the settings of depth: how few blocks there may be, and how many there are."""
     with torch.device("meta"):
-        return len(family_of(build_model(config).backbone).blocks)
+        family = family_of(build_model(config).backbone)
+    found = {}
+    if family.is_uniform:
+        target = TARGETS.chosen(config.model.target, config.model.target.name)
+        least = max(2, getattr(target, "top", 2))  # blocks of the teacher that it reads
+        found["model.backbone_args.depth"] = (least, len(family.blocks))
+    name = config.model.decoder.name
+    decoder = DECODERS.chosen(config.model.decoder, name)
+    if hasattr(decoder, "depth"):
+        found[f"model.decoder.{name}.depth"] = (2, decoder.depth)
+    return found
 
 
-def _with_depths(config: Config, encoder: int, decoder: int) -> Config:
-    depths = {"model.backbone_args.depth": encoder, "model.decoder.transformer.depth": decoder}
-    return read_tree(Config, [], {**flatten(to_dict(config)), **depths})
+def _with(config: Config, settings: dict[str, int]) -> Config:
+    return read_tree(Config, [], {**flatten(to_dict(config)), **settings})
 
 
 def _totals(config: Config, card: Card) -> dict[str, float]:
@@ -206,6 +241,9 @@ def _totals(config: Config, card: Card) -> dict[str, float]:
     few, more = (operations(config, images) for images in SEEN)
     total: dict[str, float] = defaultdict(float)
     for item in at_batch(few, more, config.data.batch_size):
+        if item.part == KEPT:
+            total[KEPT] = item.bytes
+            continue
         total[item.part] += item.seconds(card)
         total[_MEMORY] += item.seconds(card) * item.waits_for_memory(card)
         total[_ARITHMETIC] += item.flops / card.tflops / 1e12

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -96,6 +96,11 @@ class TrainedSettings(StepSettings, EvaluationSettings):
     """Where the half cosine ends."""
     warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up, at most half of all."""
+    warmup_from: NonNegative | None = None
+    """Absolute learning rate of the first step; by default, with W steps of warm-up, 1 / (W + 1) of
+    the peak. MAE's is 0."""
+    counts_warmup: bool = False
+    """Whether the cosine begins with the first step, as in SimMIM; else after the warm-up."""
     weight_decay: NonNegative = 0.0
     """The optimizer's."""
     crop_scale: SpanToOne = (0.08, 1.0)
@@ -263,11 +268,11 @@ class SupervisedTask(Task):
 
 
 def warmup_and_cosine(
-    task: SupervisedTask, peak: float, least: float, warmup_epochs: float
+    task: SupervisedTask, peak: float, least: float, warmup_epochs: float, **moves: Any
 ) -> Schedule:
-    """Linear warm-up, at most half of all steps, then half a cosine."""
+    """Linear warm-up, at most half of all steps, and half a cosine; ``moves`` as of Schedule."""
     warmup = min(warmup_epochs * task.per_epoch, task.steps / 2)
-    return Schedule(peak, least, warmup, task.steps)
+    return Schedule(peak, least, warmup, task.steps, **moves)
 
 
 def train_epochs(
@@ -390,8 +395,9 @@ class ClassificationTask(SupervisedTask):
 
     def schedule(self, base_lr: float) -> Schedule:
         """Linear warm-up and half a cosine, from a learning rate for a batch of 256."""
-        s = self.settings
-        return warmup_and_cosine(self, base_lr * self.batch_size / 256, s.min_lr, s.warmup_epochs)
+        s, peak = self.settings, base_lr * self.batch_size / 256
+        moves = {"start": s.warmup_from, "counts_warmup": s.counts_warmup}
+        return warmup_and_cosine(self, peak, s.min_lr, s.warmup_epochs, **moves)
 
     def batches(self, start: int) -> Iterable[Batch]:
         return train_loader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import resample_patch_embed
+from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -43,6 +43,31 @@ def adapt_positions(
         return positions, ""
     resampled = resample_positions(positions, new, old, prefix)
     return resampled, f"bicubic from a grid of {_by(old)} to {_by(new)}"
+
+
+def adapt_bias_table(
+    table: Tensor, window: Grid, shape: tuple[int, ...], name: str
+) -> tuple[Tensor, str]:
+    """Resample a table of relative position biases (offsets, heads), as BEiT and SimMIM do.
+
+    Args:
+        table: of a square window, with or without BEiT's three offsets of the class token.
+        window: (rows, columns) of patches, of the new one.
+        shape: of the new table.
+        name: for the message.
+
+    Returns:
+        The table, and what was done.
+
+    Raises:
+        UserError: if the table is of no square window.
+    """
+    try:
+        found = resize_rel_pos_bias_table(table, window, shape)
+    except ValueError as error:
+        reason = "offsets are of no square window, and only such are resampled"
+        raise UserError(f"{name}: {len(table)} {reason}") from error
+    return found, f"resampled to windows of {_by(window)}"
 
 
 def _by(sides: Grid) -> str:

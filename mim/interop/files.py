@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,12 @@ _OF_TRAINING = re.compile(
     r"(module\.)?(n_averaged|(global_)?step|epoch|queue(_ptr)?"
     r"|(criterion|loss(_fn|_fun|_func)?|(train|val|valid|test)_\w+|metrics?)\..+)"
 )
-# Globals that a pickle of plain numbers may name: attributes of a script, and NumPy's scalars.
+# Globals that a pickle of plain numbers may name: arguments of a script, of which a node of yacs
+# (SimMIM, Swin) is read as a mapping, and NumPy's scalars.
 _SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and 2 keep it in different places
 _PLAIN: list[Any] = [
     argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -63,7 +65,7 @@ class Weights:
     metadata: dict[str, str]
     """Of a safetensors file; ``mim_config`` is the config of this package's own files."""
     arguments: dict[str, Any]
-    """Of the training script, where the file holds them (facebookresearch/mae)."""
+    """Of the training script, where the file holds them (facebookresearch/mae, SimMIM)."""
     left_out: dict[str, str]
     """Entries besides the weights -> why they were left out."""
     notes: tuple[str, ...]
@@ -96,7 +98,7 @@ def _unsafe_names(path: Path) -> list[str]:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # an old or broken file; the refusal stands without the names
         return []
-    return [name for name in found if name != "argparse.Namespace"]
+    return [name for name in found if name not in ("argparse.Namespace", "yacs.config.CfgNode")]
 
 
 def _read_torch(path: Path) -> Any:
@@ -236,7 +238,7 @@ def read_weights(path: str | Path, key: str | None = None) -> Weights:
         state, left_out, chosen = _unwrap(content, path, key)
         if chosen:
             notes.append(f"the weights stood under {chosen!r}")
-            script = content.get("args")
+            script = content.get("args", content.get("config"))
             if isinstance(script, argparse.Namespace):
                 arguments = dict(vars(script))
             elif isinstance(script, Mapping):

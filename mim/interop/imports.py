@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from timm import create_model, list_models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
@@ -22,9 +24,14 @@ from mim.core.fields import fit
 from mim.core.files import file_digest
 from mim.core.settings import dotted, flatten, read_mapping, to_dict
 from mim.interop.account import ADAPTED, LEFT_OUT, LOADED, Account, Entry
-from mim.interop.adapt import adapt_patch_embedding, adapt_positions, square_grid
+from mim.interop.adapt import (
+    adapt_bias_table,
+    adapt_patch_embedding,
+    adapt_positions,
+    square_grid,
+)
 from mim.interop.files import Weights, read_weights
-from mim.interop.layouts import Converted, convert
+from mim.interop.layouts import Converted, Kind, convert
 from mim.model import MaskedImageModel, build_model
 from mim.model.backbones import (
     check_arguments,
@@ -57,6 +64,11 @@ _SIZES = {
 # width -> heads, for the sizes above and DINOv2's giant: weights do not say how they are cut.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 _MAE_DECODER_HEADS = {512: 16}
+_CLASSES: dict[Kind, type[nn.Module]] = {
+    "plain": VisionTransformer,
+    "beit": Beit,
+    "swin": SwinTransformer,
+}
 _PATCH = "backbone.patch_embed.proj.weight"
 _DECODER_PIXELS = ("decoder.head.weight", "decoder.head.bias")
 
@@ -213,7 +225,14 @@ class _Reader:
     def _stated_grid(self) -> tuple[int, int] | None:
         """The grid by what stands beside the weights: a config, or a script's arguments."""
         size = self.own.get("data.image_size") or self.weights.config.get("image_size")
-        return self._grid_of(size or self.weights.arguments.get("input_size"))
+        simmim = self._simmim_data.get("IMG_SIZE")
+        return self._grid_of(size or self.weights.arguments.get("input_size", simmim))
+
+    @property
+    def _simmim_data(self) -> Mapping[str, Any]:
+        """The block of data in SimMIM's own config; empty for other files."""
+        found = self.weights.arguments.get("DATA")
+        return found if isinstance(found, Mapping) else {}
 
     def _wanted_grid(self, given: Mapping[str, Any]) -> tuple[int, int] | None:
         """The grid of the size that the user asks for, which may be that of the file."""
@@ -248,7 +267,8 @@ class _Reader:
         positions = self.state.get("backbone.pos_embed")
         stated = self._stated_grid()
         if positions is None:
-            return stated or (224 // self.patch[0], 224 // self.patch[1]), 0
+            usual = (224 // self.patch[0], 224 // self.patch[1])
+            return stated or self._biased_grid() or usual, 0
         if positions.ndim != 3:
             raise UserError(f"backbone.pos_embed: has {positions.ndim} dimensions instead of 3")
         count = int(positions.shape[1])
@@ -278,6 +298,24 @@ class _Reader:
             "be read"
         )
 
+    def _biased_grid(self) -> tuple[int, int] | None:
+        """The square grid that BEiT's tables, or the masks of Swin's shifted windows, are for."""
+        if self.found.kind == "beit":
+            side = math.isqrt(len(self._table()) - 3)  # three offsets are of the class token
+            return square_grid(((side + 1) // 2) ** 2)
+        for key, value in self.weights.tensors.items():
+            if key.endswith("layers.0.blocks.1.attn_mask"):  # (windows, places, places)
+                return square_grid(value.shape[0] * value.shape[1])
+        return None
+
+    def _table(self, stage: str = "") -> Tensor:
+        """The first table of relative position biases, (offsets, heads)."""
+        place, name = f"backbone.{stage}", "relative_position_bias_table"
+        for key, value in self.state.items():
+            if key.startswith(place) and key.endswith(name):
+                return value
+        raise UserError(f"the file is not whole: it lacks each {place}*.{name}")
+
     # --- the config ---
 
     def config(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +336,21 @@ class _Reader:
         return settings
 
     def _encoder(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        of_kind = {"plain": self._plain, "beit": self._beit, "swin": self._swin}
+        name, args = of_kind[self.found.kind](given)
+        settings: dict[str, Any] = {"model.backbone": name}
+        settings |= {f"model.backbone_args.{key}": value for key, value in args.items()}
+        rows, columns = self.grid
+        sides = (rows * self.patch[0], columns * self.patch[1])
+        settings["data.image_size"] = sides[0] if sides[0] == sides[1] else list(sides)
+        settings["data.channels"] = self.channels
+        if self._has_fixed_positions():
+            settings["model.position_embedding"] = "sincos2d"
+        settings |= self._norm_eps()
+        return settings
+
+    def _plain(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """timm's VisionTransformer that the weights are of, and its arguments."""
         state, depth = self.state, self._depth("backbone")
         block = "backbone.blocks.0"
         hidden = self._size(f"{block}.mlp.fc1.weight", 0)
@@ -313,8 +366,7 @@ class _Reader:
                 )
             base = _meta_model(name)
             if patch_size_of(base) != self.patch:
-                same = self.patch[0] == self.patch[1]
-                args["patch_size"] = self.patch[0] if same else list(self.patch)
+                args["patch_size"] = self._patch_size
             heads = self._heads(given)
             size = {"embed_dim": self.width, "depth": depth, "num_heads": heads}
             had = (base.embed_dim, len(base.blocks), base.blocks[0].attn.num_heads)
@@ -323,8 +375,6 @@ class _Reader:
             if int(base.blocks[0].mlp.fc1.out_features) != hidden or self.width != base.embed_dim:
                 args["mlp_ratio"] = ratio
         else:
-            if name not in list_models():
-                raise choice_error("--backbone", name, list_models("vit_*patch16_224"))
             base = _meta_model(name, self.named_args)
             args |= self.named_args
         has_class = "backbone.cls_token" in state
@@ -354,16 +404,46 @@ class _Reader:
             args["pre_norm"] = True
         if "backbone.norm.weight" not in state and not pooled:
             args["final_norm"] = False
-        settings: dict[str, Any] = {"model.backbone": name}
-        settings |= {f"model.backbone_args.{key}": value for key, value in args.items()}
-        rows, columns = self.grid
-        sides = (rows * self.patch[0], columns * self.patch[1])
-        settings["data.image_size"] = sides[0] if sides[0] == sides[1] else list(sides)
-        settings["data.channels"] = self.channels
-        if self._has_fixed_positions():
-            settings["model.position_embedding"] = "sincos2d"
-        settings |= self._norm_eps()
-        return settings
+        return name, args
+
+    def _beit(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """timm's Beit that the weights are of (BEiT, SimMIM's ViT), and its arguments."""
+        block, table = "backbone.blocks.0", "relative_position_bias_table"
+        name = self.backbone or f"beit_{'large' if self.width == 1024 else 'base'}_patch16_224"
+        _meta_model(name, self.named_args, "beit")
+        return name, {
+            **self.named_args,
+            "patch_size": self._patch_size,
+            "embed_dim": self.width,
+            "depth": len(self.found.blocks[0]),
+            "num_heads": int(self._table().shape[1]),
+            "mlp_ratio": _ratio(self._size(f"{block}.mlp.fc1.weight", 0), self.width),
+            "qkv_bias": f"{block}.attn.q_bias" in self.state,
+            "init_values": 0.1 if f"{block}.gamma_1" in self.state else None,
+            "use_rel_pos_bias": f"{block}.attn.{table}" in self.state,
+            "use_shared_rel_pos_bias": f"backbone.rel_pos_bias.{table}" in self.state,
+            "use_abs_pos_emb": "backbone.pos_embed" in self.state,
+            "global_pool": "avg" if "backbone.fc_norm.weight" in self.state else "token",
+        }
+
+    def _swin(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """timm's SwinTransformer that the weights are of, and its arguments."""
+        size = {96: "tiny", 192: "large"}.get(self.width, "base")
+        name = self.backbone or f"swin_{size}_patch4_window7_224"
+        _meta_model(name, self.named_args, "swin")
+        stages = sorted(self.found.blocks)
+        return name, {
+            **self.named_args,
+            "patch_size": self._patch_size,
+            "embed_dim": self.width,
+            "depths": [len(self.found.blocks[stage]) for stage in stages],
+            "num_heads": [int(self._table(f"layers.{stage}.").shape[1]) for stage in stages],
+            "window_size": (math.isqrt(len(self._table("layers.0."))) + 1) // 2,
+        }
+
+    @property
+    def _patch_size(self) -> int | list[int]:
+        return self.patch[0] if self.patch[0] == self.patch[1] else list(self.patch)
 
     def _depth(self, part: str) -> int:
         pattern = re.compile(rf"{part}\.blocks\.\d+\.norm1\.weight")
@@ -432,7 +512,7 @@ class _Reader:
         activation = beside.get("hidden_act", "gelu")
         if activation != "gelu":
             raise UserError(f"config.json: hidden_act {activation!r} is not timm's gelu")
-        if "regime.mask_token" in self.state:
+        if "regime.mask_token" in self.state or self.found.kind == "swin":
             settings["model.regime.name"] = "token"
         if "decoder.embed.weight" in self.state:
             settings |= self._transformer(given)
@@ -451,7 +531,8 @@ class _Reader:
                 "model.target.name": "pixels",
                 "model.target.loss": "l1",
             }
-        ratio = beside.get("mask_ratio", arguments.get("mask_ratio"))
+        simmim = self._simmim_data.get("MASK_RATIO")
+        ratio = beside.get("mask_ratio", arguments.get("mask_ratio", simmim))
         if isinstance(ratio, float) and 0 < ratio < 1:
             settings["mask.ratio"] = ratio
         settings |= self._normalisation(given)
@@ -505,13 +586,15 @@ def _named_args(config: Mapping[str, Any]) -> dict[str, Any]:
     return check_arguments(args, "model_args")
 
 
-def _meta_model(name: str, args: Mapping[str, Any] | None = None) -> Any:
+def _meta_model(name: str, args: Mapping[str, Any] | None = None, kind: Kind = "plain") -> Any:
     """A timm model on the meta device, to read its sizes."""
+    if name not in list_models():
+        raise choice_error("--backbone", name, list_models("vit_*patch16_224"))
     with torch.device("meta"):
         model = create_model(name, num_classes=0, **(args or {}))
-    if not isinstance(model, VisionTransformer):
-        reason = f"is a {type(model).__name__}; weights go into a timm VisionTransformer (mim "
-        reason += f"evaluate reads {name}@FILE)"
+    if not isinstance(model, _CLASSES[kind]):
+        reason = f"is a {type(model).__name__}; these weights go into a timm "
+        reason += f"{_CLASSES[kind].__name__} (mim evaluate reads {name}@FILE)"
         raise setting_error("model.backbone", name, reason)
     return model
 
@@ -542,10 +625,12 @@ def _fit(
             adapted.
     """
     fitted, notes = dict(state), {}
-    grid, patch = grid_of(model.backbone), patch_size_of(model.backbone)
-    channels = int(own[_PATCH].shape[1])
+    grid = grid_of(model.backbone)
+    channels, *patch = map(int, own[_PATCH].shape[1:])
     if state[_PATCH].shape[0] == own[_PATCH].shape[0]:  # else it is a misfit, below
-        fitted[_PATCH], notes[_PATCH] = adapt_patch_embedding(state[_PATCH], channels, patch)
+        fitted[_PATCH], notes[_PATCH] = adapt_patch_embedding(
+            state[_PATCH], channels, (patch[0], patch[1])
+        )
         changed = notes[_PATCH]
         if changed and any(key in state for key in _DECODER_PIXELS):
             raise UserError(
@@ -562,6 +647,12 @@ def _fit(
         if fitted[key].shape[1] == prefix + reader.grid[0] * reader.grid[1]:
             fitted[key], note = adapt_positions(fitted[key], reader.grid, grid, prefix, key)
             notes[key] = "; ".join(filter(None, [notes.get(key, ""), note]))
+    for key, table in state.items():
+        shape = tuple(own[key].shape) if key in own else ()
+        resizes = key.endswith("relative_position_bias_table") and shape[1:] == table.shape[1:]
+        if resizes and shape != table.shape:
+            part: Any = model.get_submodule(key.rpartition(".")[0])
+            fitted[key], notes[key] = adapt_bias_table(table, part.window_size, shape, key)
     whole = {
         part
         for part in ("decoder.", "regime.", "target.", "teacher.", "mask_network.")
@@ -588,7 +679,8 @@ def _move_prefix_positions(
     key, vit = "backbone.pos_embed", model.backbone
     if key not in fitted or key not in own or not reader.prefix:
         return
-    assert isinstance(vit, VisionTransformer)  # no other kind is imported
+    if not isinstance(vit, VisionTransformer):
+        return  # a Beit has positions for all tokens
     positions = fitted[key]
     positioned = 0 if vit.no_embed_class else vit.num_prefix_tokens
     if positioned == reader.position_prefix or reader.prefix != vit.num_prefix_tokens:

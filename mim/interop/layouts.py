@@ -1,9 +1,9 @@
 """Names: every layout of a ViT's weights that is read or written, as a table to this package's.
 
 Here a model's keys are ``backbone.*`` (timm's own names), ``regime.mask_token`` and ``decoder.*``.
-Sources of the names: facebookresearch/mae ``models_mae.py``, microsoft/SimMIM ``models/simmim.py``,
-facebookresearch/dinov2 ``vision_transformer.py``, facebookresearch/deit, and what Hugging Face
-transformers 4 and 5 write.
+Sources of the names: facebookresearch/mae ``models_mae.py``, microsoft/SimMIM ``models/``,
+facebookresearch/dinov2 ``vision_transformer.py``, facebookresearch/deit, microsoft/unilm ``beit/``,
+and what Hugging Face transformers 4 and 5 write.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,13 @@ from mim.interop.account import some
 
 CLASSIFIER = "classification head: the encoder alone is taken"
 POOLER = "pooling layer behind the encoder"
-INDEX = "index of a table, no weight"
+_COMPUTED = {
+    "num_batches_tracked": "a counter, no weight",
+    "position_ids": "index of a table, no weight",
+    "relative_position_index": "index of a table, no weight",
+    "attn_mask": "mask of shifted windows, no weight",
+}
+"""How keys of buffers end that no model needs -> what they are."""
 
 _ANCHORS = {
     "mim": re.compile(r"backbone\.patch_embed\.proj\.weight"),
@@ -40,11 +47,31 @@ _ENCODER_KEY = re.compile(
     r"cls_token|reg_token|dist_token|pos_embed|patch_embed\.(?:proj|norm)\.(?:weight|bias)"
     rf"|(?:norm|norm_pre|fc_norm)\.(?:weight|bias)|blocks\.\d+\.(?:{_BLOCK})"
 )
-
-
-_RELATIVE = re.compile(
-    r"(?:encoder\.)?(?:rel_pos_bias|blocks\.\d+\.attn)\.relative_position_bias_table"
+_BEIT_KEY = re.compile(
+    rf"{_ENCODER_KEY.pattern}|rel_pos_bias\.relative_position_bias_table"
+    r"|blocks\.\d+\.(?:gamma_[12]|attn\.(?:[qv]_bias|relative_position_bias_table))"
 )
+_SWIN_KEY = re.compile(
+    r"patch_embed\.(?:proj|norm)\.(?:weight|bias)|norm\.(?:weight|bias)"
+    r"|layers\.\d+\.downsample\.(?:norm\.(?:weight|bias)|reduction\.weight)"
+    rf"|layers\.\d+\.blocks\.\d+\.(?:{_BLOCK}|attn\.relative_position_bias_table)"
+)
+Kind = Literal["plain", "beit", "swin"]
+_KEYS: dict[Kind, re.Pattern[str]] = {
+    "plain": _ENCODER_KEY,
+    "beit": _BEIT_KEY,
+    "swin": _SWIN_KEY,
+}
+_TABLE = re.compile(r"(?:encoder\.)?(layers\.)?.*relative_position_bias_table")
+_PLACE = re.compile(r"backbone\.(?:layers\.(\d+)\.)?blocks\.(\d+)\.")
+
+
+def kind_of(keys: Iterable[str]) -> Kind:
+    """Which of timm's classes has weights of these names, by its relative position biases."""
+    for key in keys:
+        if match := _TABLE.fullmatch(key):
+            return "swin" if match[1] else "beit"
+    return "plain"
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,8 @@ class Converted:
     """Whose layout it was, for a reader."""
     style: str
     """Which table was used, one of ``FAMILIES``."""
+    kind: Kind = "plain"
+    """Whose weights they are: of timm's VisionTransformer, Beit or SwinTransformer."""
     pieces: dict[str, Piece] = field(default_factory=dict)
     """target -> piece."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -90,6 +119,14 @@ class Converted:
     def state(self) -> dict[str, Tensor]:
         """target -> tensor."""
         return {target: piece.value for target, piece in self.pieces.items()}
+
+    @property
+    def blocks(self) -> dict[int, set[int]]:
+        """Stage -> numbers of its blocks; a ViT is one stage."""
+        found: dict[int, set[int]] = defaultdict(set)
+        for match in filter(None, map(_PLACE.match, self.pieces)):
+            found[int(match[1] or 0)].add(int(match[2]))
+        return found
 
 
 def style_of(keys: Iterable[str]) -> str:
@@ -124,26 +161,19 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
         style: one of ``FAMILIES``; by default it is seen from the keys.
 
     Raises:
-        UserError: for keys of no known layout, or of more than one, and for a ViT that timm's
-            VisionTransformer cannot express (relative position biases).
+        UserError: for keys of no known layout, or of more than one, and for a file that is not
+            whole.
     """
     if style is not None and style not in FAMILIES:
         raise choice_error("--from", style, FAMILIES)
     seen = style_of(tensors)
     if style is not None and style != seen:
         raise UserError(f"--from: {style!r} is not what the keys say, {seen!r}")
-    biased = [key for key in tensors if _RELATIVE.fullmatch(key)]
-    if biased:
-        raise UserError(
-            f"{some(biased)}: a relative position bias is added to the attention scores, which "
-            "a timm VisionTransformer has no part for; without it the outputs would differ, so "
-            "the file is refused (a ViT with absolute position embeddings can be read)"
-        )
     found = _CONVERTERS[seen](tensors)
     for key in list(found.unread):
-        if key.endswith(("num_batches_tracked", "position_ids", "relative_position_index")):
+        if reason := _COMPUTED.get(key.rpartition(".")[2]):
             found.unread.remove(key)
-            found.left_out[key] = INDEX
+            found.left_out[key] = reason
     if found.unread:
         claims = [claim for style, claim in _CLAIMS.items() if style != seen]
         others = [key for key in found.unread if any(claim.match(key) for claim in claims)]
@@ -159,19 +189,22 @@ def convert(tensors: Mapping[str, Tensor], style: str | None = None) -> Converte
         if not piece.value.dtype.is_floating_point:
             kind = str(piece.value.dtype).removeprefix("torch.")
             raise UserError(f"{some(piece.sources)}: is {kind}; quantised weights are not read")
-    blocks = sorted(
-        {int(key.split(".")[2]) for key in found.pieces if key.startswith("backbone.blocks.")}
-    )
-    if blocks != list(range(len(blocks))) or not blocks:
-        raise UserError(f"the file is not whole: its blocks are {some(map(str, blocks), 6)}")
+    stages = found.blocks
+    if not stages or any(part != {*range(len(part))} for part in ({*stages}, *stages.values())):
+        places = [
+            f"{s}.{n}" if len(stages) > 1 else str(n)
+            for s in sorted(stages)
+            for n in sorted(stages[s])
+        ]
+        raise UserError(f"the file is not whole: its blocks are {some(places, 6)}")
     return found
 
 
 _CLAIMS = {
     "mim": re.compile(r"backbone\."),
     "hf": re.compile(r"(?:[a-z_0-9]+\.)?(?:embeddings|encoder\.layer|layers\.\d+\.attention)\."),
-    "simmim": re.compile(r"encoder\.(?:blocks|patch_embed|cls_token|pos_embed|norm)\b"),
-    "timm": re.compile(rf"(?:{_ENCODER_KEY.pattern})$|decoder_blocks\."),
+    "simmim": re.compile(r"encoder\.(?:blocks|layers|patch_embed|cls_token|pos_embed|norm)\b"),
+    "timm": re.compile(rf"(?:{_BEIT_KEY.pattern}|{_SWIN_KEY.pattern})$|decoder_blocks\."),
 }
 """Key style -> how keys begin that belong to it."""
 
@@ -192,7 +225,7 @@ def _from_mim(tensors: Mapping[str, Tensor]) -> Converted:
     return found
 
 
-# --- timm, facebookresearch/mae, DeiT, DINOv2 -----------------------------------------------------
+# --- timm, facebookresearch/mae, DeiT, DINOv2, BEiT, Swin -----------------------------------------
 
 _MAE_DECODER = {
     "mask_token": "mask_token",
@@ -210,11 +243,16 @@ _MAE_DECODER = {
 def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
     """``prefix`` stands before every encoder key (SimMIM)."""
     has_decoder = "decoder_embed.weight" in tensors
-    is_dinov2 = (
-        not prefix and not has_decoder and bool({"mask_token", "register_tokens"} & {*tensors})
-    )
-    found = Converted(_timm_family(tensors, has_decoder, is_dinov2), "timm")
+    kind = kind_of(tensors)
+    is_plain, own_key = kind == "plain", _KEYS[kind]
+    is_dinov2 = is_plain and not prefix and not has_decoder
+    is_dinov2 &= bool({"mask_token", "register_tokens"} & {*tensors})
+    family = _timm_family(tensors, has_decoder, is_dinov2)
+    family = {"beit": "BEiT", "swin": "Swin"}.get(kind, family)
+    found = Converted(family, "timm", kind)
     registers = "register_tokens" in tensors
+    # Microsoft's Swin merges patches at the end of a stage, timm's at the beginning of the next.
+    merges_last = f"{prefix}layers.0.downsample.reduction.weight" in tensors
     biases: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     for full, value in tensors.items():
         if prefix and not full.startswith(prefix):
@@ -222,25 +260,29 @@ def _from_timm(tensors: Mapping[str, Tensor], prefix: str = "") -> Converted:
         key = full[len(prefix) :]
         # DINOv2's training files number the chunk of blocks, then the block.
         key = re.sub(r"^blocks\.\d+\.(\d+)\.(?=norm|attn|ls|mlp)", r"blocks.\1.", key)
-        key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-        if match := re.fullmatch(r"(blocks\.\d+)\.attn\.([qv])_bias", key):
+        if is_plain:
+            key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
+        if merges_last and (match := re.fullmatch(r"layers\.(\d+)\.(downsample\..*)", key)):
+            key = f"layers.{int(match[1]) + 1}.{match[2]}"
+        match = re.fullmatch(r"(blocks\.\d+)\.attn\.([qv])_bias", key)
+        if match and is_plain:
             biases[match[1]][match[2]] = (full, value)
         elif key == "register_tokens":
             found.add("backbone.reg_token", full, value)
         elif registers and key == "pos_embed":
             continue  # below
-        elif _ENCODER_KEY.fullmatch(key):
+        elif own_key.fullmatch(key):
             found.add(f"backbone.{key}", full, value)
         elif has_decoder and key in _MAE_DECODER:
             found.add(f"decoder.{_MAE_DECODER[key]}", full, value)
         elif has_decoder and re.fullmatch(rf"decoder_blocks\.\d+\.(?:{_BLOCK})", key):
             found.add(f"decoder.{key.removeprefix('decoder_')}", full, value)
-        elif key == "mask_token" and prefix:
+        elif key == "mask_token" and (prefix or not is_plain):
             found.add("regime.mask_token", full, value)
         elif key == "mask_token":
             found.left_out[full] = "mask token of DINOv2's own loss"
-        elif re.match(r"(?:head|head_dist|fc|pre_logits)\.", key):
+        elif re.match(r"(?:head|head_dist|lm_head|fc|pre_logits)\.", key):
             found.left_out[full] = CLASSIFIER
         elif key.startswith("attn_pool."):
             found.left_out[full] = POOLER
@@ -304,7 +346,8 @@ def _shuffled_head(found: Converted, key: str, value: Tensor) -> None:
     piece = found.pieces.get("backbone.patch_embed.proj.weight")
     assert piece is not None  # the anchor of both layouts that come here
     channels, height, width = piece.value.shape[1:]
-    count = value.shape[0]
+    merged = 2 ** (len(found.blocks) - 1)  # patches that a latent of a Swin stands for, each way
+    height, width, count = height * merged, width * merged, value.shape[0]
     if height != width or count != channels * height * width:
         raise UserError(
             f"{key}: predicts {count} values for each patch, and a patch of {height} x {width} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -18,11 +19,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
 
 import mim.evaluate.finetune
 from mim.compare.runner import SERVER_MODULES
 from mim.core.config import Config, DataConfig, ModelConfig
 from mim.core.errors import UserError
+from mim.core.recipes import evaluations_of, recipe_file
+from mim.core.settings import read_mapping
 from mim.core.signals import Interrupted
 from mim.data import Subset, open_source
 from mim.evaluate import (
@@ -36,7 +40,7 @@ from mim.evaluate import (
 )
 from mim.evaluate.drop_path import KeyedDropPath
 from mim.evaluate.finetune import build_classifier, fit
-from mim.evaluate.training import accuracies, global_batch
+from mim.evaluate.training import ClassificationTask, accuracies, global_batch
 
 ARGS = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DATA = DataConfig(source="digits", image_size=8, channels=1, batch_size=64, flip=False)
@@ -323,3 +327,52 @@ def test_two_processes_are_one(
     state, twice = (load_file(run / "finetune.safetensors") for run in (one, two))
     for name, value in state.items():
         assert twice[name].numpy() == pytest.approx(value.numpy(), abs=1e-5), name
+
+
+def rates(recipe: str, name: str = "finetune") -> tuple[Any, list[float]]:
+    """The settings of a recipe's evaluation, and its rate in each of four steps an epoch."""
+    given = evaluations_of(read_mapping(recipe_file(recipe)))[name]
+    settings: Any = build_evaluation(name, given).settings
+    steps = 4 * settings.epochs
+    task: Any = SimpleNamespace(
+        settings=settings, batch_size=settings.batch_size, per_epoch=4, steps=steps
+    )
+    base_lr = settings.base_lr if name == "finetune" else settings.base_lr[0]
+    schedule = ClassificationTask.schedule(task, base_lr)
+    return settings, [schedule(step) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "name, epochs, warmup, peak, least",
+    [("finetune", 100, 5, 5e-4 * 4, 1e-6), ("linear_mae", 90, 10, 0.1 * 64, 0.0)],
+)
+def test_mae_s_rates_start_at_0(
+    name: str, epochs: int, warmup: int, peak: float, least: float
+) -> None:
+    """By its formula, from the fraction of an epoch that has passed."""
+    _, found = rates("mae-vit-b", name)
+    for step, rate in enumerate(found):
+        epoch = step / 4
+        cosine = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+        expected = peak * epoch / warmup if epoch < warmup else least + (peak - least) * cosine
+        assert rate == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("recipe", ["simmim-vit-b", "simmim-swin-b"])
+def test_simmim_s_rates_are_timm_s(recipe: str) -> None:
+    """1.25e-3 from and to 2.5e-7 for 512 images, the cosine from the first step on."""
+    settings, found = rates(recipe)
+    scale = settings.batch_size / 512
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.25e-3 * scale)
+    timm = CosineLRScheduler(
+        optimizer,
+        t_initial=400,
+        lr_min=2.5e-7 * scale,
+        warmup_t=80,
+        warmup_lr_init=2.5e-7 * scale,
+        t_in_epochs=False,
+    )
+    assert len(found) == 400
+    for step, rate in enumerate(found):
+        timm.step_update(step)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-15)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.core.config import TargetConfig
+from mim.core.errors import setting_error
 from mim.core.patches import Images, values_at
 from mim.core.registry import Registry
 from mim.core.rng import seed_of
@@ -130,6 +131,23 @@ class Target(WithTerms, nn.Module, ABC):
         else:
             each = F.mse_loss(prediction, target, reduction="none")
         return each.mean(dim=-1)
+
+
+class Classes(Target):
+    """A target of classes for each patch, whose prediction is their logits."""
+
+    own_loss = "cross_entropy"
+
+    def __init__(self, settings: Any, context: TargetContext) -> None:
+        super().__init__(settings, context)
+        if context.loss != "auto":
+            reason = f"must be auto with model.target.name={self.name}: that is cross-entropy"
+            raise setting_error("model.target.loss", context.loss, reason)
+
+    def log_shares(self, prediction: Tensor, temperature: float = 1.0) -> Tensor:
+        """Compute the logarithm of the softmax of logits (..., K), at least float32."""
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        return (prediction / temperature).log_softmax(dim=-1)
 
 
 TARGETS: Registry[type[Target]] = Registry(

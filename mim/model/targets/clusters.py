@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from mim.core.errors import setting_error
 from mim.core.fields import Count, Positive, Settings
 from mim.core.patches import Images
 from mim.core.rng import seed_of
 from mim.masks import PatchMask
-from mim.model.targets.base import TARGETS, Target, TargetContext
+from mim.model.targets.base import TARGETS, Classes, TargetContext
 from mim.model.teacher import Teacher
 from mim.model.terms import Forward
 
@@ -90,7 +89,7 @@ class ClustersSettings(Settings):
 
 
 @TARGETS.register("clusters", ClustersSettings)
-class Clusters(Target):
+class Clusters(Classes):
     """Assignments of the teacher's patches to clusters (CAPI, arXiv:2502.08769).
 
     The teacher's tokens after the final norm are brought to length 1; a linear map gives logits,
@@ -113,14 +112,10 @@ class Clusters(Target):
 
     needs_teacher = True
     reads_batch = True
-    own_loss = "cross_entropy"
     settings: ClustersSettings
 
     def __init__(self, settings: ClustersSettings, context: TargetContext) -> None:
         super().__init__(settings, context)
-        if context.loss != "auto":
-            reason = "must be auto with model.target.name=clusters: that is cross-entropy"
-            raise setting_error("model.target.loss", context.loss, reason)
         self.dim = settings.clusters
         self.layer = nn.Linear(context.width, self.dim)
         nn.init.normal_(self.layer.weight)
@@ -168,8 +163,7 @@ class Clusters(Target):
         mask: PatchMask | None = None,
     ) -> Tensor:
         """Compute the cross-entropy (...) of logits and assignments (..., K), at least float32."""
-        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        log_shares = (prediction / self.settings.temperature).log_softmax(dim=-1)
+        log_shares = self.log_shares(prediction, self.settings.temperature)
         return -(target.to(log_shares.dtype) * log_shares).sum(dim=-1)
 
     def terms(self, forward: Forward) -> dict[str, Tensor]:

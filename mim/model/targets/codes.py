@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim.core.errors import setting_error
 from mim.core.patches import Images, patchify
 from mim.masks import PatchMask
-from mim.model.targets.base import TARGETS, Target, TargetContext, principal_colours
+from mim.model.targets.base import TARGETS, Classes, TargetContext, principal_colours
 from mim.model.targets.features import FeaturesSettings, FrozenFeatures
 from mim.model.targets.pixels import normalized
 from mim.model.teacher import Teacher
@@ -56,7 +55,7 @@ def _codebook(settings: CodesSettings, width: int) -> Tensor:
 
 
 @TARGETS.register("codes", CodesSettings)
-class Codes(Target):
+class Codes(Classes):
     """Which entry of a frozen codebook is nearest to a patch (BEiT's form, arXiv:2106.08254).
 
     The prediction is a logit for each entry, and the loss is the cross-entropy. The target itself
@@ -65,15 +64,11 @@ class Codes(Target):
     model's features.
     """
 
-    own_loss = "cross_entropy"
     settings: CodesSettings
     _entries: Tensor
 
     def __init__(self, settings: CodesSettings, context: TargetContext) -> None:
         super().__init__(settings, context)
-        if context.loss != "auto":
-            reason = "must be auto with model.target.name=codes: that is cross-entropy"
-            raise setting_error("model.target.loss", context.loss, reason)
         width = context.channels * context.patch_size[0] * context.patch_size[1]
         self._features: FrozenFeatures | None = None
         if settings.of == "features":
@@ -106,9 +101,7 @@ class Codes(Target):
         mask: PatchMask | None = None,
     ) -> Tensor:
         """Compute the cross-entropy (...) of logits (..., K) and numbers (..., 1)."""
-        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        log_shares = prediction.log_softmax(dim=-1)
-        return -log_shares.gather(-1, target).squeeze(-1)
+        return -self.log_shares(prediction).gather(-1, target).squeeze(-1)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, target: Tensor | None = None) -> Tensor:
         """Show the most likely entry: its pixels, or, of features, a colour of its own."""
