@@ -276,7 +276,7 @@ def test_an_8_bit_run_takes_what_16_bits_mean_from_the_images(
 ) -> None:
     """The same photographs as 16-bit numbers below 256: the largest of their type is not white."""
     run = adapted[0]
-    for number, file in enumerate(sorted((place / "photos" / "val").rglob("*.*"))[:6]):
+    for number, file in enumerate(sorted((place / "photos" / "val").rglob("*.*"))[::20]):
         pixels = np.asarray(Image.open(file).convert("RGB"))
         for name, values in (("bytes", pixels), ("deep", pixels.astype(np.uint16))):
             (tmp_path / name).mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from mim.core.files import write_atomic
 from mim.data.places.fetch import cache_folder
 from mim.data.places.places import Place
 from mim.data.places.remote import RemoteFile
+
+# NumPy parses the header of an array, and the parser of Python up to 3.12 now and then fails where
+# threads use it at once: "AST constructor recursion depth mismatch" (python/cpython#106905).
+_parsing = threading.Lock()
 
 
 def shown(place: Place) -> str:
@@ -54,7 +59,7 @@ def recall(place: Place, what: str) -> dict[str, Any] | None:
     path = _path(place, what)
     if path is None or not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
+    with _parsing, np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
