@@ -365,8 +365,9 @@ def inspect(
     digests: dict[str, list[str]] = {}
     found: dict[Split, Inspection] = {}
     for split in splits:
-        flat = [replace(data, source="flat")] if data.source == "imagefolder" else []
-        for tried in (data, *flat):  # a folder holds images, whatever is wrong with its classes
+        flat = {"imagefolder": "flat", "shards": "flat_shards"}.get(data.source)
+        # There are images, whatever is wrong with their classes.
+        for tried in (data, replace(data, source=flat)) if flat else (data,):
             try:
                 found[split] = inspect_split(tried, split, images, digests)
                 break

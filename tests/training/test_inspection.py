@@ -168,6 +168,25 @@ def test_all_faults_are_told_at_once(
     assert any("a/00.png" in " ".join(names) for names in tree["duplicates"])
 
 
+def test_a_shard_with_wrong_labels_is_looked_at_all_the_same(
+    tiny: Callable[..., Path], mim: Callable[..., Any], tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for number in range(20):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (SIZE, SIZE), np.uint8)).save(file, "PNG")
+            labelled = {f"{number}.cls": b"1"} if number else {"bad.png": b"no image"}
+            for name, data in {f"{number}.png": file.getvalue(), **labelled}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    found = mim("data", "inspect", str(tmp_path), "--config", tiny({"data.source": "auto"}))
+    assert found.code == 0, found.err
+    assert "bad.png: the file holds no image" in found.out
+    last = found.out.strip().splitlines()[-1]
+    assert last.startswith("mim pretrain would not run: ") and "2 images without .cls" in last
+
+
 def test_few_levels_and_cut_values_are_warned_of(
     tiny: Callable[..., Path], mim: Callable[..., Any], tmp_path: Path
 ) -> None:
