@@ -135,18 +135,15 @@ def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[s
         known = evaluations_of(read_mapping(recipe_file(options.recipe)))
         given = {name: known[name] or {} for name in names if name in known}
     if options.settings:
-        import yaml
-
-        from mim.core.files import decode_text, parse_yaml
+        from mim.core.files import load_yaml
 
         path = options.settings
         if not Path(path).is_file():
             raise UserError(f"--settings: {path!r} is not a file")
         try:
-            loaded = parse_yaml(decode_text(Path(path).read_bytes()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--settings: {path!r} cannot be read: {reason}") from error
+            loaded = load_yaml(path)
+        except ValueError as error:
+            raise UserError(f"--settings: {path!r} cannot be read: {error}") from error
         if not isinstance(loaded, dict) or not all(isinstance(v, dict) for v in loaded.values()):
             raise UserError(f"--settings: {path!r} does not map evaluations to their settings")
         given |= {name: {**given.get(name, {}), **own} for name, own in loaded.items()}

@@ -146,6 +146,18 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def load_yaml(path: str | Path) -> Any:
+    """Read a YAML file as :func:`decode_text` and :func:`parse_yaml` do.
+
+    Raises:
+        ValueError: with the reason in one line, if it cannot be read.
+    """
+    try:
+        return parse_yaml(decode_text(Path(path).read_bytes()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as plain values: no objects, and no more of them than a file of settings has.
 

@@ -17,12 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-import yaml
-
 from mim import moved
 from mim.core.errors import UserError
 from mim.core.fields import build, came_later, fit, hints
-from mim.core.files import decode_text, dump_yaml, parse_yaml
+from mim.core.files import dump_yaml, load_yaml
 from mim.core.plugins import beside, check_trust, import_plugin
 from mim.core.recipes import part_for, recipe_file
 
@@ -38,9 +36,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"config: {str(path)!r} is not a file")
     try:
-        loaded = parse_yaml(decode_text(Path(path).read_bytes()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from error
+        loaded = load_yaml(path)
+    except ValueError as error:
+        raise UserError(f"config: {path} cannot be read: {error}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"config: {path} holds no mapping of settings")
     return loaded

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from mim.core.config import DataConfig
 from mim.core.device import to_device
 from mim.core.errors import choice_error, setting_error
 from mim.core.fields import Count, Natural
-from mim.core.files import decode_text, parse_yaml
+from mim.core.files import load_yaml
 from mim.core.progress import RunProgress
 from mim.data import (
     ClassFolders,
@@ -204,10 +203,9 @@ def read_baseline(
         raise setting_error(setting, given, "is not alexnet, a run folder or a file")
     else:
         try:
-            errors = parse_yaml(decode_text(Path(given).read_bytes()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = f"cannot be read: {' '.join(str(error).split())}"
-            raise setting_error(setting, given, reason) from error
+            errors = load_yaml(given)
+        except ValueError as error:
+            raise setting_error(setting, given, f"cannot be read: {error}") from error
         if not isinstance(errors, dict):
             raise setting_error(setting, given, "does not map corruptions to their mean errors")
     for name in corruptions:

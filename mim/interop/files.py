@@ -95,10 +95,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unsafe_names(path: Path) -> list[str]:
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals(_PLAIN):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # an old or broken file; the refusal stands without the names
         return []
-    return [name for name in found if name not in ("argparse.Namespace", "yacs.config.CfgNode")]
 
 
 def _read_torch(path: Path) -> Any:

@@ -88,14 +88,9 @@ def choose(
 _KEYS = (
     *("model.backbone", "model.backbone_args.patch_size", "model.position_embedding"),
     *("model.decoder.transformer.width", "model.decoder.transformer.depth"),
-    *(
-        "model.decoder.transformer.heads",
-        "data.source",
-        "data.channels",
-        "data.image_size",
-        "data.batch_size",
-    ),
-    *("data.workers", "optim.base_lr", "optim.warmup_epochs", "train.epochs", "train.precision"),
+    *("model.decoder.transformer.heads", "data.source", "data.channels", "data.image_size"),
+    *("data.batch_size", "data.workers", "optim.base_lr", "optim.warmup_epochs"),
+    *("train.epochs", "train.precision"),
 )
 """What may be chosen."""
 

@@ -94,7 +94,7 @@ def test_simmim_s_swin(store: Store, images: Tensor) -> None:
 def test_its_own_config_is_read_and_not_run(store: Store, monkeypatch: Any) -> None:
     """SimMIM's checkpoints hold a node of yacs, a mapping."""
 
-    class CfgNode(dict):  # type: ignore[type-arg]
+    class CfgNode(dict[str, Any]):
         """As yacs's: a mapping with attributes."""
 
         def __init__(self, values: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_its_own_config_is_read_and_not_run(store: Store, monkeypatch: Any) -> N
             self.__dict__["__immutable__"] = True
 
     module = types.ModuleType("yacs.config")
-    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "CfgNode", CfgNode, raising=False)
     CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
     monkeypatch.setitem(sys.modules, "yacs.config", module)

@@ -415,13 +415,11 @@ def _outline(given: Any, image: dict[str, Any], where: str) -> Any:
             for part in given
         )
     else:
-        size, counts = (
-            (given.get(k) for k in ("size", "counts")) if isinstance(given, dict) else (0, 0)
-        )
-        pixels = image["height"] * image["width"]
-        is_sound = size == [image["height"], image["width"]] and isinstance(counts, (str, list))
+        runs = given if isinstance(given, dict) else {}
+        size, counts = [image["height"], image["width"]], runs.get("counts")
+        is_sound = runs.get("size") == size and isinstance(counts, (str, list))
         if isinstance(counts, list):
-            is_sound = is_sound and all(map(_is_number, counts)) and sum(counts) == pixels
+            is_sound &= all(map(_is_number, counts)) and sum(counts) == math.prod(size)
     if not is_sound:
         reason = "is neither polygons of 3 points or more nor run lengths of the image"
         raise UserError(f"{_SETTING}.path: {where}: the segmentation {str(given)[:60]} {reason}")

@@ -83,7 +83,6 @@ def mask_of(path: Path) -> np.ndarray[Any, Any]:
 
 
 def test_segmentation_reads_all_bits_and_so_does_prediction(
-    config: Config,
     encoder: Encoder,
     new_run: Callable[[str], Path],
     deep_scenes: Path,
@@ -119,7 +118,6 @@ def test_segmentation_reads_all_bits_and_so_does_prediction(
 
 
 def test_detection_sees_what_8_bits_show(
-    config: Config,
     encoder: Encoder,
     new_run: Callable[[str], Path],
     squares: Path,
@@ -163,13 +161,11 @@ def test_detection_sees_what_8_bits_show(
     assert {box["file"] for box in json.loads(boxes.read_text())} <= {f"{n}.npy" for n in range(6)}
 
 
-def test_a_mask_of_numbers_with_a_point_is_refused(
-    deep_scenes: Path, kind: str, encoder: Encoder
-) -> None:
-    if kind == "sixteen bits":
-        pytest.skip("its masks are pictures")
+@pytest.mark.parametrize("kind", ["four channels"])  # whose masks are arrays
+def test_a_mask_of_numbers_with_a_point_is_refused(deep_scenes: Path, encoder: Encoder) -> None:
     mask = deep_scenes / "masks/train/0.npy"
     np.save(mask, np.load(mask).astype(np.float32))
     evaluation = build_evaluation("segment", {**SEGMENT, "path": str(deep_scenes)})
+    assert isinstance(evaluation, Segment)
     with pytest.raises(UserError, match=r"0\.npy has 1 channels of float32; a mask holds one"):
-        evaluation.run(encoder)  # type: ignore[call-arg]
+        evaluation.run(encoder)
