@@ -56,7 +56,6 @@ from mim.training.pictures import fixed_masks, read_images
 from mim.training.results import UNFINISHED, read_result, update_result
 from mim.training.runtime.cost import count_flops, environment, resident_bytes
 from mim.training.runtime.machine import (
-    check_processes,
     deterministic,
     memory,
     pick_device,
@@ -305,8 +304,9 @@ def _accelerator(config: Config) -> Accelerator:
     seconds = config.train.timeout
     try:
         with gathering("train.timeout", seconds):
-            accelerator = Accelerator(
-                cpu=wanted != "auto" and device.type == "cpu",
+            return Accelerator(
+                # By itself Accelerate makes each process of torchrun without a GPU a run alone.
+                cpu=device.type == "cpu" and (wanted != "auto" or "WORLD_SIZE" in os.environ),
                 mixed_precision=_PRECISION[config.train.precision],
                 log_with=tracker_names(config) or None,
                 project_config=ProjectConfiguration(
@@ -314,8 +314,6 @@ def _accelerator(config: Config) -> Accelerator:
                 ),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
             )
-            check_processes(accelerator.num_processes)
-            return accelerator
     except ValueError as error:
         raise refused_precision(config.train.precision, error) from error
 
@@ -380,6 +378,8 @@ def _origin(run: Path) -> dict[str, Any]:
 def _begins(task: PretrainTask) -> str:
     """Says what a run begins with, in a line."""
     config, images, device = task.config, task.images, task.accelerator.device
+    count = task.accelerator.num_processes
+    where = f"{count} processes ({device.type})" if count > 1 else f"{device}"
     whole, encoder = (
         sum(p.numel() for p in part.parameters()) / 1e6
         for part in (task.model, task.model.backbone)
@@ -389,7 +389,7 @@ def _begins(task: PretrainTask) -> str:
         f"{config.output}: {config.model.backbone}, {encoder:.1f} M weights, and "
         f"{whole - encoder:.1f} M beside the encoder; {len(images.train):,} images to "
         f"train on, {len(images.val):,} held out, {unreadable} unreadable; "
-        f"{images.steps:,} steps of {config.data.batch_size} images on {device}"
+        f"{images.steps:,} steps of {config.data.batch_size} images on {where}"
     )
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from mim.core.errors import UserError
 from mim.interop import files
-from mim.training.runtime.machine import check_processes
 
 
 @pytest.mark.parametrize(
@@ -38,13 +37,6 @@ def test_a_config_is_not_taken_for_a_folder(
 ) -> None:
     outcome = mim("pretrain", tiny())
     assert outcome.code == 2 and "a config file is given by --config" in outcome.line
-
-
-def test_processes_that_do_not_find_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check_processes(2)
-    with pytest.raises(UserError, match=r"--multi_gpu.*accelerate launch --cpu"):
-        check_processes(1)
 
 
 def test_a_name_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

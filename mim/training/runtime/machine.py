@@ -54,21 +54,6 @@ def settle(device: torch.device | str) -> torch.device:
     return device
 
 
-def check_processes(started: int) -> None:
-    """Checks that the processes of a launcher found each other.
-
-    Raises:
-        UserError: if each of them would work alone, on the same files.
-    """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != wanted:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise UserError(
-            f"{wanted} processes were launched for GPUs (--multi_gpu), and torch sees {gpus} here: "
-            "on a CPU launch them by accelerate launch --cpu --num_processes N"
-        )
-
-
 def refused_precision(precision: str, error: Exception) -> UserError:
     """Builds the error for a precision that Accelerate refuses on this device."""
     reason = " ".join(str(error).split())[:160]
