@@ -240,5 +240,5 @@ def _seconds(configs: Mapping[str, Config]) -> dict[str, float]:
     if not configs:
         return {}
     base = next(iter(configs.values()))
-    rows = bench_step(base, [], variants=configs, products=False)["regimes"]
+    rows = bench_step(base, [], variants=configs)["regimes"]
     return {key: float(rows[key]["seconds_per_step"]) for key in configs}
