@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mim.core.errors import UserError
-from mim.core.files import write_atomic
+from mim.core.files import write_arrays
 from mim.data.places.fetch import cache_folder
 from mim.data.places.places import Place
 from mim.data.places.remote import RemoteFile
@@ -67,14 +67,4 @@ def keep(place: Place, what: str, arrays: dict[str, Any]) -> None:
     """Store arrays for later runs; :func:`recall` reads them."""
     path = _path(place, what)
     if path is not None:
-        write_arrays(path, arrays)
-
-
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays as ``.npz``, atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
+        write_arrays(path, arrays, compress=False)
