@@ -311,6 +311,14 @@ class EncodedSource(ImageSource):
 class View(ImageSource):
     """Images of other sources under positions of its own."""
 
+    def _take(self, source: ImageSource) -> None:
+        """What holds for all images of a source."""
+        self.source = source
+        self.name, self.classes = source.name, source.classes
+        self.mean, self.std = source.mean, source.std
+        self.ledger, self.measured = source.ledger, source.measured
+        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
+
     @abstractmethod
     def _find(self, index: int) -> tuple[ImageSource, int]:
         """The source of the image at a position, and its position there."""
@@ -348,15 +356,10 @@ class Subset(View):
     """The images of a source at ``indices`` (m,), in their order."""
 
     def __init__(self, source: ImageSource, indices: Tensor | Sequence[int]) -> None:
-        self.source = source
+        self._take(source)
         self.indices = torch.as_tensor(indices).long()
-        self.name = source.name
-        self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.sample_ids = source.sample_ids[self.indices]
-        self.mean, self.std = source.mean, source.std
-        self.ledger, self.measured = source.ledger, source.measured
-        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed
