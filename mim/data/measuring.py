@@ -6,9 +6,6 @@ set's fingerprint, and written into the config of a run.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -18,12 +15,11 @@ import torch
 from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
-from mim.core.errors import UserError, setting_error
-from mim.core.files import write_json_atomic
+from mim.core.errors import setting_error
 from mim.data.images.decode import UnreadableImage
 from mim.data.images.deep import finite
 from mim.data.images.transforms import eval_transform
-from mim.data.places.fetch import cache_folder, cache_place
+from mim.data.places.kept import found_once
 from mim.data.sources.base import IMAGENET, ImageSource, spread_indices
 from mim.data.sources.reading import read_images
 
@@ -84,18 +80,7 @@ def _kept(
     read = ("image_size", "channels", "pages", "nonfinite", "range", "resize", "max_pixels")
     parts = [_FORMAT, what, source.fingerprint(), str(config.measured.range)]
     parts += [str(getattr(config, name)) for name in read]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    place = cache_place("measured") / f"{key}.json"
-    try:
-        kept: T = json.loads(place.read_text(encoding="utf-8"))
-        return kept
-    except (OSError, ValueError):
-        found = find(source)
-    try:
-        write_json_atomic(cache_folder("measured") / place.name, found)
-    except (OSError, UserError):  # no room for a cache: it is found again next time
-        logging.getLogger("mim").warning("%s: cannot be kept for later runs", place)
-    return found
+    return found_once(parts, lambda: find(source))
 
 
 def value_range(source: ImageSource, nonfinite: float | None = None) -> list[float] | None:

@@ -16,12 +16,9 @@ all its images; ``open_source`` then holds some of them out.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -33,13 +30,12 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import write_json_atomic
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
 from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
 from mim.data.images.deep import Depth, Pixels, depth_of
 from mim.data.images.transforms import Picture
-from mim.data.places.fetch import cache_folder, cache_place
+from mim.data.places.kept import found_once
 from mim.data.unreadable import Fault, Ledger
 
 Split: TypeAlias = Literal["train", "val"]
@@ -270,27 +266,17 @@ class EncodedSource(ImageSource):
         chosen = torch.tensor(spread_indices(len(self), _SAMPLED))
         if self.groups is not None:  # stored together: one read, not many
             chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
-        kept = self._kept_look(chosen, depth) if self._streams else None
-        if kept is not None and kept.is_file():
-            return kept.read_text(encoding="utf-8").strip() == "true"
-        self.ahead(chosen)
-        found = [self._bits(index) for index in chosen.tolist()]
-        # An image that could not be read now may be read next time.
-        if kept is not None and (any(found) or None not in found):
-            try:
-                write_json_atomic(cache_folder("measured") / kept.name, any(found))
-            except (OSError, UserError):  # no room for a cache
-                logging.getLogger("mim").warning("%s: cannot be kept for later runs", kept)
-        return any(found)
 
-    def _kept_look(self, chosen: Tensor, depth: Depth) -> Path | None:
-        """Where it is kept; None if nothing tells one version of the files from the next."""
-        stamps = [self.stamp(index) for index in chosen.tolist()]
+        def look() -> list[bool | None]:
+            self.ahead(chosen)
+            return [self._bits(index) for index in chosen.tolist()]
+
+        stamps = [self.stamp(index) for index in chosen.tolist()] if self._streams else [""]
         if any(stamp.startswith(("/", "None/")) or not stamp for stamp in stamps):
-            return None
-        told = json.dumps([*stamps, str(replace(depth, range=None)), self._max_pixels])
-        digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-        return cache_place("measured") / f"{digest}.json"
+            return any(look())  # nothing tells one version of the files from the next
+        parts = [*stamps, str(replace(depth, range=None)), self._max_pixels]
+        # An image that could not be read now may be read next time.
+        return any(found_once(parts, look, lambda found: any(found) or None not in found))
 
     def _bits(self, index: int) -> bool | None:
         """Whether an image has more than 8 bits; None for an unreadable one."""

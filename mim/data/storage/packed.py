@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -427,8 +426,3 @@ class PackedSet(Packed):
     def stamp(self, index: int) -> str:
         row = self.rows[index]
         return f"{self._digests[row['part']]}/{row['offset']}/{row['bytes']}"
-
-
-def default_workers() -> int:
-    """One process for each core."""
-    return os.cpu_count() or 1
