@@ -88,7 +88,7 @@ def equal_budget(
     first = {key: next(iter(runs.values())).config for key, runs in groups.items()}
     path = Path(config.output) / FILE
     costs = _costs(first, config.budget, _read(path, config.budget))
-    epoch = steps_of_epochs(first.values())
+    epoch = steps_of_epochs()
     lengths: dict[str, Length] = {}
     for key, own in first.items():
         reference = first[_reference(key, config)]
@@ -159,7 +159,7 @@ def _longer(value: float, times: float) -> float:
     return max(1, round(value * times)) if isinstance(value, int) else value * times
 
 
-def steps_of_epochs(configs: Any) -> Callable[[Config], int]:
+def steps_of_epochs() -> Callable[[Config], int]:
     """A function from a config to its steps in an epoch; each set of images is opened once."""
     known: dict[str, int] = {}
 
@@ -169,8 +169,6 @@ def steps_of_epochs(configs: Any) -> Callable[[Config], int]:
             known[key] = steps_per_epoch(open_source(config.data, "train"), config.data)
         return known[key]
 
-    for config in configs:
-        of(config)
     return of
 
 

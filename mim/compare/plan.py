@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mim.compare.halving import VAL_LOSS, TuneRule, tune_rule
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import Settings
 from mim.core.fingerprints import check_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
@@ -32,7 +33,7 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """A comparison: a base config, the axes that vary, and the evaluations."""
 
     output: str = "runs/compare"
@@ -78,6 +79,7 @@ class CompareConfig:
     """What all runs share."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.seeds:
             self._check_seeds()
         if self.primary and self.primary.partition(".")[0] not in self.evaluations:
@@ -100,8 +102,6 @@ class CompareConfig:
                 self._check_key(setting, key)
                 if key in self.axes:
                     raise setting_error(setting, key, "is an axis already")
-        if self.budget not in get_args(Budget):
-            raise choice_error("budget", self.budget, get_args(Budget))
         if self.tune:
             self._check_tune()
 

@@ -438,7 +438,7 @@ def _run_all(
     failed = []
     stopped: list[tuple[Planned, int | None]] = []
     work = functools.partial(run_noted, evaluations=evaluations)
-    jobs: LocalJobs[Planned] | SubmittedJobs[Planned]
+    jobs: LocalJobs | SubmittedJobs
     if launch.launcher == "submitit":
         jobs = SubmittedJobs(work, output, launch.slurm)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.public import public
-from mim.evaluate import encoders
+from mim.evaluate.encoders import normalisation
 from mim.interop.card import card_text, library_line, public_config
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
@@ -164,7 +164,7 @@ def _timm_folder(job: _Job) -> str:
     args = {"img_size": list(data.size), "in_chans": data.channels, **model.backbone_args}
     if isinstance(vit, VisionTransformer) and "global_pool" not in args:
         args |= {"global_pool": "avg", "fc_norm": False}
-    mean, std = normalisation(job.config)
+    mean, std = normalisation(job.config.data)
     described = {
         "architecture": model.backbone,
         "num_classes": 0,
@@ -287,7 +287,7 @@ def _hf(job: _Job) -> str:
             "norm_pix_loss": config.model.target.name == "normalized_pixels",
         }
     state = to_hf(job.mae_state() if has_decoder else job.encoder(), model=has_decoder)
-    mean, std = normalisation(config)
+    mean, std = normalisation(config.data)
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -313,15 +313,10 @@ def _hf(job: _Job) -> str:
     )
 
 
-def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """:func:`mim.evaluate.encoders.normalisation` of a run's config."""
-    return encoders.normalisation(config.data)
-
-
 def _with_normalisation(config: Config) -> Config:
     """The config with the source's own statistics filled in, where its images are still there."""
     try:
-        mean, std = normalisation(config)
+        mean, std = normalisation(config.data)
     except UserError:
         return config
     return replace(config, data=replace(config.data, mean=mean, std=std))
