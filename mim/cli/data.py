@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -42,9 +43,7 @@ def _config_of(folder: str | None, words: list[str]) -> tuple[Config, str]:
     from mim.core.config import Config
     from mim.training.settings import checked, read_args
 
-    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        return complete(folder, files, settings)
-
+    fill = functools.partial(complete, folder)
     try:
         return checked(read_args(Config, words, complete=fill)), ""
     except UserError as error:
