@@ -211,10 +211,8 @@ def _deep_png(data: bytes) -> Values:
 
 def read_tiff(data: bytes, max_pixels: int, depth: Depth) -> Pixels:
     """A TIFF that PIL cannot read, or would cut down to 8 bits."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ValueError("a TIFF of this kind needs the package tifffile") from error
+    import tifffile  # which scikit-image brings, and few images need
+
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             first = file.pages.first
