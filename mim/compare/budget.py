@@ -214,12 +214,9 @@ def _costs(
     """Digest -> cost of a step of each config."""
     distinct = {_digest(config): config for config in configs.values()}
     missing = {key: own for key, own in distinct.items() if key not in known}
-    measure = {"steps": _ones, "flops": _flops, "seconds": _seconds}[budget]
-    return {**known, **measure(missing)}
-
-
-def _ones(configs: Mapping[str, Config]) -> dict[str, float]:
-    return dict.fromkeys(configs, 1.0)
+    if budget == "steps":
+        return {**known, **dict.fromkeys(missing, 1.0)}
+    return {**known, **(_flops if budget == "flops" else _seconds)(missing)}
 
 
 def _flops(configs: Mapping[str, Config]) -> dict[str, float]:

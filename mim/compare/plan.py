@@ -275,34 +275,24 @@ def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
 def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
     """The untrained encoder for each seed and encoder, raw pixels for each set of images."""
     varied = {key for settings in config.variants.values() for key in settings}
-
-    def untrained(run: Planned) -> list[Any]:
-        tree = to_dict(run.config)
-        encoder = [
-            tree["model"][key] for key in ("backbone", "backbone_args", "position_embedding")
-        ]
-        return [run.config.seed, tree["data"], encoder]
-
-    def pixels(run: Planned) -> Any:
-        return to_dict(run.config)["data"]
-
-    def of_encoder(key: str) -> bool:
-        parts = ("seed", "model.backbone", "model.position_embedding", "data.")
-        return key.startswith(parts)
-
-    def of_data(key: str) -> bool:
-        return key.startswith("data.")
-
-    kinds = {"untrained": (untrained, of_encoder), "pixels": (pixels, of_data)}
-    for kind, (identity, belongs) in kinds.items():
+    encoder = ("backbone", "backbone_args", "position_embedding")
+    kinds = {
+        "untrained": ("seed", "model.backbone", "model.position_embedding", "data."),
+        "pixels": ("data.",),
+    }
+    for kind, parts in kinds.items():
         distinct: dict[str, Planned] = {}
         for run in runs:
-            distinct.setdefault(json.dumps(identity(run), sort_keys=True), run)
+            tree = to_dict(run.config)
+            identity = [tree["data"]]
+            if kind == "untrained":
+                identity += [run.config.seed, [tree["model"][key] for key in encoder]]
+            distinct.setdefault(json.dumps(identity, sort_keys=True), run)
         for run in distinct.values():
             axes = {
                 key: value
                 for key, value in run.axes.items()
-                if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
+                if any(name.startswith(parts) for name in (varied if key == VARIANT else [key]))
             }
             folder = kind + ("," + label_of(axes) if axes else "")
             yield Planned(folder, kind, axes, replace(run.config, output=str(output / folder)))

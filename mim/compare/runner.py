@@ -369,17 +369,11 @@ def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
 
 def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
     """Other images, read at an encoder's own size and with its own normalisation."""
-    size, channels = own.image_size, own.channels
     measured = replace(data.measured, mean=own.measured.mean, std=own.measured.std)
     if own.measured.range is not None:
         measured = replace(measured, range=own.measured.range)
-    own_scale: dict[str, Any] = {
-        "mean": own.mean,
-        "std": own.std,
-        "range": own.range,
-        "measured": measured,
-    }
-    return replace(data, image_size=size, channels=channels, **own_scale)
+    kept = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std", "range")}
+    return replace(data, measured=measured, **kept)
 
 
 def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -> int:
