@@ -14,6 +14,7 @@ from mim.data.storage.packed import MANIFEST
 
 FOLDERS = ("auto", "imagefolder", "flat")
 """Sources that may read images in a folder."""
+_ENDINGS = {".tar": "shards", ".parquet": "huggingface"}
 
 
 def detect(path: str | None) -> tuple[str, str]:
@@ -30,7 +31,7 @@ def detect(path: str | None) -> tuple[str, str]:
         raise setting_error("data.path", None, "is needed by data.source=auto")
     folder = Path(path)
     if not folder.is_dir():
-        for source, ending in (("shards", ".tar"), ("huggingface", ".parquet")):
+        for ending, source in _ENDINGS.items():
             if path.rstrip("}").endswith(ending):
                 return source, f"{ending.removeprefix('.')} files"
         reason = "is neither a folder nor .tar or .parquet files"
@@ -49,7 +50,7 @@ def _folder(folder: Path) -> tuple[str, str]:
     train, val = _splits(below)
     root = folder if train is None else folder / train
     if not _has(root, IMAGE_EXTENSIONS):
-        for source, ending in (("shards", ".tar"), ("huggingface", ".parquet")):
+        for ending, source in _ENDINGS.items():
             if _has(folder, (ending,)):
                 return source, f"{ending.removeprefix('.')} files"
     said = "" if train is None else f"{train}/" + (f" and {val}/, in them " if val else ", in it ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -47,20 +48,14 @@ def measure(
     """
     known, deep = config.measured, config.range != "high_byte" and source.has_deep()
     if config.range == "auto" and deep and known.range is None:
-
-        def ends(source: ImageSource) -> list[float] | None:
-            return value_range(source, config.nonfinite)
-
-        found = _kept(train(config), config, "range", ends)
+        images = train(config)
+        found = _kept(images, config, "range", lambda: value_range(images, config.nonfinite))
         known = replace(known, range=None if found is None else (found[0], found[1]))
     config = replace(config, measured=known)
     if known.mean is None and _needs_statistics(source, config, deep):
         images = train(config)
-
-        def both(source: ImageSource) -> list[list[float]]:
-            return [*map(list, statistics(source, config, spread_indices(len(source), MEASURED)))]
-
-        mean, std = _kept(images, config, "statistics", both)
+        find = partial(statistics, images, config, spread_indices(len(images), MEASURED))
+        mean, std = _kept(images, config, "statistics", find)
         known = replace(known, mean=tuple(mean), std=tuple(max(s, 1e-6) for s in std))
     return known
 
@@ -73,14 +68,12 @@ def _needs_statistics(source: ImageSource, config: DataConfig, deep: bool) -> bo
     return config.stats == "measured" or (deep and not has_own) or unfit
 
 
-def _kept(
-    source: ImageSource, config: DataConfig, what: str, find: Callable[[ImageSource], T]
-) -> T:
+def _kept(source: ImageSource, config: DataConfig, what: str, find: Callable[[], T]) -> T:
     """What an earlier run found in the same images, or what is found now."""
     read = ("image_size", "channels", "pages", "nonfinite", "range", "resize", "max_pixels")
     parts = [_FORMAT, what, source.fingerprint(), str(config.measured.range)]
     parts += [str(getattr(config, name)) for name in read]
-    return found_once(parts, lambda: find(source))
+    return found_once(parts, find)
 
 
 def value_range(source: ImageSource, nonfinite: float | None = None) -> list[float] | None:
