@@ -257,9 +257,8 @@ def _state(
     result = read_result(run)
     if result.get("status") == "failed" and (item.kind != "run" or "steps" in result):
         kept = {key: value for key, value in result.items() if key != "error"}
-        result = update_result(
-            run, lambda _: {**kept, "status": "finished"}
-        )  # an evaluation failed
+        # An evaluation failed.
+        result = update_result(run, lambda _: {**kept, "status": "finished"})
     if result.get("status") != "finished":
         (run / NAME).unlink(missing_ok=True)  # of a failure: try again
         return begin

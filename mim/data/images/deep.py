@@ -47,12 +47,12 @@ class Depth:
     nonfinite: float | None = None
 
 
-def depth_of(config: DataConfig, page: int | None = None) -> Depth | None:
+def depth_of(config: DataConfig) -> Depth | None:
     """The depth of a config; None for ``high_byte``."""
     if config.range == "high_byte":
         return None
     span = config.measured.range if config.range == "auto" else config.range
-    return Depth(span, config.channels, config.pages, page, config.nonfinite)
+    return Depth(span, config.channels, config.pages, nonfinite=config.nonfinite)
 
 
 @dataclass(frozen=True)

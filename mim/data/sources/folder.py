@@ -24,7 +24,7 @@ from mim.data.images.decode import (
     read_file,
     stored_values,
 )
-from mim.data.images.deep import Depth, Pixels, depth_of
+from mim.data.images.deep import Depth, Pixels
 from mim.data.images.transforms import Picture
 from mim.data.labels import label_table
 from mim.data.places.listing import list_images, tell_left_out
@@ -72,7 +72,7 @@ class Files(EncodedSource):
         self.name = config.source
         self._resolved = self.root.resolve()
         self._keeps_list = config.index_cache
-        self._pages = depth_of(config) if config.pages == "images" else None
+        self._pages_are_images = config.pages == "images" and self._depth is not None
         self._page_of: list[int] | None = None
         self._found_deep = False
 
@@ -82,7 +82,7 @@ class Files(EncodedSource):
         self._names, self.sample_ids = listing.names, listing.ids
         self.left_out = listing.left_out
         tell_left_out((self.root / part).as_posix(), listing.left_out)
-        if self._pages is not None:
+        if self._pages_are_images:
             return self._open_pages(listing.counts)
         return listing.counts
 
