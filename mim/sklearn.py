@@ -16,8 +16,8 @@ from mim.core.config import Config, DataConfig
 from mim.core.errors import UserError, setting_error
 from mim.data import Picture, depth_of, eval_transform, normalize, picture_of, read_picture
 from mim.evaluate import check_pool, pool_tokens
+from mim.evaluate.encoders import normalisation
 from mim.evaluate.features import check_finite
-from mim.interop.exports import normalisation
 from mim.model.backbones import family_of
 from mim.training import checkpoint
 from mim.training.loading import load
@@ -63,7 +63,7 @@ class MIMFeatures(TransformerMixin, BaseEstimator):
         if self.batch_size < 1:
             raise setting_error("batch_size", self.batch_size, "must be at least 1")
         self.config_: Config = checkpoint.read_config(self.run, self.trust)
-        self.mean_, self.std_ = normalisation(self.config_)
+        self.mean_, self.std_ = normalisation(self.config_.data)
         model = load(self.run, self.trust).requires_grad_(False)
         check_pool(model.backbone, self.pool)
         device = pick_device(self.device, "device")

@@ -33,7 +33,7 @@ if [ -n "${MAE_PATH:-}" ]; then
   mae=(--mae-path "$MAE_PATH")
 fi
 common=("$@" --data.batch_size "${BATCH:-256}")
-timing=(--rounds 5 --steps 10 --no-products)
+timing=(--rounds 5 --steps 10)
 sizes="vit_base vit_large"
 photos=1536 workers="$(nproc)" rounds=3 watched=10 patience=1 failed=0
 if [ -n "${MIM_BENCH_TINY:-}" ]; then
@@ -43,7 +43,7 @@ if [ -n "${MIM_BENCH_TINY:-}" ]; then
     --model.decoder.transformer.width 64 --model.decoder.transformer.depth 1
     --model.decoder.transformer.heads 2 --mask.aligned.unit 8 --mask.target_blocks.min_keep 2 "$@"
   )
-  timing=(--rounds 1 --steps 1 --no-products)
+  timing=(--rounds 1 --steps 1)
   sizes="vit_base" photos=64 workers=0 rounds=1 watched=1 patience=10
 fi
 

@@ -19,7 +19,7 @@ grow() { # NAME KEY=VALUES SETTINGS...
 }
 
 memory() { # CONFIG REGIMES ROUNDS SETTINGS...
-  python -m mim bench step --config "configs/bench/$1.yaml" --regimes "$2" --rounds "$3" --steps 1 --no-products \
+  python -m mim bench step --config "configs/bench/$1.yaml" --regimes "$2" --rounds "$3" --steps 1 \
     --append "$file" --variants '{
       "drop, checkpointed": {"train.gradient_checkpointing": true},
       "drop, 4 parts": {"train.accumulate": 4},

@@ -56,8 +56,8 @@ def _step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
     varied = """named settings to time beside: '{"dense": {"model.regime.name": "zero", ...}}'"""
     parser.add_argument("--variants", metavar="JSON", default="{}", help=varied)
-    alone = "do not time the steps' matrix products alone, too: half the time"
-    parser.add_argument("--no-products", action="store_true", help=alone)
+    # Nothing is timed beside the steps now; scripts still say so.
+    parser.add_argument("--no-products", action="store_true", help=argparse.SUPPRESS)
 
 
 def _run_step(options: argparse.Namespace) -> int:
@@ -68,7 +68,6 @@ def _run_step(options: argparse.Namespace) -> int:
         REGIMES if options.regimes is None else options.regimes,
         options.rounds,
         options.steps,
-        products=not options.no_products,
         peers=options.peer or [],
         mae_path=None if options.mae_path is None else Path(options.mae_path),
         variants={

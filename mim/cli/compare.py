@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
-from typing import Any
 
 from mim.cli.options import Verb, add_json, add_words, read_pairs, say, show, take_folder
 
@@ -43,10 +43,7 @@ def _run(options: argparse.Namespace) -> int:
     from mim.api import Launch, compare_runs, complete_comparison, read_compare_config
 
     data, words = take_folder(options.settings, "base.")
-
-    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        return complete_comparison(data, files, settings)
-
+    fill = functools.partial(complete_comparison, data)
     launch = Launch(options.jobs, options.launcher, read_pairs(options.slurm, "--slurm"))
     config = read_compare_config(words, prog="mim compare", description=DETAILS, complete=fill)
     if options.plan:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +43,7 @@ def _config_of(folder: str | None, words: list[str]) -> tuple[Config, str]:
     from mim.core.config import Config
     from mim.training.settings import checked, read_args
 
-    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        return complete(folder, files, settings)
-
+    fill = functools.partial(complete, folder)
     try:
         return checked(read_args(Config, words, complete=fill)), ""
     except UserError as error:
@@ -131,14 +131,14 @@ def _pack_options(parser: argparse.ArgumentParser) -> None:
 def _run_pack(options: argparse.Namespace) -> int:
     from mim.core.config import DataConfig
     from mim.data.storage.pack import pack
-    from mim.data.storage.packed import Recipe, default_workers, read_manifest
+    from mim.data.storage.packed import Recipe, read_manifest
     from mim.training.settings import load_config
 
     recipe = Recipe(kind=options.kind, size=options.size, square=options.square)
     config = DataConfig(source="imagefolder", path=options.source)
     if not Path(options.source).is_dir():
         config = load_config(options.source).data
-    workers = default_workers() if options.workers is None else options.workers
+    workers = (os.cpu_count() or 1) if options.workers is None else options.workers
     found = read_manifest(pack(config, options.output, recipe, workers).parent)
     for split, entry in found["splits"].items():
         size = sum(part["bytes"] for part in entry["parts"])

@@ -106,7 +106,10 @@ def _run(options: argparse.Namespace) -> int:
                     evaluate(open_encoder(spec, config), settings, **how)
         finally:
             if measured and int(os.environ.get("RANK", "0")) == 0:
-                _show(options, measured)
+                from mim.core.terminal import show_table
+                from mim.report.overview import evaluations_table
+
+                show(options, measured, lambda: show_table(*evaluations_table(measured)))
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -152,13 +155,6 @@ def _settings(options: argparse.Namespace, names: list[str]) -> dict[str, dict[s
             raise UserError(f"--settings: {name!r} has settings, but only {', '.join(names)} run")
     above = read_pairs(options.set, "--set")
     return {name: {**given.get(name, {}), **above} for name in names}
-
-
-def _show(options: argparse.Namespace, measured: dict[str, dict[str, Any]]) -> None:
-    from mim.core.terminal import show_table
-    from mim.report.overview import evaluations_table
-
-    show(options, measured, lambda: show_table(*evaluations_table(measured)))
 
 
 VERB = Verb(

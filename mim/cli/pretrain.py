@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-from typing import Any
 
 from mim.cli.options import Verb, config_kind, no_options, say, take_folder
 
@@ -23,10 +23,7 @@ def _run(options: argparse.Namespace) -> int:
     from mim.training.settings import checked, read_args
 
     data, words = take_folder(options.settings)
-
-    def fill(files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        return complete(data, files, settings)
-
+    fill = functools.partial(complete, data)
     config = checked(
         read_args(Config, words, prog="mim pretrain", description=DETAILS, complete=fill)
     )

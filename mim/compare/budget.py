@@ -88,7 +88,7 @@ def equal_budget(
     first = {key: next(iter(runs.values())).config for key, runs in groups.items()}
     path = Path(config.output) / FILE
     costs = _costs(first, config.budget, _read(path, config.budget))
-    epoch = steps_of_epochs(first.values())
+    epoch = steps_of_epochs()
     lengths: dict[str, Length] = {}
     for key, own in first.items():
         reference = first[_reference(key, config)]
@@ -159,7 +159,7 @@ def _longer(value: float, times: float) -> float:
     return max(1, round(value * times)) if isinstance(value, int) else value * times
 
 
-def steps_of_epochs(configs: Any) -> Callable[[Config], int]:
+def steps_of_epochs() -> Callable[[Config], int]:
     """A function from a config to its steps in an epoch; each set of images is opened once."""
     known: dict[str, int] = {}
 
@@ -169,8 +169,6 @@ def steps_of_epochs(configs: Any) -> Callable[[Config], int]:
             known[key] = steps_per_epoch(open_source(config.data, "train"), config.data)
         return known[key]
 
-    for config in configs:
-        of(config)
     return of
 
 
@@ -216,12 +214,9 @@ def _costs(
     """Digest -> cost of a step of each config."""
     distinct = {_digest(config): config for config in configs.values()}
     missing = {key: own for key, own in distinct.items() if key not in known}
-    measure = {"steps": _ones, "flops": _flops, "seconds": _seconds}[budget]
-    return {**known, **measure(missing)}
-
-
-def _ones(configs: Mapping[str, Config]) -> dict[str, float]:
-    return dict.fromkeys(configs, 1.0)
+    if budget == "steps":
+        return {**known, **dict.fromkeys(missing, 1.0)}
+    return {**known, **(_flops if budget == "flops" else _seconds)(missing)}
 
 
 def _flops(configs: Mapping[str, Config]) -> dict[str, float]:
@@ -240,5 +235,5 @@ def _seconds(configs: Mapping[str, Config]) -> dict[str, float]:
     if not configs:
         return {}
     base = next(iter(configs.values()))
-    rows = bench_step(base, [], variants=configs, products=False)["regimes"]
+    rows = bench_step(base, [], variants=configs)["regimes"]
     return {key: float(rows[key]["seconds_per_step"]) for key in configs}

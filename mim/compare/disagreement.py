@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mim.core.config import DataConfig
-from mim.core.files import write_atomic
+from mim.core.files import write_arrays
 from mim.data import eval_loader, open_source
 from mim.evaluate.predictions import read_predictions
 
@@ -55,18 +54,13 @@ def write_disagreement(
     if not places:
         return False
     images = torch.cat([b.images for b in eval_loader(source, data.as_square(), indices=places)])
-    content: dict[str, Any] = {
+    content = {
         "evaluation": np.array(evaluation),
         "sample_ids": ids,
         "images": thumbnails(images),
         "classes": np.array(source.classes, dtype=str),
     }
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **content)
-
-    write_atomic(output / FILE, write)
+    write_arrays(output / FILE, content)
     return True
 
 

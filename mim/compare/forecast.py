@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from mim.compare.sequential import SeedRule, family_pairs, nominal_level
+from mim.compare.sequential import SeedRule, family_of, nominal_level
 from mim.compare.statistics import LEVEL, Design, Family, Values, pooled_spread
 
 
@@ -41,10 +40,8 @@ class Forecast:
     @property
     def family(self) -> Family:
         """The comparisons that the primary measure decides."""
-        kind: Literal["pairs", "reference"] = "reference" if self.against else "pairs"
         names = [str(number) for number in range(self.groups)]
-        count = len(family_pairs(names, names[0] if self.against else None))
-        return Family(kind, self.groups, max(count, 1))
+        return family_of(names, names[0] if self.against else None)
 
     def design(self, sd: float) -> Design:
         """The design at its last seed."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,10 @@ from mim.core.signals import between_imports, hear, start_server
 if TYPE_CHECKING:
     import submitit
 
-T = TypeVar("T")
+    from mim.compare.plan import Planned
+
+    Work = Callable[[Planned], int]
+
 LAUNCHERS = ("local", "submitit")
 # Imported once; the process of each run starts with them. The last two are what the probes and the
 # small sets import when they are used.
@@ -58,7 +61,7 @@ class Launch:
             raise setting_error("--slurm", self.slurm, "is for --launcher submitit")
 
 
-class LocalJobs(Generic[T]):
+class LocalJobs:
     """A process of this machine for each run; ``running`` are those that have not ended.
 
     Args:
@@ -66,12 +69,12 @@ class LocalJobs(Generic[T]):
         count: how many run at once; they share GPUs, or the cores.
     """
 
-    def __init__(self, work: Callable[[T], int], count: int) -> None:
+    def __init__(self, work: Work, count: int) -> None:
         self.work, self.count = work, count
-        self.running: dict[Any, tuple[Any, T, int]] = {}
+        self.running: dict[Any, tuple[Any, Planned, int]] = {}
         self._context = server_context()
 
-    def start(self, item: T) -> None:
+    def start(self, item: Planned) -> None:
         """Start a run."""
         place = min(set(range(self.count)) - {place for _, _, place in self.running.values()})
         arguments = (self.work, item, place, self.count)
@@ -79,7 +82,7 @@ class LocalJobs(Generic[T]):
         process.start()
         self.running[process.sentinel] = (process, item, place)
 
-    def wait(self) -> list[tuple[T, int]]:
+    def wait(self) -> list[tuple[Planned, int]]:
         """Those that have ended, one at least, each with its exit code."""
         ended = []
         for sentinel in multiprocessing.connection.wait(list(self.running)):
@@ -88,7 +91,7 @@ class LocalJobs(Generic[T]):
             ended.append((item, int(process.exitcode)))
         return ended
 
-    def stop(self) -> list[tuple[T, int | None]]:
+    def stop(self) -> list[tuple[Planned, int | None]]:
         """Let all save, and wait for them; each with its exit code."""
         for process, _, _ in self.running.values():
             process.terminate()
@@ -97,7 +100,7 @@ class LocalJobs(Generic[T]):
         return [(item, int(process.exitcode)) for process, item, _ in self.running.values()]
 
 
-def _child(work: Callable[[T], int], item: T, place: int, count: int) -> None:
+def _child(work: Work, item: Planned, place: int, count: int) -> None:
     """One run in a process of its own: its memory is its own, and its failure too."""
     _take_share(place, count)
     # A fork server's children inherit its start method; loader workers started by it would not
@@ -153,7 +156,7 @@ FOLDER = "submitit"
 """In the comparison's folder: the jobs' inputs and logs."""
 
 
-class Job(Generic[T]):
+class Job:
     """One run as a job; after a pre-emption it is called again and resumes from its checkpoint.
 
     Args:
@@ -161,7 +164,7 @@ class Job(Generic[T]):
         item: the run.
     """
 
-    def __init__(self, work: Callable[[T], int], item: T) -> None:
+    def __init__(self, work: Work, item: Planned) -> None:
         self.work, self.item = work, item
 
     def __call__(self) -> int:
@@ -179,7 +182,7 @@ class Job(Generic[T]):
         return submitit.helpers.DelayedSubmission(Job(self.work, self.item))
 
 
-class SubmittedJobs(Generic[T]):
+class SubmittedJobs:
     """A job of the cluster for each run; this process waits for those in ``running``.
 
     Args:
@@ -191,7 +194,7 @@ class SubmittedJobs(Generic[T]):
         UserError: if submitit is not there, or refuses a parameter.
     """
 
-    def __init__(self, work: Callable[[T], int], output: Path, parameters: dict[str, Any]) -> None:
+    def __init__(self, work: Work, output: Path, parameters: dict[str, Any]) -> None:
         try:
             import submitit
         except ImportError as error:
@@ -207,14 +210,14 @@ class SubmittedJobs(Generic[T]):
             reason = " ".join(str(error).split())
             raise UserError(f"--launcher: submitit refuses {parameters}: {reason}") from error
         self.work = work
-        self.running: dict[str, tuple[submitit.Job[int], T]] = {}
+        self.running: dict[str, tuple[submitit.Job[int], Planned]] = {}
 
-    def start(self, item: T) -> None:
+    def start(self, item: Planned) -> None:
         """Submit a run."""
         job = self._executor.submit(Job(self.work, item))
         self.running[job.job_id] = (job, item)
 
-    def wait(self) -> list[tuple[T, int]]:
+    def wait(self) -> list[tuple[Planned, int]]:
         """Those that have ended, one at least, each with its exit code."""
         while True:
             ended = [name for name, (job, _) in self.running.items() if job.done()]
@@ -222,11 +225,11 @@ class SubmittedJobs(Generic[T]):
                 return [self._code(*self.running.pop(name)) for name in ended]
             time.sleep(_SECONDS)
 
-    def _code(self, job: submitit.Job[int], item: T) -> tuple[T, int]:
+    def _code(self, job: submitit.Job[int], item: Planned) -> tuple[Planned, int]:
         error = job.exception()  # of the cluster: the run notes its own
         return item, -1 if error is not None else job.result()
 
-    def stop(self) -> list[tuple[T, int | None]]:
+    def stop(self) -> list[tuple[Planned, int | None]]:
         """Let all jobs save and leave, for a bounded time.
 
         Returns:
@@ -250,9 +253,9 @@ class SubmittedJobs(Generic[T]):
         else:
             job.cancel()
 
-    def _left(self, seconds: float) -> list[tuple[T, int | None]]:
+    def _left(self, seconds: float) -> list[tuple[Planned, int | None]]:
         """Those that have ended by then, each with its exit code."""
-        ended: list[tuple[T, int | None]] = []
+        ended: list[tuple[Planned, int | None]] = []
         end = time.monotonic() + seconds
         while self.running and time.monotonic() < end:
             for name, (job, _) in list(self.running.items()):

@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mim.compare.halving import VAL_LOSS, TuneRule, tune_rule
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.fields import Settings
 from mim.core.fingerprints import check_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
@@ -32,7 +33,7 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """A comparison: a base config, the axes that vary, and the evaluations."""
 
     output: str = "runs/compare"
@@ -78,6 +79,7 @@ class CompareConfig:
     """What all runs share."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.seeds:
             self._check_seeds()
         if self.primary and self.primary.partition(".")[0] not in self.evaluations:
@@ -100,8 +102,6 @@ class CompareConfig:
                 self._check_key(setting, key)
                 if key in self.axes:
                     raise setting_error(setting, key, "is an axis already")
-        if self.budget not in get_args(Budget):
-            raise choice_error("budget", self.budget, get_args(Budget))
         if self.tune:
             self._check_tune()
 
@@ -275,34 +275,24 @@ def _given(config: CompareConfig, output: Path) -> Iterator[Planned]:
 def _references(config: CompareConfig, runs: list[Planned], output: Path) -> Iterator[Planned]:
     """The untrained encoder for each seed and encoder, raw pixels for each set of images."""
     varied = {key for settings in config.variants.values() for key in settings}
-
-    def untrained(run: Planned) -> list[Any]:
-        tree = to_dict(run.config)
-        encoder = [
-            tree["model"][key] for key in ("backbone", "backbone_args", "position_embedding")
-        ]
-        return [run.config.seed, tree["data"], encoder]
-
-    def pixels(run: Planned) -> Any:
-        return to_dict(run.config)["data"]
-
-    def of_encoder(key: str) -> bool:
-        parts = ("seed", "model.backbone", "model.position_embedding", "data.")
-        return key.startswith(parts)
-
-    def of_data(key: str) -> bool:
-        return key.startswith("data.")
-
-    kinds = {"untrained": (untrained, of_encoder), "pixels": (pixels, of_data)}
-    for kind, (identity, belongs) in kinds.items():
+    encoder = ("backbone", "backbone_args", "position_embedding")
+    kinds = {
+        "untrained": ("seed", "model.backbone", "model.position_embedding", "data."),
+        "pixels": ("data.",),
+    }
+    for kind, parts in kinds.items():
         distinct: dict[str, Planned] = {}
         for run in runs:
-            distinct.setdefault(json.dumps(identity(run), sort_keys=True), run)
+            tree = to_dict(run.config)
+            identity = [tree["data"]]
+            if kind == "untrained":
+                identity += [run.config.seed, [tree["model"][key] for key in encoder]]
+            distinct.setdefault(json.dumps(identity, sort_keys=True), run)
         for run in distinct.values():
             axes = {
                 key: value
                 for key, value in run.axes.items()
-                if (any(map(belongs, varied)) if key == VARIANT else belongs(key))
+                if any(name.startswith(parts) for name in (varied if key == VARIANT else [key]))
             }
             folder = kind + ("," + label_of(axes) if axes else "")
             yield Planned(folder, kind, axes, replace(run.config, output=str(output / folder)))

@@ -257,9 +257,8 @@ def _state(
     result = read_result(run)
     if result.get("status") == "failed" and (item.kind != "run" or "steps" in result):
         kept = {key: value for key, value in result.items() if key != "error"}
-        result = update_result(
-            run, lambda _: {**kept, "status": "finished"}
-        )  # an evaluation failed
+        # An evaluation failed.
+        result = update_result(run, lambda _: {**kept, "status": "finished"})
     if result.get("status") != "finished":
         (run / NAME).unlink(missing_ok=True)  # of a failure: try again
         return begin
@@ -369,17 +368,11 @@ def _without_encoder(evaluations: dict[str, Any]) -> dict[str, str]:
 
 def _read_as(own: DataConfig, data: DataConfig) -> DataConfig:
     """Other images, read at an encoder's own size and with its own normalisation."""
-    size, channels = own.image_size, own.channels
     measured = replace(data.measured, mean=own.measured.mean, std=own.measured.std)
     if own.measured.range is not None:
         measured = replace(measured, range=own.measured.range)
-    own_scale: dict[str, Any] = {
-        "mean": own.mean,
-        "std": own.std,
-        "range": own.range,
-        "measured": measured,
-    }
-    return replace(data, image_size=size, channels=channels, **own_scale)
+    kept = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std", "range")}
+    return replace(data, measured=measured, **kept)
 
 
 def run_noted(item: Planned, evaluations: dict[str, Any], show: str = "plain") -> int:
@@ -438,7 +431,7 @@ def _run_all(
     failed = []
     stopped: list[tuple[Planned, int | None]] = []
     work = functools.partial(run_noted, evaluations=evaluations)
-    jobs: LocalJobs[Planned] | SubmittedJobs[Planned]
+    jobs: LocalJobs | SubmittedJobs
     if launch.launcher == "submitit":
         jobs = SubmittedJobs(work, output, launch.slurm)
     else:

@@ -28,7 +28,6 @@ from mim.compare.statistics import (
     Difference,
     Family,
     Floats,
-    Spread,
     Values,
     difference,
     pooled_spread,
@@ -93,9 +92,7 @@ def follow(values: Values, rule: SeedRule, margin: float, reference: str | None 
         The state. Before the first look every group runs.
     """
     groups = list(values)
-    pairs = family_pairs(groups, reference)
-    kind: Literal["pairs", "reference"] = "pairs" if reference is None else "reference"
-    family = Family(kind, len(groups), len(pairs))
+    pairs, family = family_pairs(groups, reference), family_of(groups, reference)
     differences: dict[Pair, Difference] = {}
     decided: dict[Pair, int] = {}
     done = max((1 + max(own) for own in values.values() if own), default=0)
@@ -108,7 +105,10 @@ def follow(values: Values, rule: SeedRule, margin: float, reference: str | None 
         for pair in pairs:
             if pair in decided:
                 continue
-            found = _look(seen, pair, family, spread, level)
+            own = family
+            if spread is None or not spread.pooled:
+                own = Family("separate", count=family.count)
+            found = difference(seen[pair[0]], seen[pair[1]], own, spread, level=level)
             if found is None:
                 continue
             differences[pair] = found
@@ -153,17 +153,10 @@ def family_pairs(groups: list[str], reference: str | None = None) -> list[Pair]:
     return [(group, reference) for group in groups if group != reference]
 
 
-def _look(
-    seen: Mapping[str, Mapping[int, float]],
-    pair: Pair,
-    family: Family,
-    spread: Spread | None,
-    level: float,
-) -> Difference | None:
-    first, second = (seen[group] for group in pair)
-    if spread is None or not spread.pooled:
-        family = Family("separate", count=family.count)
-    return difference(first, second, family, spread, level=level)
+def family_of(groups: list[str], reference: str | None = None) -> Family:
+    """The family of these pairs."""
+    kind: Literal["pairs", "reference"] = "pairs" if reference is None else "reference"
+    return Family(kind, len(groups), max(len(family_pairs(groups, reference)), 1))
 
 
 def nominal_level(n: int, rule: SeedRule, family: Family) -> float:

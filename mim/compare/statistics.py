@@ -451,8 +451,8 @@ class Design:
         """Standard error of a difference."""
         return self.sd * math.sqrt(2 / self.seeds)
 
-    def smallest(self, power: float = POWER) -> float | None:
-        """The smallest true difference that is shown with this power; None below three seeds."""
+    def smallest(self) -> float | None:
+        """The smallest true difference that is shown with 80 % power; None below three seeds."""
         if self.seeds < LEAST_SEEDS:
             return None
         if self.sd == 0:
@@ -460,7 +460,7 @@ class Design:
         critical = self.family.critical(self.df, self.level)
 
         def lacks(shift: float) -> float:
-            return power_of_difference(shift, 1.0, self.df, critical) - power
+            return power_of_difference(shift, 1.0, self.df, critical) - POWER
 
         top = critical + 2.0
         while lacks(top) < 0:

@@ -59,7 +59,7 @@ def tuned(planned: list[Planned], config: CompareConfig, run: Run) -> list[Plann
     groups = tuned_groups(planned, rule)
     evaluation = rule.by.partition(".")[0]
     evaluations = {k: v for k, v in config.evaluations.items() if k == evaluation}
-    epoch = steps_of_epochs([])
+    epoch = steps_of_epochs()
     for number, rung in enumerate(rule.rungs):
         after = rule.rungs[number + 1 :]
         goes_on = after[0].candidates if after else 1

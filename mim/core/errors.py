@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -30,6 +31,15 @@ def setting_error(setting: str, value: object, reason: str) -> UserError:
     ``reason`` says what is wrong and what would be valid.
     """
     return UserError(f"{setting}: {value!r} {reason}")
+
+
+@contextmanager
+def blaming(setting: str, value: object) -> Iterator[None]:
+    """Name the setting in a mistake that is found inside, whose message is the reason alone."""
+    try:
+        yield
+    except UserError as error:
+        raise setting_error(setting, value, str(error)) from error
 
 
 _LISTED = 40

@@ -15,7 +15,7 @@ import secrets
 import tempfile
 import tokenize
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,24 @@ def _flush_folder(folder: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, write)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], compress: bool = True) -> None:
+    """Write arrays by name as ``.npz``, atomically."""
+    import numpy as np  # which ``mim --help`` does not wait for
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # savez appends .npz to a path, not to a file
+            (np.savez_compressed if compress else np.savez)(file, **arrays)
 
     write_atomic(path, write)
 

@@ -11,7 +11,6 @@ from mim.data.images.deep import depth_of
 from mim.data.images.transforms import (
     Picture,
     crop_parameters,
-    denormalize,
     eval_transform,
     normalize,
     prepare,
@@ -52,7 +51,6 @@ __all__ = [
     "Weigh",
     "corrupt",
     "crop_parameters",
-    "denormalize",
     "depth_of",
     "eval_loader",
     "eval_transform",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from mim.core.errors import UserError, setting_error
-from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden, walk
+from mim.core.files import IMAGE_EXTENSIONS, is_hidden, walk
 from mim.data.places.fetch import is_url
 from mim.data.places.splits import find_splits, split_of
+from mim.data.sources.folder import folders_in, holds_images
 from mim.data.storage.packed import MANIFEST
 
 FOLDERS = ("auto", "imagefolder", "flat")
 """Sources that may read images in a folder."""
+_ENDINGS = {".tar": "shards", ".parquet": "huggingface"}
 
 
 def detect(path: str | None) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def detect(path: str | None) -> tuple[str, str]:
         raise setting_error("data.path", None, "is needed by data.source=auto")
     folder = Path(path)
     if not folder.is_dir():
-        for source, ending in (("shards", ".tar"), ("huggingface", ".parquet")):
+        for ending, source in _ENDINGS.items():
             if path.rstrip("}").endswith(ending):
                 return source, f"{ending.removeprefix('.')} files"
         reason = "is neither a folder nor .tar or .parquet files"
@@ -46,28 +46,31 @@ def detect(path: str | None) -> tuple[str, str]:
 
 
 def _folder(folder: Path) -> tuple[str, str]:
-    names = [entry.name for entry in os.scandir(folder) if not is_hidden(entry.name)]
-    below = sorted(name for name in names if (folder / name).is_dir())
-    try:
-        train, val = find_splits(below)
-    except UserError:  # the source says what is wrong with the folders
-        train, val = None, None
+    below = folders_in(folder)
+    train, val = _splits(below)
     root = folder if train is None else folder / train
     if not _has(root, IMAGE_EXTENSIONS):
-        for source, ending in (("shards", ".tar"), ("huggingface", ".parquet")):
+        for ending, source in _ENDINGS.items():
             if _has(folder, (ending,)):
                 return source, f"{ending.removeprefix('.')} files"
     said = "" if train is None else f"{train}/" + (f" and {val}/, in them " if val else ", in it ")
     classes = [
         name
-        for name in (below if train is None else _folders(root))
+        for name in (below if train is None else folders_in(root))
         if _has(root / name, IMAGE_EXTENSIONS)
     ]
-    beside = any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(root))
+    beside = holds_images(root)
     if beside or len(classes) < 2:
         kind = "images beside folders" if beside and classes else "images without class folders"
         return "flat", f"{said}{kind}: no labels{_parent(folder) if root is folder else ''}"
     return "imagefolder", f"{said}{len(classes)} folders of images, taken for classes"
+
+
+def _splits(folders: list[str]) -> tuple[str | None, str | None]:
+    try:
+        return find_splits(folders)
+    except UserError:  # the source says what is wrong with the folders
+        return None, None
 
 
 def keep_outside(setting: str, output: Path, root: str | None, divided: bool = True) -> None:
@@ -88,10 +91,7 @@ def keep_outside(setting: str, output: Path, root: str | None, divided: bool = T
     if not place.is_relative_to(images):
         return
     parts = place.relative_to(images).parts
-    try:
-        train, val = find_splits(_folders(images)) if divided else (None, None)
-    except UserError:  # the source says what is wrong with the folders
-        train, val = None, None
+    train, val = _splits(folders_in(images)) if divided else (None, None)
     is_beside = train is not None and parts[:1] not in ((train,), (val,))
     if not is_beside and not any(map(is_hidden, parts)):
         reason = f"lies among the images of {root}, and what is written there would be taken for "
@@ -102,27 +102,15 @@ def _parent(folder: Path) -> str:
     """Words that name the folder above where this one seems to be one class of several."""
     place = folder.resolve()
     try:
-        others = (n for n in _folders(place.parent) if n != place.name and _holds(place.parent / n))
-        beside = next(others, None) if _holds(place) and split_of(place.name) is None else None
+        if split_of(place.name) is not None or not holds_images(place):
+            return ""
+        others = (name for name in folders_in(place.parent) if name != place.name)
+        beside = next((name for name in others if holds_images(place.parent / name)), None)
     except OSError:  # nothing can be said of what lies beside it
-        beside = None
+        return ""
     return f"; if it is one class beside {beside}, give {folder.parent}" if beside else ""
 
 
-def _holds(folder: Path) -> bool:
-    """Whether images lie directly in a folder."""
-    return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(folder))
-
-
-def _folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if is_folder(e) and not is_hidden(e.name))
-
-
-def _files(root: Path) -> Iterator[str]:
-    for folder in islice(walk(root), 10_000):  # a set of more folders has shown what it is
-        yield from folder.files
-
-
 def _has(root: Path, endings: tuple[str, ...]) -> bool:
-    return any(name.lower().endswith(endings) for name in _files(root))
+    few = islice(walk(root), 10_000)  # a set of more folders has shown what it is
+    return any(name.lower().endswith(endings) for folder in few for name in folder.files)

@@ -354,7 +354,6 @@ class BatchLoader:
         steps: range,
         *,
         workers: int,
-        start_method: str | None = None,
     ) -> None:
         self.steps = steps
         self._ledger = batches.source.ledger
@@ -370,7 +369,6 @@ class BatchLoader:
             pin_memory=torch.cuda.is_available() and not resident,
             persistent_workers=workers > 0,
             worker_init_fn=_keep_freed_memory,
-            multiprocessing_context=start_method if workers else None,
             # Without its own, DataLoader draws a number from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -418,7 +416,6 @@ def train_loader(
     total_steps: int,
     rank: int = 0,
     world: int = 1,
-    start_method: str | None = None,
     augment: Augment | None = None,
     weigh: Weigh | None = None,
     patch_size: Grid | None = None,
@@ -433,7 +430,6 @@ def train_loader(
         seed: the run's seed; order and augmentation follow from it.
         start_step: the first step to give; earlier ones are not read.
         total_steps: the step to stop before.
-        start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         augment: follows the crop and the mirror; what it draws must follow from the keys.
         weigh: how much each image counts, from :func:`mim.data.open_weights`.
         patch_size: (height, width) of a patch in pixels; needed where images keep their aspect.
@@ -447,7 +443,7 @@ def train_loader(
         raise setting_error("data.batch_size", config.batch_size, reason)
     batches = _TrainBatches(source, config, seed, rank, world, augment, weigh, patch_size)
     steps = range(start_step, max(start_step, total_steps))
-    return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
+    return BatchLoader(batches, steps, workers=config.workers)
 
 
 def eval_loader(
@@ -458,7 +454,6 @@ def eval_loader(
     world: int = 1,
     indices: Sequence[int] | Tensor | None = None,
     *,
-    start_method: str | None = None,
     patch_size: Grid | None = None,
 ) -> BatchLoader:
     """Every image once, in order, under the evaluation transform.
@@ -472,7 +467,6 @@ def eval_loader(
         batch_size: images a batch of one process; by default this process's part of
             ``data.batch_size``.
         indices: positions in the source, in their order; by default all.
-        start_method: how workers start (fork, spawn, forkserver); by default the platform's.
         patch_size: (height, width) of a patch in pixels; needed where images keep their aspect.
     """
     _check_rank(rank, world)
@@ -481,4 +475,4 @@ def eval_loader(
     size = max(1, config.batch_size // world) if batch_size is None else batch_size
     batches = _EvalBatches(source, config, part, size, indices is not None, patch_size)
     steps = range(len(batches.parts))
-    return BatchLoader(batches, steps, workers=config.workers, start_method=start_method)
+    return BatchLoader(batches, steps, workers=config.workers)

@@ -6,11 +6,9 @@ set's fingerprint, and written into the config of a run.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,12 +16,11 @@ import torch
 from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
-from mim.core.errors import UserError, setting_error
-from mim.core.files import write_json_atomic
+from mim.core.errors import setting_error
 from mim.data.images.decode import UnreadableImage
 from mim.data.images.deep import finite
 from mim.data.images.transforms import eval_transform
-from mim.data.places.fetch import cache_folder, cache_place
+from mim.data.places.kept import found_once
 from mim.data.sources.base import IMAGENET, ImageSource, spread_indices
 from mim.data.sources.reading import read_images
 
@@ -51,20 +48,14 @@ def measure(
     """
     known, deep = config.measured, config.range != "high_byte" and source.has_deep()
     if config.range == "auto" and deep and known.range is None:
-
-        def ends(source: ImageSource) -> list[float] | None:
-            return value_range(source, config.nonfinite)
-
-        found = _kept(train(config), config, "range", ends)
+        images = train(config)
+        found = _kept(images, config, "range", lambda: value_range(images, config.nonfinite))
         known = replace(known, range=None if found is None else (found[0], found[1]))
     config = replace(config, measured=known)
     if known.mean is None and _needs_statistics(source, config, deep):
         images = train(config)
-
-        def both(source: ImageSource) -> list[list[float]]:
-            return [*map(list, statistics(source, config, spread_indices(len(source), MEASURED)))]
-
-        mean, std = _kept(images, config, "statistics", both)
+        find = partial(statistics, images, config, spread_indices(len(images), MEASURED))
+        mean, std = _kept(images, config, "statistics", find)
         known = replace(known, mean=tuple(mean), std=tuple(max(s, 1e-6) for s in std))
     return known
 
@@ -77,25 +68,12 @@ def _needs_statistics(source: ImageSource, config: DataConfig, deep: bool) -> bo
     return config.stats == "measured" or (deep and not has_own) or unfit
 
 
-def _kept(
-    source: ImageSource, config: DataConfig, what: str, find: Callable[[ImageSource], T]
-) -> T:
+def _kept(source: ImageSource, config: DataConfig, what: str, find: Callable[[], T]) -> T:
     """What an earlier run found in the same images, or what is found now."""
     read = ("image_size", "channels", "pages", "nonfinite", "range", "resize", "max_pixels")
     parts = [_FORMAT, what, source.fingerprint(), str(config.measured.range)]
     parts += [str(getattr(config, name)) for name in read]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    place = cache_place("measured") / f"{key}.json"
-    try:
-        kept: T = json.loads(place.read_text(encoding="utf-8"))
-        return kept
-    except (OSError, ValueError):
-        found = find(source)
-    try:
-        write_json_atomic(cache_folder("measured") / place.name, found)
-    except (OSError, UserError):  # no room for a cache: it is found again next time
-        logging.getLogger("mim").warning("%s: cannot be kept for later runs", place)
-    return found
+    return found_once(parts, find)
 
 
 def value_range(source: ImageSource, nonfinite: float | None = None) -> list[float] | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import blaming, setting_error
 from mim.core.progress import note_once
 from mim.data.detection import detect
 from mim.data.images.transforms import LUMINANCE
@@ -34,11 +34,9 @@ def open_source(config: DataConfig, split: Split, folder: Path | None = None) ->
             channels that the images cannot have, or a cache that has no room.
     """
     config, source, faults = _measured(config, split)
-    try:
+    with blaming("data.source", config.source):
         check_ids(source.sample_ids)
         check_labels(source.labels, source.classes, len(source))
-    except UserError as error:
-        raise setting_error("data.source", config.source, str(error)) from error
     source.ledger = Ledger(split, len(source), config.max_unreadable, folder)
     source.ledger.add(faults)
     source.mean, source.std = _statistics(source, config)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 LOADED, ADAPTED, LEFT_OUT = "loaded", "adapted", "left out"
 
@@ -63,10 +62,6 @@ class Account:
                 f"{' and '.join(parts)}, which the file does not hold"
             )
         return found + [f"note: {note}" for note in self.notes]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ``import.json``."""
-        return asdict(self)
 
 
 def some(names: Iterable[str], count: int = 3) -> str:

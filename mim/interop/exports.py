@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.core.config import Config
 from mim.core.errors import UserError, choice_error, setting_error
 from mim.core.public import public
-from mim.evaluate import encoders
+from mim.evaluate.encoders import normalisation
 from mim.interop.card import card_text, library_line, public_config
 from mim.interop.layouts import to_hf, to_mae, to_timm
 from mim.model.backbones import (
@@ -123,15 +122,6 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
-def _write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    content = save(_plain(state), metadata={"format": "pt", **metadata})
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    checkpoint.write_atomic(path, write)
-
-
 # --- timm, safetensors, facebookresearch/mae ---
 
 
@@ -142,7 +132,7 @@ def _timm(job: _Job) -> str:
         )
     if job.output.suffix != ".safetensors":
         return _timm_folder(job)
-    _write_safetensors(job.output, to_timm(job.encoder()), job.metadata())
+    checkpoint.save_encoder(job.output, _plain(to_timm(job.encoder())), job.metadata())
     return _timm_usage(job)
 
 
@@ -174,7 +164,7 @@ def _timm_folder(job: _Job) -> str:
     args = {"img_size": list(data.size), "in_chans": data.channels, **model.backbone_args}
     if isinstance(vit, VisionTransformer) and "global_pool" not in args:
         args |= {"global_pool": "avg", "fc_norm": False}
-    mean, std = normalisation(job.config)
+    mean, std = normalisation(job.config.data)
     described = {
         "architecture": model.backbone,
         "num_classes": 0,
@@ -195,7 +185,8 @@ def _timm_folder(job: _Job) -> str:
         },
     }
     checkpoint.prepare_folder(job.output, "--output")
-    _write_safetensors(job.output / "model.safetensors", to_timm(job.encoder()), job.metadata())
+    weights = _plain(to_timm(job.encoder()))
+    checkpoint.save_encoder(job.output / "model.safetensors", weights, job.metadata())
     checkpoint.write_json_atomic(job.output / "config.json", described)
     return (
         f"import timm\n\nmodel = timm.create_model('local-dir:' + {str(job.output)!r}, "
@@ -206,7 +197,7 @@ def _timm_folder(job: _Job) -> str:
 
 def _safetensors(job: _Job) -> str:
     state = job.state() if job.part == "model" else to_timm(job.encoder())
-    _write_safetensors(job.output, state, job.metadata())
+    checkpoint.save_encoder(job.output, _plain(state), job.metadata())
     return (
         "from safetensors.torch import load_file\n\n"
         f"state = load_file({str(job.output)!r})  # mim import takes it too"
@@ -296,7 +287,7 @@ def _hf(job: _Job) -> str:
             "norm_pix_loss": config.model.target.name == "normalized_pixels",
         }
     state = to_hf(job.mae_state() if has_decoder else job.encoder(), model=has_decoder)
-    mean, std = normalisation(config)
+    mean, std = normalisation(config.data)
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -308,7 +299,7 @@ def _hf(job: _Job) -> str:
         "image_std": list(std),
     }
     checkpoint.prepare_folder(job.output, "--output")
-    _write_safetensors(job.output / "model.safetensors", state, {})
+    checkpoint.save_encoder(job.output / "model.safetensors", _plain(state), {})
     checkpoint.write_json_atomic(job.output / "config.json", described)
     checkpoint.write_json_atomic(job.output / "preprocessor_config.json", processor)
     plain = f"ViTModel.from_pretrained({str(job.output)!r}, add_pooling_layer=False)"
@@ -322,15 +313,10 @@ def _hf(job: _Job) -> str:
     )
 
 
-def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """:func:`mim.evaluate.encoders.normalisation` of a run's config."""
-    return encoders.normalisation(config.data)
-
-
 def _with_normalisation(config: Config) -> Config:
     """The config with the source's own statistics filled in, where its images are still there."""
     try:
-        mean, std = normalisation(config)
+        mean, std = normalisation(config.data)
     except UserError:
         return config
     return replace(config, data=replace(config.data, mean=mean, std=std))

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -738,7 +738,7 @@ def import_run(
         "family": imported.account.family,
         "decoder": imported.has_decoder,
     }
-    account = {**origin, **imported.account.to_dict()}
+    account = {**origin, **asdict(imported.account)}
     checkpoint.write_json_atomic(output / ACCOUNT, account)  # first: see is_half
     checkpoint.write_config(output, config)
     optimizer = build_optimizer(config.optim, imported.model, 0.0)

@@ -27,6 +27,7 @@ _MOST = 12
 class Interaction:
     """Two axes, and a contrast for every pair of their values but the first ones."""
 
+    measure: Measure
     axes: tuple[str, str]
     """As tables call them."""
     rows: tuple[str, ...]
@@ -76,23 +77,22 @@ def _interaction(comparison: Comparison, primary: Analysis, one: str, other: str
         found.append(tuple(fields))
     named = (labels[one], labels[other])
     base = (rows[0], columns[0])
-    return Interaction(named, tuple(rows[1:]), tuple(columns[1:]), base, tuple(found))
+    return Interaction(
+        primary.measure, named, tuple(rows[1:]), tuple(columns[1:]), base, tuple(found)
+    )
 
 
 def interaction_maps(comparison: Comparison, analyses: Sequence[Analysis]) -> list[HeatMap]:
     """A map for each pair of axes."""
-    measure = next((each.measure for each in analyses if each.primary), None)
     maps = []
     for number, each in enumerate(interactions(comparison, analyses)):
-        assert measure is not None
-        (rows, columns), (row, column) = each.axes, each.base
+        measure, (rows, columns), (row, column) = each.measure, each.axes, each.base
         title = f"{measure.plain}: {rows} by {columns}, against {row} and {column}"
-        shown = [(name, value) for name, value in _named(each, measure)]
         maps.append(
             HeatMap(
                 key=f"interaction_{number}",
                 title=f"{title}; 95% intervals for all fields at once, bold: without 0",
-                alt=f"{title}. {'; '.join(f'{name}: {value}' for name, value in shown)}.",
+                alt=f"{title}. {'; '.join(f'{name}: {value}' for name, value in _named(each))}.",
                 rows=each.rows,
                 columns=each.columns,
                 values=np.array(
@@ -116,11 +116,11 @@ def _text(found: Difference | None, measure: Measure, between: str = " ") -> str
     return f"{text}{between}({measure.interval(found.low, found.high)})"
 
 
-def _named(each: Interaction, measure: Measure) -> list[tuple[str, str]]:
+def _named(each: Interaction) -> list[tuple[str, str]]:
     """(contrast, its number and interval) of every field."""
     (row, column) = each.base
     return [
-        (f"({a} \u2212 {row}) at {b} \u2212 at {column}", _text(found, measure))
+        (f"({a} \u2212 {row}) at {b} \u2212 at {column}", _text(found, each.measure))
         for a, line in zip(each.rows, each.found, strict=True)
         for b, found in zip(each.columns, line, strict=True)
         if found is not None
@@ -129,11 +129,10 @@ def _named(each: Interaction, measure: Measure) -> list[tuple[str, str]]:
 
 def interaction_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     """Every contrast with its interval."""
-    measure = next((each.measure for each in analyses if each.primary), None)
     rows = [
         Row([Cell(" by ".join(each.axes)), Cell(name), Cell(text)])
         for each in interactions(comparison, analyses)
-        for name, text in (_named(each, measure) if measure else ())
+        for name, text in _named(each)
     ]
     caption = (
         "Differences of differences with their 95% intervals, for all fields of two axes at once "

@@ -1,13 +1,9 @@
-"""Charts for plotly.js, as the plain JSON it reads, and the library itself for the page.
-
-plotly is optional: without it the page shows the same charts as still pictures.
-"""
+"""Charts for plotly.js, as the plain JSON it reads, and the library itself for the page."""
 
 from __future__ import annotations
 
 import html
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,10 +18,8 @@ _SYMBOL = {
 
 
 def plotly_script() -> str:
-    """plotly.js as its Python package carries it; empty where that is not installed."""
-    if find_spec("plotly") is None:
-        return ""
-    from plotly.offline import get_plotlyjs
+    """plotly.js as its Python package carries it."""
+    from plotly.offline import get_plotlyjs  # slow to import
 
     # Inside a script element only this sequence would end it early.
     return str(get_plotlyjs()).replace("</script", "<\\/script")

@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import resources
 from itertools import combinations, starmap
 from pathlib import Path
@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mim.core.errors import UserError
-from mim.core.files import write_atomic
+from mim.core.files import write_bytes_atomic
 from mim.core.fingerprints import same_images
 from mim.report import disagreement, figures, interactive, layers, robustness, tables
 from mim.report.charts import Chart, Drawing, Forest, HeatMap, forests, loss_charts
@@ -82,15 +82,11 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> Path:
         content = written.encode() if isinstance(written, str) else written
         try:
             (folder / name).parent.mkdir(exist_ok=True)
-            write_atomic(folder / name, partial(_write, content))
+            write_bytes_atomic(folder / name, content)
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"{folder / name}: {reason}") from error
     return folder / "report.html"
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 class Report:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mim.compare.sequential import Progress, SeedRule, family_pairs, follow, nominal_level
+from mim.compare.sequential import Progress, SeedRule, family_of, follow, nominal_level
 from mim.compare.statistics import (
     LEVEL,
     Design,
@@ -225,8 +225,7 @@ class _Judge:
         self.reference = _reference(comparison, groups) if analysis.primary else None
         self.progress: Progress | None = None
         against = self.reference.label if self.reference else None
-        count = len(family_pairs(list(values), against))
-        self.family = Family("pairs" if against is None else "reference", len(groups), count)
+        self.family = family_of(list(values), against)
         seeds = comparison.rules.get("seeds")
         self.rule = SeedRule(**seeds) if seeds and analysis.primary else None
         if self.rule is not None:
@@ -234,7 +233,7 @@ class _Judge:
         if not analysis.primary:  # each stands by itself; Holm's correction follows
             self.family = STANDING_ALONE
         elif self.spread is None or not self.spread.pooled:
-            self.family = Family("separate", count=count)
+            self.family = Family("separate", count=self.family.count)
 
     def verdicts(self, wanted: Sequence[tuple[Group, Group]]) -> list[Verdict]:
         """Verdicts of pairs; those that have no seed in common are left out."""

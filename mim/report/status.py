@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mim.core.errors import UserError
-from mim.core.files import parse_yaml
+from mim.core.files import load_yaml
 from mim.core.progress import clock
 
 QUIET = 600.0
@@ -117,9 +115,9 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         UserError: if it holds something else, or cannot be read.
     """
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        content = load_yaml(path)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no mapping of settings")
     return content

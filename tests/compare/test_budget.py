@@ -74,7 +74,7 @@ def test_the_budget_follows_each_length(
     tree = tiny_tree({"train.max_steps": None})
     config = compare(tmp_path, tree, axes=axes, budget="seconds")
 
-    def bench(base: Any, regimes: Any, variants: dict[str, Any], products: bool) -> dict[str, Any]:
+    def bench(base: Any, regimes: Any, variants: dict[str, Any]) -> dict[str, Any]:
         rates = {"drop": 0.1, "token": 0.3}
         rows = {k: {"seconds_per_step": rates[c.model.regime.name]} for k, c in variants.items()}
         return {"regimes": rows}

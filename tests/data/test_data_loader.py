@@ -63,7 +63,8 @@ def test_workers_change_nothing(source: ImageSource) -> None:
 def test_spawned_workers_change_nothing(source: ImageSource) -> None:
     alone = train_loader(source, CONFIG, 0, start_step=3, total_steps=5)
     one = replace(CONFIG, workers=1)
-    spawned = train_loader(source, one, 0, start_step=3, total_steps=5, start_method="spawn")
+    spawned = train_loader(source, one, 0, start_step=3, total_steps=5)
+    spawned._loader.multiprocessing_context = "spawn"
     same(alone, spawned)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from numpy.typing import NDArray
@@ -79,7 +80,6 @@ def test_every_value_survives(data: bytes, top: float) -> None:
 
 def test_colour_of_16_bits_keeps_all_of_them() -> None:
     """PIL cuts 16-bit colour down to 8 bits; tifffile and torchvision do not."""
-    tifffile = pytest.importorskip("tifffile", reason="reads TIFFs that PIL cuts down")
     colours = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 3)).astype(np.uint16)
     file = io.BytesIO()
     tifffile.imwrite(file, colours, photometric="rgb")

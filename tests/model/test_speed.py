@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mim import build_model, load_config
-from mim.compare.cost.products import products_of
 from mim.core.cpu.kernels import tune
 from mim.model.backbones import family_of
 
@@ -88,32 +87,6 @@ def test_dropped_positions_go_the_long_way(tiny: Tiny) -> None:
     assert family_of(vit.eval()).embed_at(noise(), ids) is not None
 
 
-def test_products_of_a_step_by_hand() -> None:
-    """A linear layer has one product forward and two backward; the first has no input gradient."""
-    layers = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 7, bias=False))
-    x = torch.randn(11, 3)
-    waits: list[None] = []
-    measure = products_of(lambda: layers(x).sum().backward())
-    assert measure(lambda: waits.append(None)) > 0
-    closure = dict(zip(measure.__code__.co_freevars, measure.__closure__ or (), strict=True))
-    ready = closure["ready"].cell_contents
-    shapes = sorted(
-        tuple(tuple(arg.shape) for arg in args if isinstance(arg, Tensor))
-        for _, args, number in ready
-        for _ in range(number)
-    )
-    assert shapes == sorted(
-        [
-            ((5,), (11, 3), (3, 5)),  # forward
-            ((11, 5), (5, 7)),
-            ((7, 11), (11, 5)),  # gradients of the second weight, its input, the first weight
-            ((11, 7), (7, 5)),
-            ((5, 11), (11, 3)),
-        ]
-    )
-    assert len(waits) == 2 * len(ready)
-
-
 @pytest.mark.slow
 def test_a_peer_can_be_compiled(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     pytest.importorskip("transformers")
@@ -141,7 +114,7 @@ def test_beside_a_peer(tmp_path: Path, mim: Mim, tiny: Tiny) -> None:
     assert ours["encoder_tokens"] == peer["encoder_tokens"] == 5
     assert 0 < ours["flops_forward"] < peer["flops_forward"], "it embeds hidden patches too"
     for row in (ours, peer):
-        assert row["products_share"] > 0 and 0.5 < row["loss"] < 2
+        assert row["utilisation"] > 0 and 0.5 < row["loss"] < 2
     assert "| peer hf |" in table.read_text() and "--peer hf" in table.read_text()
     assert "'nobody'" in mim(*call, "--peer", "nobody").line
 

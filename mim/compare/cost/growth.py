@@ -68,7 +68,7 @@ def bench_growth(
         for value, config in configs.items()
     }
     first = next(iter(configs.values()))
-    figures = bench_step(first, [], rounds, steps, variants=variants, products=False)
+    figures = bench_step(first, [], rounds, steps, variants=variants)
     rows = figures.pop("regimes")
     for row in rows.values():
         row["step_memory"] = row["peak_memory"] - row["kept_memory"]

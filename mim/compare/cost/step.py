@@ -1,20 +1,19 @@
 """Timing whole training steps, interleaved so that a busy machine is unfair to nobody.
 
 Each subject (a regime of ours, a peer) lives in a process of its own, with its own allocator; the
-parent lets one of them work at a time, in turn, round after round. Its products are timed alone in
-another process, since what they leave behind in the C library's heap makes later steps faster.
+parent lets one of them work at a time, in turn, round after round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from mim.compare.cost.memory import bytes_added, bytes_of
-from mim.compare.cost.products import products_of
 from mim.compare.launchers import server_context
 from mim.core.config import Config
 from mim.core.cpu.linear import has_onednn, onednn_linear
@@ -82,8 +80,6 @@ class _Subject:
     is_peer: bool
     mae_path: Path | None
     threads: int
-    products: bool
-    """Whether its matrix products are timed alone, too."""
 
 
 def bench_step(
@@ -95,7 +91,6 @@ def bench_step(
     peers: Sequence[str] = (),
     mae_path: Path | None = None,
     variants: Mapping[str, Config] | None = None,
-    products: bool = True,
 ) -> dict[str, Any]:
     """Time training steps of one config under several regimes, on noise images.
 
@@ -108,16 +103,14 @@ def bench_step(
             ``benchmarks/peers.py``; with ``-compiled`` behind the name, under torch.compile.
         mae_path: a checkout of facebookresearch/mae, for the peer ``mae``.
         variants: more to be timed, by a name of their own; they stand under ``regimes`` too.
-        products: whether the products of each step are timed alone, too.
 
     Returns:
         ``environment``, and under ``regimes`` and ``peers`` a row each: images and tokens a
         second, seconds a step, operations an image, bytes of torch's tensors between two steps
-        (``kept_memory``) and at the peak of one, the last loss, the share of
-        ``matrix_flops_per_second`` that its operations came to, and the share of a step that its
-        products take when run alone. ``ratio_to_first`` is its speed over that of the first row,
-        ``ratio_to_fastest_peer`` that of a regime over the fastest peer's; a ratio is the median
-        over rounds of the ratio within a round.
+        (``kept_memory``) and at the peak of one, the last loss, and the share of
+        ``matrix_flops_per_second`` that its operations came to. ``ratio_to_first`` is its speed
+        over that of the first row, ``ratio_to_fastest_peer`` that of a regime over the fastest
+        peer's; a ratio is the median over rounds of the ratio within a round.
 
     Raises:
         UserError: for an unknown regime or peer, one that does not fit the config, a package that
@@ -136,16 +129,16 @@ def bench_step(
     subjects = []
     for name in regimes:
         chosen = checked(with_regime(config, name))
-        subjects.append(_Subject(name, chosen, False, mae_path, threads, products))
+        subjects.append(_Subject(name, chosen, False, mae_path, threads))
     for name, varied in (variants or {}).items():
         if name in (*regimes, *peers):
             raise setting_error("--variants", name, "is the name of another row; choose another")
-        subjects.append(_Subject(name, checked(varied), False, mae_path, threads, products))
+        subjects.append(_Subject(name, checked(varied), False, mae_path, threads))
     if not subjects:
         raise setting_error("--regimes", "", "names nothing to be timed")
     ours_first = [subject.name for subject in subjects]
-    subjects += [_Subject(name, config, True, mae_path, threads, products) for name in peers]
-    figures, times, alone, rates = _interleave(subjects, rounds, steps)
+    subjects += [_Subject(name, config, True, mae_path, threads) for name in peers]
+    figures, times, rates = _interleave(subjects, rounds, steps)
     sizes = {subject.name: subject.config.data.batch_size for subject in subjects}
     first = ours_first[0]
     for name, seconds in times.items():
@@ -155,9 +148,6 @@ def bench_step(
         row |= {"slowest": size / max(seconds), "fastest": size / min(seconds)}
         row["tokens_per_second"] = speed * row["encoder_tokens"]
         flops = row["flops_forward"] + row["flops_backward"]
-        if products:
-            shares = [part / own for part, own in zip(alone[name], seconds, strict=True)]
-            row["products_share"] = statistics.median(shares)
         row["utilisation"] = speed * flops / statistics.median(rates)
         row["ratio_to_first"] = _faster(times, sizes, name, first)
     ours = {name: figures[name] for name in ours_first}
@@ -230,34 +220,23 @@ def _check_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def _interleave(
     subjects: Sequence[_Subject], rounds: int, steps: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]], list[float]]:
-    """Figures of each subject; its seconds a step in every round, those of the products alone, and
-    each round's matrix rate."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], list[float]]:
+    """Figures of each subject, its seconds a step in every round, and each round's matrix rate."""
     context = server_context()  # a fork of this process would share its threads
     lines: dict[str, Connection] = {}
-    aside: dict[str, Connection] = {}  # of products, by the same names
     processes = []
     figures: dict[str, dict[str, Any]] = {}
-
-    def start(serve: Callable[[Connection, _Subject], None], subject: _Subject) -> Connection:
-        line, far = context.Pipe()
-        process = context.Process(target=serve, args=(far, subject), daemon=True)
-        process.start()
-        far.close()
-        processes.append(process)
-        return line
-
     try:
         for subject in subjects:
             name = subject.name
-            lines[name] = start(_serve, subject)
+            lines[name], far = context.Pipe()
+            process = context.Process(target=_serve, args=(far, subject), daemon=True)
+            process.start()
+            far.close()
+            processes.append(process)
             # One after the other, so that each warms up on a free machine.
             figures[name] = _answer(lines[name], name)
-            if subject.products:
-                aside[name] = start(_serve_products, subject)
-                _answer(aside[name], name)
         times: dict[str, list[float]] = {name: [] for name in lines}
-        products: dict[str, list[float]] = {name: [] for name in lines}
         rates = []
         for number in range(rounds):
             rates.append(_matrix_rate(subjects[0].config))
@@ -266,20 +245,17 @@ def _interleave(
                 measured = _answer(line, name)
                 times[name].append(measured.pop("seconds"))
                 figures[name] |= measured
-                if name in aside:
-                    aside[name].send(True)
-                    products[name].append(_answer(aside[name], name)["seconds"])
         for name, line in lines.items():
             line.send(None)
             figures[name].update(_answer(line, name))
     finally:
-        for line in (*lines.values(), *aside.values()):
+        for line in lines.values():
             line.close()  # its process then ends
         for process in processes:
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
-    return figures, times, products, rates
+    return figures, times, rates
 
 
 def _answer(line: Connection, name: str) -> dict[str, Any]:
@@ -293,75 +269,39 @@ def _answer(line: Connection, name: str) -> dict[str, Any]:
     return content
 
 
-def _built(
-    line: Connection, subject: _Subject, device: torch.device
-) -> tuple[_Work, dict[str, Any]] | None:
-    """Build what a process times; None where it cannot, and the parent has got the reason."""
+def _serve(line: Connection, subject: _Subject) -> None:
+    """Run a subject's process: build, warm up, then step whenever the parent asks."""
     end_at_once()
     torch.set_num_threads(subject.threads)
+    device = _device()
     try:
-        return (_peer if subject.is_peer else _regime)(subject, device)
+        work, figures = (_peer if subject.is_peer else _regime)(subject, device)
     except UserError as error:
         line.send(("mistake", str(error)))
+        return
     except Exception as error:
         if not subject.is_peer:
             raise
         reason = f"does not run as installed: {type(error).__name__}: {error}"
         line.send(("mistake", f"--peer {subject.name}: it {reason}"))
-    return None
-
-
-def _requests(line: Connection) -> Iterator[Any]:
-    """What the parent asks for, until it is gone."""
-    while True:
-        try:
-            yield line.recv()
-        except EOFError:
-            return
-
-
-def _serve(line: Connection, subject: _Subject) -> None:
-    """Run a subject's process: build, warm up, then step whenever the parent asks."""
-    device = _device()
-    built = _built(line, subject, device)
-    if built is None:
         return
-    work, figures = built
     for number in range(_WARM_UP):
         work.step(number)
     line.send(("ready", figures))
-    for request in _requests(line):
-        if request is None:  # last, since the count itself changes what the C library keeps
-            kept = bytes_of(work.kept_tensors())
-            peak = kept + bytes_added(lambda: work.step(0), device)
-            line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
-            continue
-        first, steps = request
-        wait_for(device)
-        began = time.perf_counter()
-        for number in range(first, first + steps):
-            loss = work.step(number)
-        wait_for(device)
-        seconds = (time.perf_counter() - began) / steps
-        line.send(("done", {"seconds": seconds, "loss": float(loss)}))
-
-
-def _serve_products(line: Connection, subject: _Subject) -> None:
-    """Run the process that times a subject's products, as they are without compilation."""
-    device, config = _device(), subject.config
-    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
-    name = subject.name.removesuffix(_COMPILED) if subject.is_peer else subject.name
-    built = _built(line, dataclasses.replace(subject, name=name, config=plain), device)
-    if built is None:
-        return
-    work, _ = built
-    measure = products_of(partial(work.learn, 0))
-    del work, built
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    line.send(("ready", {}))
-    for _ in _requests(line):
-        line.send(("done", {"seconds": measure(partial(wait_for, device))}))
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while (request := line.recv()) is not None:
+            first, steps = request
+            wait_for(device)
+            began = time.perf_counter()
+            for number in range(first, first + steps):
+                loss = work.step(number)
+            wait_for(device)
+            seconds = (time.perf_counter() - began) / steps
+            line.send(("done", {"seconds": seconds, "loss": float(loss)}))
+        # Last, since the count itself changes what the C library keeps.
+        kept = bytes_of(work.kept_tensors())
+        peak = kept + bytes_added(lambda: work.step(0), device)
+        line.send(("done", {"kept_memory": kept, "peak_memory": peak}))
 
 
 def _noise(config: Config, device: torch.device) -> Tensor:
@@ -465,9 +405,8 @@ def _seconds(way: Callable[[], Tensor], device: torch.device) -> list[float]:
 
 _COLUMNS = (
     "| subject | images/s (median) | slowest to fastest | to the first | to the fastest peer "
-    "| encoder tokens | GFLOPs an image | of the matrix rate | products alone | peak memory, GiB "
-    "| loss |",
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| encoder tokens | GFLOPs an image | of the matrix rate | peak memory, GiB | loss |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -476,7 +415,7 @@ def _rows(figures: dict[str, Any]) -> list[str]:
     for kind in ("regimes", "peers"):
         for name, values in figures[kind].items():
             flops = (values["flops_forward"] + values["flops_backward"]) / 1e9
-            ratio, alone = values.get("ratio_to_fastest_peer"), values.get("products_share")
+            ratio = values.get("ratio_to_fastest_peer")
             rows.append(
                 f"| {name if kind == 'regimes' else 'peer ' + name} "
                 f"| {values['images_per_second']:.1f} "
@@ -485,7 +424,6 @@ def _rows(figures: dict[str, Any]) -> list[str]:
                 f"| {'' if ratio is None else f'{ratio:.2f}'} "
                 f"| {values['encoder_tokens']:.0f} | {flops:.3f} "
                 f"| {100 * values['utilisation']:.0f} % "
-                f"| {'' if alone is None else f'{100 * alone:.0f} %'} "
                 f"| {values['peak_memory'] / 2**30:.2f} | {values['loss']:.3f} |"
             )
     return rows

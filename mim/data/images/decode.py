@@ -275,18 +275,11 @@ def decode(
         UnreadableImage: see the head of this file.
     """
     with decoding(name):
-        if not data:
-            raise ValueError("the file is empty")
-        if depth is not None and (found := read_array(data, max_pixels, depth)) is not None:
-            return scaled(found, depth)
-        if data.startswith(_NUMPY):
+        if depth is None and data.startswith(_NUMPY):
             return _array(data, max_pixels)
-        try:
-            image = open_image(io.BytesIO(data), max_pixels)
-        except ValueError:
-            if depth is None or not data.startswith(TIFF):
-                raise
-            return scaled(read_tiff(data, max_pixels, depth), depth)
+        image = _opened(data, max_pixels, depth)
+        if isinstance(image, Pixels):
+            return scaled(image, depth or Depth())
         pixels = _jpeg(data, image, decoder)
         if pixels is not None:
             return pixels
@@ -305,17 +298,24 @@ def stored_values(data: bytes, name: str, max_pixels: int, depth: Depth) -> Pixe
         UnreadableImage: see the head of this file.
     """
     with decoding(name):
-        if not data:
-            raise ValueError("the file is empty")
-        if (found := read_array(data, max_pixels, depth)) is None:
-            try:
-                image = open_image(io.BytesIO(data), max_pixels)
-            except ValueError:
-                if not data.startswith(TIFF):
-                    raise
-                return read_tiff(data, max_pixels, depth)
-            found = read_image(image, data, max_pixels, depth)
-    return found
+        image = _opened(data, max_pixels, depth)
+        if isinstance(image, Pixels):
+            return image
+        return read_image(image, data, max_pixels, depth)
+
+
+def _opened(data: bytes, max_pixels: int, depth: Depth | None) -> Image.Image | Pixels:
+    """A file as PIL opens it; with a depth, the values of one that PIL does not know."""
+    if not data:
+        raise ValueError("the file is empty")
+    if depth is not None and (found := read_array(data, max_pixels, depth)) is not None:
+        return found
+    try:
+        return open_image(io.BytesIO(data), max_pixels)
+    except ValueError:
+        if depth is None or not data.startswith(TIFF):
+            raise
+        return read_tiff(data, max_pixels, depth)
 
 
 def picture_of(values: NDArray[np.generic], name: str, depth: Depth | None) -> Picture:

@@ -47,12 +47,12 @@ class Depth:
     nonfinite: float | None = None
 
 
-def depth_of(config: DataConfig, page: int | None = None) -> Depth | None:
+def depth_of(config: DataConfig) -> Depth | None:
     """The depth of a config; None for ``high_byte``."""
     if config.range == "high_byte":
         return None
     span = config.measured.range if config.range == "auto" else config.range
-    return Depth(span, config.channels, config.pages, page, config.nonfinite)
+    return Depth(span, config.channels, config.pages, nonfinite=config.nonfinite)
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,8 @@ def _deep_png(data: bytes) -> Values:
 
 def read_tiff(data: bytes, max_pixels: int, depth: Depth) -> Pixels:
     """A TIFF that PIL cannot read, or would cut down to 8 bits."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ValueError("a TIFF of this kind needs the package tifffile") from error
+    import tifffile  # which scikit-image brings, and few images need
+
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             first = file.pages.first

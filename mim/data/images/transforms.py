@@ -417,8 +417,3 @@ def normalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> Im
 def restore(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of :func:`normalize`: (B, C, H, W) float32 on the scale 0 to 1, or beyond it."""
     return images.to(torch.float32) * _per_channel(std, images) + _per_channel(mean, images)
-
-
-def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of :func:`normalize` as (B, C, H, W) float32 in [0, 1], for pictures."""
-    return restore(images, mean, std).clamp(0, 1)

@@ -1,19 +1,24 @@
-"""What a scan of a large file found, stored for later runs on the same file."""
+"""What looking at files found, stored for later runs on the same files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mim.core.errors import UserError
-from mim.core.files import write_atomic
-from mim.data.places.fetch import cache_folder
+from mim.core.files import write_arrays, write_json_atomic
+from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.places.places import Place
 from mim.data.places.remote import RemoteFile
+
+T = TypeVar("T")
 
 # NumPy parses the header of an array, and the parser of Python up to 3.12 now and then fails where
 # threads use it at once: "AST constructor recursion depth mismatch" (python/cpython#106905).
@@ -63,18 +68,30 @@ def recall(place: Place, what: str) -> dict[str, Any] | None:
         return {name: arrays[name] for name in arrays.files}
 
 
+def found_once(
+    parts: Sequence[object], find: Callable[[], T], lasts: Callable[[T], bool] = lambda _: True
+) -> T:
+    """What an earlier run found that had the same ``parts``, as JSON, or what is found now.
+
+    It is stored for later runs where it ``lasts``.
+    """
+    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    place = cache_place("measured") / f"{key}.json"
+    try:
+        kept: T = json.loads(place.read_text(encoding="utf-8"))
+        return kept
+    except (OSError, ValueError):
+        found = find()
+    if lasts(found):
+        try:
+            write_json_atomic(cache_folder("measured") / place.name, found)
+        except (OSError, UserError):  # no room for a cache: it is found again next time
+            logging.getLogger("mim").warning("%s: cannot be kept for later runs", place)
+    return found
+
+
 def keep(place: Place, what: str, arrays: dict[str, Any]) -> None:
     """Store arrays for later runs; :func:`recall` reads them."""
     path = _path(place, what)
     if path is not None:
-        write_arrays(path, arrays)
-
-
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays as ``.npz``, atomically."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
+        write_arrays(path, arrays, compress=False)

@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim.core.errors import UserError
-from mim.core.files import IMAGE_EXTENSIONS, walk
+from mim.core.files import IMAGE_EXTENSIONS, walk, write_arrays
 from mim.core.rng import name_to_int
 from mim.core.terminal import printable
 from mim.data.places.fetch import cache_folder, cache_place
-from mim.data.places.kept import write_arrays
 from mim.data.places.names import Names
 
 KEPT_FROM = 20_000
@@ -88,7 +87,7 @@ def list_images(root: Path, part: str, folders: Sequence[str], *, keep: bool) ->
         arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
         arrays |= {"times": times, "note": np.array(json.dumps(note))}
         try:
-            write_arrays(cache_folder("listings") / name, arrays)
+            write_arrays(cache_folder("listings") / name, arrays, compress=False)
         except (OSError, UserError) as error:
             message = f"the list of its images is not kept for later runs: {error}"
             warnings.warn(f"{root}: {message} (data.index_cache=false keeps none)", stacklevel=2)

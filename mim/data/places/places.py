@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import blaming, setting_error
 from mim.data.places.fetch import fetch, is_url
 from mim.data.places.remote import Headers, RemoteFile, in_parallel, open_remote
 from mim.data.places.splits import find_splits, split_of, split_of_file
@@ -124,15 +124,13 @@ def divide(config: DataConfig, ending: str) -> tuple[Sequence[Place], Sequence[P
         val = find("data.val_path", config.val_path, ending, streaming)
         return find("data.path", config.path, ending, streaming), val
     root = Path(config.path)
-    try:
-        if root.is_dir():
-            folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if root.is_dir():
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        with blaming("data.path", config.path):
             train, held_out = find_splits(name for name in folders if split_of(name))
             if train is not None:
                 found = find("data.path", str(root / held_out), ending) if held_out else []
                 return find("data.path", str(root / train), ending), found
-    except UserError as error:
-        raise setting_error("data.path", config.path, str(error)) from error
     files = find("data.path", config.path, ending, streaming)
     splits = [split_of_file(place.name) for place in files]
     if not {None, "train"} & {*splits}:

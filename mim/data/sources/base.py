@@ -16,12 +16,9 @@ all its images; ``open_source`` then holds some of them out.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -33,13 +30,12 @@ from torch import Tensor
 
 from mim.core.config import DataConfig, MeasuredConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import write_json_atomic
 from mim.core.registry import Registry
 from mim.core.rng import image_keys, permutation
 from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
 from mim.data.images.deep import Depth, Pixels, depth_of
 from mim.data.images.transforms import Picture
-from mim.data.places.fetch import cache_folder, cache_place
+from mim.data.places.kept import found_once
 from mim.data.unreadable import Fault, Ledger
 
 Split: TypeAlias = Literal["train", "val"]
@@ -270,27 +266,17 @@ class EncodedSource(ImageSource):
         chosen = torch.tensor(spread_indices(len(self), _SAMPLED))
         if self.groups is not None:  # stored together: one read, not many
             chosen = (self.groups == self.groups[0]).nonzero()[:_SAMPLED, 0]
-        kept = self._kept_look(chosen, depth) if self._streams else None
-        if kept is not None and kept.is_file():
-            return kept.read_text(encoding="utf-8").strip() == "true"
-        self.ahead(chosen)
-        found = [self._bits(index) for index in chosen.tolist()]
-        # An image that could not be read now may be read next time.
-        if kept is not None and (any(found) or None not in found):
-            try:
-                write_json_atomic(cache_folder("measured") / kept.name, any(found))
-            except (OSError, UserError):  # no room for a cache
-                logging.getLogger("mim").warning("%s: cannot be kept for later runs", kept)
-        return any(found)
 
-    def _kept_look(self, chosen: Tensor, depth: Depth) -> Path | None:
-        """Where it is kept; None if nothing tells one version of the files from the next."""
-        stamps = [self.stamp(index) for index in chosen.tolist()]
+        def look() -> list[bool | None]:
+            self.ahead(chosen)
+            return [self._bits(index) for index in chosen.tolist()]
+
+        stamps = [self.stamp(index) for index in chosen.tolist()] if self._streams else [""]
         if any(stamp.startswith(("/", "None/")) or not stamp for stamp in stamps):
-            return None
-        told = json.dumps([*stamps, str(replace(depth, range=None)), self._max_pixels])
-        digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-        return cache_place("measured") / f"{digest}.json"
+            return any(look())  # nothing tells one version of the files from the next
+        parts = [*stamps, str(replace(depth, range=None)), self._max_pixels]
+        # An image that could not be read now may be read next time.
+        return any(found_once(parts, look, lambda found: any(found) or None not in found))
 
     def _bits(self, index: int) -> bool | None:
         """Whether an image has more than 8 bits; None for an unreadable one."""
@@ -310,6 +296,14 @@ class EncodedSource(ImageSource):
 
 class View(ImageSource):
     """Images of other sources under positions of its own."""
+
+    def _take(self, source: ImageSource) -> None:
+        """What holds for all images of a source."""
+        self.source = source
+        self.name, self.classes = source.name, source.classes
+        self.mean, self.std = source.mean, source.std
+        self.ledger, self.measured = source.ledger, source.measured
+        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
 
     @abstractmethod
     def _find(self, index: int) -> tuple[ImageSource, int]:
@@ -348,15 +342,10 @@ class Subset(View):
     """The images of a source at ``indices`` (m,), in their order."""
 
     def __init__(self, source: ImageSource, indices: Tensor | Sequence[int]) -> None:
-        self.source = source
+        self._take(source)
         self.indices = torch.as_tensor(indices).long()
-        self.name = source.name
-        self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.sample_ids = source.sample_ids[self.indices]
-        self.mean, self.std = source.mean, source.std
-        self.ledger, self.measured = source.ledger, source.measured
-        self.deep, self.show, self.left_out = source.deep, source.show, dict(source.left_out)
         self.weights = None if source.weights is None else source.weights[self.indices]
         self.groups = None if source.groups is None else source.groups[self.indices]
         self.groups_mixed = source.groups_mixed

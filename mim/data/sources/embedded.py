@@ -28,10 +28,8 @@ class Digits(InMemory):
     mean, std = (0.305,), (0.376,)
 
     def __init__(self, config: DataConfig, split: Split) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise needs_package("digits", "scikit-learn") from error
+        from sklearn.datasets import load_digits  # slow to import
+
         data = load_digits()
         pixels = np.round(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
         classes = [str(digit) for digit in range(10)]

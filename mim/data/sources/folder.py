@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import blaming, setting_error
 from mim.core.files import IMAGE_EXTENSIONS, is_folder, is_hidden
 from mim.core.rng import name_to_int
 from mim.data.images.decode import (
@@ -24,7 +24,7 @@ from mim.data.images.decode import (
     read_file,
     stored_values,
 )
-from mim.data.images.deep import Depth, Pixels, depth_of
+from mim.data.images.deep import Depth, Pixels
 from mim.data.images.transforms import Picture
 from mim.data.labels import label_table
 from mim.data.places.listing import list_images, tell_left_out
@@ -39,7 +39,7 @@ HEADERS_CHECKED = 20_000
 more, a bad file shows when it is decoded."""
 
 
-def _folders(path: Path) -> list[str]:
+def folders_in(path: Path) -> list[str]:
     """Names of the visible sub-folders, sorted, without links to a folder above."""
     real = path.resolve()
     with os.scandir(path) as entries:
@@ -50,6 +50,11 @@ def _folders(path: Path) -> list[str]:
             and not is_hidden(entry.name)
             and not (entry.is_symlink() and real.is_relative_to(Path(entry.path).resolve()))
         )
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie directly in a folder."""
+    return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(folder))
 
 
 class Files(EncodedSource):
@@ -67,7 +72,7 @@ class Files(EncodedSource):
         self.name = config.source
         self._resolved = self.root.resolve()
         self._keeps_list = config.index_cache
-        self._pages = depth_of(config) if config.pages == "images" else None
+        self._pages_are_images = config.pages == "images" and self._depth is not None
         self._page_of: list[int] | None = None
         self._found_deep = False
 
@@ -77,7 +82,7 @@ class Files(EncodedSource):
         self._names, self.sample_ids = listing.names, listing.ids
         self.left_out = listing.left_out
         tell_left_out((self.root / part).as_posix(), listing.left_out)
-        if self._pages is not None:
+        if self._pages_are_images:
             return self._open_pages(listing.counts)
         return listing.counts
 
@@ -98,10 +103,8 @@ class Files(EncodedSource):
 
     def _splits(self) -> tuple[str | None, str | None]:
         """The folders of train and val below the root, see :func:`find_splits`."""
-        try:
-            return find_splits(_folders(self.root))
-        except UserError as error:
-            raise setting_error(self.setting, self._given, str(error)) from error
+        with blaming(self.setting, self._given):
+            return find_splits(folders_in(self.root))
 
     def describe(self, index: int) -> str:
         return self._names[index]
@@ -201,10 +204,8 @@ class ImageFolder(Files):
             train, part = self._divide(split)
             folders = self._class_folders(part)
             names = folders if part == train else self._class_folders(train)
-            try:
+            with blaming(self.setting, config.path):
                 labels, self.classes = label_table(folders, names)
-            except UserError as error:
-                raise setting_error(self.setting, config.path, str(error)) from error
             assert labels is not None
             self.labels = self._list(part, folders, labels)
         except (OSError, UnicodeEncodeError) as error:
@@ -217,20 +218,17 @@ class ImageFolder(Files):
         return train or ".", (train if split == "train" else val) or train or "."
 
     def _class_folders(self, part: str) -> list[str]:
-        classes = _folders(self.root / part)
+        classes = folders_in(self.root / part)
         if not classes:
             reason = f"has no class sub-folders in {(self.root / part).as_posix()}"
-            beside = [] if part != "." else _folders(self.root.resolve().parent)
-            if len(beside) > 1 and self._holds_images():
+            beside = [] if part != "." else folders_in(self.root.resolve().parent)
+            if len(beside) > 1 and holds_images(self.root):
                 reason += (
                     f", but images: it looks like one class of {self.root.resolve().parent}. Name "
                     "that folder, or set data.source=flat for images without labels"
                 )
             raise setting_error(self.setting, self._given, reason)
         return classes
-
-    def _holds_images(self) -> bool:
-        return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(self.root))
 
     def _list(self, part: str, folders: Sequence[str], labels: Tensor) -> Tensor:
         """Find the files of the class folders of one part; returns the label (n,) of each."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import UserError, blaming, setting_error
 from mim.data.places.places import Place, divide, is_local, open_urls
 from mim.data.places.splits import find_splits
 from mim.data.sources.base import SOURCES, ImageSource, Split, needs_package, required_path
@@ -102,13 +102,10 @@ def _splits(config: DataConfig, names: Any) -> tuple[str, str | None]:
     Raises:
         UserError: if there is no split train.
     """
-    try:
+    with blaming("data.path", config.path):
         train, val = find_splits(names)
-    except UserError as error:
-        raise setting_error("data.path", config.path, str(error)) from error
-    if train is None:
-        reason = f"has no split train, but {', '.join(names)}"
-        raise setting_error("data.path", config.path, reason)
+        if train is None:
+            raise UserError(f"has no split train, but {', '.join(names)}")
     return train, val
 
 

@@ -41,7 +41,7 @@ import torch
 from numpy.typing import NDArray
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, setting_error
+from mim.core.errors import UserError, blaming, setting_error
 from mim.core.files import decode_text, is_hidden
 from mim.core.rng import name_to_int
 from mim.data.images.decode import EXTENSIONS, check_size, decoding, open_regular
@@ -344,10 +344,8 @@ class Shards(EncodedSource):
         if apart:
             rest = [part[1:] if part and split_of(part[0]) else part for part in parts]
             return [None] * len(parts), [part[0] if part else "" for part in rest]
-        try:
+        with blaming("data.path", self._given):
             train, val = find_splits(sorted({part[0] for part in parts if part}))
-        except UserError as error:
-            raise setting_error("data.path", self._given, str(error)) from error
         if train is None:
             return ["train"] * len(parts), [part[0] if part else "" for part in parts]
         names: dict[tuple[str | None, ...], str] = {(train,): "train", (val,): "val"}
@@ -374,7 +372,7 @@ class Shards(EncodedSource):
         used = train | chosen
         missing = given[used] == _NO_LABEL
         self.classes = []
-        try:
+        with blaming("data.path", self._given):
             if not missing.all():
                 if missing.any():
                     count = int(missing.sum())
@@ -389,8 +387,6 @@ class Shards(EncodedSource):
             labels, self.classes = label_table([classes[number] for number in there], of_train)
             assert labels is not None
             return labels.numpy()[np.searchsorted(there, code[chosen])]
-        except UserError as error:
-            raise setting_error("data.path", self._given, str(error)) from error
 
     def _class_names(self) -> list[str] | None:
         """The lines of ``classes.txt`` beside the shards; None without it."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mim.core.config import DataConfig
-from mim.core.errors import UserError, choice_error, setting_error
+from mim.core.errors import blaming, choice_error, setting_error
 from mim.core.fields import Count, Settings
 from mim.core.rng import name_to_int
 from mim.data.images.decode import read_file
@@ -87,10 +87,8 @@ class TableSource(EncodedSource):
         self, column: str, values: NDArray[Any], train: NDArray[Any], names: Sequence[str] | None
     ) -> None:
         """Set labels and classes by :func:`label_table`; ``column`` is for messages."""
-        try:
+        with blaming("data.huggingface.label", column):
             self.labels, self.classes = label_table(values, train, names)
-        except UserError as error:
-            raise setting_error("data.huggingface.label", column, str(error)) from error
 
     def describe(self, index: int) -> str:
         return f"{self._part}/{index}"

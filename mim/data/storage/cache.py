@@ -44,12 +44,9 @@ class CachedSource(View):
     """The images of a source, decoded already."""
 
     def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self.name, self.classes = source.name, source.classes
+        self._take(source)
         self.labels, self.sample_ids = source.labels, source.sample_ids
-        self.mean, self.std = source.mean, source.std
-        self.ledger, self.weights = source.ledger, source.weights
-        self.measured, self.deep, self.show = source.measured, source.deep, source.show
+        self.weights = source.weights
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         return self.source, index

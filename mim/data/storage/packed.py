@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +34,7 @@ from PIL import Image
 
 from mim.core.config import DataConfig
 from mim.core.errors import UserError, setting_error
-from mim.core.files import write_atomic, write_json_atomic
+from mim.core.files import write_atomic, write_bytes_atomic, write_json_atomic
 from mim.core.signals import end_at_once, start_server
 from mim.data.images.decode import UnreadableImage, decode, decoding, is_deep, stored_values
 from mim.data.images.deep import Depth, depth_of
@@ -249,7 +248,7 @@ def pack_split(
     for number, (data, rows, faults) in zip(missing, parts, strict=True):
         rows["part"] = number
         path = folder / f"{split}-{number:05d}.{suffix}"
-        write_atomic(path, partial(_write, data))
+        write_bytes_atomic(path, data)
         write_atomic(path.with_suffix(".rows"), partial(_save, rows))
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         entry = {"name": path.name, "images": len(rows), "bytes": len(data), "blake2b": digest}
@@ -266,10 +265,6 @@ def pack_split(
         "unreadable": [fault for note in written for fault in note["unreadable"]],
         "rows": _digest(folder / f"{split}.npy"),
     }
-
-
-def _write(data: bytes, file: Path) -> None:
-    file.write_bytes(data)
 
 
 def _save(rows: NDArray[Any], file: Path) -> None:
@@ -431,8 +426,3 @@ class PackedSet(Packed):
     def stamp(self, index: int) -> str:
         row = self.rows[index]
         return f"{self._digests[row['part']]}/{row['offset']}/{row['bytes']}"
-
-
-def default_workers() -> int:
-    """One process for each core."""
-    return os.cpu_count() or 1
