@@ -2,12 +2,13 @@
 
 Two encoders of the same accuracy may fail on different images; which ones says more about a regime
 than the third digit of a mean. ``disagreement.npz`` in the comparison's folder holds
-``evaluation``, ``sample_ids`` (n,), ``images`` (n, H, W, C) uint8 and the names of the classes.
+``evaluation``, ``sample_ids`` (n,), ``images`` (n, H, W, C) uint8 and the names of the classes; of
+more images, ``measured_ids`` (m,) and their ``statistics`` (m, 4), whose names are ``statistic``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ from mim.data import eval_loader, open_source
 from mim.evaluate.predictions import read_predictions
 
 FILE = "disagreement.npz"
+STATISTICS = ("brightness", "contrast", "colour", "detail")
 _IMAGES = 12
+_MEASURED = 2000
+"""Test images whose statistics are taken, at the most: each has to be decoded once more."""
 _SIDE = 96
 
 
@@ -47,18 +51,26 @@ def write_disagreement(
     ):
         return False
     shares = np.stack([np.mean([a["accuracy"] for a in own], axis=0) for own in kept.values()])
-    chosen = most_disputed(shares, every[0]["sample_ids"])
-    source = open_source(data, "val")
-    ids = every[0]["sample_ids"][chosen]
-    places = [int((source.sample_ids == int(i)).nonzero()[0, 0]) for i in ids]
-    if not places:
+    answered = every[0]["sample_ids"]
+    chosen = most_disputed(shares, answered)
+    if not chosen:
         return False
-    images = torch.cat([b.images for b in eval_loader(source, data.as_square(), indices=places)])
+    source, square = open_source(data, "val"), data.as_square()
+    place_of = {sample_id: place for place, sample_id in enumerate(source.sample_ids.tolist())}
+
+    def batches(positions: Sequence[int]) -> Iterator[torch.Tensor]:
+        places = [place_of[int(answered[position])] for position in positions]
+        return (batch.images for batch in eval_loader(source, square, indices=places))
+
+    few = np.unique(np.linspace(0, len(answered) - 1, _MEASURED).astype(int)).tolist()
     content = {
         "evaluation": np.array(evaluation),
-        "sample_ids": ids,
-        "images": thumbnails(images),
+        "sample_ids": answered[chosen],
+        "images": thumbnails(torch.cat([*batches(chosen)])),
         "classes": np.array(source.classes, dtype=str),
+        "statistic": np.array(STATISTICS),
+        "measured_ids": answered[few],
+        "statistics": torch.cat([image_statistics(images) for images in batches(few)]).numpy(),
     }
     write_arrays(output / FILE, content)
     return True
@@ -74,6 +86,22 @@ def most_disputed(shares: NDArray[np.float64], sample_ids: NDArray[np.int64]) ->
     spread = np.ptp(shares, axis=0)
     order = np.lexsort((sample_ids, -shares.var(axis=0), -spread))
     return [int(place) for place in order[:_IMAGES] if spread[place] > 0]
+
+
+def image_statistics(images: torch.Tensor) -> torch.Tensor:
+    """(n, C, H, W) of any range -> (n, 4): each image by the four of ``STATISTICS``.
+
+    Brightness is the mean of all values, contrast the standard deviation of the gray ones, colour
+    the mean spread of a pixel over its channels, and detail the mean step between neighbouring
+    pixels over the contrast: large for fine textures, small for smooth shapes of any contrast.
+    """
+    pixels = images.double()
+    gray = pixels.mean(1)  # (n, H, W)
+    contrast = gray.std((1, 2), correction=0)
+    steps = gray.diff(dim=1).abs().mean((1, 2)) + gray.diff(dim=2).abs().mean((1, 2))
+    colour = pixels.std(1, correction=0).mean((1, 2))
+    detail = steps / contrast.clamp_min(1e-12)
+    return torch.stack([pixels.mean((1, 2, 3)), contrast, colour, detail], dim=1)
 
 
 def thumbnails(images: torch.Tensor) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Where encoders disagree: classes and images, by the answers that runs have kept."""
+"""Where encoders disagree: classes, images and their looks, by the answers that runs have kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from mim.compare.statistics import LEVEL, Difference, difference, holm, p_value
 from mim.report.collect import Comparison, Group, read_arrays
@@ -75,6 +76,49 @@ def class_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     heads = [Column(f"{group.label} (%)") for group in groups]
     columns = [*text_columns("Class"), Column("images"), *heads]
     return Table(caption, [*columns, *text_columns("Largest difference")], rows, "classes")
+
+
+def image_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
+    """How far pairs of groups differ with what an image looks like, by rank correlation.
+
+    A correlation speaks of these runs and of other images; Holm's correction is over all of them.
+    """
+    kept, evaluation = _disputed_images(comparison), _primary(analyses)
+    shares = _shares(comparison.groups, evaluation)
+    names = [str(name) for name in kept.get("statistic", ())]
+    columns = [*text_columns("Difference"), *map(Column, names)]
+    caption = (
+        "Rank correlation over test images of the difference in right answers (mean over seeds) "
+        "with what an image looks like; exploratory, bold where Holm's correction over all of them "
+        "leaves it shown. Detail is the step between neighbouring pixels over the contrast"
+    )
+    looks = dict(zip(kept.get("measured_ids", ()), kept.get("statistics", ()), strict=True))
+    pairs = list(combinations(shares, 2))[:_PAIRS] if looks else []
+    found = []
+    for first, second in pairs:
+        ids, _, right, _ = shares[first]
+        places = [place for place, sample_id in enumerate(ids) if sample_id in looks]
+        gap = (right - shares[second][2])[places]
+        columns_of = np.array([looks[sample_id] for sample_id in ids[places]]).T  # (4, m)
+        found += [_rank_correlation(gap, values) for values in columns_of]
+    adjusted = holm([p for _, p in found])
+    rows = []
+    for place, (first, second) in enumerate(pairs):
+        part = slice(place * len(names), (place + 1) * len(names))
+        cells = [
+            Cell(f"{rho:+.2f}".replace("-", "\u2212"), strong=p < LEVEL, value=rho)
+            for (rho, _), p in zip(found[part], adjusted[part], strict=True)
+        ]
+        rows.append(Row([Cell(f"{first} \u2212 {second}"), *cells]))
+    return Table(caption, columns, rows, "images")
+
+
+def _rank_correlation(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, float]:
+    """Spearman's, and its p-value; none where either is the same for all images."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0, 1.0
+    found = spearmanr(first, second)
+    return float(found.statistic), float(found.pvalue)
 
 
 def _class_values(
@@ -152,5 +196,4 @@ def _shares(groups: Sequence[Group], evaluation: str) -> dict[str, Shares]:
 
 
 def _disputed_images(comparison: Comparison) -> dict[str, NDArray[Any]]:
-    keys = ("evaluation", "sample_ids", "images", "classes")
-    return read_arrays(comparison.folder / "disagreement.npz", "images", keys) or {}
+    return read_arrays(comparison.folder / "disagreement.npz", "images") or {}

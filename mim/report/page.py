@@ -130,6 +130,7 @@ class Report:
             ("Interactions", interaction_table(comparison, analyses)),
             ("Tuning", tuning_table(comparison)),
             ("Classes", disagreement.class_table(comparison, analyses)),
+            ("Images", disagreement.image_table(comparison, analyses)),
             ("Robustness", robustness.robustness_table(comparison)),
             ("Layers", layers.layers_table(comparison)),
             ("Likeness of the encoders", layers.alignment_table(self.few)),

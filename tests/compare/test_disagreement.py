@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mim.compare.disagreement import FILE, most_disputed, thumbnails, write_disagreement
+from mim.compare.disagreement import (
+    FILE,
+    image_statistics,
+    most_disputed,
+    thumbnails,
+    write_disagreement,
+)
 from mim.core.config import DataConfig
 from mim.data import open_source
 from mim.evaluate.predictions import Measured, save_predictions
@@ -24,6 +30,16 @@ def test_thumbnails_of_any_range() -> None:
     raw = torch.linspace(-2000, 4000, 64 * 64).reshape(1, 1, 64, 64)
     assert thumbnails(raw).min() == 0 and thumbnails(raw).max() == 255
     assert thumbnails(torch.zeros(1, 5, 8, 8, dtype=torch.uint8)).shape == (1, 8, 8, 1)
+
+
+def test_what_an_image_looks_like_by_hand() -> None:
+    flat = torch.full((3, 4, 4), 10.0)
+    board = torch.arange(16).reshape(4, 4).add(torch.arange(4)[:, None]).remainder(2) * 8.0
+    red = torch.zeros(3, 4, 4)
+    red[0] = 6
+    found = image_statistics(torch.stack([flat, board.expand(3, -1, -1), red]))
+    expected = [[10, 0, 0, 0], [4, 4, 0, 4], [2, 0, 8**0.5, 0]]
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_the_pictures_are_those_of_the_test_images(tmp_path: Path) -> None:
@@ -43,5 +59,8 @@ def test_the_pictures_are_those_of_the_test_images(tmp_path: Path) -> None:
         expected = np.asarray(source.image(first))
         assert np.array_equal(file["images"][0], expected[..., :3])
         assert file["classes"].tolist() == list(source.classes)
+        assert file["measured_ids"].tolist() == source.sample_ids.tolist()
+        own = image_statistics(torch.tensor(expected).permute(2, 0, 1)[None])
+        assert np.allclose(file["statistics"][first], own[0].numpy(), rtol=1e-12)
     assert not write_disagreement(tmp_path, {"a": [tmp_path / "a"]}, "knn", data)
     assert not write_disagreement(tmp_path, groups, "linear", data)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
 from mim.compare import budget
 from mim.report.collect import read_comparison
 from mim.report.curves import LENGTHS, frontier_charts, scaling_charts
-from mim.report.disagreement import class_table
+from mim.report.disagreement import class_table, image_table
 from mim.report.interactions import interaction_maps, interaction_table, interactions
 from mim.report.page import Report, report_html, report_markdown
 from mim.report.statistics import analyse
@@ -160,6 +161,28 @@ def test_classes_carry_intervals_and_holm(fake_comparison: Write) -> None:
     ]  # fmt: skip
     means = np.array([share[labels == 1].mean() for share in shares]).reshape(2, 3)
     assert first.cells[-1].value == pytest.approx((means[0] - means[1]).mean())
+
+
+def test_what_images_look_like_is_ranked_beside_the_difference(fake_comparison: Write) -> None:
+    """``drop`` is right on bright images alone; nothing else about an image tells anything."""
+    folder = fake_comparison({"model.regime.name": ["drop", "token"], "seed": [0, 1, 2]})
+    looks = np.random.default_rng(0).random((300, 2))
+    right = {"drop": looks[:, 0] > 0.5, "token": np.ones(300, bool)}
+    for seed in range(3):
+        for regime, own in right.items():
+            arrays = {"linear/accuracy": own, "linear/sample_ids": np.arange(300)}
+            np.savez(folder / f"regime={regime},seed={seed}" / "predictions.npz", **arrays)
+    order = np.random.default_rng(1).permutation(300)[:200]  # of some images, in any order
+    np.savez(
+        folder / "disagreement.npz", statistic=np.array(["brightness", "detail"]),
+        measured_ids=order, statistics=looks[order],
+    )  # fmt: skip
+    comparison = read_comparison(folder)
+    (row,) = image_table(comparison, analyse(comparison)).rows
+    ranks = looks[order, 0].argsort().argsort()
+    expected = np.corrcoef(ranks, rankdata(right["drop"][order]))[0, 1]
+    assert row.cells[1].value == pytest.approx(expected) and row.cells[1].strong
+    assert not row.cells[2].strong
 
 
 def test_without_evaluations_no_reference_row_is_printed(fake_comparison: Write) -> None:
