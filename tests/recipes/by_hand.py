@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mim.core.recipes import recipe_file
@@ -127,7 +126,7 @@ def by_trainer(method: Method, folder: Path) -> Any:
     source = open_source(config.data, "train", folder)
     steps = pretraining.total_steps(config, method.per_epoch)
     images = pretraining.RunImages(source, source, "", None, method.per_epoch, steps)
-    task = Watched(model, images, config, Accelerator(cpu=True))
+    task = Watched(model, images, config, pretraining._accelerator(config))
     return pretraining._build_trainer(task, [], None, 0)
 
 
@@ -144,7 +143,7 @@ def three_steps(method: Method, folder: Path) -> float:
     trained = {name: w for name, w in net.named_parameters() if w.requires_grad}
     optimizer, generator = AdamW(trained, method.betas), torch.Generator().manual_seed(2)
     height, width = trainer.task.config.data.size
-    shape, worst = (IMAGES, 3, height, width), 0.0
+    shape, differences = (IMAGES, 3, height, width), []
     trainer.learner.train()
     for number in method.steps:
         pixels = 255 * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -169,10 +168,10 @@ def three_steps(method: Method, folder: Path) -> float:
             keep = method.average(number)
             for mine, new in zip(teacher.parameters(), net.backbone.parameters(), strict=True):
                 mine.data = keep * mine + (1 - keep) * new.detach()
-        worst = max(worst, abs(record.lr - rate), abs(reported[0].item() - loss.item()))
+        differences += [abs(record.lr - rate), abs(reported[0].item() - loss.item())]
     moved = set(gradients)
     for name, value in model.named_parameters():
         is_moved = name.replace("teacher.encoder", "backbone") in moved
         assert torch.equal(value, begun[name]) != is_moved, name
-        worst = max(worst, (value - net.get_parameter(name)).abs().max().item())
-    return worst
+        differences.append((value - net.get_parameter(name)).abs().max().item())
+    return torch.tensor(differences, dtype=torch.float64).max().item()  # not a number, if any is
