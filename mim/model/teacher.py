@@ -82,6 +82,11 @@ class Teacher(nn.Module):
         return family.features(images)[:, family.num_prefix :]
 
     @torch.no_grad()
+    def output(self, images: Tensor) -> Tensor:
+        """Return :meth:`tokens`, also where timm norms after pooling: each token is a pool."""
+        return family_of(self.encoder).pool_norm(self.tokens(images))
+
+    @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """Return how much the last block attends to each patch, (B, N)."""
         family = family_of(self.encoder)

@@ -148,9 +148,10 @@ class EmaFeaturesSettings(Settings):
     12 for images."""
     normalize_mean: bool = True
     """Whether their mean is layer-normalised too, as data2vec does for images."""
-    layers: Literal["block", "mlp"] = "block"
-    """What of a block counts: block (its output) or mlp (its MLP's output before it is added, as in
-    data2vec 2.0)."""
+    layers: Literal["block", "mlp", "output"] = "block"
+    """What counts: block (the output of a block), mlp (its MLP's output before it is added, as in
+    data2vec 2.0) or output (the encoder's, after the final norm with its weights, as in I-JEPA; of
+    one block alone)."""
     normalize: Literal["layer", "instance"] = "layer"
     """How each is normalised: layer (each token over its channels) or instance (each channel over
     the tokens of an image, as in data2vec 2.0)."""
@@ -158,6 +159,11 @@ class EmaFeaturesSettings(Settings):
     """Weight of the term class_token: the distance between the encoder's class token and the mean
     of the target over all patches, a mean over images. data2vec 2.0's cls_loss of 0.01 is summed
     over the masked images of a GPU, 256 of them for ViT-B, and so is 2.56 here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers == "output" and self.top not in (None, 1):
+            raise self.error("top", f"must be 1 with {self.where}.layers=output")
 
 
 @TARGETS.register("ema_features", EmaFeaturesSettings)
@@ -170,6 +176,7 @@ class EmaFeatures(Target):
     for images does both; for speech it normalises over time instead. ``layers: mlp`` with
     ``normalize: instance`` is the target of data2vec 2.0 (arXiv:2212.07525), with all but the first
     two blocks of 12, and ``mse``; its blocks have the norm behind the residual, timm's before.
+    ``layers: output`` is I-JEPA's (arXiv:2301.08243).
     """
 
     needs_teacher = True
@@ -184,6 +191,8 @@ class EmaFeatures(Target):
             reason = f"is more than the {depth} blocks of model.backbone"
             raise setting_error("model.target.ema_features.top", top, reason)
         self.top = max(1, depth // 2) if top is None else top
+        if settings.layers == "output":
+            self.top = 1
         self.dim = context.width
         self.needs_mlps = settings.layers == "mlp"
         if settings.class_weight and not context.has_class_token:
@@ -195,7 +204,10 @@ class EmaFeatures(Target):
     def forward(self, images: Tensor, teacher: Teacher | None = None) -> Tensor:
         if teacher is None:
             raise ValueError("the target ema_features must be given a teacher")
-        layers = teacher.mlp_outputs(images) if self.needs_mlps else teacher.layers(images)
+        if self.settings.layers == "output":
+            layers = [teacher.output(images)]
+        else:
+            layers = teacher.mlp_outputs(images) if self.needs_mlps else teacher.layers(images)
         norm = _normalized if self.settings.normalize == "layer" else _instance_normalized
         each = [norm(tokens) for tokens in layers[-self.top :]]  # (B, N, D)
         target = torch.stack(each).mean(dim=0)

@@ -360,6 +360,24 @@ def test_the_gradient_does_not_reach_the_teacher(make: Make) -> None:
     assert not make("ema_features")(torch.randn(2, 1, 4, 4), Trainable()).requires_grad
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_output_has_the_final_norm_and_its_weights(pool: str, make: Make) -> None:
+    """I-JEPA's target; timm norms before or after the pooling."""
+    args = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "global_pool": pool}
+    args |= {"class_token": pool == "token"}
+    vit = build_backbone(ModelConfig("vit_tiny_patch16_224", args), (8, 8), 3)
+    norm: Any = vit.norm if pool == "token" else vit.fc_norm
+    norm.weight.data = torch.linspace(0.5, 2, 12)
+    teacher, images = Teacher(vit, 0.9), torch.randn(2, 3, 8, 8)
+    settings = EmaFeaturesConfig(layers="output", normalize_mean=False)
+    target = make("ema_features", (4, 4), 3, width=12, depth=2, ema_features=settings)
+    blocks = teacher.layers(images)
+    expected = normalized(normalized(blocks[-1]) * torch.linspace(0.5, 2, 12))
+    torch.testing.assert_close(target(images, teacher), expected, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"ema_features\.top: 2 must be 1 with .*layers=output"):
+        EmaFeaturesConfig(top=2, layers="output")
+
+
 # --- data2vec 2.0 --------------------------------------------------------------------------------
 
 
