@@ -271,8 +271,8 @@ def mask_figure(
     said = _MASKS_EXPLAINED
     if left_out:
         said += f"\nLeft out, since they do not fit this config: {', '.join(left_out)}"
-    place = 0.1 / figure.get_figwidth(), 0.4 / figure.get_figheight()
-    figure.text(*place, said, fontsize=8, va="top")
+    corner = 0.1 / figure.get_figwidth(), 0.4 / figure.get_figheight()
+    figure.text(*corner, said, fontsize=8, va="top")
     for axis in axes[:, :-2].flat:  # those that stay blank, too: titles stand at one height
         axis.set_box_aspect(pixels.shape[1] / pixels.shape[2])
     for item in drawn:
