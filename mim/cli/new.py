@@ -17,6 +17,13 @@ KINDS = {
     "source": ("data.source", "gives images"),
 }
 
+_TRY = """pretrain DIR --plugins '["{path}"]' --{setting} {name}"""
+_TRIES = {
+    "decoder": f"{_TRY} --model.regime.name token",  # it reads a token at every patch
+    "evaluation": "evaluate {name} RUN --plugins {path}",
+    "source": f"{_TRY.replace(' DIR', '')} --data.path FILE.npz",
+}
+
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=tuple(KINDS), help="what to write")
@@ -39,12 +46,9 @@ def _run(options: argparse.Namespace) -> int:
 
     prepare_folder(path.parent, "--output")
     write_text_atomic(path, template.replace("NAME", name).replace("Title", title))
-    setting = KINDS[kind][0]
-    say(f"{path}: a {kind} that works as it is; edit it")
-    if kind == "evaluation":
-        say(f"try it: mim evaluate {name} RUN --plugins {path}")
-    else:
-        say(f"""try it: mim pretrain DIR --plugins '["{path}"]' --{setting} {name}""")
+    say(f"{path}: {'an' if kind == 'evaluation' else 'a'} {kind} that works as it is; edit it")
+    told = _TRIES.get(kind, _TRY).format(path=path, name=name, setting=KINDS[kind][0])
+    say(f"try it: mim {told}")
     return 0
 
 

@@ -247,9 +247,10 @@ def build(kind: type[T], value: Any, setting: str = "") -> T:
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
+        names = ", ".join(hints(kind))
         raise UserError(
-            f"{setting}: {value!r} is neither a mapping of settings nor a file of them; a single "
-            f"setting is given as --{setting}.NAME VALUE"
+            f"{setting}: {value!r} cannot be given, since {setting} holds several settings; "
+            f"each is given by itself, as --{setting}.NAME VALUE, where NAME is {names}"
         )
     if not isinstance(value, Mapping):
         raise setting_error(setting, value, "must be a mapping of settings")

@@ -96,8 +96,8 @@ def _opened(config: DataConfig, split: Split) -> ImageSource:
     source = maker(config, split) if settings is None else maker(settings, config, split)
     if not source.has_val:
         if len(source) < 2:
-            reason = f"has {len(source)} images, too few to hold some out"
-            raise setting_error("data.source", config.source, reason)
+            reason = f"has {len(source)} images for data.source={name}, too few to hold some out"
+            raise setting_error("data.path", config.path, reason)
         source = Subset(source, holdout(source.sample_ids, config.val_fraction, split))
     if not len(source):
         raise setting_error("data.source", config.source, f"has no images in its {split} split")

@@ -41,7 +41,7 @@ from mim.core.config import DataConfig, ModelConfig
 from mim.core.device import to_device
 from mim.core.errors import UserError, setting_error
 from mim.core.fields import BelowOne, Between, Bound, NonNegative, Positive, Share
-from mim.core.progress import note
+from mim.core.progress import note_once
 from mim.core.rng import image_keys, random_bits, seed_of
 from mim.data import (
     Batch,
@@ -528,7 +528,7 @@ def fit(
         raise s.error("rand_augment", f"needs images of 1 or 3 channels, not {data.channels}")
     usual = RECIPES.get(s.recipe, {}).get("epochs", 0)
     if s.epochs * 4 < usual and accelerator.is_main_process:
-        note(
+        note_once(
             f"evaluations.finetune.epochs: {s.epochs} of the {usual} that this recipe is for; its "
             "mixing and slow layers (mixup, cutmix, layer_decay) hold back so short a training"
         )

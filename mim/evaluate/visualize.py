@@ -51,6 +51,11 @@ from mim.training.pictures import (
 _GRAY = np.uint8(127)
 _TILE = 1.15  # inches
 RATIOS = (0.5, 0.75, 0.9)
+_MASKS_EXPLAINED = (
+    "hidden: how often each patch is, from never (black) to always (white). Mean share of "
+    "hidden patches (least to largest). Size of the block\nof connected patches in which the "
+    "median hidden patch lies (10th to 90th percentile)."
+)
 
 
 def save_figure(figure: Figure, output: Path, dpi: int = 130) -> Path:
@@ -241,10 +246,8 @@ def mask_figure(
 ) -> Figure:
     """Every generator over real images: a row a generator, ``images`` columns a ratio.
 
-    Generators that fit the config at no ratio are named below the figure, in one line.
-    The last columns show how often each patch is hidden at each ratio (black never, white
-    always), and the statistics: the ratio (least to largest), and the size of the connected block
-    in which the median hidden patch lies (from the tenth to the ninetieth percentile).
+    The last columns show how often each patch is hidden at each ratio, and the statistics, which a
+    line below the figure explains; another names generators that fit the config at no ratio.
 
     Args:
         config: of a run.
@@ -264,11 +267,14 @@ def mask_figure(
     images = len(shown)
     # Two more columns hold the words.
     columns = len(ratios) * (images + 1) + 2
-    bottom = 0.3 if left_out else 0.1
-    figure, axes = _grid_of_axes(len(names), columns, left=1.0, top=0.35, bottom=bottom)
+    figure, axes = _grid_of_axes(len(names), columns, left=1.0, top=0.35, bottom=0.5)
+    said = _MASKS_EXPLAINED
     if left_out:
-        said = f"Left out, since they do not fit this config: {', '.join(left_out)}"
-        figure.text(0.1 / figure.get_figwidth(), 0.1 / figure.get_figheight(), said, fontsize=8)
+        said += f"\nLeft out, since they do not fit this config: {', '.join(left_out)}"
+    corner = 0.1 / figure.get_figwidth(), 0.4 / figure.get_figheight()
+    figure.text(*corner, said, fontsize=8, va="top")
+    for axis in axes[:, :-2].flat:  # those that stay blank, too: titles stand at one height
+        axis.set_box_aspect(pixels.shape[1] / pixels.shape[2])
     for item in drawn:
         if item.generator not in names:
             continue
@@ -289,6 +295,8 @@ def mask_figure(
             one = slice(index, index + 1)
             _show(line[first + column], _hide(pixels[one], item.mask[one], hidden.shape)[0])
         _show(heat, hidden, cmap="gray", vmin=0, vmax=1)
+        heat.set_axis_on()
+        heat.set(xticks=(), yticks=())  # a frame, since white is the paper's colour
         s = item.statistics
         low, middle, high = _block_quantiles(s)
         words = f"{item.ratio:g}: hides {s['ratio_mean']:.3f} ({s['ratio_min']:.2f} to "

@@ -84,7 +84,9 @@ def _lead(groups: list[Group], analysis: Analysis) -> str:
         n = min(v.found.n for v in untested)
         seeds = "1 seed gives" if n == 1 else f"{n} seeds give"
         extreme = "highest" if measure.higher else "lowest"
-        before = "" if parts else f"{subject} has the {extreme} mean; "
+        tied = any(measure.number(v.found.mean) == measure.number(0) for v in untested)
+        has = "shares" if tied else "has"
+        before = "" if parts else f"{subject} {has} the {extreme} mean; "
         parts.append(f"{before}{seeds} no interval, so no difference can be shown from {listed}")
     return f"{'; '.join(parts)}."
 

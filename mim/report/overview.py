@@ -72,12 +72,16 @@ def training_left(comparison: Comparison) -> float | None:
     """Estimate the seconds that are left, evaluations too; None while nothing is known.
 
     A run that has not begun is taken to last as long as its group's finished ones, or else as the
-    mean of all that are known; every run is taken to be evaluated in the mean time so far.
+    mean of all that are known; every run and reference is taken to be evaluated in the mean time
+    so far.
     """
     known: dict[str, list[float]] = {}
     spent = [run.evaluated for run in comparison.runs if run.kind == "run" and run.evaluated]
     evaluating = sum(spent) / len(spent) if spent else 0.0
-    left, waiting = 0.0, []
+    references = sum(
+        run.kind != "run" and run.status not in ("finished", "failed") for run in comparison.runs
+    )
+    left, waiting = references * evaluating, []
     for group in comparison.groups:
         for run in group.runs:
             progress = run.progress

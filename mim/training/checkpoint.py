@@ -377,7 +377,10 @@ def check_same_run(saved: dict[str, Any], config: Config, run: Path) -> None:
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         shown = "; ".join(differing[:3]) + more
-        raise UserError(f"resume: {str(run)!r} holds another run: {shown}. Choose another output")
+        raise UserError(
+            f"resume: {str(run)!r} holds another run: {shown}. Choose another output, or resume it "
+            f"with its own settings: --config {run / 'config.yaml'} --resume auto"
+        )
 
 
 def save_encoder(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -259,6 +259,7 @@ def test_a_resume_from_another_model(tmp_path: Path, mim: Mim, tiny: Tiny) -> No
     ):
         line = expect(mim(*args, "--resume", "auto", change), 2)
         assert change.partition("=")[0].strip("-") in line and "Choose another output" in line
+        assert f"--config {run / 'config.yaml'} --resume auto" in line
     path = checkpoint.checkpoints(run)[-1]
     path.write_bytes(before[path][:1000])
     assert "no sound checkpoint" in expect(mim(*args, "--resume", "auto"), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,33 @@ def test_each_works_as_it_is(
         features = Features(values, labels, torch.arange(40))
         evaluation: Any = build_evaluation("fresh_evaluation", {"few_shot": []})
         assert evaluation.run(features, features)["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"evaluation"}))
+def test_what_it_says_to_try_can_be_tried(
+    kind: str,
+    mim: Callable[..., Any],
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("FILE.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 2)
+    told = shlex.split(mim("new", kind, f"fresh_{kind}").out.partition("try it: mim ")[2])
+    words = [word for word in told if word != "DIR"]  # the config has images
+    config = tiny({"train.max_steps": 1, "data.batch_size": 8, "output": str(tmp_path / "run")})
+    outcome = mim(*words, "--config", config)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_source_that_is_no_file_is_refused(
+    mim: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mim("new", "source", "fresh_source")
+    known = ("--plugins", '["fresh_source.py"]', "--data.source", "fresh_source")
+    outcome = mim("pretrain", *known, "--data.path", tmp_path, "--output", tmp_path / "run")
+    assert outcome.code == 2 and f"data.path: '{tmp_path}' must be an .npz file" in outcome.err
 
 
 @pytest.mark.parametrize("kind", ["mask", "regime", "target"])

@@ -25,7 +25,7 @@ from mim.core.config import (
     ZeroConfig,
 )
 from mim.core.errors import UserError
-from mim.core.fields import hints
+from mim.core.fields import build, hints
 from mim.core.settings import explanations, leaves
 from mim.model import check_config
 
@@ -162,6 +162,13 @@ GOOD: list[tuple[type[Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "arguments"), GOOD, ids=[f"{k.__name__} {a}" for k, a in GOOD])
 def test_a_value_at_the_edge_is_accepted(kind: type[Any], arguments: dict[str, Any]) -> None:
     kind(**arguments)
+
+
+def test_text_for_a_block_names_its_settings() -> None:
+    with pytest.raises(UserError) as caught:
+        build(Config, {"model": {"decoder": {"transformer": "{width: 32}"}}})
+    assert str(caught.value).startswith("model.decoder.transformer: '{width: 32}' cannot be given")
+    assert "as --model.decoder.transformer.NAME VALUE, where NAME is width, " in str(caught.value)
 
 
 def test_ratio_range() -> None:

@@ -205,8 +205,9 @@ def test_a_folder_must_be_named() -> None:
 
 
 def test_one_image_cannot_be_divided(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too few to hold some out"):
-        open_source(at(folder(tmp_path, "cat/a.png")), "train")
+    root = folder(tmp_path, "cat/a.png")
+    with pytest.raises(UserError, match=rf"data.path: '{root}' has 1 .* too few to hold some out"):
+        open_source(at(root), "train")
 
 
 def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,13 @@ def test_one_seed_shows_no_difference(fake_comparison: Write) -> None:
     assert "±" not in table_of(comparison_table, folder).rows[0].cells[2].text
 
 
+def test_equal_means_are_shared(fake_comparison: Write) -> None:
+    values = {"drop": [0.31, 0.31], "zero": [0.28, 0.34]}
+    axes = {"model.regime.name": ["drop", "zero"], "seed": [0, 1]}
+    text = finding_of(fake_comparison(axes=axes, linear=by_regime(values))).text
+    assert "shares the highest mean; 2 seeds give no interval" in text
+
+
 def test_references_are_beaten_or_not(fake_comparison: Write) -> None:
     # Untrained reaches 0.76, 0.764, 0.768; raw pixels 0.872.
     values = {"drop": [0.860, 0.861, 0.862], "zero": [0.76, 0.77, 0.76]}

@@ -229,6 +229,12 @@ def test_time_left_is_estimated_from_what_is_known(folder: Path) -> None:
     for path in folder.glob("regime=*/result.json"):  # each was evaluated in 10 seconds
         path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": {"evaluate": 10}}))
     assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3 + 10)
+    pixels = {"folder": "pixels", "kind": "pixels", "axes": {}, "seed": 0}
+    waiting = json.dumps(plan | {"planned": [*plan["planned"], pixels]})
+    (folder / "comparison.json").write_text(waiting)
+    measured = (folder / "pixels/result.json").rename(folder / "measured.json")
+    assert training_left(read_comparison(folder)) == pytest.approx(0.8 * 61.3 + 20)
+    measured.rename(folder / "pixels/result.json")
     # Half way, at 100 images a second: 700 steps of 64 images are left.
     settings = "train: {epochs: 20}\ndata: {batch_size: 64}\n"
     (zero / "config.yaml").write_text(settings)

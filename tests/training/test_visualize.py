@@ -72,6 +72,7 @@ def test_the_figure_of_masks(tiny: Tiny, tmp_path: Path) -> None:
     config = load_config(tiny())
     drawn = draw_masks(config, ["random", "column"], [0.5, 0.75], images=30)
     figure = mask_figure(config, images=2, drawn=drawn)
+    assert figure.texts[0].get_text().startswith("hidden: how often each patch is")
     shown = pictures(figure)
     assert len(shown) == 2 * (2 * 2 + 2)  # two images and a map at each ratio, in two rows
     for row, item in enumerate(drawn[::2]):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 import warnings
@@ -27,8 +26,8 @@ from torch import Tensor
 
 from mim.core.errors import UserError
 from mim.core.files import IMAGE_EXTENSIONS, walk, write_arrays
+from mim.core.progress import note_once
 from mim.core.rng import name_to_int
-from mim.core.terminal import printable
 from mim.data.places.fetch import cache_folder, cache_place
 from mim.data.places.names import Names
 
@@ -101,11 +100,11 @@ def ending_left_out(name: str) -> str | None:
 
 
 def tell_left_out(where: str, left_out: dict[str, int]) -> None:
-    """Says which files are not read, if there are any."""
+    """Says which files are not read, if there are any; once, however often they are listed."""
     if left_out:
         kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
         shown = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in kinds)
-        logging.getLogger("mim").warning("%s", printable(f"{where}: files left out: {shown}"))
+        note_once(f"{where}: files left out: {shown}")
 
 
 def _times(status: os.stat_result) -> tuple[int, int]:
