@@ -1,7 +1,8 @@
 """Write the study: gather what its comparisons measured, and draw every figure of its page.
 
-``python -m benchmarks.study FOLDER...`` writes ``docs/study/results.csv`` from comparison folders,
-and the tables of ``docs/study.md`` and of the README from that file alone; without a folder it only
+``python -m benchmarks.study FOLDER...`` puts the runs of comparison folders into
+``docs/study/results.csv``, each in the place of the same run from before, and draws the tables of
+``docs/study.md`` and of the README and the frontier from that file alone; without a folder it only
 draws them.
 """
 
@@ -10,34 +11,43 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from mim.compare.sequential import SeedRule, follow, nominal_level
 from mim.compare.statistics import (
+    LEVEL,
     Design,
     Difference,
     Family,
     Spread,
     difference,
-    holm,
     is_share,
     pooled_spread,
 )
-from mim.core.files import write_text_atomic
+from mim.core.files import write_atomic, write_text_atomic
 from mim.report.collect import read_comparison
 from mim.report.tables import results_csv
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "study" / "results.csv"
+FRONTIER = ROOT / "docs" / "images" / "frontier.png"
 PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
 _HEADER = "# What each run of docs/study.md measured. `python -m benchmarks.study` draws the page"
-_TUNE, _STUDY = "tune", "cifar10"
+_TUNE, _STUDY, _SHORT = "tune", "cifar10", "short"
+_SAME_RUN = ("piece", "variant", "optim.base_lr", "seed", "kind")
 _RATE = "optim.base_lr"
 MARGIN = 0.015
 """Within this two groups are as good as each other; configs/study/cifar10.yaml says the same."""
+RULE = SeedRule(least=3, most=5)
+"""How many seeds decide; configs/study/cifar10.yaml says the same."""
 _MEASURES = {
     "linear.accuracy": "linear probe (%)",
     "knn.accuracy": "k-NN (%)",
@@ -47,18 +57,29 @@ PRIMARY = "linear.accuracy"
 Row = dict[str, str]
 
 
-def gather(folders: Iterable[Path]) -> str:
-    """The finished runs of some comparisons in one table, with the folder's name before each."""
-    rows: list[Row] = []
+def gather(folders: Iterable[Path], before: Sequence[Row] = ()) -> str:
+    """The finished runs of some comparisons in one table, with the folder's name before each.
+
+    Args:
+        folders: of the comparisons.
+        before: rows that are kept; what a folder has measured of the same run replaces theirs.
+    """
+    rows = {_same_run(row): row for row in before}
     for folder in folders:
         found = csv.DictReader(io.StringIO(results_csv(read_comparison(folder))))
-        rows += [{"piece": folder.name, **row} for row in found if row["status"] == "finished"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+        for row in ({"piece": folder.name, **row} for row in found if row["status"] == "finished"):
+            measured = {key: value for key, value in row.items() if value}
+            rows[_same_run(row)] = rows.get(_same_run(row), {}) | measured
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(rows.values())
     return f"{_HEADER}\n{table.getvalue()}"
+
+
+def _same_run(row: Row) -> tuple[str, ...]:
+    return tuple(row.get(key) or "" for key in _SAME_RUN)
 
 
 def read(text: str) -> list[Row]:
@@ -67,11 +88,13 @@ def read(text: str) -> list[Row]:
     return list(csv.DictReader(lines))
 
 
-def _values(rows: Iterable[Row], kind: str, measure: str) -> dict[str, dict[int, float]]:
-    """Group -> seed -> value of the study's rows of one kind."""
+def _values(
+    rows: Iterable[Row], kind: str, measure: str, piece: str = _STUDY
+) -> dict[str, dict[int, float]]:
+    """Group -> seed -> value of the rows of one kind in one piece of the study."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row["piece"] == _STUDY and row["kind"] == kind and row.get(measure):
+        if row["piece"] == piece and row["kind"] == kind and row.get(measure):
             group = row.get("variant") or kind
             found.setdefault(group, {})[int(row["seed"] or 0)] = float(row[measure])
     return found
@@ -153,23 +176,14 @@ def _family(values: Mapping[str, Mapping[int, float]], spread: Spread | None) ->
 
 
 def differences(rows: Sequence[Row]) -> str:
-    """All pairs by the primary measure, with Tukey's simultaneous intervals and verdicts."""
+    """All pairs by the primary measure, with the intervals and verdicts of all looks."""
     values = _values(rows, "run", PRIMARY)
-    spread = pooled_spread(values)
-    family = _family(values, spread)
-    names = list(values)
-    found = [
-        (one, other, difference(values[one], values[other], family, spread))
-        for place, one in enumerate(names)
-        for other in names[place + 1 :]
-    ]
-    kept = [(one, other, each) for one, other, each in found if each is not None]
-    equal = holm([each.p_equal(MARGIN) for *_, each in kept])
+    found = follow(values, RULE, MARGIN)
     lines = [
-        [f"`{one}` \u2212 `{other}`", *_points(each), _verdict(each, p)]
-        for (one, other, each), p in zip(kept, equal, strict=True)
+        [f"`{one}` \u2212 `{other}`", *_points(each), str(each.n), _verdict(each)]
+        for (one, other), each in found.differences.items()
     ]
-    return _table(["difference", "points", "95 % interval", "verdict"], lines)
+    return _table(["difference", "points", "95 % interval", "seeds", "verdict"], lines)
 
 
 def _points(found: Difference) -> tuple[str, str]:
@@ -178,12 +192,26 @@ def _points(found: Difference) -> tuple[str, str]:
     return f"{100 * found.mean:+.1f}", f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
 
 
-def _verdict(found: Difference, p_equal: float) -> str:
-    if found.error is None:
-        return "too few seeds"
+def _verdict(found: Difference) -> str:
     if found.shown:
         return "a difference"
-    return f"as good within {100 * MARGIN:g} points" if p_equal < 0.05 else "undecided"
+    return f"as good within {100 * MARGIN:g} points" if found.is_within(MARGIN) else "undecided"
+
+
+def secondary(rows: Sequence[Row]) -> str:
+    """All pairs by the other measures, whose intervals hold for the pairs of both at once."""
+    others = [key for key in _MEASURES if key != PRIMARY]
+    lines = []
+    for measure in others:
+        values = _values(rows, "run", measure)
+        spread = pooled_spread(values)
+        family = _family(values, spread)
+        for one, other in itertools.combinations(values, 2):
+            each = difference(values[one], values[other], family, spread, level=LEVEL / len(others))
+            if each is not None and each.shown:
+                head = _MEASURES[measure].removesuffix(" (%)")
+                lines.append([f"`{one}` \u2212 `{other}`, {head}", *_points(each), str(each.n)])
+    return _table(["difference shown", "points", "95 % interval", "seeds"], lines)
 
 
 def references(rows: Sequence[Row]) -> str:
@@ -212,7 +240,9 @@ def power(rows: Sequence[Row]) -> str:
         if spread is None:
             continue
         seeds = min(map(len, values.values()))
-        smallest = Design(_family(values, spread), seeds, spread.sd).smallest()
+        family = _family(values, spread)
+        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else LEVEL / 2
+        smallest = Design(family, seeds, spread.sd, level).smallest()
         shown = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
         name = head.removesuffix(" (%)")
         lines.append([name, str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), shown])
@@ -220,10 +250,66 @@ def power(rows: Sequence[Row]) -> str:
     return _table(heads, lines)
 
 
+def lengths(rows: Sequence[Row]) -> str:
+    """Each group at each length that was trained, by what its training cost."""
+    lines = []
+    for piece, group, cost in _trained(rows):
+        cells = [
+            _summary(_values(rows, "run", key, piece)[group], key)
+            for key in ("linear.accuracy", "knn.accuracy")
+        ]
+        first = next(r for r in rows if (r["piece"], r.get("variant")) == (piece, group))
+        count = len(_values(rows, "run", PRIMARY, piece)[group])
+        epochs = f"{float(first['epochs']):.3g}"
+        name = group.partition(", FLOPs")[0]
+        lines.append([f"`{name}`", epochs, f"{cost:.1f}", *cells, str(count)])
+    heads = ["encoder", "epochs", "TFLOPs of training", "linear probe (%)", "k-NN (%)", "seeds"]
+    return _table(heads, sorted(lines, key=lambda line: float(line[2])))
+
+
+def _trained(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
+    """(piece, group, 10^12 FLOPs of training) of every group at every length."""
+    found = {
+        (row["piece"], row["variant"]): float(row["train_flops"]) / 1e12
+        for row in rows
+        if row["piece"] in (_STUDY, _SHORT) and row["kind"] == "run"
+    }
+    return [(piece, group, cost) for (piece, group), cost in found.items()]
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    each.__name__: each for each in (rates, results, differences, references, power)
+    each.__name__: each
+    for each in (rates, results, differences, secondary, lengths, references, power)
 }
 """Name between the page's marks -> what draws it."""
+
+
+def frontier(rows: Sequence[Row], path: Path) -> None:
+    """Draws what is reached at which cost, as PNG: mean and range over seeds of each length."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, list[float]]]] = {}
+    for piece, group, cost in _trained(rows):
+        values = _values(rows, "run", PRIMARY, piece)[group].values()
+        points = curves.setdefault(group.partition(", FLOPs")[0], [])
+        points.append((cost, [100 * value for value in values]))
+    for place, (group, points) in enumerate(curves.items()):
+        points.sort()
+        mean = np.array([np.mean(values) for _, values in points])
+        low, high = (np.array([end(values) for _, values in points]) for end in (min, max))
+        reach = [mean - low, high - mean]
+        axes.errorbar(
+            [x for x, _ in points], mean, reach, marker="osD^"[place], capsize=3, label=group
+        )
+    for kind, label, style in (("untrained", "untrained", "--"), ("pixels", "raw pixels", ":")):
+        level = np.mean(list(_values(rows, kind, PRIMARY)[kind].values()))
+        axes.axhline(100 * float(level), color="0.4", linestyle=style, label=label)
+    axes.set(xscale="log", xlabel="TFLOPs of training", ylabel="linear probe (%)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, format="png", dpi=160)
 
 
 def draw(page: str, rows: Sequence[Row]) -> str:
@@ -241,9 +327,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="of comparisons")
     folders = parser.parse_args(args).folders
     if folders:
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_text_atomic(RESULTS, gather(folders))
+        write_text_atomic(RESULTS, gather(folders, read(RESULTS.read_text())))
     rows = read(RESULTS.read_text())
+    write_atomic(FRONTIER, partial(frontier, rows))
     for page in PAGES:
         write_text_atomic(page, draw(page.read_text(), rows))
 

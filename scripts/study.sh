@@ -8,4 +8,5 @@ setup ""
 # Rates are chosen on a split of the training images: the comparison never sees val.
 mim compare --config configs/study/tune.yaml --base.data.path "$images/train"
 mim compare --config configs/study/cifar10.yaml --base.data.path "$images"
-exec python -m benchmarks.study runs/study/tune runs/study/cifar10
+mim compare --config configs/study/cifar10.yaml --config configs/study/short.yaml --base.data.path "$images"
+exec python -m benchmarks.study runs/study/tune runs/study/cifar10 runs/study/short

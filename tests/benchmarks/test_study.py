@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from benchmarks import study
+from mim.compare.sequential import SeedRule
 
 ROWS = study.read(study.RESULTS.read_text())
 CONFIG = yaml.safe_load((study.ROOT / "configs" / "study" / "cifar10.yaml").read_text())
@@ -23,8 +24,9 @@ def test_each_rate_is_the_one_that_the_rule_takes() -> None:
         assert settings["optim.base_lr"] == chosen[name.partition(", FLOPs")[0]], name
 
 
-def test_the_margin_is_that_of_the_comparison() -> None:
+def test_the_rule_is_that_of_the_comparison() -> None:
     assert pytest.approx(CONFIG["margin"] / 100) == study.MARGIN
+    assert SeedRule(**CONFIG["seeds"]) == study.RULE
     assert study.PRIMARY.startswith(CONFIG["primary"])
 
 
@@ -47,3 +49,20 @@ def test_a_difference_of_known_size_gets_its_verdict() -> None:
         "a difference",
         "as good within 1.5 points",
     ]
+
+
+def test_equal_flops_are_equal() -> None:
+    spent = {
+        row["variant"]: float(row["train_flops"])
+        for row in ROWS
+        if row["piece"] == "cifar10" and row["kind"] == "run"
+    }
+    assert spent["drop, FLOPs of token"] == pytest.approx(spent["token"], rel=1e-3)
+
+
+def test_a_run_made_again_replaces_its_row_alone() -> None:
+    before = [row for row in ROWS if row["piece"] == "cifar10"]
+    assert study.read(study.gather([], before)) == before
+    changed = [{**before[0], study.PRIMARY: "0.5"}, *before]
+    kept = study.read(study.gather([], changed))
+    assert kept == before, "the later row of one run stands"
