@@ -241,7 +241,7 @@ def test_one_seed_shows_no_difference(fake_comparison: Write) -> None:
 def test_equal_means_are_shared(fake_comparison: Write) -> None:
     values = {"drop": [0.31, 0.31], "zero": [0.28, 0.34]}
     axes = {"model.regime.name": ["drop", "zero"], "seed": [0, 1]}
-    text = finding_of(fake_comparison(axes=axes, linear=by_regime(values))).text
+    text = finding_of(fake_comparison(axes=axes, linear=by_regime(values))).sentence
     assert "shares the highest mean; 2 seeds give no interval" in text
 
 
