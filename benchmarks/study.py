@@ -67,9 +67,10 @@ def gather(folders: Iterable[Path], before: Sequence[Row] = ()) -> str:
     rows = {_same_run(row): row for row in before}
     for folder in folders:
         found = csv.DictReader(io.StringIO(results_csv(read_comparison(folder))))
-        for row in ({"piece": folder.name, **row} for row in found if row["status"] == "finished"):
-            measured = {key: value for key, value in row.items() if value}
-            rows[_same_run(row)] = rows.get(_same_run(row), {}) | measured
+        measured = (row for row in found if row["status"] == "finished" and row.get(PRIMARY))
+        for row in ({"piece": folder.name, **row} for row in measured):
+            known = {key: value for key, value in row.items() if value}
+            rows[_same_run(row)] = rows.get(_same_run(row), {}) | known
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")

@@ -9,7 +9,10 @@ from benchmarks import study
 from mim.compare.sequential import SeedRule
 
 ROWS = study.read(study.RESULTS.read_text())
-CONFIG = yaml.safe_load((study.ROOT / "configs" / "study" / "cifar10.yaml").read_text())
+CONFIG, SHORT = (
+    yaml.safe_load((study.ROOT / "configs" / "study" / f"{name}.yaml").read_text())
+    for name in ("cifar10", "short")
+)
 
 
 def test_every_table_is_drawn_from_the_results() -> None:
@@ -20,7 +23,7 @@ def test_every_table_is_drawn_from_the_results() -> None:
 
 def test_each_rate_is_the_one_that_the_rule_takes() -> None:
     chosen = study.chosen_rates(ROWS)
-    for name, settings in CONFIG["variants"].items():
+    for name, settings in [*CONFIG["variants"].items(), *SHORT["variants"].items()]:
         assert settings["optim.base_lr"] == chosen[name.partition(", FLOPs")[0]], name
 
 
