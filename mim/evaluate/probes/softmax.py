@@ -182,15 +182,20 @@ def fit_softmax(
         return _fit(features, labels, strengths, classes, fit_on, tolerance, max_iterations)
 
 
-def _fit(
-    features: Tensor,
-    labels: Tensor,
-    strengths: Tensor,
-    classes: int,
-    fit_on: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> SoftmaxFit:
+@dataclass(frozen=True)
+class _Ready:
+    """Features in the basis in which they are fitted, and what leads back from it."""
+
+    x: Tensor  # (P, n, R+1), the last column is the bias's 1
+    share: Tensor  # (P, n), each sample's part in the mean loss
+    moments: Tensor  # (P, R), second moments along the basis
+    basis: Tensor  # (P, D, R)
+    mean: Tensor  # (P, D)
+    inverse_std: Tensor  # (P, D), 0 for a feature without spread
+
+
+def _prepare(features: Tensor, fit_on: Tensor | None) -> _Ready:
+    """Standardises the features by the samples that are fitted, and rotates them."""
     problems, n, width = features.shape
     device = features.device
     most = max(1, _CHUNK // (problems * width))
@@ -224,7 +229,21 @@ def _fit(
     basis = basis @ rotation  # (P, D, R)
     for piece in cuts:
         x[:, piece, :-1] = x[:, piece, :-1] @ rotation  # (P, n, R+1)
-    moments = moments.clamp_min(0)
+    return _Ready(x, share, moments.clamp_min(0), basis, mean, inverse_std)
+
+
+def _fit(
+    features: Tensor,
+    labels: Tensor,
+    strengths: Tensor,
+    classes: int,
+    fit_on: Tensor | None,
+    tolerance: float,
+    max_iterations: int,
+) -> SoftmaxFit:
+    problems, device = len(features), features.device
+    ready = _prepare(features, fit_on)
+    x, share, moments = ready.x, ready.share, ready.moments
 
     lam = strengths.to(device, torch.float64).expand(problems, -1)  # (P, S)
     bound = 0.5 * moments[:, None] + lam[..., None]  # (P, S, R), Boehning 1992
@@ -285,7 +304,7 @@ def _fit(
         loss = torch.where(ok[..., 0, 0], new_loss, loss)
         grad = grad + y
 
-    weight = torch.einsum("pdr,psrk->psdk", basis, solution[:, :, :-1])
-    weight = weight * inverse_std[:, None, :, None]
-    bias = solution[:, :, -1] - torch.einsum("pd,psdk->psk", mean, weight)
+    weight = torch.einsum("pdr,psrk->psdk", ready.basis, solution[:, :, :-1])
+    weight = weight * ready.inverse_std[:, None, :, None]
+    bias = solution[:, :, -1] - torch.einsum("pd,psdk->psk", ready.mean, weight)
     return SoftmaxFit(weight, bias, converged, iteration)

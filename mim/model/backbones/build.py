@@ -111,34 +111,7 @@ def build_backbone(
         raise choice_error(setting_name, model.backbone, near)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "backbone"))
-        try:
-            windows = args.get("window_size")
-            for side in windows if isinstance(windows, (list, tuple)) else [windows]:
-                if isinstance(side, int) and side < 1:  # which timm 1.0.28 takes
-                    raise ValueError(f"window_size {side} must be positive")
-            vit: Any = create_model(
-                model.backbone,
-                # A check of a config builds on the meta device, and downloads nothing.
-                pretrained=pretrained and torch.get_default_device().type != "meta",
-                img_size=size,
-                in_chans=channels,
-                num_classes=0,
-                **args,
-            )
-        except OSError as error:
-            reason = f"weights of {model.backbone} cannot be had: {error}"
-            raise setting_error(f"{setting}.pretrained", True, reason) from error
-        except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
-            if "unexpected keyword argument 'img_size'" in str(error):
-                names = ", ".join(kind.__name__ for kind in FAMILIES)
-                reason = "takes images of any size and, like every CNN, has no patches to hide; "
-                reason += f"the regimes need one of timm's {names}"
-                raise setting_error(setting_name, model.backbone, reason) from error
-            given = {"backbone": model.backbone, **args}
-            raise setting_error(setting_args, given, f"is refused by timm: {error}") from error
-    if pretrained and not is_model_pretrained(model.backbone):
-        reason = f"is refused by timm: it has no weights of {model.backbone}"
-        raise setting_error(f"{setting}.pretrained", True, reason)
+        vit = _created(model.backbone, args, size, channels, setting, pretrained)
     kinds: Any = tuple(FAMILIES)
     if not isinstance(vit, kinds):
         names = ", ".join(kind.__name__ for kind in FAMILIES)
@@ -172,6 +145,47 @@ def build_backbone(
         fixed = sincos_position_embedding(family.grid, family.width, prefix)
         vit.pos_embed = nn.Parameter(fixed, requires_grad=False)
     set_norm_eps(vit, model.norm_eps)
+    return vit
+
+
+def _created(
+    name: str,
+    args: dict[str, Any],
+    size: tuple[int, int],
+    channels: int,
+    setting: str,
+    pretrained: bool,
+) -> Any:
+    """The model as timm makes it, or what timm says against it in the words of our settings."""
+    try:
+        windows = args.get("window_size")
+        for side in windows if isinstance(windows, (list, tuple)) else [windows]:
+            if isinstance(side, int) and side < 1:  # which timm 1.0.28 takes
+                raise ValueError(f"window_size {side} must be positive")
+        vit = create_model(
+            name,
+            # A check of a config builds on the meta device, and downloads nothing.
+            pretrained=pretrained and torch.get_default_device().type != "meta",
+            img_size=size,
+            in_chans=channels,
+            num_classes=0,
+            **args,
+        )
+    except OSError as error:
+        reason = f"weights of {name} cannot be had: {error}"
+        raise setting_error(f"{setting}.pretrained", True, reason) from error
+    except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+        if "unexpected keyword argument 'img_size'" in str(error):
+            names = ", ".join(kind.__name__ for kind in FAMILIES)
+            reason = "takes images of any size and, like every CNN, has no patches to hide; "
+            reason += f"the regimes need one of timm's {names}"
+            raise setting_error(f"{setting}.backbone", name, reason) from error
+        given = {"backbone": name, **args}
+        reason = f"is refused by timm: {error}"
+        raise setting_error(f"{setting}.backbone_args", given, reason) from error
+    if pretrained and not is_model_pretrained(name):
+        reason = f"is refused by timm: it has no weights of {name}"
+        raise setting_error(f"{setting}.pretrained", True, reason)
     return vit
 
 
