@@ -28,6 +28,11 @@ class Finding:
     more: tuple[str, ...] = ()
     """References, secondary measures, cost: a sentence each."""
 
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(part for part in (self.sentence, self.basis, *self.more) if part)
+
 
 def finding(comparison: Comparison, analyses: Sequence[Analysis]) -> Finding:
     """The answer in one sentence, what it rests on, and what else was found."""
