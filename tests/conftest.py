@@ -52,6 +52,15 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 @pytest.fixture(autouse=True)
+def forget_what_was_said() -> Iterator[None]:
+    """What a process says once, each test may hear."""
+    yield
+    from mim.core.progress import note_once
+
+    note_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def forget_plugins() -> Iterator[None]:
     """What a test's plug-ins register, and their settings, are gone after it."""
     yield

@@ -32,7 +32,7 @@ PHOTOS = ROOT / "configs" / "pretrain" / "photos.yaml"
         (["pretrain", "--data.flip", "perhaps"], "data.flip: 'perhaps' must be true or false"),
         (["pretrain", "--mask.ratio", "abc"], "mask.ratio: 'abc' must be a number or a list"),
         (["pretrain", "--train.max_steps", "q"], "'q' must be a whole number or null"),
-        (["pretrain", "--model.regime", "zero"], "given as --model.regime.NAME VALUE"),
+        (["pretrain", "--model.regime", "zero"], "given by itself, as --model.regime.NAME VALUE"),
         (["compare", "--axes.mask.ratio", "[0.5]"], """write --axes '{"mask.ratio": [0.5,"""),
         (["compare", "--axes", '{"regime": ["drop"]}'], "'model.regime.name'"),
     ],
