@@ -54,6 +54,9 @@ _MEASURES = {
     "finetune.accuracy": "fine-tuned on 10 % of labels (%)",
 }
 PRIMARY = "linear.accuracy"
+_SECONDARY = tuple(key for key in _MEASURES if key != PRIMARY)
+_SECONDARY_LEVEL = LEVEL / len(_SECONDARY)
+_REFERENCES = {"untrained": "untrained", "pixels": "raw pixels"}
 Row = dict[str, str]
 
 
@@ -142,13 +145,12 @@ def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
 def results(rows: Sequence[Row]) -> str:
     """Mean and spread of each group by each measure, and what it costs to train."""
     measures = {key: head for key, head in _MEASURES.items() if any(row.get(key) for row in rows)}
-    groups = [*_values(rows, "run", PRIMARY), "untrained", "pixels"]
-    names = {"untrained": "untrained", "pixels": "raw pixels"}
+    groups = [*_values(rows, "run", PRIMARY), *_REFERENCES]
     lines = []
     for group in groups:
-        kind = group if group in names else "run"
+        kind = group if group in _REFERENCES else "run"
         cells = [_summary(_values(rows, kind, key).get(group, {}), key) for key in measures]
-        lines.append([names.get(group, f"`{group}`"), *cells, *_cost(rows, group)])
+        lines.append([_REFERENCES.get(group, f"`{group}`"), *cells, *_cost(rows, group)])
     cost = ["tokens in the encoder", "GFLOPs an image, forward + backward"]
     return _table(["encoder", *measures.values(), *cost], lines)
 
@@ -201,14 +203,13 @@ def _verdict(found: Difference) -> str:
 
 def secondary(rows: Sequence[Row]) -> str:
     """All pairs by the other measures, whose intervals hold for the pairs of both at once."""
-    others = [key for key in _MEASURES if key != PRIMARY]
     lines = []
-    for measure in others:
+    for measure in _SECONDARY:
         values = _values(rows, "run", measure)
         spread = pooled_spread(values)
         family = _family(values, spread)
         for one, other in itertools.combinations(values, 2):
-            each = difference(values[one], values[other], family, spread, level=LEVEL / len(others))
+            each = difference(values[one], values[other], family, spread, level=_SECONDARY_LEVEL)
             if each is not None and each.shown:
                 head = _MEASURES[measure].removesuffix(" (%)")
                 lines.append([f"`{one}` \u2212 `{other}`, {head}", *_points(each), str(each.n)])
@@ -242,7 +243,7 @@ def power(rows: Sequence[Row]) -> str:
             continue
         seeds = min(map(len, values.values()))
         family = _family(values, spread)
-        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else LEVEL / 2
+        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else _SECONDARY_LEVEL
         smallest = Design(family, seeds, spread.sd, level).smallest()
         shown = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
         name = head.removesuffix(" (%)")
@@ -254,28 +255,32 @@ def power(rows: Sequence[Row]) -> str:
 def lengths(rows: Sequence[Row]) -> str:
     """Each group at each length that was trained, by what its training cost."""
     lines = []
-    for piece, group, cost in _trained(rows):
-        cells = [
-            _summary(_values(rows, "run", key, piece)[group], key)
-            for key in ("linear.accuracy", "knn.accuracy")
-        ]
-        first = next(r for r in rows if (r["piece"], r.get("variant")) == (piece, group))
-        count = len(_values(rows, "run", PRIMARY, piece)[group])
-        epochs = f"{float(first['epochs']):.3g}"
-        name = group.partition(", FLOPs")[0]
-        lines.append([f"`{name}`", epochs, f"{cost:.1f}", *cells, str(count)])
+    for (piece, group), run in _trained(rows).items():
+        linear, knn = (_values(rows, "run", key, piece)[group] for key in (PRIMARY, "knn.accuracy"))
+        cells = [_summary(linear, PRIMARY), _summary(knn, "knn.accuracy"), str(len(linear))]
+        lines.append(
+            [f"`{_regime(group)}`", f"{float(run['epochs']):.3g}", f"{_teraflops(run):.1f}", *cells]
+        )
     heads = ["encoder", "epochs", "TFLOPs of training", "linear probe (%)", "k-NN (%)", "seeds"]
     return _table(heads, sorted(lines, key=lambda line: float(line[2])))
 
 
-def _trained(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
-    """(piece, group, 10^12 FLOPs of training) of every group at every length."""
-    found = {
-        (row["piece"], row["variant"]): float(row["train_flops"]) / 1e12
+def _trained(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """(piece, group) -> a run of it, for every group at every length."""
+    return {
+        (row["piece"], row["variant"]): row
         for row in rows
         if row["piece"] in (_STUDY, _SHORT) and row["kind"] == "run"
     }
-    return [(piece, group, cost) for (piece, group), cost in found.items()]
+
+
+def _regime(group: str) -> str:
+    """The group's regime, whatever its length."""
+    return group.partition(", FLOPs")[0]
+
+
+def _teraflops(run: Row) -> float:
+    return float(run["train_flops"]) / 1e12
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -291,10 +296,10 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     curves: dict[str, list[tuple[float, list[float]]]] = {}
-    for piece, group, cost in _trained(rows):
+    for (piece, group), run in _trained(rows).items():
         values = _values(rows, "run", PRIMARY, piece)[group].values()
-        points = curves.setdefault(group.partition(", FLOPs")[0], [])
-        points.append((cost, [100 * value for value in values]))
+        points = curves.setdefault(_regime(group), [])
+        points.append((_teraflops(run), [100 * value for value in values]))
     for place, (group, points) in enumerate(curves.items()):
         points.sort()
         mean = np.array([np.mean(values) for _, values in points])
@@ -303,7 +308,7 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
         axes.errorbar(
             [x for x, _ in points], mean, reach, marker="osD^"[place], capsize=3, label=group
         )
-    for kind, label, style in (("untrained", "untrained", "--"), ("pixels", "raw pixels", ":")):
+    for (kind, label), style in zip(_REFERENCES.items(), ("--", ":"), strict=True):
         level = np.mean(list(_values(rows, kind, PRIMARY)[kind].values()))
         axes.axhline(100 * float(level), color="0.4", linestyle=style, label=label)
     axes.set(xscale="log", xlabel="TFLOPs of training", ylabel="linear probe (%)")

@@ -56,7 +56,7 @@ def _step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mae-path", metavar="DIR", help="a checkout of facebookresearch/mae")
     varied = """named settings to time beside: '{"dense": {"model.regime.name": "zero", ...}}'"""
     parser.add_argument("--variants", metavar="JSON", default="{}", help=varied)
-    # Nothing is timed beside the steps now; scripts still say so.
+    # Nothing is timed beside the steps now; scripts of before may still say so.
     parser.add_argument("--no-products", action="store_true", help=argparse.SUPPRESS)
 
 

@@ -94,20 +94,19 @@ def image_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     )
     looks = dict(zip(kept.get("measured_ids", ()), kept.get("statistics", ()), strict=True))
     pairs = list(combinations(shares, 2))[:_PAIRS] if looks else []
-    found = []
+    found = []  # of each pair, with each statistic
     for first, second in pairs:
         ids, _, right, _ = shares[first]
         places = [place for place, sample_id in enumerate(ids) if sample_id in looks]
         gap = (right - shares[second][2])[places]
-        columns_of = np.array([looks[sample_id] for sample_id in ids[places]]).T  # (4, m)
-        found += [_rank_correlation(gap, values) for values in columns_of]
-    adjusted = holm([p for _, p in found])
+        statistics = np.array([looks[sample_id] for sample_id in ids[places]]).T  # (4, m)
+        found.append([_rank_correlation(gap, values) for values in statistics])
+    adjusted = iter(holm([p for pair in found for _, p in pair]))
     rows = []
-    for place, (first, second) in enumerate(pairs):
-        part = slice(place * len(names), (place + 1) * len(names))
+    for (first, second), pair in zip(pairs, found, strict=True):
         cells = [
-            Cell(f"{rho:+.2f}".replace("-", "\u2212"), strong=p < LEVEL, value=rho)
-            for (rho, _), p in zip(found[part], adjusted[part], strict=True)
+            Cell(f"{rho:+.2f}".replace("-", "\u2212"), strong=next(adjusted) < LEVEL, value=rho)
+            for rho, _ in pair
         ]
         rows.append(Row([Cell(f"{first} \u2212 {second}"), *cells]))
     return Table(caption, columns, rows, "images")

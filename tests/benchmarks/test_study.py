@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -63,9 +65,17 @@ def test_equal_flops_are_equal() -> None:
     assert spent["drop, FLOPs of token"] == pytest.approx(spent["token"], rel=1e-3)
 
 
-def test_a_run_made_again_replaces_its_row_alone() -> None:
+def test_a_run_made_again_replaces_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not measure stays, and a run without the primary measure changes nothing."""
     before = [row for row in ROWS if row["piece"] == "cifar10"]
     assert study.read(study.gather([], before)) == before
-    changed = [{**before[0], study.PRIMARY: "0.5"}, *before]
-    kept = study.read(study.gather([], changed))
-    assert kept == before, "the later row of one run stands"
+    again, unmeasured = dict(before[0]), dict(before[1])
+    again |= {study.PRIMARY: "0.5", "finetune.accuracy": ""}
+    unmeasured |= {study.PRIMARY: "", "knn.accuracy": "0.9"}
+    columns = [key for key in again if key != "piece"]
+    table = [columns, *([row[key] for key in columns] for row in (again, unmeasured))]
+    text = "\n".join(",".join(f'"{cell}"' for cell in line) for line in table)
+    monkeypatch.setattr(study, "read_comparison", str)
+    monkeypatch.setattr(study, "results_csv", lambda comparison: text)
+    kept = study.read(study.gather([Path("cifar10")], before))
+    assert kept == [{**before[0], study.PRIMARY: "0.5"}, *before[1:]]

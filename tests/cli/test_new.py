@@ -25,15 +25,15 @@ CHOICES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_works_as_it_is(
-    kind: str,
-    mim: Callable[..., Any],
-    tmp_path: Path,
-    tiny: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, mim: Callable[..., Any], tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (40, 8, 8), dtype=np.uint8)
     np.savez("images.npz", images=images, labels=np.arange(40) % 2)
@@ -55,13 +55,8 @@ def test_each_works_as_it_is(
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"evaluation"}))
 def test_what_it_says_to_try_can_be_tried(
-    kind: str,
-    mim: Callable[..., Any],
-    tmp_path: Path,
-    tiny: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, mim: Callable[..., Any], tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     np.savez("FILE.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 2)
     told = shlex.split(mim("new", kind, f"fresh_{kind}").out.partition("try it: mim ")[2])
     words = [word for word in told if word != "DIR"]  # the config has images
@@ -70,10 +65,7 @@ def test_what_it_says_to_try_can_be_tried(
     assert outcome.code == 0, outcome.err
 
 
-def test_a_source_that_is_no_file_is_refused(
-    mim: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_source_that_is_no_file_is_refused(mim: Callable[..., Any], tmp_path: Path) -> None:
     mim("new", "source", "fresh_source")
     known = ("--plugins", '["fresh_source.py"]', "--data.source", "fresh_source")
     outcome = mim("pretrain", *known, "--data.path", tmp_path, "--output", tmp_path / "run")
@@ -82,13 +74,8 @@ def test_a_source_that_is_no_file_is_refused(
 
 @pytest.mark.parametrize("kind", ["mask", "regime", "target"])
 def test_nothing_leaks(
-    kind: str,
-    mim: Callable[..., Any],
-    tmp_path: Path,
-    tiny: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, mim: Callable[..., Any], tmp_path: Path, tiny: Callable[..., Path]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert mim("new", kind, f"fresh_{kind}").code == 0
     config = package.load_config(tiny({**CHOICES[kind], "plugins": [f"fresh_{kind}.py"]}))
     model = package.build_model(config).eval()

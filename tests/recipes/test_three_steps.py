@@ -290,6 +290,14 @@ def beit_predicted(net: Any, images: Tensor, hidden: Tensor) -> Tensor:
     return net.decoder.head(net.backbone.norm(beit_layers(net.backbone, x)[-1])[:, 1:])
 
 
+BEIT: dict[str, Any] = {
+    "steps": (5, 10, 400),
+    "betas": (0.9, 0.999),
+    "decay": of_matrices_but_class,
+    "clip": 3.0,
+}
+
+
 def codebook() -> Tensor:
     return torch.randn(20, 48, generator=torch.Generator().manual_seed(3))
 
@@ -309,12 +317,9 @@ def test_beit(tmp_path: Path) -> None:
     method = Method(
         "beit-vit-b",
         {**SMALL, "model.target.codes.codebook": str(file)},
-        (5, 10, 400),
-        beit_loss,
-        lambda epoch: beit_rate(epoch, 1.5e-3),
-        (0.9, 0.999),
-        of_matrices_but_class,
-        clip=3.0,
+        loss=beit_loss,
+        rate=lambda epoch: beit_rate(epoch, 1.5e-3),
+        **BEIT,
     )
     agrees(method, tmp_path / "run")
 
@@ -337,13 +342,10 @@ def test_data2vec(tmp_path: Path) -> None:
             **{"data.image_size": 16, "model.backbone_args": {**VIT, "attn_drop_rate": 0.0}},
             "model.target.ema_features.top": 2,
         },
-        (5, 10, 400),
-        data2vec_loss,
-        lambda epoch: beit_rate(epoch, 2e-3),
-        (0.9, 0.999),
-        of_matrices_but_class,
-        clip=3.0,
+        loss=data2vec_loss,
+        rate=lambda epoch: beit_rate(epoch, 2e-3),
         average=lambda step: 0.9998,
+        **BEIT,
     )
     agrees(method, tmp_path)
 
