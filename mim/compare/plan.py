@@ -185,6 +185,8 @@ class Planned:
     """Of the run; ``output`` is its folder."""
     given: str = ""
     """Of kind ``given``: the run folder whose encoder is evaluated."""
+    begins_with: tuple[tuple[str, int], ...] = ()
+    """Folders of shorter runs, and how many first steps each has in common with this one."""
 
 
 def label_of(axes: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from mim.compare.budget import equal_budget
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
 from mim.compare.plan import RULES, CompareConfig, Planned, hold_to_images, plan, with_copies
 from mim.compare.rounds import keep_disagreement, rounds
+from mim.compare.shared_steps import take_shared_steps, with_shared_steps
 from mim.compare.tune import tuned
 from mim.core import progress
 from mim.core.config import Config, DataConfig
@@ -123,6 +124,7 @@ def run_comparison(
         work = functools.partial(_run_all, output=output, show=show, launch=launch or Launch())
         with _signals_interrupt():
             planned = tuned(planned, config, functools.partial(_run_tuning, work))
+            planned = with_shared_steps(planned)
             states = _states(planned, config, command)
             if show != "quiet":
                 _note_states(planned, states, config)
@@ -307,6 +309,7 @@ def run_one(item: Planned, evaluations: dict[str, Any]) -> None:
     tune_process(device)
     facts = _facts(item)
     if item.kind == "run":
+        facts |= take_shared_steps(item)
         pretrain_from(item.config, with_decoder=False)  # alike for every regime
     else:
         checkpoint.prepare_folder(run)

@@ -500,7 +500,7 @@ class RateSchedule(ScheduleSettings, where="optim.schedule"):
     """constant, linear, cosine (half a period) or multistep (times ``factor`` at each of the
     ``milestones``)."""
     to: NonNegative | None = None
-    """Where linear and cosine end; by default at optim.min_lr."""
+    """Where linear, cosine and a cool-down end; by default at optim.min_lr."""
     warmup: NonNegative | None = None
     """How long the rate first rises, in a line; by default optim.warmup_epochs. At most a half of
     training."""

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-from mim.core.fields import NonNegative, Positive, Settings, Share
+from mim.core.fields import BelowOne, NonNegative, Positive, Settings, Share
 
 Shape = Literal["constant", "linear", "cosine", "multistep"]
 
@@ -46,7 +46,10 @@ class ScheduleSettings(CourseSettings):
     """How a value moves over training."""
 
     to: NonNegative | None = None
-    """Where linear and cosine end; needed with them."""
+    """Where linear, cosine and a cool-down end; needed with them."""
+    cooldown: BelowOne = 0.0
+    """Share of training, its last, in which a constant value falls in a line (Hägele et al. 2024,
+    https://arxiv.org/abs/2405.18392)."""
     length: Positive | None = None
     """How long they take from the first step on, warm-up included; then the value stays. By default
     all of training. A longer length is cut short by the end of training, as in I-JEPA."""
@@ -64,10 +67,13 @@ class ScheduleSettings(CourseSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         moves = self.shape in ("linear", "cosine")
-        if self.to is not None and not moves:
-            raise self.error("to", f"needs {self.where}.shape linear or cosine")
-        if moves and self.to is None and not self.fills_in("to"):
-            raise self.error("to", f"is needed with {self.where}.shape={self.shape}")
+        if self.cooldown and self.shape != "constant":
+            raise self.error("cooldown", f"needs {self.where}.shape=constant")
+        if self.to is not None and not self.ends:
+            raise self.error("to", f"needs {self.where}.shape linear or cosine, or a cooldown")
+        if self.ends and self.to is None and not self.fills_in("to"):
+            key = "cooldown" if self.cooldown else "shape"
+            raise self.error("to", f"is needed with {self.where}.{key}={getattr(self, key)}")
         if self.length is not None and not moves:
             raise self.error("length", f"needs {self.where}.shape linear or cosine")
         if self.warmup_from is not None and not self.warmup and not self.fills_in("warmup"):
@@ -78,17 +84,23 @@ class ScheduleSettings(CourseSettings):
         return False
 
     @property
+    def ends(self) -> bool:
+        """Whether the value ends at ``to``."""
+        return self.shape in ("linear", "cosine") or self.cooldown > 0
+
+    @property
     def moves(self) -> bool:
         """Whether the value ever changes."""
-        return self.shape != "constant" or bool(self.warmup)
+        return self.shape != "constant" or bool(self.warmup) or self.cooldown > 0
 
     def build(self, value: float, total: int, steps_per_epoch: int) -> Schedule:
         """Build the schedule of a value over ``total`` steps."""
         unit = 1 if self.unit == "steps" else steps_per_epoch
+        warmup = min((self.warmup or 0) * unit, total / 2)
         return Schedule(
             value,
             value if self.to is None else self.to,
-            min((self.warmup or 0) * unit, total / 2),
+            warmup,
             total,
             self.shape,
             self.phase,
@@ -97,6 +109,7 @@ class ScheduleSettings(CourseSettings):
             None if self.length is None else self.length * unit,
             tuple(milestone * unit for milestone in self.milestones),
             self.factor,
+            min(round(self.cooldown * total), math.floor(total - warmup)),
         )
 
 
@@ -107,7 +120,7 @@ class Schedule:
     peak: float
     """The value after the warm-up."""
     low: float
-    """The value at the end of linear and cosine."""
+    """The value at the end of linear, cosine and a cool-down."""
     warmup: float
     """Steps of warm-up."""
     total: int
@@ -122,6 +135,13 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     """Steps at which multistep falls."""
     factor: float = 0.1
+    cooldown: int = 0
+    """Last steps, in which a constant value falls to ``low``."""
+
+    @property
+    def cools_from(self) -> int | None:
+        """The step with which the cool-down begins; None where there is none."""
+        return self.total - self.cooldown if self.cooldown else None
 
     def __call__(self, step: int) -> float:
         """Return the value of a step, counted from 0."""
@@ -131,6 +151,9 @@ class Schedule:
             return self.start + (self.peak - self.start) * step / self.warmup
         if self.shape == "multistep":
             return self.peak * self.factor ** bisect_right(self.milestones, step)
+        if self.cooldown:
+            left = min((self.total - step) / self.cooldown, 1.0)
+            return self.low + (self.peak - self.low) * left
         begin = 0.0 if self.counts_warmup else self.warmup
         length = self.total if self.length is None else self.length
         done = (step - begin) / max(length - begin, 1)

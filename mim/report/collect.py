@@ -83,6 +83,8 @@ class Run:
     """Evaluation -> what its numbers depend on."""
     evaluated: float = 0.0
     """Seconds of its evaluations, in the call that measured them last."""
+    shared: bool = False
+    """Whether its first steps are those of a shorter run."""
     progress: Progress | None = None
     """Of a run without a result."""
     placed: bool = True
@@ -382,6 +384,7 @@ def _with_result(path: Path, result: Mapping[str, Any], base: Mapping[str, Any])
         data=result.get("data") or {},
         protocols=result.get("protocols") or {},
         evaluated=float((result.get("seconds") or {}).get("evaluate", 0.0)),
+        shared="shared" in result,
     )
 
 

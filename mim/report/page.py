@@ -322,6 +322,11 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
             f"Groups have equal {_BUDGETS[budget]}, those of {of} (at each length): the steps of "
             "every other group, and its schedules, follow from what its step costs."
         )
+    if any(run.shared for run in comparison.runs):
+        found.append(
+            "A longer run begins with the steps of a shorter one up to its cool-down, as a run "
+            "trained alone would; its compute and wall time count them."
+        )
     if comparison.rules.get("tune"):
         found.append(
             "Settings under Tuning were chosen for each group before, with the same work for each, "

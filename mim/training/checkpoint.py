@@ -83,6 +83,11 @@ def checkpoints(run: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def path_of(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step_{step:08d}.pt"
+
+
 def digest_file(path: Path) -> Path:
     """Returns the path of a checkpoint's SHA-256, in the form that ``sha256sum -c`` reads."""
     return path.with_name(f"{path.name}.sha256")
@@ -115,7 +120,7 @@ def save_checkpoint(
     """
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
-    path = folder / f"step_{step:08d}.pt"
+    path = path_of(run, step)
     content = {"format": CHECKPOINT_FORMAT, "step": step, **state}
 
     def write(temporary: Path) -> None:

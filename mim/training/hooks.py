@@ -146,12 +146,20 @@ class Checkpoints(Hook):
         saver: writes them.
         every: epochs between two; 0 saves only at the end.
         milestone_every: epochs between two that are never deleted.
+        cools_from: step after which one is never deleted, since a longer run may begin with it.
     """
 
     at_stop: ClassVar[bool] = True
 
-    def __init__(self, saver: Saver, every: float, milestone_every: float = 0.0) -> None:
+    def __init__(
+        self,
+        saver: Saver,
+        every: float,
+        milestone_every: float = 0.0,
+        cools_from: int | None = None,
+    ) -> None:
         self.saver, self.every, self.milestone_every = saver, every, milestone_every
+        self.cools_from = cools_from
 
     def running(self, trainer: Trainer) -> AbstractContextManager[Any]:
         return self.saver
@@ -161,7 +169,10 @@ class Checkpoints(Hook):
         self.saver.check()
 
     def due(self, trainer: Trainer) -> bool:
-        return trainer.done or any(map(trainer.passed, (self.every, self.milestone_every)))
+        return trainer.done or trainer.passed(self.every) or self._stays(trainer)
+
+    def _stays(self, trainer: Trainer) -> bool:
+        return trainer.passed(self.milestone_every) or trainer.state.step == self.cools_from
 
     def run(self, trainer: Trainer) -> None:
         assert trainer.state.latest is not None
@@ -169,7 +180,7 @@ class Checkpoints(Hook):
         state = trainer.state_dict()
         if trainer.accelerator.is_main_process:
             trainer.curves.flush()
-            self.saver.save(state, trainer.state.step, trainer.passed(self.milestone_every))
+            self.saver.save(state, trainer.state.step, self._stays(trainer))
             if trainer.stopped or trainer.done:
                 self.saver.wait()
         trainer.accelerator.wait_for_everyone()

@@ -27,7 +27,7 @@ def build_schedule(
     if moves.warmup is None:
         warmup = config.warmup_epochs * (steps_per_epoch if moves.unit == "steps" else 1)
         moves = replace(moves, warmup=warmup)
-    if moves.to is None and moves.shape in ("linear", "cosine"):
+    if moves.to is None and moves.ends:
         moves = replace(moves, to=config.min_lr)
     return moves.build(config.base_lr * batch_size / 256, total, steps_per_epoch)
 

@@ -70,6 +70,8 @@ from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 ONLINE = "linear_online"
 """How results call the probe that learns during pre-training, among the evaluations."""
+SUBSETS = ("subset_train.txt", "subset_val.txt")
+"""Files that list the images of a subset, to train on and held out."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 
 
@@ -473,6 +475,7 @@ def _build_trainer(
     }
     store = checkpoint.RunStore(run, train.keep_checkpoints, identity)
     saver = checkpoint.Saver(store, train.async_save)
+    every = (train.checkpoint_every, train.milestone_every)
     learner = task.learner()  # before the optimizer: sharding makes other parameters
     trainer = Trainer(
         task,
@@ -492,7 +495,7 @@ def _build_trainer(
         build_optimizer(config.optim, task.model, schedule(start)),
         schedule,
         learner,
-        [*hooks, Checkpoints(saver, train.checkpoint_every, train.milestone_every)],
+        [*hooks, Checkpoints(saver, *every, schedule.cools_from)],
         Curves(None, start_trackers(accelerator, config, start)),
         store,
         accelerator.scaler,
@@ -505,8 +508,8 @@ def _build_trainer(
         if saved is None:
             checkpoint.write_config(run, config)
             if config.data.subset.chooses:
-                write_list(run / "subset_train.txt", images.train)
-                write_list(run / "subset_val.txt", images.val)
+                for name, source in zip(SUBSETS, (images.train, images.val), strict=True):
+                    write_list(run / name, source)
     return trainer
 
 

@@ -72,6 +72,16 @@ def test_i_jepa_s_longer_period_is_cut_by_the_end() -> None:
         assert found[step] == pytest.approx(0.001 + 0.999 * half, abs=1e-15)
 
 
+def test_a_constant_rate_cools_down_in_its_last_steps() -> None:
+    found = rates(warmup_epochs=1, min_lr=0.1, schedule={"shape": "constant", "cooldown": 0.25})
+    assert found[:4] == [0.2, 0.4, 0.6, 0.8]
+    assert found[4:31] == [1.0] * 27
+    assert found[30:] == pytest.approx([0.1 + 0.9 * left / 10 for left in range(10, 0, -1)])
+    # It waits for the end of the warm-up.
+    found = rates(warmup_epochs=5, schedule={"shape": "constant", "cooldown": 0.9})
+    assert found[19:] == pytest.approx([20 / 21, *(left / 20 for left in range(20, 0, -1))])
+
+
 def test_a_teacher_s_decay_ends_early_as_data2vec_s() -> None:
     decay = ScheduleSettings(shape="linear", to=0.99999, length=16, unit="steps")
     schedule = decay.build(0.9998, STEPS, PER_EPOCH)
@@ -112,6 +122,8 @@ def test_a_mask_ratio_by_the_same_shapes() -> None:
         ({"optim.decay_schedule.shape": "cosine"}, "optim.decay_schedule.to: None is needed"),
         ({"optim.decay_schedule.to": 0.4}, "needs optim.decay_schedule.shape"),
         ({"optim.schedule.shape": "constant", "optim.schedule.phase": 0.5}, "linear or cosine"),
+        ({"optim.schedule.cooldown": 0.2}, "needs optim.schedule.shape=constant"),
+        ({"optim.decay_schedule.cooldown": 0.2}, "needed with optim.decay_schedule.cooldown=0.2"),
         ({"model.teacher_schedule.warmup_from": 1.0}, "needs model.teacher_schedule.warmup"),
         (
             {"model.teacher_schedule.shape": "linear", "model.teacher_schedule.to": 1.5},
