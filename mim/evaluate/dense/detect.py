@@ -53,6 +53,7 @@ from mim.evaluate.dense.training import (
 )
 from mim.evaluate.dense.views import View
 from mim.evaluate.features import check_finite
+from mim.evaluate.predictions import Measured, gather_rows
 from mim.model.backbones import patch_size_of
 from mim.training.runtime.precision import autocast
 
@@ -335,24 +336,41 @@ class Detect(DenseEvaluation):
     def measure(
         self, model: Detector, source: DetectionSource, accelerator: Accelerator, precision: str
     ) -> dict[str, float]:
-        """map (over IoU 0.5 to 0.95), map_50, map_75, those of the sizes that there are, mar_100
-        and map_class_NAME; the same under ``mask_`` with masks."""
+        """map (over IoU 0.5 to 0.95), map_50, map_75, those of the sizes that there are, mar_100,
+        map_class_NAME, and image_map, the mean over images with objects of each one's own map; the
+        same under ``mask_`` with masks."""
         from torchmetrics.detection import MeanAveragePrecision  # slow to import
 
         kinds: Any = ("bbox", "segm") if model.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, sync_on_compute=False)
+        alone = MeanAveragePrecision(iou_type=kinds, sync_on_compute=False)
+        names, rows = _kinds(model.masks), list[list[float]]()
         share, size = share_of(len(source), accelerator), self.settings.batch_size
         for start in range(0, len(share), size):
             indices = list(share[start : start + size])
             found = self.predict(model, source, indices, accelerator.device, precision)
-            metric.update(found, [_truth(source.objects[i], model.masks) for i in indices])
+            truths = [_truth(source.objects[i], model.masks) for i in indices]
+            metric.update(found, truths)
+            for prediction, truth in zip(found, truths, strict=True):
+                alone.reset()
+                alone.update([prediction], [truth])
+                image = alone.compute()
+                rows.append([float(image[f"{theirs}map"]) for theirs in names])
         if accelerator.num_processes > 1:
             kept = {name: getattr(metric, name) for name in metric._defaults}
             states = gather_object([kept])
             for name in kept:
                 setattr(metric, name, [value for state in states for value in state[name]])
             metric._update_count = 1  # those of a process without images came from the others
-        return _numbers(metric.compute(), model.classes, model.masks)
+        numbers = _numbers(metric.compute(), model.classes, model.masks)
+        own = gather_rows(torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)))
+        told = own[:, 0] >= 0  # torchmetrics has -1 where there are no objects
+        answers = {f"{ours}image_map": own[told, i] for i, ours in enumerate(names.values())}
+        if not told.any():
+            return numbers
+        numbers |= {name: float(each.mean()) for name, each in answers.items()}
+        ids = torch.as_tensor(source.sample_ids)
+        return Measured(numbers, ids[told], answers)
 
     def draw(
         self,
@@ -380,11 +398,15 @@ def _truth(objects: Objects, masks: bool) -> dict[str, Tensor]:
     return {**truth, "masks": objects.masks()} if masks else truth
 
 
+def _kinds(masks: bool) -> dict[str, str]:
+    """torchmetrics' prefix of each kind of outline -> ours."""
+    return {"bbox_": "", "segm_": "mask_"} if masks else {"": ""}
+
+
 def _numbers(found: dict[str, Tensor], classes: list[str], masks: bool) -> dict[str, float]:
     """torchmetrics' results by plain names; what it marks by -1, having nothing, is left out."""
     numbers: dict[str, float] = {}
-    kinds = {"bbox_": "", "segm_": "mask_"} if masks else {"": ""}
-    for prefix, ours in kinds.items():
+    for prefix, ours in _kinds(masks).items():
         for key in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100"):
             value = float(found[f"{prefix}{key}"])
             if value >= 0 or key == "map":

@@ -22,6 +22,7 @@ from mim.evaluate.dense.detect import Detector, _original
 from mim.evaluate.dense.detection_data import DetectionBatches
 from mim.evaluate.dense.training import encoder_at_size, parameter_groups
 from mim.evaluate.dense.views import View
+from mim.evaluate.predictions import Measured
 from mim.evaluate.training import start_accelerator
 
 SHORT: dict[str, Any] = {
@@ -94,6 +95,36 @@ def test_map_of_known_predictions(
     assert numbers["mask_map"] == pytest.approx(1)
     known(monkeypatch, 0.0, labels_off=1)
     assert measured(squares, encoder)["map"] == 0
+
+
+def test_each_image_with_objects_has_an_answer(
+    squares: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known(monkeypatch, 2.0)
+    evaluation = detect(squares)
+    source, s = evaluation.sources[1], evaluation.settings
+    whole = Detect.predict
+
+    def predict(self: Detect, model: Any, source: Any, indices: list[int], *args: Any) -> Any:
+        found = whole(self, model, source, indices, *args)
+        for index, own in zip(indices, found, strict=True):
+            own["boxes"] = own["boxes"] - 2.0 * (index == 1)  # exactly the truth
+        return found
+
+    monkeypatch.setattr(Detect, "predict", predict)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "outlines": []}
+    empty = replace(source.objects[2], **nothing, crowd=torch.zeros(0).bool())
+    monkeypatch.setattr(source, "objects", [*source.objects[:2], empty, *source.objects[3:]])
+    model = Detector(encoder_at_size(encoder, s), s, ["red", "green"], (0.5,) * 3, (1.0,) * 3, True)
+    numbers = evaluation.measure(model, source, start_accelerator("cpu"), "fp32")
+    assert isinstance(numbers, Measured)
+    expected = [0.3, 1.0, *[0.3] * (len(source) - 3)]
+    assert numbers.arrays["image_map"].tolist() == pytest.approx(expected)
+    assert numbers.arrays["mask_image_map"].tolist() == pytest.approx([1.0] * len(expected))
+    ids = source.sample_ids.tolist()
+    assert numbers.arrays["sample_ids"].tolist() == ids[:2] + ids[3:]
+    assert numbers["image_map"] == pytest.approx(sum(expected) / len(expected))
+    assert numbers["map"] < numbers["image_map"]  # over all images at once
 
 
 def test_found_objects_return_to_the_images_pixels() -> None:
