@@ -25,6 +25,7 @@ from mim.training.settings import load_config
 
 VARIANT = "variant"
 Budget = Literal["epochs", "steps", "flops", "seconds"]
+_AXES = {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
 RULES = (
     *("evaluations", "primary", "margin", "against", "seeds"),
     *("budget", "budget_of", "tune"),
@@ -40,9 +41,7 @@ class CompareConfig(Settings):
     """The comparison folder; holds a folder for each run."""
     name: str = "comparison"
     """Title of the report."""
-    axes: dict[str, Any] = field(
-        default_factory=lambda: {"model.regime.name": ["drop", "zero", "token"], "seed": [0]}
-    )
+    axes: dict[str, Any] = field(default_factory=lambda: dict(_AXES))
     """Dotted config keys and the values each takes; every combination is a run."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """One more axis, of settings that change together: a name and its dotted keys."""
@@ -101,7 +100,8 @@ class CompareConfig(Settings):
             for key in settings:
                 self._check_key(setting, key)
                 if key in self.axes:
-                    raise setting_error(setting, key, "is an axis already")
+                    hint = "; write axes: {seed: [0]}" if self.axes == _AXES else ""
+                    raise setting_error(setting, key, f"is an axis already{hint}")
         if self.tune:
             self._check_tune()
 

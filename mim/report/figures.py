@@ -106,7 +106,7 @@ def _draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
     """
     count = len(forest.rows)
     longest = max(len(row.label) for row in forest.rows)
-    with _figure(size=(6.4 + 0.055 * longest, 0.75 + 0.34 * count)) as (figure, axes):
+    with _figure(size=(6.4 + 0.055 * longest, 0.95 + 0.34 * count)) as (figure, axes):
         if forest.margin:
             axes.axvspan(-forest.margin, forest.margin, color="#009E73", alpha=0.1, lw=0)
         axes.axvline(0, color="#1c1e21", lw=1)
@@ -119,7 +119,10 @@ def _draw_forest(forest: Forest, forms: tuple[str, ...]) -> dict[str, bytes]:
             axes.plot(row.mean, place, "o", color=colour, markersize=7, mec="white", mew=0.8)
             where: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
             axes.text(1.02, place, f"{row.text}  {row.verdict}", color=colour, **where)
-        axes.set(xlabel=forest.x_label, ylim=(count - 0.4, -0.6))
+        key = [f"shaded: as good within {forest.margin:g}"] if forest.margin else []
+        key += ["thin line: for new images"] if any(row.wide for row in forest.rows) else []
+        label = "\n".join(filter(None, (forest.x_label, "; ".join(key))))
+        axes.set(xlabel=label, ylim=(count - 0.4, -0.6))
         axes.set_yticks(range(count), [_shown(row.label) for row in forest.rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
