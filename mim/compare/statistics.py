@@ -264,6 +264,12 @@ class Difference:
     high: float | None = None
     wide: tuple[float, float] | None = None
 
+    def __neg__(self) -> Difference:
+        """Second - first."""
+        low, high = (None if end is None else -end for end in (self.high, self.low))
+        wide = None if self.wide is None else (-self.wide[1], -self.wide[0])
+        return replace(self, mean=-self.mean, low=low, high=high, wide=wide)
+
     @property
     def shown(self) -> bool:
         """Whether a difference is shown: there is an interval and it leaves out 0."""
@@ -309,7 +315,9 @@ def difference(
         level: 1 - the coverage.
 
     Returns:
-        The difference, without an interval below three seeds; None without a common seed.
+        The difference, without an interval below three seeds, and where it is the same for every
+        seed but not 0: few values of a measure that moves in steps coincide; None without a
+        common seed.
     """
     family = family or Family("separate")
     seeds = sorted(first.keys() & second.keys())
@@ -324,6 +332,8 @@ def difference(
         variance, df = 2 * spread.sd**2 / n, float(spread.df)
     parts = [Source(variance, variance**2 / df), draws or Source()]
     error, df = _total(parts)
+    if error == 0 and mean != 0:
+        return Difference(mean, n)
     half = family.critical(df, level) * error
     wide = None
     if images is not None:

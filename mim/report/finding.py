@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mim.report.collect import LOSSES, REFERENCES, Comparison, Group
-from mim.report.measures import Measure, summarize
+from mim.report.measures import Measure, p_text, summarize
 from mim.report.statistics import Analysis, Verdict, against_references
 
 _NAMED = 4
@@ -88,6 +88,7 @@ def _lead(groups: list[Group], analysis: Analysis) -> str:
         listed = _list([_entry(v, analysis) for v in untested])
         n = min(v.found.n for v in untested)
         seeds = "1 seed gives" if n == 1 else f"{n} seeds give"
+        seeds = f"{n} seeds that differ by one and the same amount give" if n > 2 else seeds
         extreme = "highest" if measure.higher else "lowest"
         tied = any(measure.number(v.found.mean) == measure.number(0) for v in untested)
         has = "shares" if tied else "has"
@@ -105,30 +106,36 @@ def _of(analysis: Analysis, kind: str, sign: int = 0) -> list[str]:
 
 
 def _entry(verdict: Verdict, analysis: Analysis) -> str:
-    """ "drop (+1.2 points, 0.4 to 2.0)"."""
+    """ "drop (+1.2 points, 0.4 to 2.0)"; of one that is as good the p-value of that."""
     found, measure = verdict.found, analysis.measure
     text = f"{measure.number(found.mean, sign=True)}{measure.points}"
-    if found.low is not None:
+    if verdict.kind == "equal" and verdict.p_equal is not None:
+        text += f", {p_text(verdict.p_equal)}"
+    elif found.low is not None:
         text += f", {measure.interval(found.low, found.high)}"
     return f"{verdict.second.label} ({text})"
 
 
 def _outlook(analysis: Analysis, undecided: Sequence[Verdict]) -> str:
-    """What the design could have shown, and what would decide it."""
-    verdict = undecided[0]
-    if verdict.smallest is None:
+    """What the design could have shown, and what would decide all of these."""
+    known = [verdict.smallest for verdict in undecided if verdict.smallest is not None]
+    if not known:
         return "the differences that this design shows were not worked out"
-    amount = _amount(analysis.measure, verdict.smallest)
+    amount = _amount(analysis.measure, max(known))
     if analysis.looks:
         return (
             f"after {analysis.looks} looks; with all its seeds this design shows {amount} or more "
             "in 80 % of comparisons"
         )
-    text = f"{verdict.found.n} seeds show {amount} or more in 80 % of comparisons"
-    if verdict.needed is None:
-        return f"{text}, and no number of seeds within reason decides a difference this small"
-    more = verdict.needed - verdict.found.n
-    return f"{text}, and about {more} more would decide it if the difference seen is the true one"
+    n = min(verdict.found.n for verdict in undecided)
+    text = f"{n} seeds show {amount} or more in 80 % of comparisons"
+    if any(verdict.needed is None for verdict in undecided):
+        small = "a difference this small" if len(undecided) == 1 else "all of them"
+        return f"{text}, and no number of seeds within reason decides {small}"
+    more = max(verdict.needed - verdict.found.n for verdict in undecided if verdict.needed)
+    one = ("it", "the difference seen is the true one")
+    them, truth = one if len(undecided) == 1 else ("all", "the differences seen are the true ones")
+    return f"{text}, and about {more} more would decide {them} if {truth}"
 
 
 def _basis(comparison: Comparison, analysis: Analysis) -> str:
@@ -146,6 +153,8 @@ def _basis(comparison: Comparison, analysis: Analysis) -> str:
     text += f", for {held}"
     if analysis.looks:
         text += f" and for all {analysis.looks} looks"
+    if any(v.kind == "equal" and v.p_equal is not None for v in analysis.best):
+        text += "; of what is as good, the p-value of the two one-sided tests that show it"
     text += "; it speaks of these test images"
     if analysis.images and verdict.found.wide is not None:
         wide = analysis.measure.interval(*verdict.found.wide)

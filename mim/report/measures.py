@@ -220,3 +220,8 @@ def _decimals(
     """Decimals that show ``digits`` digits of the largest value."""
     largest = _largest(comparison, keys) * scale
     return 1 if largest <= 0 else min(max(digits - 1 - math.floor(math.log10(largest)), 0), 6)
+
+
+def p_text(p: float) -> str:
+    """ "p = 0.012"."""
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.2g}"

@@ -370,7 +370,10 @@ def _on_intervals(analyses: Sequence[Analysis]) -> list[str]:
     margin = primary.measure.number(primary.margin).removesuffix(".0")
     found.append(
         f"As good: two one-sided tests show the difference to lie within {margin} points (the "
-        "shaded band), at 5%. Undecided: neither that nor a difference was shown."
+        "shaded band), at 5%, which is the 90% interval and not the 95% one. Undecided: neither "
+        "that nor a difference was shown; beside it stands the smallest true difference that this "
+        "design shows in 80% of comparisons, and how many more seeds would decide, were the "
+        "difference seen the true one."
     )
     if primary.pooled:
         found.append(

@@ -52,11 +52,18 @@ class Verdict:
     """The smallest true difference that this design shows with 80 % power."""
     needed: int | None = None
     """Seeds that would decide it, were the truth what was seen; None where beyond reckoning."""
+    p_equal: float | None = None
+    """P-value of the two one-sided tests, adjusted for their number; None where seeds were added
+    until decided, since an interval within the margin shows equality then."""
 
     @property
     def key(self) -> tuple[str, str]:
         """The labels of both groups."""
         return self.first.label, self.second.label
+
+    def __neg__(self) -> Verdict:
+        """The same of second and first."""
+        return replace(self, first=self.second, second=self.first, found=-self.found)
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,8 @@ def analyse(comparison: Comparison) -> list[Analysis]:
     p_values = [
         p_value(verdict.found) for each in found if not each.primary for verdict in each.verdicts
     ]
-    adjusted = iter(holm(p_values))
-    return [each if each.primary else _corrected(each, adjusted) for each in found]
+    adjusted, level = iter(holm(p_values)), LEVEL / max(len(p_values), 1)
+    return [each if each.primary else _corrected(each, adjusted, level) for each in found]
 
 
 def _primary(comparison: Comparison, measures: Sequence[Measure]) -> Measure | None:
@@ -158,20 +165,33 @@ def _primary(comparison: Comparison, measures: Sequence[Measure]) -> Measure | N
     return measures[0]
 
 
-def _corrected(analysis: Analysis, adjusted: Iterable[float]) -> Analysis:
-    verdicts = [
-        replace(verdict, kind="difference")
-        if p < LEVEL
-        else replace(verdict, kind="undecided" if verdict.kind == "difference" else verdict.kind)
-        for verdict, p in zip(analysis.verdicts, adjusted, strict=False)
-    ]
-    kinds = {verdict.key: verdict.kind for verdict in verdicts}
-    best = [
-        replace(v, kind=kinds.get(v.key) or kinds.get(v.key[::-1]) or "undecided")
-        for v in analysis.best
-        if v.key in kinds or v.key[::-1] in kinds
-    ]
-    return replace(analysis, verdicts=tuple(verdicts), best=tuple(best))
+def _corrected(analysis: Analysis, adjusted: Iterable[float], level: float) -> Analysis:
+    """Verdicts by adjusted p-values; what could be shown is that of Holm's first step."""
+    verdicts = []
+    for place, (verdict, p) in enumerate(zip(analysis.verdicts, adjusted, strict=False)):
+        kind: Kind = "difference" if p < LEVEL else verdict.kind
+        if kind == "difference" and p >= LEVEL:
+            kind = "undecided"
+        verdict = replace(verdict, kind=kind)
+        if kind == "undecided" and place < _MOST_FORECAST:
+            verdict = _forecast(verdict, STANDING_ALONE, level, analysis.margin)
+        verdicts.append(verdict)
+    known = {verdict.key: verdict for verdict in verdicts}
+    best = (known.get(v.key) or _turned(known.get(v.key[::-1])) for v in analysis.best)
+    return replace(analysis, verdicts=tuple(verdicts), best=tuple(v for v in best if v))
+
+
+def _turned(verdict: Verdict | None) -> Verdict | None:
+    return None if verdict is None else -verdict
+
+
+def _forecast(verdict: Verdict, family: Family, level: float, margin: float) -> Verdict:
+    """With what this design could have shown, and the seeds that would decide."""
+    found = verdict.found
+    assert found.error is not None
+    design = Design(family, found.n, found.error * math.sqrt(found.n / 2), level)
+    needed = design.seeds_to_decide(found.mean, margin)
+    return replace(verdict, smallest=design.smallest(), needed=needed)
 
 
 def _analyse(comparison: Comparison, measure: Measure, primary: bool) -> Analysis:
@@ -188,15 +208,19 @@ def _analyse(comparison: Comparison, measure: Measure, primary: bool) -> Analysi
     if primary and judge.reference is not None:
         wanted = [(group, judge.reference) for group in groups if group is not judge.reference]
     best, *others = sorted(groups, key=lambda group: -empty.sign * _mean(group, measure))
-    verdicts = judge.verdicts([pair for pair in wanted if all(g in groups for g in pair)])
     leading = [(best, other) for other in others]
     if judge.reference is not None:
         leading = [(second, first) for first, second in wanted]
-    ranked = judge.verdicts([pair for pair in leading if comparable(measure, *pair)])
+    asked = {(a.label, b.label): (a, b) for a, b in wanted if a in groups and b in groups}
+    ahead = {(a.label, b.label): (a, b) for a, b in leading}
+    beside = {key: pair for key, pair in ahead.items() if key[::-1] not in asked}
+    # Each pair is judged once: the sentence and the tables say the same of it.
+    judged = {verdict.key: verdict for verdict in judge.verdicts([*(asked | beside).values()])}
+    ranked = (judged.get(key) or _turned(judged.get(key[::-1])) for key in ahead)
     return replace(
         empty,
-        verdicts=tuple(verdicts),
-        best=tuple(ranked),
+        verdicts=tuple(judged[key] for key in asked if key in judged),
+        best=tuple(verdict for verdict in ranked if verdict is not None),
         family=judge.family,
         spread=judge.spread,
         looks=judge.progress.looks if judge.progress else 0,
@@ -243,10 +267,10 @@ class _Judge:
             if comparable(self.measure, first, second)
             if (result := self._difference(first, second)) is not None
         ]
-        equal = [p < LEVEL for p in holm([result.p_equal(self.margin) for *_, result in found])]
+        p_equal = holm([result.p_equal(self.margin) for *_, result in found])
         return [
-            self._verdict(*pair, is_equal, self.primary and place < _MOST_FORECAST)
-            for place, (pair, is_equal) in enumerate(zip(found, equal, strict=True))
+            self._verdict(*pair, p, self.primary and place < _MOST_FORECAST)
+            for place, (pair, p) in enumerate(zip(found, p_equal, strict=True))
         ]
 
     def _difference(self, first: Group, second: Group) -> Difference | None:
@@ -257,33 +281,29 @@ class _Judge:
                 found = self.progress.differences.get((one.label, other.label))
                 if found is not None:
                     found = found if images is None else _widened(found, images)
-                    return found if sign == 1 else _reversed(found)
+                    return found if sign == 1 else -found
         values = first.values(self.measure.key), second.values(self.measure.key)
         return difference(*values, self.family, self.spread, draws=draws, images=images)
 
     def _verdict(
-        self, first: Group, second: Group, found: Difference, equal: bool, forecast: bool
+        self, first: Group, second: Group, found: Difference, p_equal: float, forecast: bool
     ) -> Verdict:
         if found.error is None:
             return Verdict(first, second, found, "untested")
-        seeds, level = found.n, LEVEL
-        if self.rule is not None:
-            seeds, level = self.rule.most, nominal_level(self.rule.most, self.rule, self.family)
+        if self.rule is None:
+            equal = p_equal < LEVEL
+            verdict = Verdict(first, second, found, "undecided", p_equal=p_equal)
+        else:
             equal = found.is_within(self.margin)
+            verdict = Verdict(first, second, found, "undecided")
         kind: Kind = "difference" if found.shown else "equal" if equal else "undecided"
         if kind != "undecided" or not forecast:
-            return Verdict(first, second, found, kind)
+            return replace(verdict, kind=kind)
+        if self.rule is None:
+            return _forecast(verdict, self.family, LEVEL, self.margin)
+        level = nominal_level(self.rule.most, self.rule, self.family)
         sd = found.error * math.sqrt(found.n / 2)
-        design = Design(self.family, seeds, sd, level)
-        needed = None if self.rule else design.seeds_to_decide(found.mean, self.margin)
-        return Verdict(first, second, found, kind, design.smallest(), needed)
-
-
-def _reversed(found: Difference) -> Difference:
-    low, high = found.low, found.high
-    assert low is not None and high is not None
-    wide = None if found.wide is None else (-found.wide[1], -found.wide[0])
-    return replace(found, mean=-found.mean, low=-high, high=-low, wide=wide)
+        return replace(verdict, smallest=Design(self.family, self.rule.most, sd, level).smallest())
 
 
 def _widened(found: Difference, images: Source) -> Difference:
@@ -345,12 +365,16 @@ def against_references(
 ) -> list[tuple[Group, Difference | None]]:
     """How far each group stands from its reference, paired by seed.
 
-    The intervals hold for all groups at once (Bonferroni); the reference has a spread of its own.
-    Raw pixels have no seed: their one value is taken from each of the group's.
+    The intervals hold for all groups at once (Bonferroni). The spread is that of all groups and
+    references together, unless they clearly spread unequally. Raw pixels have no seed: their one
+    value is taken from each of the group's, whose own spread it then is.
     """
     key = analysis.measure.key
     count = sum(bool(group.values(key)) for group in comparison.groups)
     family = Family("separate", count=max(count, 1))
+    beside = [group for group in comparison.references if group.kind == kind != "pixels"]
+    table = {group.label: group.values(key) for group in (*comparison.groups, *beside)}
+    spread = pooled_spread(table) if beside else None
     found: list[tuple[Group, Difference | None]] = []
     for group in comparison.groups:
         reference = comparison.reference(group, kind)
@@ -360,7 +384,8 @@ def against_references(
         values, other = group.values(key), reference.values(key)
         if kind == "pixels" and len(other) == 1:
             other = dict.fromkeys(values, next(iter(other.values())))
-        found.append((group, difference(values, other, family)))
+        draws, *_ = item_sources(group, reference, key)
+        found.append((group, difference(values, other, family, spread, draws=draws)))
     return found
 
 

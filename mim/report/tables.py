@@ -31,6 +31,7 @@ from mim.report.measures import (
     cost_measures,
     evaluation_measures,
     loss_measures,
+    p_text,
     summarize,
 )
 from mim.report.statistics import Analysis, Verdict, against_references, leader
@@ -199,14 +200,18 @@ def difference_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Ta
     for place, each in enumerate(compared):
         for verdict in each.verdicts:
             names.setdefault(verdict.key, pair_name(comparison, verdict))
-            cell = _difference_cell(each.measure, verdict.found, verdict.kind)
+            cell = _difference_cell(each.measure, verdict.found, verdict)
             cells.setdefault(verdict.key, {})[place] = cell
     rows = [
         Row([Cell(name), *(cells[key].get(n, Cell(MISSING)) for n in range(len(compared)))])
         for key, name in names.items()
     ]
     columns = [*text_columns("Difference"), *(_in_points(each.measure) for each in compared)]
-    return Table("Mean difference with its 95% interval", columns, rows, "differences")
+    caption = (
+        "Mean difference with its 95% interval, which holds for all differences at once in the "
+        "measure that decides, and for one alone in others, whose verdicts carry Holm's correction"
+    )
+    return Table(caption, columns, rows, "differences")
 
 
 def pair_name(comparison: Comparison, verdict: Verdict) -> str:
@@ -249,16 +254,28 @@ def margin_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     return Table(caption, columns, rows, "margins")
 
 
-def _difference_cell(measure: Measure, found: Difference | None, kind: str = "") -> Cell:
+def _difference_cell(
+    measure: Measure, found: Difference | None, verdict: Verdict | None = None
+) -> Cell:
     if found is None:
         return Cell(MISSING)
     notes = [measure.interval(found.low, found.high)] if found.low is not None else []
     notes.append(f"n = {found.n}")
-    if kind:
-        notes.append(VERDICTS[kind])
-    shown = kind == "difference" if kind else found.shown
+    if verdict is not None:
+        notes.append(f"{VERDICTS[verdict.kind]}{_outlook(measure, verdict)}")
+    shown = verdict.kind == "difference" if verdict else found.shown
     text = measure.number(found.mean, sign=True)
     return Cell(text, ", ".join(notes), strong=shown, value=found.mean)
+
+
+def _outlook(measure: Measure, verdict: Verdict) -> str:
+    """What stands behind a verdict: how sure equality is, or what would decide."""
+    if verdict.kind == "equal" and verdict.p_equal is not None:
+        return f" ({p_text(verdict.p_equal)})"
+    if verdict.smallest is None:
+        return ""
+    more = f"; about {verdict.needed - verdict.found.n} more seeds" if verdict.needed else ""
+    return f" (shows {measure.number(verdict.smallest)} or more{more})"
 
 
 _UNTOLD = ("seed", "output", "resume", "data.fingerprint", "plugins")

@@ -68,7 +68,8 @@ def test_critical_values_are_those_of_printed_tables() -> None:
 
 def test_dunnett_is_scipys() -> None:
     first, second, control = rows = np.random.default_rng(0).normal(size=(3, 6))
-    interval = stats.dunnett(first, second, control=control).confidence_interval()
+    drawn = stats.dunnett(first, second, control=control, random_state=0)  # integrates by chance
+    interval = drawn.confidence_interval()
     error = math.sqrt(rows.var(axis=1, ddof=1).mean() * 2 / 6)
     expected = (interval.high - interval.low) / 2 / error
     assert expected == pytest.approx(Family("reference", 3).critical(15), abs=0.01)
@@ -128,11 +129,24 @@ def test_only_common_seeds_are_paired() -> None:
     assert found.mean == pytest.approx((-1 + 2) / 2)
 
 
-def test_equal_differences_make_an_interval_of_no_width() -> None:
+def test_equal_differences_show_none_unless_they_are_0() -> None:
+    """Accuracies move in steps, so that three equal differences are chance, not certainty."""
     first, second = {0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}
     found, same = difference(first, second), difference(first, first)
-    assert found is not None and (found.low, found.high) == (2.0, 2.0)
-    assert same is not None and not same.shown
+    assert found is not None and found.mean == 2.0 and found.low is None and not found.shown
+    assert same is not None and same.is_within(0.01) and same.p_equal(0.01) == 0
+    drawn = difference(first, second, draws=Source(0.01, 0.0001))
+    assert drawn is not None and drawn.low is not None
+
+
+def test_the_other_way_round_is_the_negative() -> None:
+    first, second = {0: 3.0, 1: 4.5, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.5}
+    found = difference(first, second, images=Source(0.1, 0.01))
+    other = difference(second, first, images=Source(0.1, 0.01))
+    assert found is not None and other is not None and found.wide and other.wide
+    assert (-found).wide == pytest.approx(other.wide)
+    assert [(-found).low, (-found).high] == pytest.approx([other.low, other.high])
+    assert (-found).mean == other.mean and (-found).error == other.error
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -225,6 +225,42 @@ def test_groups_that_are_close_are_as_good_as_each_other(fake_comparison: Write)
     assert "undecided" in finding_of(folder).sentence
 
 
+def test_sentence_and_table_judge_a_pair_alike(fake_comparison: Write) -> None:
+    """Of three pairs one is as good by its own p-value of equality, and not by Holm's."""
+    noise = 0.00306 * np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1]]) / math.sqrt(6 / 4)
+    means = {"drop": 0.80, "zero": 0.80, "token": 0.80 - 0.00385}
+    shift = np.array([0.01, -0.02, 0.03])
+    values = {name: list(m + shift + e) for (name, m), e in zip(means.items(), noise, strict=True)}
+    axes = {**REGIMES, "model.regime.name": list(means)}
+    folder = fake_comparison(axes=axes, linear=by_regime(values))
+    first = analyse(read_comparison(folder))[0]
+    kinds = {frozenset(verdict.key): verdict.kind for verdict in first.verdicts}
+    assert all(kinds[frozenset(verdict.key)] == verdict.kind for verdict in first.best)
+    assert kinds[frozenset(("drop", "token"))] == "undecided"
+    p_values = [v.found.p_equal(0.01) for v in first.verdicts]
+    assert [v.p_equal for v in first.verdicts] == pytest.approx(holm(p_values))
+    assert p_values[1] < 0.05 < holm(p_values)[1]
+
+
+def test_few_shot_draws_are_part_of_what_pre_training_is_worth(fake_comparison: Write) -> None:
+    """Draws that differ by 10 points make one of 3 points uncertain, whatever the seeds say."""
+    values = {"drop": [0.79, 0.796, 0.799], "zero": [0.76, 0.77, 0.76]}
+    folder = fake_comparison(axes=REGIMES, linear=by_regime(values))
+    reach = []
+    for spread in (0, 30):
+        for run in sorted(folder.glob("*/result.json")):
+            right = round(100 * json.loads(run.read_text())["evaluations"]["linear"]["accuracy"])
+            own = spread * (1 if "drop" in run.parent.name else -1)
+            rows = [np.arange(100) < right + d * own for d in (-1, 0, 1)]
+            arrays = {"linear/sample_ids": np.arange(100), "linear/accuracy": np.stack(rows)}
+            np.savez(run.with_name("predictions.npz"), **arrays)
+        comparison = read_comparison(folder)
+        (_, found), _ = against_references(comparison, analyse(comparison)[0], "untrained")
+        assert found is not None and found.high is not None
+        reach.append(found.high - found.mean)
+    assert reach[1] > 3 * reach[0]
+
+
 def test_one_seed_shows_no_difference(fake_comparison: Write) -> None:
     axes = {"model.regime.name": ["drop", "zero"], "seed": [0]}
     values = {"drop": [0.5], "zero": [0.99]}
