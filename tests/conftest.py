@@ -61,6 +61,12 @@ def forget_what_was_said() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def figures_in_one_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports draw the pictures of the page alone: PNG and PDF take most of their time."""
+    monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
+
+
+@pytest.fixture(autouse=True)
 def forget_plugins() -> Iterator[None]:
     """What a test's plug-ins register, and their settings, are gone after it."""
     yield
