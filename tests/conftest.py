@@ -16,6 +16,7 @@ from typing import Any
 # Before torch is imported, and for child processes: tests are small, threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact equality is promised for the CPU
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported; nothing is asked
 
 import numpy as np
 import pytest
