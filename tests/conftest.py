@@ -16,6 +16,7 @@ from typing import Any
 # Before torch is imported, and for child processes: tests are small, threads only get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact equality is promised for the CPU
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read where it is imported; nothing is asked
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def forget_what_was_said() -> Iterator[None]:
     from mim.core.progress import note_once
 
     note_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def figures_in_one_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports draw the pictures of the page alone: PNG and PDF take most of their time."""
+    monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +191,7 @@ def test_snippets_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block.text, f"{page.name}: {name(block)}", "exec"), space)
 
 
-def test_examples_of_own_components_work(tmp_path: Path) -> None:
+def test_examples_of_own_components_work(tmp_path: Path, ranks: Callable[..., Any]) -> None:
     """The files of the page, by its commands, in a process that has registered nothing else."""
     text = _OWN.read_text(encoding="utf-8")
     files = re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", text, re.M | re.S)
@@ -210,7 +207,7 @@ def test_examples_of_own_components_work(tmp_path: Path) -> None:
     pretrain += ["--plugins", plugins, "--data.source", "npz", "--data.path", "images.npz"]
     pretrain += ["--data.batch_size=8", "--train.max_steps=2", "--log.tensorboard=false"]
     leak = [block.text for block in blocks("python") if block.page == _OWN][-1]
-    (tmp_path / "check.py").write_text(
+    check = (
         f"{leak}\n"
         "from mim.compare.runner import read_compare_config\n"
         "from mim.core.settings import checked\n"
@@ -219,22 +216,15 @@ def test_examples_of_own_components_work(tmp_path: Path) -> None:
         "checked(compare.base)\n"
         "for name, given in compare.evaluations.items():\n"
         "    build_evaluation(name, given)\n"
+        "raise SystemExit\n"
     )
     wrong = [*pretrain, "--mask.ring.first", "corner", "--output", "runs/wrong"]
-    runs = {}
-    for what, words in (
-        ("pretrain", ["-m", *pretrain]),
-        ("wrong", ["-m", *wrong]),
-        ("check", ["check.py"]),
-    ):
-        runs[what] = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-    failed = {what: run.stderr for what, run in runs.items() if run.returncode}
+    failed = {}
+    for what, words in (("pretrain", pretrain), ("wrong", wrong), ("check", [])):
+        start = f"os.chdir({str(tmp_path)!r})\n" + (check if what == "check" else "")
+        run = ranks(words[1:], world=1, all=start)
+        if run.wait() != [0]:
+            failed[what] = run.texts()[0]
     assert failed.keys() == {"wrong"}, failed
     assert failed["wrong"].strip() in text
 

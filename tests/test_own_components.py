@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +13,8 @@ import pytest
 import yaml
 from sklearn.datasets import load_digits
 
+from mim.cli.main import main
+from mim.compare.launchers import server_context
 from mim.core.errors import UserError
 from mim.evaluate import build_evaluation
 from mim.training import checkpoint
@@ -88,17 +87,18 @@ def test_they_make_a_comparison(
         "base": base,
     }
     file.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "mim", "compare", "--config", str(file), "--show", "quiet"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    command = ["compare", "--config", str(file), "--show", "quiet"]
+    process = server_context().Process(target=main, args=(command,))
+    process.start()
     first = folder / "period=2,seed=0"
     end = time.monotonic() + 120
     while not checkpoint.checkpoints(first):
-        assert process.poll() is None and time.monotonic() < end
+        assert process.is_alive() and time.monotonic() < end
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     time.sleep(1)  # its run saves and stops
-    outcome = mim("compare", "--config", file, "--show", "quiet")
+    outcome = mim(*command)
     assert outcome.code == 0, outcome.err
     runs = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/result.json")}
     trained = {name: run for name, run in runs.items() if name.startswith("period=")}

@@ -409,7 +409,7 @@ def test_as_a_command_of_its_own(tmp_path: Path, tiny: Tiny) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mim", "runs", str(Path(__file__).parents[1] / "old_run")]
+    command = [sys.executable, "-m", "mim", "recipes"]
     gone, output = os.pipe()
     os.close(gone)
     ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120)

@@ -155,7 +155,7 @@ def test_stdout_on_a_full_disk_is_one_line() -> None:
         pytest.skip("needs /dev/full")
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
-            [sys.executable, "-m", "mim", "runs", str(Path(__file__).parents[1] / "old_run")],
+            [sys.executable, "-m", "mim", "recipes"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -176,7 +176,6 @@ def test_mistakes_are_named(
 def test_a_comparison_with_both_from_the_shell(
     tmp_path: Path, mim: Any, tiny_tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
     path = tmp_path / "compare.yaml"
     content = {
         "output": str(tmp_path / "cmp"),

@@ -25,7 +25,6 @@ from mim.data import open_source, steps_per_epoch, train_loader
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     place = str(tmp_path_factory.getbasetemp() / "cache")
     monkeypatch.setenv("MIM_CACHE", place)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def png(value: int, mode: str = "L", size: tuple[int, int] = (6, 4)) -> bytes:

@@ -40,7 +40,6 @@ SIZES = (19, 9)  # rows of the files of train: groups of 4, and one of 3 or 1
 @pytest.fixture(autouse=True)
 def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
     # so that what datasets makes of a file goes too
     import datasets

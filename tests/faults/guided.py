@@ -123,9 +123,11 @@ def attack(
 
 def main(folder: Path, seconds: int, chosen: list[str]) -> None:
     fuzz = load()
-    for name in chosen or list(targets(fuzz, folder)):
+    folder.mkdir(parents=True)
+    found = targets(fuzz, folder)
+    for name in chosen or list(found):
         place = folder / name
-        place.mkdir(parents=True)
+        place.mkdir()
         log, began = place / "log.txt", time.monotonic()
         child = os.fork()
         if not child:
@@ -133,7 +135,7 @@ def main(folder: Path, seconds: int, chosen: list[str]) -> None:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             try:
-                attack(*targets(fuzz, place)[name], place, seconds)
+                attack(*found[name], place, seconds)
             except BaseException as error:
                 os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)

@@ -39,8 +39,10 @@ import sys
 import time
 from pathlib import Path
 
+import mim.report.figures
 from mim.cli.main import main
 
+mim.report.figures.FORMATS = ("svg",)  # fewer pictures are drawn, and written in the same way
 place, number, seconds, log, home, calls = {place!r}, {number}, {seconds}, {log!r}, os.getpid(), 0
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -136,6 +138,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_tree: Any) -> Iterator[
     patch = pytest.MonkeyPatch()
     root = tmp_path_factory.mktemp("verbs")
     patch.setenv("MIM_CACHE", str(root / "cache"))
+    patch.setattr("mim.report.figures.FORMATS", ("svg",))
     place = root / "place"
     images(place)
     patch.chdir(place)

@@ -17,6 +17,7 @@ from mim.core.fields import fit, hints
 from mim.core.public import public
 from mim.core.settings import leaves
 from mim.report import write_report
+from mim.report.figures import FORMATS
 from mim.training.settings import load_config
 
 PLACES = [
@@ -85,7 +86,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_report_over_every_setting(fake_comparison: Callable[..., Path]) -> None:
+def test_a_report_over_every_setting(
+    fake_comparison: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mim.report.figures.FORMATS", FORMATS)
     axes = {"mask.file.path": ["/mnt/SECRET/a/m.npz", "/mnt/SECRET/b/m.npz"], "seed": [0, 1]}
     command = "mim compare --config /mnt/SECRET/c.yaml --base.data.path=https://SECRET/a/b?SECRET"
     settings = settings_of_text()

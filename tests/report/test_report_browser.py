@@ -55,11 +55,6 @@ class Seen:
         self.context.close()
 
 
-@pytest.fixture(autouse=True)
-def one_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
-
-
 @pytest.fixture
 def comparison(fake_comparison: Write) -> Path:
     """Three regimes, with predictions at two more ratios."""

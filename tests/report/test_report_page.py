@@ -28,6 +28,7 @@ from mim.report import write_report
 from mim.report.charts import loss_charts, mean_curve, styles
 from mim.report.collect import axis_labels, read_comparison
 from mim.report.curves import quality_charts
+from mim.report.figures import FORMATS
 from mim.report.finding import Finding, finding
 from mim.report.measures import Measure, evaluation_measures, summarize
 from mim.report.page import Report, report_html, report_markdown
@@ -80,11 +81,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def without_plotly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests need no 5 MB of script on each page, and no figures in three formats."""
+    """Most tests need no 5 MB of script on each page."""
     if "plotly" not in request.node.name:
         monkeypatch.setattr("mim.report.interactive.plotly_script", lambda: "")
-    if "writing_again" not in request.node.name:
-        monkeypatch.setattr("mim.report.figures.FORMATS", ("svg",))
 
 
 def html_of(folder: Path, live: bool = False) -> str:
@@ -545,7 +544,10 @@ def test_evaluations_of_a_run_that_goes_on_do_not_make_it_finished(fake_comparis
         assert run.measures == {"knn.accuracy": 0.5}
 
 
-def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(fake_comparison: Write) -> None:
+def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(
+    fake_comparison: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mim.report.figures.FORMATS", FORMATS)
     axes = {"model.regime.name": ["drop", "zero"], "seed": [0]}
     folder = fake_comparison(axes=axes)
     before = {path for path in folder.rglob("*") if path.is_file()}

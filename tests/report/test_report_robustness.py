@@ -64,7 +64,7 @@ def test_chart_and_page(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     assert 'id="robustness"' in page and "not normalised" in page
     assert "## Robustness" in (folder / "report.md").read_text()
-    assert (folder / "figures" / "robustness.png").is_file()
+    assert (folder / "figures" / "robustness.svg").is_file()
     assert (folder / "tables" / "robustness.csv").is_file()
 
 
