@@ -14,6 +14,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -275,7 +276,8 @@ def config_parser(kind: type, **parser_args: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def explanations(kind: type) -> dict[str, str]:
+@cache
+def explanations(kind: type) -> Mapping[str, str]:
     """Map each field of a dataclass to the text below it in the source."""
     found: dict[str, str] = {}
     for owner in [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]:

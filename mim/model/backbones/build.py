@@ -102,8 +102,8 @@ def build_backbone(
         sides = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
         _check_patch(sides, size, setting_args)
         args["patch_size"] = sides
-    known = is_model(model.backbone) if pretrained else model.backbone in list_models()
-    if not known:
+    tagged = "." in model.backbone  # one of several sets of weights
+    if not is_model(model.backbone) or (tagged and not pretrained):
         stem = model.backbone.split("_")[0]
         near = list_models(f"{stem}_*patch*") or list_models(f"{stem}_*") or list_models("vit_*")
         if len(near) > 40:
