@@ -258,8 +258,10 @@ def build_evaluation(
         UserError: for an unknown name, an unknown setting or a value of the wrong type.
     """
     cls, kind = EVALUATIONS.get(name), EVALUATIONS.settings(name)
-    given = dict(settings or {})
     where = f"evaluations.{name}"
+    if not isinstance(settings, Mapping | None):
+        raise setting_error(where, settings, "must be a mapping of settings")
+    given = dict(settings or {})
     for key in given:
         if key not in hints(kind):
             raise choice_error(where, key, hints(kind))
