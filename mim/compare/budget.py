@@ -210,11 +210,11 @@ def _costs(
     missing = {key: own for key, own in distinct.items() if key not in known}
     if budget == "steps":
         return {**known, **dict.fromkeys(missing, 1.0)}
-    return {**known, **(_flops if budget == "flops" else _seconds)(missing)}
+    return {**known, **(flops_of_steps if budget == "flops" else _seconds)(missing)}
 
 
-def _flops(configs: Mapping[str, Config]) -> dict[str, float]:
-    """Floating-point operations of a step, as each run's own result counts them."""
+def flops_of_steps(configs: Mapping[str, Config]) -> dict[str, float]:
+    """Count floating-point operations of a step, as each run's own result does."""
     found = {}
     for key, config in configs.items():
         model = model_on(config, torch.device("cpu"))

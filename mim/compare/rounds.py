@@ -9,6 +9,7 @@ from pathlib import Path
 from mim.compare.budget import equal_budget
 from mim.compare.disagreement import FILE, write_disagreement
 from mim.compare.forecast import Forecast
+from mim.compare.hours import finished, seconds_left
 from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, plan, written
 from mim.compare.sequential import next_round
 from mim.compare.statistics import is_share
@@ -96,23 +97,18 @@ def forecast(config: CompareConfig, jobs: int = 1) -> Forecast:
     """
     planned, lengths = equal_budget(plan(config), config, keep=False)
     groups = groups_of(planned)
-    results = [
-        read_result(Path(item.config.output)) for own in groups.values() for item in own.values()
-    ]
-    done = [result for result in results if result.get("status") == "finished"]
-    seconds = [
-        float(result.get("seconds", {}).get("run") or result.get("wall_seconds") or 0.0)
-        for result in done
-    ]
+    done = finished(planned)
     rule = config.seed_rule
     most = max(map(len, groups.values()), default=0)
+    seconds, counted = seconds_left(planned, done, config, lengths)
     values = {group: own for group, own in values_of(groups, config).items() if own}
     return Forecast(
         groups=len(groups),
         seeds=(rule.least, rule.most) if rule else (most, most),
         references=sum(item.kind != "run" for item in planned),
-        finished=len(done),
-        seconds=[each for each in seconds if each > 0],
+        finished=sum(item.folder in done for item in planned if item.kind == "run"),
+        seconds=seconds,
+        counted=counted,
         jobs=jobs,
         values=values if len(values) > 1 else None,
         scale=100.0 if is_share(config.decides.partition(".")[2]) else 1.0,
