@@ -74,7 +74,9 @@ def seconds_left(
         ]
     counted = f"training{' and tuning' if tuning else ''} by {source}"
     if config.evaluations:
-        counted += f"; evaluations {'by their mean' if evaluation else 'are not counted'}"
+        counted += (
+            f"; evaluations and references {'by their mean' if evaluation else 'are not counted'}"
+        )
     return [tuning + sum(map(seconds, items)) for items in ends], counted
 
 

@@ -95,9 +95,8 @@ def test_seconds_left_are_those_of_each_groups_steps(left: Callable[..., Any]) -
     # Runs of 40 steps by FLOPs: 9 s for those of 1 + 3; each with two references is evaluated.
     seconds, counted = left(short, [10, 40])
     assert seconds == [pytest.approx(40 * 9 / 4 + 40 * 9 * 3 / 4 + 4 * 4)]
-    assert (
-        counted == "training by the steps of 2 finished runs and FLOPs; evaluations by their mean"
-    )
+    said = "training by the steps of 2 finished runs and FLOPs"
+    assert counted == f"{said}; evaluations and references by their mean"
 
 
 def test_seeds_and_tuning_are_counted(tmp_path: Path, left: Callable[..., Any]) -> None:
@@ -116,7 +115,7 @@ def test_seeds_and_tuning_are_counted(tmp_path: Path, left: Callable[..., Any]) 
 def test_before_a_run_steps_are_measured_if_that_takes_seconds(
     left: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = "training by steps measured here; evaluations are not counted"
+    counted = "training by steps measured here; evaluations and references are not counted"
     assert left({}) == ([pytest.approx(2 * 10 * 0.5)], counted)
     monkeypatch.setattr(hours, "flops_of_steps", lambda configs: dict.fromkeys(configs, 1e15))
     assert left({}) == ([], "")
