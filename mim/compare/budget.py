@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from mim.compare.cost.step import bench_step
-from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, label_of
+from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, label_of, written
 from mim.core.config import Config
-from mim.core.errors import UserError, choice_error
+from mim.core.errors import UserError
 from mim.core.files import write_json_atomic
 from mim.core.schedule import CourseSettings
 from mim.core.settings import to_dict
@@ -80,7 +80,7 @@ def equal_budget(
         configs hold as they are.
 
     Raises:
-        UserError: if no group has the value ``budget_of``, or a config cannot work.
+        UserError: if a config cannot work.
     """
     if config.budget == "epochs":
         return planned, []
@@ -178,14 +178,8 @@ def _reference(key: str, config: CompareConfig) -> str:
     axes = {name: config.all_axes[name] for name in own}
     wanted = {name: own[name] if name in LENGTHS else axes[name][0] for name in own}
     if config.budget_of:
-        written = {
-            value if isinstance(value, str) else json.dumps(value): (name, value)
-            for name in own
-            for value in axes[name]
-        }
-        if config.budget_of not in written:
-            raise choice_error("budget_of", config.budget_of, written)
-        name, value = written[config.budget_of]
+        values = {written(value): (name, value) for name in own for value in axes[name]}
+        name, value = values[config.budget_of]
         wanted[name] = value
     return json.dumps(wanted)
 
@@ -216,11 +210,11 @@ def _costs(
     missing = {key: own for key, own in distinct.items() if key not in known}
     if budget == "steps":
         return {**known, **dict.fromkeys(missing, 1.0)}
-    return {**known, **(_flops if budget == "flops" else _seconds)(missing)}
+    return {**known, **(flops_of_steps if budget == "flops" else _seconds)(missing)}
 
 
-def _flops(configs: Mapping[str, Config]) -> dict[str, float]:
-    """Floating-point operations of a step, as each run's own result counts them."""
+def flops_of_steps(configs: Mapping[str, Config]) -> dict[str, float]:
+    """Count floating-point operations of a step, as each run's own result does."""
     found = {}
     for key, config in configs.items():
         model = model_on(config, torch.device("cpu"))

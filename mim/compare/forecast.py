@@ -18,7 +18,9 @@ class Forecast:
         seeds: the least and the most that a group takes.
         references: number of runs that train nothing.
         finished: number of runs that have a result already.
-        seconds: what each finished run took.
+        seconds: what is left takes, one run after the other, with the least and the most seeds;
+            empty where nothing is known.
+        counted: how the seconds are known, and what is among them.
         jobs: runs at once.
         values: group -> seed -> the primary measure, of finished runs.
         scale: printed over stored value: 100 for points of per cents.
@@ -31,6 +33,7 @@ class Forecast:
     references: int = 0
     finished: int = 0
     seconds: Sequence[float] = ()
+    counted: str = ""
     jobs: int = 1
     values: Values | None = None
     scale: float = 100.0
@@ -67,17 +70,9 @@ class Forecast:
     def _hours(self) -> str:
         if not self.seconds:
             return "time: not known before a run has finished"
-        each = sum(self.seconds) / len(self.seconds)
-        ends = [
-            max(self.groups * seeds - self.finished, 0) * each / self.jobs / 3600
-            for seeds in dict.fromkeys(self.seeds)
-        ]
-        span = " to ".join(f"{hours:.2g}" for hours in ends)
+        span = " to ".join(f"{each / self.jobs / 3600:.2g}" for each in self.seconds)
         at_once = f", {self.jobs} at once" if self.jobs > 1 else ""
-        return (
-            f"time: {span} h left, {each:.3g} s a run by the mean of {len(self.seconds)} "
-            f"finished{at_once}"
-        )
+        return f"time: {span} h left{at_once}: {self.counted}"
 
     def _power(self) -> str:
         if self.groups < 2:

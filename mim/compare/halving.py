@@ -7,45 +7,51 @@ next (Karnin et al. 2013, "Almost optimal exploration in multi-armed bandits").
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mim.core.errors import setting_error
+from mim.core.fields import Between, NonNegative, Settings
 
 VAL_LOSS = "val_loss"
 
 
+def check_values(setting: str, values: Any, hint: str = "") -> None:
+    """Refuse what is no list of values, each named once."""
+    if not isinstance(values, list) or not values:
+        raise setting_error(setting, values, f"must be a list of values{hint}")
+    if len({json.dumps(value) for value in values}) < len(values):
+        raise setting_error(setting, values, "names a value twice")
+
+
 @dataclass(frozen=True)
-class TuneRule:
+class TuneRule(Settings, where="tune"):
     """How each group's settings are chosen: ``tune`` in a comparison's config."""
 
-    grid: Mapping[str, Sequence[Any]]
+    grid: dict[str, Any]
     """Dotted keys and the values that are tried, in all combinations."""
-    budget: float = 0.0
+    budget: NonNegative = 0.0
     """Work for each group, in runs of full length; 0 is as many as there are candidates."""
     by: str = ""
     """What decides: a number of a probe (linear.accuracy) or val_loss, on ``holdout``; by default
     the primary measure."""
-    over: Sequence[str] | None = None
+    over: list[str] | None = None
     """Axes whose values each get a setting of their own; by default all. Along the others the first
     value is tuned, and its setting holds for all."""
-    holdout: float = 0.2
+    holdout: Between = 0.2
     """Share of the training images on which ``by`` is measured; the test images are not read."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.grid:
             raise setting_error("tune", {}, "names no setting, as optim.base_lr: [1e-3, 4e-3] does")
         for key, values in self.grid.items():
-            if not isinstance(values, list) or not values:
-                raise setting_error(f"tune.{key}", values, "must be a list of values")
+            check_values(f"tune.{key}", values)
         if len(self.candidates) < 2:
             raise setting_error("tune", dict(self.grid), "leaves nothing to choose")
-        if self.budget < 0:
-            raise setting_error("tune.budget", self.budget, "must be above 0")
-        if not 0 < self.holdout < 1:
-            raise setting_error("tune.holdout", self.holdout, "must lie between 0 and 1")
 
     @property
     def candidates(self) -> list[dict[str, Any]]:

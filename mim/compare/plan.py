@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mim.compare.halving import VAL_LOSS, TuneRule, tune_rule
+from mim.compare.halving import VAL_LOSS, TuneRule, check_values, tune_rule
 from mim.compare.sequential import SeedRule
 from mim.core.config import Config, MeasuredConfig
 from mim.core.errors import UserError, choice_error, setting_error
-from mim.core.fields import Settings
+from mim.core.fields import Settings, build
 from mim.core.fingerprints import check_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
-from mim.evaluate import EVALUATIONS, Evaluation, build_evaluation
+from mim.evaluate import EVALUATIONS, Evaluation, build_evaluation, check_files
 from mim.training import checkpoint
 from mim.training.settings import load_config
 
@@ -86,13 +86,9 @@ class CompareConfig(Settings):
         if self.margin <= 0:
             raise setting_error("margin", self.margin, "must be above 0")
         for key, values in self.axes.items():
-            if not isinstance(values, list) or not values:
-                hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
-                reason = "must be a list of values" + (hint if isinstance(values, dict) else "")
-                raise setting_error(f"axes.{key}", values, reason)
+            hint = """; write --axes '{"mask.ratio": [0.5, 0.75]}'"""
+            check_values(f"axes.{key}", values, hint if isinstance(values, dict) else "")
             self._check_key("axes", key)
-            if len({json.dumps(value) for value in values}) < len(values):
-                raise setting_error(f"axes.{key}", values, "names a value twice")
         for name, settings in self.variants.items():
             setting = f"variants.{name}"
             if not isinstance(settings, dict):
@@ -135,10 +131,7 @@ class CompareConfig(Settings):
             raise setting_error(setting, key, "cannot vary: each run has its own folder")
 
     def _check_seeds(self) -> None:
-        for key in self.seeds:
-            if key not in ("least", "most", "until"):
-                raise choice_error("seeds", key, ["least", "most", "until"])
-        SeedRule(**self.seeds)
+        build(SeedRule, self.seeds, "seeds")
         if not self.evaluations:
             raise setting_error("seeds", self.seeds, "needs an evaluation that decides")
         if self.axes.get("seed", [0]) != [0]:
@@ -147,7 +140,7 @@ class CompareConfig(Settings):
     @property
     def seed_rule(self) -> SeedRule | None:
         """How seeds are added; None where the axis seed names them."""
-        return SeedRule(**self.seeds) if self.seeds else None
+        return build(SeedRule, self.seeds, "seeds") if self.seeds else None
 
     @property
     def tune_rule(self) -> TuneRule | None:
@@ -155,8 +148,18 @@ class CompareConfig(Settings):
         if not self.tune:
             return None
         rule = tune_rule(self.tune)
-        by = rule.by or self.primary or next(iter(self.evaluations), VAL_LOSS)
-        return replace(rule, by=by if "." in by or by == VAL_LOSS else f"{by}.accuracy")
+        return replace(rule, by=self._measure(rule.by) if rule.by else self.decides or VAL_LOSS)
+
+    @property
+    def decides(self) -> str:
+        """The primary measure, as knn.accuracy; empty where nothing is evaluated."""
+        return self._measure(self.primary or next(iter(self.evaluations), ""))
+
+    def _measure(self, wanted: str) -> str:
+        """The first measure of an evaluation that is named alone."""
+        if wanted not in self.evaluations:
+            return wanted
+        return f"{wanted}.{build_evaluation(wanted, self.evaluations[wanted]).measures()[0]}"
 
     @property
     def all_axes(self) -> dict[str, list[Any]]:
@@ -223,7 +226,8 @@ def plan(config: CompareConfig) -> list[Planned]:
     The untrained reference stands once for each seed and encoder, raw pixels once.
 
     Raises:
-        UserError: if one of the runs has a config that cannot work.
+        UserError: if one of the runs has a config that cannot work, an evaluation cannot be built,
+            or a setting names a measure or a group that there is not.
     """
     output = Path(config.output)
     planned: list[Planned] = []
@@ -235,10 +239,51 @@ def plan(config: CompareConfig) -> list[Planned]:
         planned.append(Planned(folder, "run", axes, varied))
     if len({item.folder for item in planned}) < len(planned):
         raise UserError("axes: two runs would share a folder; shorten or rename the values")
+    _check_names(config, planned)
     if config.evaluations:
         planned += list(_references(config, planned, output))
     planned += list(_given(config, output))
+    built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
+    for item in planned:
+        if item.kind != "pixels":
+            check_files(built, Path(item.config.output))
     return planned
+
+
+def _check_names(config: CompareConfig, runs: list[Planned]) -> None:
+    """Check the names of measures and groups, and what each group makes of the tuned settings."""
+    rule = config.tune_rule
+    for setting, wanted in (("primary", config.decides), ("tune.by", rule.by if rule else "")):
+        evaluation = wanted.partition(".")[0]
+        if evaluation in config.evaluations:
+            built = build_evaluation(evaluation, config.evaluations[evaluation])
+            check_measure(setting, wanted, built.measures())
+    groups = {key: next(iter(own.values())) for key, own in groups_of(runs).items()}
+    values = {written(value) for key in groups for value in json.loads(key).values()}
+    for setting, wanted in (("against", config.against), ("budget_of", config.budget_of)):
+        if wanted and wanted not in values:
+            raise choice_error(setting, wanted, values)
+    for candidate in rule.candidates if rule else ():
+        for item in groups.values():
+            vary(item.config, candidate, Path(item.config.output))
+
+
+def check_measure(setting: str, wanted: str, names: Collection[str]) -> None:
+    """Refuse a measure, as knn.accuracy, that is none of those of its evaluation.
+
+    Args:
+        setting: what names it.
+        wanted: the measure; without a name it is not checked.
+        names: of the numbers that the evaluation gives; ``*`` stands for more.
+    """
+    evaluation, _, name = wanted.partition(".")
+    if name and not {name, "*"} & {*names}:
+        raise choice_error(setting, wanted, [f"{evaluation}.{each}" for each in names])
+
+
+def written(value: Any) -> str:
+    """A value of an axis as its user writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 Groups = dict[str, dict[int, Planned]]

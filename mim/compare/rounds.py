@@ -9,10 +9,12 @@ from pathlib import Path
 from mim.compare.budget import equal_budget
 from mim.compare.disagreement import FILE, write_disagreement
 from mim.compare.forecast import Forecast
-from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, plan
+from mim.compare.hours import finished, seconds_left
+from mim.compare.plan import CompareConfig, Groups, Planned, groups_of, plan, written
 from mim.compare.sequential import next_round
 from mim.compare.statistics import is_share
 from mim.compare.tune import tuning_lines
+from mim.core.progress import note
 from mim.core.settings import to_dict
 from mim.training.results import read_result
 
@@ -27,7 +29,7 @@ def rounds(planned: list[Planned], config: CompareConfig) -> Iterator[list[Plann
     others = [item for item in planned if item.kind != "run"]
     started = dict.fromkeys(groups, 0)
     reference = _reference(groups, config.against)
-    margin = config.margin / 100 if is_share(primary_of(config)[1]) else 0.0
+    margin = config.margin / 100 if is_share(config.decides.partition(".")[2]) else 0.0
     values: dict[str, dict[int, float]] = {}
     while chosen := next_round(values, started, rule, margin, reference):
         seeds = {seed for _, seed in chosen}
@@ -37,22 +39,16 @@ def rounds(planned: list[Planned], config: CompareConfig) -> Iterator[list[Plann
         for group, seed in chosen:
             started[group] = max(started[group], seed + 1)
         values = values_of(groups, config, started)
+    if not any(values.values()):
+        note(f"seeds: no run has ended with a {config.decides}, so that none is added")
 
 
 def _reference(groups: Groups, against: str) -> str | None:
     """The group that has ``against`` as its value on an axis."""
     for group in groups if against else ():
-        values = json.loads(group).values()
-        if against in [v if isinstance(v, str) else json.dumps(v) for v in values]:
+        if against in map(written, json.loads(group).values()):
             return group
     return None
-
-
-def primary_of(config: CompareConfig) -> tuple[str, str]:
-    """The evaluation that decides, and its number that does."""
-    wanted = config.primary or next(iter(config.evaluations), "")
-    evaluation, _, name = wanted.partition(".")
-    return evaluation, name or "accuracy"
 
 
 def values_of(
@@ -65,7 +61,7 @@ def values_of(
         config: says which measure is the primary one.
         started: group -> how many of its seeds count; by default all.
     """
-    evaluation, name = primary_of(config)
+    evaluation, _, name = config.decides.partition(".")
     found: dict[str, dict[int, float]] = {}
     for group, runs in groups.items():
         own = found.setdefault(group, {})
@@ -90,7 +86,7 @@ def keep_disagreement(planned: list[Planned], config: CompareConfig) -> None:
     folders = {
         group: [Path(item.config.output) for item in own.values()] for group, own in groups.items()
     }
-    write_disagreement(output, folders, primary_of(config)[0], runs[0].config.data)
+    write_disagreement(output, folders, config.decides.partition(".")[0], runs[0].config.data)
 
 
 def forecast(config: CompareConfig, jobs: int = 1) -> Forecast:
@@ -101,26 +97,21 @@ def forecast(config: CompareConfig, jobs: int = 1) -> Forecast:
     """
     planned, lengths = equal_budget(plan(config), config, keep=False)
     groups = groups_of(planned)
-    results = [
-        read_result(Path(item.config.output)) for own in groups.values() for item in own.values()
-    ]
-    done = [result for result in results if result.get("status") == "finished"]
-    seconds = [
-        float(result.get("seconds", {}).get("run") or result.get("wall_seconds") or 0.0)
-        for result in done
-    ]
+    done = finished(planned)
     rule = config.seed_rule
     most = max(map(len, groups.values()), default=0)
+    seconds, counted = seconds_left(planned, done, config, lengths)
     values = {group: own for group, own in values_of(groups, config).items() if own}
     return Forecast(
         groups=len(groups),
         seeds=(rule.least, rule.most) if rule else (most, most),
         references=sum(item.kind != "run" for item in planned),
-        finished=len(done),
-        seconds=[each for each in seconds if each > 0],
+        finished=sum(item.folder in done for item in planned if item.kind == "run"),
+        seconds=seconds,
+        counted=counted,
         jobs=jobs,
         values=values if len(values) > 1 else None,
-        scale=100.0 if is_share(primary_of(config)[1]) else 1.0,
+        scale=100.0 if is_share(config.decides.partition(".")[2]) else 1.0,
         against=bool(config.against),
         more=(
             *(each.line(config.budget) for each in lengths),

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 from mim import moved
 from mim.compare.budget import equal_budget
 from mim.compare.launchers import Launch, LocalJobs, SubmittedJobs
-from mim.compare.plan import RULES, CompareConfig, Planned, hold_to_images, plan, with_copies
+from mim.compare.plan import (
+    RULES,
+    CompareConfig,
+    Planned,
+    check_measure,
+    hold_to_images,
+    plan,
+    with_copies,
+)
 from mim.compare.rounds import keep_disagreement, rounds
 from mim.compare.shared_steps import take_shared_steps, with_shared_steps
 from mim.compare.tune import tuned
@@ -38,8 +46,6 @@ from mim.evaluate import (
     EVALUATIONS,
     Encoder,
     EncoderEvaluation,
-    build_evaluation,
-    check_files,
     evaluate,
     pixels_encoder,
     record,
@@ -113,17 +119,13 @@ def run_comparison(
     checkpoint.prepare_folder(output)
     with sole_use(output):
         planned = plan(config)
-        built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
-        for item in planned:
-            if item.kind != "pixels":
-                check_files(built, Path(item.config.output))
         planned, lengths = equal_budget(planned, config)
         planned, config = with_copies(hold_to_images(planned, config.evaluations), config)
         for length in lengths if show != "quiet" else ():
             progress.note(length.line(config.budget))
         work = functools.partial(_run_all, output=output, show=show, launch=launch or Launch())
         with _signals_interrupt():
-            planned = tuned(planned, config, functools.partial(_run_tuning, work))
+            planned = tuned(planned, config, functools.partial(_run_tuning, work, config))
             planned = with_shared_steps(planned)
             states = _states(planned, config, command)
             if show != "quiet":
@@ -133,7 +135,8 @@ def run_comparison(
             for part in rounds(planned, config):
                 begun |= {item.folder for item in part}
                 _announce(output, [i.folder for i in planned if i.folder in begun])
-                failed += work(part, states, config.evaluations, watch=watch)
+                decides = config.decides if config.primary or config.seeds else ""
+                failed += work(part, states, config.evaluations, ("primary", decides), watch=watch)
             keep_disagreement([item for item in planned if item.folder in begun], config)
         on_end()
     if failed:
@@ -143,11 +146,15 @@ def run_comparison(
 
 
 def _run_tuning(
-    work: Callable[..., list[str]], items: list[Planned], evaluations: dict[str, Any]
+    work: Callable[..., list[str]],
+    config: CompareConfig,
+    items: list[Planned],
+    evaluations: dict[str, Any],
 ) -> None:
     """Train and evaluate the runs in which settings are chosen, as far as they are not finished."""
-    held = hold_to_images(items, evaluations)
-    work(held, {item.folder: _state(item, evaluations, {}, {}) for item in held}, evaluations)
+    held, rule = hold_to_images(items, evaluations), config.tune_rule
+    states = {item.folder: _state(item, evaluations, {}, {}) for item in held}
+    work(held, states, evaluations, ("tune.by", rule.by if rule else ""))
 
 
 def _note_states(planned: list[Planned], states: dict[str, State], config: CompareConfig) -> None:
@@ -422,13 +429,18 @@ def _run_all(
     planned: list[Planned],
     states: dict[str, State],
     evaluations: dict[str, Any],
+    decides: tuple[str, str],
     *,
     output: Path,
     show: str,
     launch: Launch,
     watch: Watch | None = None,
 ) -> list[str]:
-    """Run what is left, ``launch.jobs`` at once; return the folders that failed."""
+    """Run what is left, ``launch.jobs`` at once; return the folders that failed.
+
+    Raises:
+        UserError: once a run lacks the measure that decides, which a setting names.
+    """
     if show == "live" and watch is None:  # tuning, before there is a table of runs
         show = "plain"
     failed = []
@@ -449,7 +461,9 @@ def _run_all(
                     todo = states[item.folder].todo
                     if show == "plain":
                         progress.note(f"[{number}/{len(planned)}] {item.folder}: {todo}")
-                    if todo != "done":
+                    if todo == "done":
+                        _check_measured(item, *decides)
+                    else:
                         active.add(item.folder)
                         jobs.start(item)
                 for item, code in jobs.wait() if jobs.running else []:
@@ -457,11 +471,13 @@ def _run_all(
                     if code in _INTERRUPTED:
                         stopped.append((item, code))
                         raise KeyboardInterrupt
-                    if code:
+                    if code == 0:
+                        _check_measured(item, *decides)
+                    else:
                         failed.append(item.folder)
                     if code not in (0, _NOTED):
                         _note_death(item, code)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError):
             # Ctrl-C has reached the children too, a kill of this process has not.
             stopped += jobs.stop()
             stack.close()  # the table gives the terminal back
@@ -469,6 +485,14 @@ def _run_all(
                 progress.note(f"{item.folder}: {_left_as(item, last)}")
             raise
     return failed
+
+
+def _check_measured(item: Planned, setting: str, wanted: str) -> None:
+    """Refuse a measure that a run was evaluated for and has not."""
+    evaluations = read_result(Path(item.config.output)).get("evaluations", {})
+    numbers = evaluations.get(wanted.partition(".")[0], {})
+    if item.kind == "run" and numbers:
+        check_measure(setting, wanted, numbers)
 
 
 _INTERRUPTED = (130, 138, 143)

@@ -18,13 +18,14 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from mim.compare.statistics import (
     LEAST_SEEDS,
     LEVEL,
+    MOST_SEEDS,
     Difference,
     Family,
     Floats,
@@ -32,33 +33,28 @@ from mim.compare.statistics import (
     difference,
     pooled_spread,
 )
-from mim.core.errors import choice_error, setting_error
+from mim.core.fields import Settings, at_least, at_most
 
 Pair = tuple[str, str]
 _SIMULATIONS = 20_000
 
 
 @dataclass(frozen=True)
-class SeedRule:
+class SeedRule(Settings, where="seeds"):
     """How many seeds a comparison takes: ``seeds`` in its config."""
 
-    least: int = 3
+    least: Annotated[int, at_least(LEAST_SEEDS)] = LEAST_SEEDS
     """Seeds of every group before the first look."""
-    most: int = 20
+    most: Annotated[int, at_most(MOST_SEEDS)] = 20
     """Seeds at which it ends, decided or not; it sets the bounds and may not be raised later."""
     until: Literal["decided"] = "decided"
     """When a group stops: once each of its differences is shown, or shown to be within the
     margin."""
 
     def __post_init__(self) -> None:
-        if self.least < LEAST_SEEDS:
-            raise setting_error("seeds.least", self.least, f"must be at least {LEAST_SEEDS}")
+        super().__post_init__()
         if self.most < self.least:
-            raise setting_error(
-                "seeds.most", self.most, f"must be at least {self.least}, the least"
-            )
-        if self.until != "decided":
-            raise choice_error("seeds.until", self.until, ["decided"])
+            raise self.error("most", f"must be at least {self.least}, the least")
 
 
 @dataclass(frozen=True)

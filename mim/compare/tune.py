@@ -20,6 +20,7 @@ from mim.compare.halving import VAL_LOSS, Rung, TuneRule, best_first, is_end
 from mim.compare.plan import CompareConfig, Planned, groups_of, label_of, vary
 from mim.compare.statistics import more_is_better
 from mim.core import progress
+from mim.core.config import Config
 from mim.core.errors import TrainingError
 from mim.core.files import write_json_atomic
 from mim.training.pretrain import total_steps
@@ -108,6 +109,25 @@ def tuning_lines(planned: list[Planned], config: CompareConfig) -> list[str]:
     ]
 
 
+def tuning_steps(planned: list[Planned], config: CompareConfig) -> dict[str, int]:
+    """Count the steps that tuning trains, by the folder of the run they are like."""
+    rule, epoch = config.tune_rule, steps_of_epochs()
+    if rule is None or (Path(config.output) / FILE).is_file():
+        return {}
+    found = {}
+    for group in tuned_groups(planned, rule).values():
+        own = group.item.config
+        found[group.item.folder] = sum(
+            rung.candidates * rung.seeds * _steps(own, rung, epoch) for rung in rule.rungs
+        )
+    return found
+
+
+def _steps(config: Config, rung: Rung, epoch: Callable[[Config], int]) -> int:
+    """Of a rung's runs."""
+    return max(1, round(rung.length * total_steps(config, epoch(config))))
+
+
 def _axes(item: Planned, rule: TuneRule) -> dict[str, Any]:
     over = item.axes if rule.over is None else rule.over
     return {key: value for key, value in item.axes.items() if key in over and key != "seed"}
@@ -118,11 +138,11 @@ def _key(item: Planned, rule: TuneRule) -> str:
 
 
 def _runs(
-    group: _Group, rung: Rung, rule: TuneRule, config: CompareConfig, epoch: Callable[[Any], int]
+    group: _Group, rung: Rung, rule: TuneRule, config: CompareConfig, epoch: Callable[[Config], int]
 ) -> dict[int, list[Planned]]:
     """Candidate -> its runs of a rung, one a seed."""
     own = group.item.config
-    steps = max(1, round(rung.length * total_steps(own, epoch(own))))
+    steps = _steps(own, rung, epoch)
     found: dict[int, list[Planned]] = {}
     for place in group.left:
         for seed in range(FIRST_SEED, FIRST_SEED + rung.seeds):

@@ -49,6 +49,8 @@ _LISTED = 40
 def choice_error(setting: str, value: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is none of the valid ones; lists them and the nearest."""
     names = sorted(choices)
+    if not names:
+        return setting_error(setting, value, "cannot be: there is nothing to choose from")
     near = get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if len(names) <= _LISTED:

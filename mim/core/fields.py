@@ -48,6 +48,10 @@ def at_least(low: float) -> Bound:
     return Bound(lambda value: value >= low, f"must be at least {low}")
 
 
+def at_most(high: float) -> Bound:
+    return Bound(lambda value: value <= high, f"must be at most {high}")
+
+
 def above(low: float) -> Bound:
     return Bound(lambda value: value > low, f"must be above {low}")
 

@@ -105,6 +105,13 @@ class AnyEvaluation(ABC):
     def __init__(self, settings: AnySettings | None = None) -> None:
         self.settings = self.Settings() if settings is None else settings
 
+    def measures(self) -> tuple[str, ...]:
+        """Names the qualities that it gives; the first one decides where none is asked for.
+
+        ``*`` stands for more, whose names are known once it has run.
+        """
+        return ("accuracy", "*")
+
     def check(self, train: ImageSource, val: ImageSource) -> None:
         """Refuses, before anything is computed, images that ``run`` could not use.
 
@@ -145,6 +152,11 @@ class Evaluation(AnyEvaluation):
         Returns:
             Named numbers; ``accuracy`` lies between 0 and 1.
         """
+
+
+def few_shot_measures(probe: Evaluation) -> tuple[str, ...]:
+    """Names the accuracies after all training images and after each few-shot number of them."""
+    return ("accuracy", *(f"accuracy_{n}_per_class" for n in probe.settings.few_shot))
 
 
 class EncoderEvaluation(AnyEvaluation):
@@ -246,8 +258,10 @@ def build_evaluation(
         UserError: for an unknown name, an unknown setting or a value of the wrong type.
     """
     cls, kind = EVALUATIONS.get(name), EVALUATIONS.settings(name)
-    given = dict(settings or {})
     where = f"evaluations.{name}"
+    if not isinstance(settings, Mapping | None):
+        raise setting_error(where, settings, "must be a mapping of settings")
+    given = dict(settings or {})
     for key in given:
         if key not in hints(kind):
             raise choice_error(where, key, hints(kind))

@@ -59,6 +59,7 @@ from mim.evaluate.encoders import Encoder, open_encoder
 from mim.evaluate.features import check_pool, check_precision
 from mim.evaluate.predictions import Measured
 from mim.evaluate.training import (
+    MEASURES,
     ClassificationTask,
     Labelled,
     TrainedSettings,
@@ -555,6 +556,10 @@ class Finetune(EncoderEvaluation):
     """All of the encoder trained with a head, its best epoch chosen on a split of train."""
 
     settings: FinetuneSettings
+
+    def measures(self) -> tuple[str, ...]:
+        shares = ("", *(f"_of_{100 * share:g}_percent" for share in self.settings.low_shot))
+        return tuple(name + share for share in shares for name in MEASURES)
 
     def check(self, train: ImageSource, val: ImageSource) -> None:
         super().check(train, val)

@@ -285,6 +285,11 @@ class Robustness(EncoderEvaluation):
     settings: RobustnessSettings
     reads_others = True
 
+    def measures(self) -> tuple[str, ...]:
+        s = self.settings
+        first = ("mce",) if s.baseline else ()
+        return (*first, "mean_error", "clean_accuracy", *(f"accuracy_{name}" for name in s.folders))
+
     def check_files(self, folder: Path | None, others: Mapping[str, AnyEvaluation]) -> None:
         if self.settings.classifier != "finetune":
             return

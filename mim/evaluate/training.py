@@ -59,6 +59,7 @@ from mim.training.runtime.trackers import Trackers
 from mim.training.trainer import Hook, Loss, Plan, Task, Trainer, parts
 
 _TOP = 5
+MEASURES = ("accuracy", f"accuracy_top{_TOP}")
 _TRACKER_SECONDS = 120.0
 BatchSize = Annotated[int, at_least(2)]
 

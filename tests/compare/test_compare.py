@@ -298,15 +298,37 @@ def test_bad_axes_stop_before_any_training(
         ({"kn": {}}, "did you mean 'knn'"),
         ({"knn": {"kk": 3}}, "kk"),
         ({"linear": {"pool": "max"}}, "evaluations.linear.pool"),
+        ({"linear": 3}, "evaluations.linear: 3 must be a mapping"),
+        ({"robustness": {"classifier": "finetune"}}, "needs a fine-tuned classifier"),
     ],
 )
 def test_bad_evaluations_stop_before_any_training(
     evaluations: dict[str, Any], message: str, tmp_path: Path, mim: Mim, write: Callable[..., Path]
 ) -> None:
-    outcome = mim("compare", "--config", write({"seed": [0]}, evaluations=evaluations))
+    config = write({"seed": [0]}, evaluations=evaluations)
+    for more in ((), ("--plan",)):
+        outcome = mim("compare", "--config", config, *more)
+        assert outcome.code == 2
+        assert message in outcome.line
+        assert not list((tmp_path / "cmp").iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (("--primary", "knn.acuracy"), "'knn.acuracy' is not one of knn.accuracy (did you mean"),
+        (("--primary", "linear.accuracy_7_per_class"), "linear.accuracy_5_per_class"),
+        (("--against", "drp"), "against: 'drp' is not one of drop, token"),
+        (("--budget_of", "drp"), "budget_of: 'drp' is not one of drop, token"),
+    ],
+)
+def test_names_of_measures_and_groups_are_checked_by_the_plan(
+    setting: tuple[str, str], message: str, mim: Mim, write: Callable[..., Path]
+) -> None:
+    config = write({"model.regime.name": ["drop", "token"]})
+    outcome = mim("compare", "--config", config, "--plan", *setting)
     assert outcome.code == 2
     assert message in outcome.line
-    assert not list((tmp_path / "cmp").iterdir())
 
 
 def test_the_plan(tmp_path: Path, write: Callable[..., Path]) -> None:

@@ -159,6 +159,12 @@ def test_candidates_are_ranked_by_their_mean() -> None:
         ({"optim.base_lr": RATES, "by": "linear"}, "tune.by"),
         ({"mask.ratio": [0.5, 0.7], "by": "val_loss"}, "means another thing"),
         ({"optim.base_lr": RATES, "over": ["seed"]}, "tune.over"),
+        ({"optim.base_lr": RATES, "over": "seed"}, r"tune\.over: 'seed' must be a list"),
+        ({"optim.base_lr": RATES, "budget": "many"}, r"tune\.budget: 'many' must be a number"),
+        ({"optim.base_lr": RATES, "holdout": "few"}, r"tune\.holdout: 'few' must be a number"),
+        ({"optim.base_lr": RATES, "by": "knn.acuracy"}, r"tune\.by: .* not one of knn\.accuracy"),
+        ({"optim.base_lr": [1e-3, 1e-3]}, "names a value twice"),
+        ({"optim.base_lr": [1e-3, "fast"]}, r"optim\.base_lr: 'fast' must be a number"),
     ],
 )
 def test_mistakes_are_named(
@@ -170,7 +176,7 @@ def test_mistakes_are_named(
             TuneRule({})
         return
     with pytest.raises(UserError, match=said):
-        compare(tmp_path, tiny_tree({}), tune=tune)
+        plan(compare(tmp_path, tiny_tree({}), tune=tune))
 
 
 def test_a_comparison_with_both_from_the_shell(

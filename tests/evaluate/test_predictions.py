@@ -31,7 +31,8 @@ def test_the_mean_of_the_answers_is_the_measure(name: str) -> None:
     assert arrays["sample_ids"].tolist() == val.sample_ids.tolist()
     assert val.labels is not None and arrays["labels"].tolist() == val.labels.tolist()
     assert arrays["accuracy"].shape == (40,) and arrays["accuracy_4_per_class"].shape == (3, 40)
-    for key in ("accuracy", "accuracy_4_per_class"):
+    assert evaluation.measures() == ("accuracy", "accuracy_4_per_class")
+    for key in evaluation.measures():
         assert arrays[key].mean() == pytest.approx(measured[key])
     draws = arrays["accuracy_4_per_class"].mean(1)
     assert draws.std(ddof=1) == pytest.approx(measured["accuracy_4_per_class_std"])

@@ -171,6 +171,20 @@ def bench_step(
     }
 
 
+def time_step(config: Config, steps: int = 2) -> float:
+    """Time a training step on noise images, in this process: a first look, within seconds."""
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+    device = _device()
+    work, _ = _regime(_Subject("", plain, False, None, torch.get_num_threads()), device)
+    work.step(0)
+    wait_for(device)
+    began = time.perf_counter()
+    for number in range(steps):
+        work.step(number)
+    wait_for(device)
+    return (time.perf_counter() - began) / steps
+
+
 def with_regime(config: Config, name: str) -> Config:
     """The config under another regime."""
     regime = dataclasses.replace(config.model.regime, name=name)

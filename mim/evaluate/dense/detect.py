@@ -281,7 +281,10 @@ class Detect(DenseEvaluation):
     """Boxes around objects, and masks; COCO's mAP."""
 
     settings: DetectSettings
-    chosen_by = "map"
+
+    def measures(self) -> tuple[str, ...]:
+        names = (*_MEASURES, "image_map")
+        return (*names, *(f"mask_{name}" for name in names if self.settings.masks))
 
     def open(self, split: Split) -> DetectionSource:
         coco_tools()
@@ -398,6 +401,9 @@ def _truth(objects: Objects, masks: bool) -> dict[str, Tensor]:
     return {**truth, "masks": objects.masks()} if masks else truth
 
 
+_MEASURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+
+
 def _kinds(masks: bool) -> dict[str, str]:
     """torchmetrics' prefix of each kind of outline -> ours."""
     return {"bbox_": "", "segm_": "mask_"} if masks else {"": ""}
@@ -407,7 +413,7 @@ def _numbers(found: dict[str, Tensor], classes: list[str], masks: bool) -> dict[
     """torchmetrics' results by plain names; what it marks by -1, having nothing, is left out."""
     numbers: dict[str, float] = {}
     for prefix, ours in _kinds(masks).items():
-        for key in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100"):
+        for key in _MEASURES:
             value = float(found[f"{prefix}{key}"])
             if value >= 0 or key == "map":
                 numbers[f"{ours}{key}"] = value

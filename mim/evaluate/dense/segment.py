@@ -287,7 +287,9 @@ class Segment(DenseEvaluation):
     """A label for each pixel; mIoU."""
 
     settings: SegmentSettings
-    chosen_by = "miou"
+
+    def measures(self) -> tuple[str, ...]:
+        return ("miou", "pixel_accuracy", "class_accuracy", "image_miou")
 
     def open(self, split: Split) -> SegmentationSource:
         return open_segmentation(self.settings.spec, split)

@@ -454,8 +454,10 @@ class DenseEvaluation(TaskEvaluation):
     """A head trained on images of its own, frozen encoder or not; a subclass says which."""
 
     settings: DenseSettings
-    chosen_by: ClassVar[str]
-    """The number by which the best epoch is chosen."""
+
+    @abstractmethod
+    def measures(self) -> tuple[str, ...]:
+        """Names what :meth:`measure` gives; the best epoch is chosen by the first."""
 
     @abstractmethod
     def open(self, split: Split) -> Any:
@@ -525,7 +527,7 @@ class DenseEvaluation(TaskEvaluation):
         s, accelerator = self.settings, start_accelerator(device)
         own, other = self.sources
         model: DenseModel = self.build(encoder)
-        store, chosen = None, {}
+        decides, store, chosen = self.measures()[0], None, {}
         model.range = found_range(encoder.data, own)
         if s.weights:
             model.load(Path(s.weights))
@@ -539,11 +541,11 @@ class DenseEvaluation(TaskEvaluation):
             batches = self.batches(model, rest, data_of(encoder, s, len(rest)))
             store = store_of(folder, s, encoder, own, precision)
             best = DenseTask(model, s, batches, accelerator, precision).fit(
-                lambda: self.measure(model, held, accelerator, precision)[self.chosen_by],
+                lambda: self.measure(model, held, accelerator, precision)[decides],
                 f"{s.name} {encoder.name}",
                 store,
             )
-            chosen = best.numbers(self.chosen_by)
+            chosen = best.numbers(decides)
         numbers = self.measure(model, other, accelerator, precision)
         numbers.update({**chosen, **self.data_numbers()})
         if folder is not None and accelerator.is_main_process:

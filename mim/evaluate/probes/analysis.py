@@ -174,6 +174,9 @@ class Analysis(EncoderEvaluation):
     settings: AnalysisSettings
     precision = "fp32"
 
+    def measures(self) -> tuple[str, ...]:
+        return ("effective_rank", "attention_distance")
+
     def check_encoder(self, encoder: Encoder) -> None:
         """Refuses blocks that differ in width or in their number of tokens, too."""
         super().check_encoder(encoder)

@@ -28,6 +28,7 @@ from mim.evaluate.base import NOT_EMPTY, EncoderEvaluation
 from mim.evaluate.encoders import Encoder
 from mim.evaluate.features import check_finite, check_pool, check_precision
 from mim.evaluate.training import (
+    MEASURES,
     ClassificationTask,
     Labelled,
     TrainedSettings,
@@ -85,6 +86,9 @@ class FrozenProbe(EncoderEvaluation):
     @abstractmethod
     def optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """The optimizer of groups with ``lr_scale`` and ``weight_decay``, one for each head."""
+
+    def measures(self) -> tuple[str, ...]:
+        return MEASURES
 
     def check_encoder(self, encoder: Encoder) -> None:
         super().check_encoder(encoder)

@@ -24,6 +24,7 @@ from mim.evaluate.base import (
     Features,
     ProbeSettings,
     check_few_shot,
+    few_shot_measures,
     few_shot_sets,
     labels_of,
     spread,
@@ -88,6 +89,7 @@ class Knn(Evaluation):
     """DINO's nearest-neighbour classifier, k and temperature chosen on a split of train."""
 
     settings: KnnSettings
+    measures = few_shot_measures
 
     def _chosen(self, x: Tensor, y: Tensor, held: Tensor) -> tuple[int, float]:
         """The first best k and temperature on what the folds (F, n) hold out.

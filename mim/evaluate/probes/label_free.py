@@ -114,6 +114,9 @@ class LabelFree(EncoderEvaluation):
 
     settings: LabelFreeSettings
 
+    def measures(self) -> tuple[str, ...]:
+        return ("effective_rank", "uniformity", "alignment", "attention_distance")
+
     def check_encoder(self, encoder: Encoder) -> None:
         super().check_encoder(encoder)
         check_pool(encoder.vit, self.settings.pool)

@@ -23,6 +23,7 @@ from mim.evaluate.base import (
     ProbeSettings,
     check_few_shot,
     classes_to_fit,
+    few_shot_measures,
     few_shot_sets,
     labels_of,
     spread,
@@ -60,6 +61,7 @@ class Linear(Evaluation):
     """Logistic regression, its L2 strength chosen on a split of train."""
 
     settings: LinearSettings
+    measures = few_shot_measures
 
     def _fit(
         self,

@@ -27,6 +27,7 @@ from mim.evaluate.base import (
     ProbeSettings,
     check_few_shot,
     classes_to_fit,
+    few_shot_measures,
     few_shot_sets,
     labels_of,
     stratified_holdout,
@@ -120,6 +121,7 @@ class LinearGrid(Evaluation):
     """Many linear layers trained at once, the best chosen on a split of train."""
 
     settings: LinearGridSettings
+    measures = few_shot_measures
 
     def _probe(
         self, x: Tensor, y: Tensor, held: Tensor, val_x: Tensor, val_y: Tensor, classes: int

@@ -188,6 +188,7 @@ def test_it_learns_and_leaves_the_encoder(
     evaluation = segment(scenes, epochs=12, head=head, freeze=freeze)
     numbers = evaluation.run(encoder, folder=tmp_path)
     assert numbers["miou"] > 0.7 and numbers["iou_light"] > 0.6, numbers
+    assert next(iter(numbers)) == "miou" and {*evaluation.measures()} <= {*numbers}
     assert all(torch.equal(v, before[k]) for k, v in encoder.vit.state_dict().items())
     model = Segmenter(
         encoder_at_size(encoder, evaluation.settings),
