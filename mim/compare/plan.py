@@ -134,6 +134,9 @@ class CompareConfig(Settings):
         build(SeedRule, self.seeds, "seeds")
         if not self.evaluations:
             raise setting_error("seeds", self.seeds, "needs an evaluation that decides")
+        if "_per_class" in self.decides:
+            reason = "is drawn, and bounds for seeds until decided know no draws; name axes.seed"
+            raise setting_error("primary", self.primary, reason)
         if self.axes.get("seed", [0]) != [0]:
             raise setting_error("axes.seed", self.axes["seed"], "cannot stand beside seeds")
 
@@ -263,6 +266,10 @@ def _check_names(config: CompareConfig, runs: list[Planned]) -> None:
     for setting, wanted in (("against", config.against), ("budget_of", config.budget_of)):
         if wanted and wanted not in values:
             raise choice_error(setting, wanted, values)
+    many = sum(config.against in map(written, json.loads(key).values()) for key in groups)
+    if many > 1:
+        reason = f"is the value of {many} groups; where several axes vary, compare all pairs"
+        raise setting_error("against", config.against, reason)
     for candidate in rule.candidates if rule else ():
         for item in groups.values():
             vary(item.config, candidate, Path(item.config.output))

@@ -320,10 +320,23 @@ def test_bad_evaluations_stop_before_any_training(
         (("--primary", "linear.accuracy_7_per_class"), "linear.accuracy_5_per_class"),
         (("--against", "drp"), "against: 'drp' is not one of drop, token"),
         (("--budget_of", "drp"), "budget_of: 'drp' is not one of drop, token"),
+        (
+            (
+                "--against",
+                "drop",
+                "--axes",
+                json.dumps({"model.regime.name": ["drop"], "mask.ratio": [0.5, 0.6]}),
+            ),
+            "against: 'drop' is the value of 2 groups",
+        ),
+        (
+            ("--primary", "linear.accuracy_5_per_class", "--seeds", json.dumps({"most": 4})),
+            "name axes.seed",
+        ),
     ],
 )
 def test_names_of_measures_and_groups_are_checked_by_the_plan(
-    setting: tuple[str, str], message: str, mim: Mim, write: Callable[..., Path]
+    setting: tuple[str, ...], message: str, mim: Mim, write: Callable[..., Path]
 ) -> None:
     config = write({"model.regime.name": ["drop", "token"]})
     outcome = mim("compare", "--config", config, "--plan", *setting)
