@@ -79,12 +79,14 @@ def write_disagreement(
 def most_disputed(shares: NDArray[np.float64], sample_ids: NDArray[np.int64]) -> list[int]:
     """Positions of the images on which groups differ most, ties by id; none where all agree.
 
+    What differs by rounding errors alone is tied.
+
     Args:
         shares: (G, I), of the seeds of each group that were right.
         sample_ids: (I,).
     """
-    spread = np.ptp(shares, axis=0)
-    order = np.lexsort((sample_ids, -shares.var(axis=0), -spread))
+    spread, variance = np.ptp(shares, axis=0).round(9), shares.var(axis=0).round(9)
+    order = np.lexsort((sample_ids, -variance, -spread))
     return [int(place) for place in order[:_IMAGES] if spread[place] > 0]
 
 

@@ -134,7 +134,9 @@ class HeatMap:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: Floats
-    """(rows, columns); NaN where there is none."""
+    """(rows, columns); NaN where there is none, or no interval."""
+    reach: float
+    """What has the deepest colour."""
     texts: tuple[tuple[str, ...], ...]
     bold: tuple[tuple[bool, ...], ...]
     x_label: str = ""

@@ -85,21 +85,23 @@ def image_table(comparison: Comparison, analyses: Sequence[Analysis]) -> Table:
     """
     kept, evaluation = _disputed_images(comparison), _primary(analyses)
     shares = _shares(comparison.groups, evaluation)
-    names = [str(name) for name in kept.get("statistic", ())]
+    measured = kept.get("statistics", np.zeros((1, 0)))  # (m, 4)
+    varied = np.ptp(measured, axis=0) > 1e-9  # the colour of grey images does not
+    names = [str(name) for name in np.compress(varied, kept.get("statistic", ()))]
     columns = [*text_columns("Difference"), *map(Column, names)]
     caption = (
         "Rank correlation over test images of the difference in right answers (mean over seeds) "
         "with what an image looks like; exploratory, bold where Holm's correction over all of them "
         "leaves it shown. Detail is the step between neighbouring pixels over the contrast"
     )
-    looks = dict(zip(kept.get("measured_ids", ()), kept.get("statistics", ()), strict=True))
-    pairs = list(combinations(shares, 2))[:_PAIRS] if looks else []
+    looks = dict(zip(kept.get("measured_ids", ()), measured[:, varied], strict=False))
+    pairs = list(combinations(shares, 2))[:_PAIRS] if names else []
     found = []  # of each pair, with each statistic
     for first, second in pairs:
         ids, _, right, _ = shares[first]
         places = [place for place, sample_id in enumerate(ids) if sample_id in looks]
         gap = (right - shares[second][2])[places]
-        statistics = np.array([looks[sample_id] for sample_id in ids[places]]).T  # (4, m)
+        statistics = np.array([looks[sample_id] for sample_id in ids[places]]).T  # (4 or fewer, m)
         found.append([_rank_correlation(gap, values) for values in statistics])
     adjusted = iter(holm([p for pair in found for _, p in pair]))
     rows = []

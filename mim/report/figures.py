@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
 
 from mim.report.charts import Chart, Drawing, Forest, HeatMap
-from mim.report.collect import REFERENCES
 
 FORMATS = ("svg", "png", "pdf")
+_WIDTH = 4.6
+"""Inches of a chart, or more where its legend needs them."""
+_Y_LETTERS = 32
+"""Of a line of a label beside a chart."""
 _RC: Any = {
     "text.parse_math": False,  # a name with dollar signs is a name
     "svg.fonttype": "path",  # looks the same without the font
@@ -57,8 +63,10 @@ def draw(drawing: Drawing, forms: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
-    entries = len(chart.lines) + len(chart.clouds) + len(chart.levels)
-    with _figure(_panel_size(entries)) as (figure, axes):
+    labels = [_shown(each.label) for each in (*chart.lines, *chart.clouds, *chart.levels)]
+    columns, width = _legend_room(labels)
+    size = (max(_WIDTH, width), 3.1 + 0.2 * -(-len(labels) // columns))
+    with _figure(size) as (figure, axes):
         for line in chart.lines:
             style = line.style
             axes.plot(
@@ -84,13 +92,17 @@ def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
             else:
                 axes.plot([], [], **look)
         if chart.x_log:
-            axes.set_xscale("log")
+            _set_log(axes, np.unique([x for line in chart.lines for x in line.x]))
         if chart.x_limit is not None:
             axes.set_xlim(0, chart.x_limit)
         if chart.y_limits is not None:
             axes.set_ylim(*chart.y_limits)
-        axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
-        _legend(figure, axes)
+        axes.set(xlabel=chart.x_label, ylabel=textwrap.fill(chart.y_label, _Y_LETTERS))
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        ordered = {label: handles[label] for label in labels}  # groups first, then the references
+        figure.legend(
+            ordered.values(), ordered, loc="outside lower center", ncols=columns, fontsize=9
+        )
         return _saved(figure, forms)
 
 
@@ -134,8 +146,8 @@ def _draw_heat_map(heat: HeatMap, forms: tuple[str, ...]) -> dict[str, bytes]:
     """Numbers as colours, orange below 0 and blue above, each written into its field."""
     size = (1.6 + 1.35 * len(heat.columns), 1.0 + 0.62 * len(heat.rows))
     with _figure(size) as (figure, axes):
-        reach = float(np.nanmax(np.abs(heat.values), initial=1e-12))
-        axes.imshow(heat.values, cmap=_DIVERGING, vmin=-reach, vmax=reach, aspect="auto")
+        ends = {"vmin": -heat.reach, "vmax": heat.reach}
+        axes.imshow(heat.values, cmap=_DIVERGING, aspect="auto", **ends)
         for row, texts in enumerate(heat.texts):
             for column, text in enumerate(texts):
                 weight: Any = "bold" if heat.bold[row][column] else "normal"
@@ -147,7 +159,7 @@ def _draw_heat_map(heat: HeatMap, forms: tuple[str, ...]) -> dict[str, bytes]:
         axes.tick_params(length=0)
         axes.grid(visible=False)
         for spine in axes.spines.values():
-            spine.set_visible(False)
+            spine.set(visible=True, color="#E3E3E3")
         return _saved(figure, forms)
 
 
@@ -161,9 +173,28 @@ def _saved(figure: Figure, forms: tuple[str, ...]) -> dict[str, bytes]:
     return found
 
 
-def _panel_size(entries: int) -> tuple[float, float]:
-    """Width and height in inches, with room for a legend of ``entries`` below."""
-    return 4.6, 3.1 + 0.2 * -(-entries // _legend_columns(entries))
+def _legend_room(labels: list[str]) -> tuple[int, float]:
+    """Columns of a legend, three at the most, and the inches that they take."""
+    for columns in (3, 2, 1):
+        letters = sum(max(map(len, part), default=0) for part in np.array_split(labels, columns))
+        width = 0.6 * columns + 0.064 * letters
+        if width <= _WIDTH:
+            break
+    return columns, width
+
+
+def _set_log(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Make the x axis logarithmic, with ticks at ``values`` where these are few round numbers."""
+    axes.set_xscale("log")
+    texts, span = [f"{x:g}" for x in values], np.log10(values[-1] / values[0])
+    room = 38 * np.diff(np.log10(values)).min(initial=span) / max(span, 1e-12)  # letters
+    if [*map(float, texts)] == values.tolist() and room > max(map(len, texts)):
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 2 else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
@@ -172,24 +203,6 @@ def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot()
-
-
-def _legend_columns(entries: int) -> int:
-    return 3 if entries <= 6 else 2
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    # Groups first, then the references: matplotlib would list lines before points.
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    references = [label for label in entries if label.startswith(tuple(REFERENCES.values()))]
-    ordered = [label for label in entries if label not in references] + references
-    figure.legend(
-        [entries[label] for label in ordered],
-        ordered,
-        loc="outside lower center",
-        ncols=_legend_columns(len(ordered)),
-        fontsize=9,
-    )
 
 
 def _shown(label: str) -> str:

@@ -28,6 +28,8 @@ class Interaction:
     """Two axes, and a contrast for every pair of their values but the first ones."""
 
     measure: Measure
+    margin: float
+    """In stored units."""
     axes: tuple[str, str]
     """As tables call them."""
     rows: tuple[str, ...]
@@ -37,11 +39,14 @@ class Interaction:
 
 
 def interactions(comparison: Comparison, analyses: Sequence[Analysis]) -> list[Interaction]:
-    """All pairs of axes; none where nothing decides, or there is one axis."""
+    """All pairs of axes; none where nothing decides or there is one axis.
+
+    Nor where seeds are added until decided: intervals for a fixed number do not hold then.
+    """
     primary = next((each for each in analyses if each.primary and not each.mixed), None)
     axes = without_seed(comparison.axes)
     keys = [key for key, values in axes.items() if 2 <= len(values) <= _MOST]
-    if primary is None:
+    if primary is None or comparison.rules.get("seeds"):
         return []
     found = [_interaction(comparison, primary, *pair) for pair in combinations(keys, 2)]
     return [each for each in found if any(cell for row in each.found for cell in row)]
@@ -69,24 +74,32 @@ def _interaction(comparison: Comparison, primary: Analysis, one: str, other: str
         fields = []
         for column in columns[1:]:
             four = cells((row, column), (rows[0], column), (row, columns[0]), (rows[0], columns[0]))
-            known = four[0] and not primary.looks
             first, second, third, fourth = four
             fields.append(
-                interaction(first, second, third, fourth, family, primary.spread) if known else None
+                interaction(first, second, third, fourth, family, primary.spread) if first else None
             )
         found.append(tuple(fields))
     named = (labels[one], labels[other])
     base = (rows[0], columns[0])
-    return Interaction(
-        primary.measure, named, tuple(rows[1:]), tuple(columns[1:]), base, tuple(found)
-    )
+    shown = (tuple(rows[1:]), tuple(columns[1:]), base, tuple(found))
+    return Interaction(primary.measure, primary.margin, named, *shown)
 
 
 def interaction_maps(comparison: Comparison, analyses: Sequence[Analysis]) -> list[HeatMap]:
-    """A map for each pair of axes."""
+    """A map for each pair of axes.
+
+    Its deepest colour is that of the largest number, of twice the largest half width or of the
+    margin, so that what is not shown stays pale.
+    """
     maps = []
     for number, each in enumerate(interactions(comparison, analyses)):
         measure, (rows, columns), (row, column) = each.measure, each.axes, each.base
+        ends = measure.scale * np.array(
+            [[(f.low, f.high) if f else (None, None) for f in line] for line in each.found],
+            dtype=np.float64,
+        )  # (rows, columns, 2)
+        values, widths = ends.mean(2), np.ptp(ends, axis=2)
+        least = max(measure.scale * each.margin, 1e-12)
         title = f"{measure.plain}: {rows} by {columns}, against {row} and {column}"
         maps.append(
             HeatMap(
@@ -95,9 +108,8 @@ def interaction_maps(comparison: Comparison, analyses: Sequence[Analysis]) -> li
                 alt=f"{title}. {'; '.join(f'{name}: {value}' for name, value in _named(each))}.",
                 rows=each.rows,
                 columns=each.columns,
-                values=np.array(
-                    [[measure.scale * f.mean if f else np.nan for f in row] for row in each.found]
-                ),
+                values=values,
+                reach=float(np.nan_to_num([abs(values), widths]).max(initial=least)),
                 texts=tuple(tuple(_text(f, measure, "\n") for f in row) for row in each.found),
                 bold=tuple(tuple(bool(f and f.shown) for f in row) for row in each.found),
                 x_label=columns,

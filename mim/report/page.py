@@ -322,6 +322,12 @@ def notes(comparison: Comparison, analyses: Sequence[Analysis]) -> list[str]:
             f"Groups have equal {_BUDGETS[budget]}, those of {of} (at each length): the steps of "
             "every other group, and its schedules, follow from what its step costs."
         )
+    varied = [values for values in without_seed(comparison.axes).values() if len(values) > 1]
+    if comparison.rules.get("seeds") and len(varied) > 1:
+        found.append(
+            "Interactions are not shown: seeds were added until the differences were decided, and "
+            "the interval of a difference of differences would not hold under that rule."
+        )
     if any(run.shared for run in comparison.runs):
         found.append(
             "A longer run begins with the steps of a shorter one up to its cool-down, as a run "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,13 @@ from mim.evaluate.predictions import Measured, save_predictions
 def test_the_most_disputed_images_come_first_and_agreed_ones_not_at_all() -> None:
     shares = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.5, 0.0]])
     assert most_disputed(shares, np.array([4, 3, 2, 1])) == [3, 1, 2]
+
+
+def test_equally_disputed_images_stand_by_their_ids() -> None:
+    """The variance of three thirds depends on their order, by a rounding error."""
+    thirds = np.array(list(itertools.permutations([0, 2 / 3, 1]))).T  # (3 groups, 6 images)
+    assert len(set(thirds.var(axis=0))) > 1
+    assert most_disputed(thirds, np.array([3, 5, 0, 4, 1, 2])) == [2, 4, 5, 0, 3, 1]
 
 
 def test_thumbnails_of_any_range() -> None:

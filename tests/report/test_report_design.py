@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import rankdata
 
 from mim.compare import budget
+from mim.report.charts import Chart, Line, Style
 from mim.report.collect import read_comparison
 from mim.report.curves import LENGTHS, frontier_charts, scaling_charts
 from mim.report.disagreement import class_table, image_table
+from mim.report.figures import draw
 from mim.report.interactions import interaction_maps, interaction_table, interactions
 from mim.report.page import Report, report_html, report_markdown
 from mim.report.statistics import analyse
@@ -97,6 +102,7 @@ def test_interactions_are_differences_of_differences(fake_comparison: Write) -> 
     assert contrast.shown and contrast.df == 6  # the residual of four groups and three seeds
     (heat,) = interaction_maps(comparison, analyses)
     assert heat.values[0, 0] == pytest.approx(100 * contrast.mean) and heat.bold == ((True,),)
+    assert heat.reach == pytest.approx(100 * abs(contrast.mean))
     (row,) = interaction_table(comparison, analyses).rows
     assert row.cells[1].text == "(token \u2212 drop) at 0.9 \u2212 at 0.5"
     page = report_html(Report(comparison))
@@ -105,6 +111,70 @@ def test_interactions_are_differences_of_differences(fake_comparison: Write) -> 
         fake_comparison({"model.regime.name": ["drop", "token"]}, folder=comparison.folder / "one")
     )
     assert not interactions(single, analyse(single))
+
+
+def test_what_is_not_shown_of_an_interaction_is_pale(fake_comparison: Write) -> None:
+    axes = {"model.regime.name": ["drop", "token"], "mask.ratio": [0.5, 0.9], "seed": [0, 1, 2]}
+    noise = iter(np.random.default_rng(1).normal(0.8, 0.03, 12))
+    folder = fake_comparison(axes, linear=lambda *_: float(next(noise)), metrics=False)
+    (heat,) = interaction_maps(comparison := read_comparison(folder), analyse(comparison))
+    assert heat.bold == ((False,),) and abs(heat.values[0, 0]) < heat.reach / 2
+    without = {**axes, "seed": [0, 1]}
+    two = read_comparison(fake_comparison(without, metrics=False, folder=folder / "two"))
+    (heat,) = interaction_maps(two, analyse(two))
+    assert np.isnan(heat.values).all() and heat.reach == 1.0, "the margin, in points"
+
+
+def test_interactions_are_not_shown_where_seeds_are_added_until_decided(
+    fake_comparison: Write,
+) -> None:
+    axes = {"model.regime.name": ["drop", "token"], "mask.ratio": [0.5, 0.9], "seed": [0, 1, 2]}
+    folder = fake_comparison(axes, metrics=False)
+    assert "Interactions are not shown" not in report_markdown(Report(read_comparison(folder)))
+    path = folder / "comparison.json"
+    rule = {"seeds": {"least": 3, "most": 4, "until": "decided"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | rule))
+    report = Report(read_comparison(folder))
+    assert not report.heat_maps and "Interactions are not shown" in report_markdown(report)
+
+
+@pytest.mark.parametrize(
+    ("tried", "ticks"),
+    [
+        ([0.002, 0.008, 0.032], ["0.002", "0.008", "0.032"]),
+        ([3.2213847, 3.4, 31.7], ["5", "10", "20"]),  # what was reached, and not chosen
+        ([1e-3, 1.1e-3, 1.0], ["0.001", "0.01", "0.1", "1"]),  # too near to stand side by side
+    ],
+)
+def test_a_logarithmic_axis_is_written_in_plain_numbers(
+    tried: list[float], ticks: list[str]
+) -> None:
+    style = Style("#000000", "-", "o")
+    x = np.array(tried)
+    line = Line("drop", style, x, x, None, 1)
+    label = "knn.accuracy on held-out training images"
+    chart = Chart("key", "title", "base lr", label, "words", lines=(line,), x_log=True)
+    svg = draw(chart, ("svg",))["svg"].decode()
+    assert "$" not in svg
+    written = re.findall("<!-- (.*?) -->", svg.partition('id="matplotlib.axis_2"')[0])
+    assert written == [*ticks, "base lr"]
+    assert "<!-- knn.accuracy on held-out -->" in svg, "a long label is two lines"
+
+
+def test_a_legend_has_room() -> None:
+    """Its columns are as many as fit, and one that is wider still widens the figure."""
+    style, x = Style("#000000", "-", "o"), np.arange(2.0)
+
+    def size(*labels: str) -> tuple[float, ...]:
+        lines = tuple(Line(label, style, x, x, None, 1) for label in labels)
+        chart = Chart("key", "title", "x", "y", "words", lines=lines)
+        png = draw(chart, ("png",))["png"]
+        return tuple(round(side / 200, 1) for side in Image.open(io.BytesIO(png)).size)
+
+    assert size("drop", "zero", "token") == (4.6, 3.3)
+    long = [f"{name} \u00b7 mask ratio 0.75" for name in ("drop", "zero", "token")]
+    assert size(*long) == (4.6, 3.5), "two columns"
+    assert size("drop \u00b7 mask ratio 0.75 \u00b7 " * 3)[0] > 5
 
 
 def test_tuning_shows_the_curve_and_what_was_chosen(fake_comparison: Write) -> None:
@@ -174,15 +244,15 @@ def test_what_images_look_like_is_ranked_beside_the_difference(fake_comparison: 
             np.savez(folder / f"regime={regime},seed={seed}" / "predictions.npz", **arrays)
     order = np.random.default_rng(1).permutation(300)[:200]  # of some images, in any order
     np.savez(
-        folder / "disagreement.npz", statistic=np.array(["brightness", "detail"]),
-        measured_ids=order, statistics=looks[order],
+        folder / "disagreement.npz", statistic=np.array(["brightness", "detail", "colour"]),
+        measured_ids=order, statistics=np.hstack([looks, np.zeros((300, 1))])[order],
     )  # fmt: skip
     comparison = read_comparison(folder)
     (row,) = image_table(comparison, analyse(comparison)).rows
     ranks = looks[order, 0].argsort().argsort()
     expected = np.corrcoef(ranks, rankdata(right["drop"][order]))[0, 1]
     assert row.cells[1].value == pytest.approx(expected) and row.cells[1].strong
-    assert not row.cells[2].strong
+    assert not row.cells[2].strong and len(row.cells) == 3, "what does not vary is left out"
 
 
 def test_without_evaluations_no_reference_row_is_printed(fake_comparison: Write) -> None:
