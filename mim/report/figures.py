@@ -63,7 +63,8 @@ def draw(drawing: Drawing, forms: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
-    labels = [_shown(each.label) for each in (*chart.lines, *chart.clouds, *chart.levels)]
+    entries: list[Any] = [*chart.lines, *chart.clouds, *chart.levels]
+    labels = [_shown(each.label) for each in entries]
     columns, width = _legend_room(labels)
     size = (max(_WIDTH, width), 3.1 + 0.2 * -(-len(labels) // columns))
     with _figure(size) as (figure, axes):
@@ -146,7 +147,7 @@ def _draw_heat_map(heat: HeatMap, forms: tuple[str, ...]) -> dict[str, bytes]:
     """Numbers as colours, orange below 0 and blue above, each written into its field."""
     size = (1.6 + 1.35 * len(heat.columns), 1.0 + 0.62 * len(heat.rows))
     with _figure(size) as (figure, axes):
-        ends = {"vmin": -heat.reach, "vmax": heat.reach}
+        ends: Any = {"vmin": -heat.reach, "vmax": heat.reach}
         axes.imshow(heat.values, cmap=_DIVERGING, aspect="auto", **ends)
         for row, texts in enumerate(heat.texts):
             for column, text in enumerate(texts):
@@ -189,7 +190,7 @@ def _set_log(axes: Axes, values: NDArray[np.float64]) -> None:
     texts, span = [f"{x:g}" for x in values], np.log10(values[-1] / values[0])
     room = 38 * np.diff(np.log10(values)).min(initial=span) / max(span, 1e-12)  # letters
     if [*map(float, texts)] == values.tolist() and room > max(map(len, texts)):
-        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_major_locator(FixedLocator(values.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 2 else (1,)))
