@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from mim.report.charts import Chart, Drawing, Forest, HeatMap
+from mim.report.charts import Chart, Cloud, Drawing, Forest, HeatMap, Level, Line
 
 FORMATS = ("svg", "png", "pdf")
 _WIDTH = 4.6
@@ -63,8 +63,8 @@ def draw(drawing: Drawing, forms: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
-    entries: list[Any] = [*chart.lines, *chart.clouds, *chart.levels]
-    labels = [_shown(each.label) for each in entries]
+    entries: list[Line | Cloud | Level] = [*chart.lines, *chart.clouds, *chart.levels]
+    labels = [_shown(entry.label) for entry in entries]
     columns, width = _legend_room(labels)
     size = (max(_WIDTH, width), 3.1 + 0.2 * -(-len(labels) // columns))
     with _figure(size) as (figure, axes):
@@ -100,7 +100,7 @@ def _draw_chart(chart: Chart, forms: tuple[str, ...]) -> dict[str, bytes]:
             axes.set_ylim(*chart.y_limits)
         axes.set(xlabel=chart.x_label, ylabel=textwrap.fill(chart.y_label, _Y_LETTERS))
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        ordered = {label: handles[label] for label in labels}  # groups first, then the references
+        ordered = {label: handles[label] for label in labels if label in handles}
         figure.legend(
             ordered.values(), ordered, loc="outside lower center", ncols=columns, fontsize=9
         )
@@ -147,8 +147,8 @@ def _draw_heat_map(heat: HeatMap, forms: tuple[str, ...]) -> dict[str, bytes]:
     """Numbers as colours, orange below 0 and blue above, each written into its field."""
     size = (1.6 + 1.35 * len(heat.columns), 1.0 + 0.62 * len(heat.rows))
     with _figure(size) as (figure, axes):
-        ends: Any = {"vmin": -heat.reach, "vmax": heat.reach}
-        axes.imshow(heat.values, cmap=_DIVERGING, aspect="auto", **ends)
+        reach = heat.reach
+        axes.imshow(heat.values, cmap=_DIVERGING, vmin=-reach, vmax=reach, aspect="auto")
         for row, texts in enumerate(heat.texts):
             for column, text in enumerate(texts):
                 weight: Any = "bold" if heat.bold[row][column] else "normal"
