@@ -271,11 +271,11 @@ def _difference_cell(
 def _outlook(measure: Measure, verdict: Verdict) -> str:
     """What stands behind a verdict: how sure equality is, or what would decide."""
     if verdict.kind == "equal" and verdict.p_equal is not None:
-        return f" ({p_text(verdict.p_equal)})"
+        return f": {p_text(verdict.p_equal)}"
     if verdict.smallest is None:
         return ""
-    more = f"; about {verdict.needed - verdict.found.n} more seeds" if verdict.needed else ""
-    return f" (shows {measure.number(verdict.smallest)} or more{more})"
+    more = f", about {verdict.needed - verdict.found.n} more seeds" if verdict.needed else ""
+    return f": shows {measure.number(verdict.smallest)} or more{more}"
 
 
 _UNTOLD = ("seed", "output", "resume", "data.fingerprint", "plugins")
