@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mim.compare.sequential import SeedRule, follow, nominal_level
 from mim.compare.statistics import (
@@ -41,7 +42,8 @@ RESULTS = ROOT / "docs" / "study" / "results.csv"
 FRONTIER = ROOT / "docs" / "images" / "frontier.png"
 PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
 _HEADER = "# What each run of docs/study.md measured. `python -m benchmarks.study` draws the page"
-_TUNE, _STUDY, _SHORT = "tune", "cifar10", "short"
+_TUNE, _STUDY, _SHORT, _LONG = "tune", "cifar10", "short", "long"
+_TINY_TUNE, _TINY = "tiny-tune", "tiny"
 _SAME_RUN = ("piece", "variant", "optim.base_lr", "seed", "kind")
 _RATE = "optim.base_lr"
 MARGIN = 0.015
@@ -54,8 +56,10 @@ _MEASURES = {
     "finetune.accuracy": "fine-tuned on 10 % of labels (%)",
 }
 PRIMARY = "linear.accuracy"
-_SECONDARY = tuple(key for key in _MEASURES if key != PRIMARY)
-_SECONDARY_LEVEL = LEVEL / len(_SECONDARY)
+_SECONDARY = tuple((_STUDY, key) for key in _MEASURES if key != PRIMARY)
+_LABELS = {"1 %": "labels-1", "10 %": _LONG, "100 %": "labels-100"}
+"""Share of the labels on which encoders of nine epochs are fine-tuned -> its piece."""
+_TUNED = "finetune.accuracy"
 _REFERENCES = {"untrained": "untrained", "pixels": "raw pixels"}
 Row = dict[str, str]
 
@@ -70,10 +74,12 @@ def gather(folders: Iterable[Path], before: Sequence[Row] = ()) -> str:
     rows = {_same_run(row): row for row in before}
     for folder in folders:
         found = csv.DictReader(io.StringIO(results_csv(read_comparison(folder))))
-        measured = (row for row in found if row["status"] == "finished" and row.get(PRIMARY))
+        known = (row for row in found if row["status"] == "finished")
+        # Raw pixels of Tiny-ImageNet have no linear probe.
+        measured = (row for row in known if row.get(PRIMARY) or row["kind"] == "pixels")
         for row in ({"piece": folder.name, **row} for row in measured):
-            known = {key: value for key, value in row.items() if value}
-            rows[_same_run(row)] = rows.get(_same_run(row), {}) | known
+            own = {key: value for key, value in row.items() if value}
+            rows[_same_run(row)] = rows.get(_same_run(row), {}) | own
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
@@ -109,11 +115,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
 
 
-def rates(rows: Sequence[Row]) -> str:
+def rates(rows: Sequence[Row], piece: str = _TUNE) -> str:
     """The probe of each rate on the split of train, the best of each group in bold."""
     curves: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["piece"] == _TUNE and row["kind"] == "run" and row.get(PRIMARY):
+        if row["piece"] == piece and row["kind"] == "run" and row.get(PRIMARY):
             curves.setdefault(row["variant"], {})[float(row[_RATE])] = float(row[PRIMARY])
     tried = sorted({rate for curve in curves.values() for rate in curve})
     return _table(
@@ -132,32 +138,34 @@ def _best(value: float | None, best: float) -> str:
     return f"**{text}**" if value == best else text
 
 
-def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
+def chosen_rates(rows: Sequence[Row], piece: str = _TUNE) -> dict[str, float]:
     """Group -> the rate of the best probe on the split of train; of equals the smaller."""
     best: dict[str, tuple[float, float]] = {}
     for row in rows:
-        if row["piece"] == _TUNE and row["kind"] == "run" and row.get(PRIMARY):
+        if row["piece"] == piece and row["kind"] == "run" and row.get(PRIMARY):
             found = float(row[PRIMARY]), -float(row[_RATE])
             best[row["variant"]] = max(best.get(row["variant"], found), found)
     return {group: -rate for group, (_, rate) in best.items()}
 
 
-def results(rows: Sequence[Row]) -> str:
+def results(rows: Sequence[Row], piece: str = _STUDY) -> str:
     """Mean and spread of each group by each measure, and what it costs to train."""
-    measures = {key: head for key, head in _MEASURES.items() if any(row.get(key) for row in rows)}
-    groups = [*_values(rows, "run", PRIMARY), *_REFERENCES]
+    own = [row for row in rows if row["piece"] == piece]
+    measures = {key: head for key, head in _MEASURES.items() if any(row.get(key) for row in own)}
+    measured = [kind for kind in _REFERENCES if _values(rows, kind, PRIMARY, piece)]
+    groups = [*_values(rows, "run", PRIMARY, piece), *measured]
     lines = []
     for group in groups:
         kind = group if group in _REFERENCES else "run"
-        cells = [_summary(_values(rows, kind, key).get(group, {}), key) for key in measures]
-        lines.append([_REFERENCES.get(group, f"`{group}`"), *cells, *_cost(rows, group)])
+        cells = [_summary(_values(own, kind, key, piece).get(group, {}), key) for key in measures]
+        lines.append([_REFERENCES.get(group, f"`{group}`"), *cells, *_cost(own, group)])
     cost = ["tokens in the encoder", "GFLOPs an image, forward + backward"]
     return _table(["encoder", *measures.values(), *cost], lines)
 
 
 def _cost(rows: Iterable[Row], group: str) -> tuple[str, str]:
     for row in rows:
-        if row["piece"] == _STUDY and row.get("variant") == group and row["kind"] == "run":
+        if row.get("variant") == group and row["kind"] == "run":
             flops = float(row["flops_forward"]) + float(row["flops_backward"])
             return f"{float(row['encoder_tokens']):g}", f"{flops / 1e9:.3f}"
     return "\u2013", "\u2013"
@@ -178,9 +186,9 @@ def _family(values: Mapping[str, Mapping[int, float]], spread: Spread | None) ->
     return Family("pairs" if pooled else "separate", len(values), count)
 
 
-def differences(rows: Sequence[Row]) -> str:
+def differences(rows: Sequence[Row], piece: str = _STUDY) -> str:
     """All pairs by the primary measure, with the intervals and verdicts of all looks."""
-    values = _values(rows, "run", PRIMARY)
+    values = _values(rows, "run", PRIMARY, piece)
     found = follow(values, RULE, MARGIN)
     lines = [
         [f"`{one}` \u2212 `{other}`", *_points(each), str(each.n), _verdict(each)]
@@ -201,53 +209,91 @@ def _verdict(found: Difference) -> str:
     return f"as good within {100 * MARGIN:g} points" if found.is_within(MARGIN) else "undecided"
 
 
-def secondary(rows: Sequence[Row]) -> str:
-    """All pairs by the other measures, whose intervals hold for the pairs of both at once."""
+def shown(rows: Sequence[Row], measured: Sequence[tuple[str, str]] = _SECONDARY) -> str:
+    """The pairs that differ, in intervals that hold for all pairs by all measures at once.
+
+    Args:
+        rows: of the results.
+        measured: piece and measure of each family of pairs.
+    """
     lines = []
-    for measure in _SECONDARY:
-        values = _values(rows, "run", measure)
+    for piece, measure in measured:
+        values = _values(rows, "run", measure, piece)
         spread = pooled_spread(values)
-        family = _family(values, spread)
+        family, level = _family(values, spread), LEVEL / len(measured)
         for one, other in itertools.combinations(values, 2):
-            each = difference(values[one], values[other], family, spread, level=_SECONDARY_LEVEL)
+            each = difference(values[one], values[other], family, spread, level=level)
             if each is not None and each.shown:
-                head = _MEASURES[measure].removesuffix(" (%)")
-                lines.append([f"`{one}` \u2212 `{other}`, {head}", *_points(each), str(each.n)])
+                pair = f"`{one}` \u2212 `{other}`, {_name(measure)}"
+                lines.append([pair, *_points(each), str(each.n)])
     return _table(["difference shown", "points", "95 % interval", "seeds"], lines)
 
 
-def references(rows: Sequence[Row]) -> str:
+def _name(measure: str) -> str:
+    return _MEASURES[measure].removesuffix(" (%)")
+
+
+def references(rows: Sequence[Row], piece: str = _STUDY) -> str:
     """Each group minus the untrained encoder (which fine-tuned is scratch) and raw pixels."""
-    lines = []
-    for measure, head in _MEASURES.items():
-        values = _values(rows, "run", measure)
+    lines, kinds = [], [kind for kind in _REFERENCES if _values(rows, kind, PRIMARY, piece)]
+    for measure in _MEASURES:
+        values = _values(rows, "run", measure, piece)
         family = Family("separate", count=max(len(values), 1))
-        untrained = _values(rows, "untrained", measure).get("untrained", {})
-        pixels = _values(rows, "pixels", measure).get("pixels", {})
+        others = {kind: _values(rows, kind, measure, piece).get(kind, {}) for kind in kinds}
+        spread = pooled_spread({**values, "untrained": others["untrained"]})
         for group, own in values.items():
-            cells = []
-            for other in (untrained, dict.fromkeys(own, *pixels.values()) if pixels else {}):
-                found = difference(own, other, family)
-                cells.append("\u2013" if found is None else "{} ({})".format(*_points(found)))
-            lines.append([f"`{group}`, {head.removesuffix(' (%)')}", *cells])
-    return _table(["encoder, measure", "minus untrained", "minus raw pixels"], lines)
+            found = [difference(own, others["untrained"], family, spread)]
+            if "pixels" in kinds:  # one value, which has no spread
+                constant = {seed: value for value in others["pixels"].values() for seed in own}
+                found.append(difference(own, constant, family))
+            lines.append([f"`{group}`, {_name(measure)}", *map(_interval, found)])
+    return _table(["encoder, measure", *(f"minus {_REFERENCES[kind]}" for kind in kinds)], lines)
+
+
+def _interval(found: Difference | None) -> str:
+    return "\u2013" if found is None else "{} ({})".format(*_points(found))
+
+
+def labels(rows: Sequence[Row]) -> str:
+    """Encoders of nine epochs fine-tuned on shares of the labels, and what that is above scratch.
+
+    The intervals hold for all groups and shares at once.
+    """
+    found = {share: _values(rows, "run", _TUNED, piece) for share, piece in _LABELS.items()}
+    scratch = {
+        share: _values(rows, "untrained", _TUNED, piece).get("untrained", {})
+        for share, piece in _LABELS.items()
+    }
+    groups = list(dict.fromkeys(group for own in found.values() for group in own))
+    family = Family("separate", count=max(len(groups) * len(found), 1))
+    spreads = {s: pooled_spread({**own, "scratch": scratch[s]}) for s, own in found.items()}
+    lines = []
+    for group in groups:
+        values = {share: own.get(group, {}) for share, own in found.items()}
+        means = [_summary(each, _TUNED) for each in values.values()]
+        above = [difference(own, scratch[s], family, spreads[s]) for s, own in values.items()]
+        lines.append([f"`{group}`", *means, *map(_interval, above)])
+    means = [_summary(each, _TUNED) for each in scratch.values()]
+    lines.append(["scratch", *means, *["\u2013"] * len(means)])
+    heads = [*(f"{share} (%)" for share in found), *(f"{share}, minus scratch" for share in found)]
+    return _table(["encoder", *heads], lines)
 
 
 def power(rows: Sequence[Row]) -> str:
     """What the design could have shown: the smallest difference with 80 % power."""
     lines = []
-    for measure, head in _MEASURES.items():
+    for measure in _MEASURES:
         values = _values(rows, "run", measure)
         spread = pooled_spread(values) if len(values) > 1 else None
         if spread is None:
             continue
         seeds = min(map(len, values.values()))
         family = _family(values, spread)
-        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else _SECONDARY_LEVEL
+        own_level = LEVEL / len(_SECONDARY)
+        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else own_level
         smallest = Design(family, seeds, spread.sd, level).smallest()
         shown = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
-        name = head.removesuffix(" (%)")
-        lines.append([name, str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), shown])
+        lines.append([_name(measure), str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), shown])
     heads = ["measure", "seeds", "residual SD", "degrees of freedom", "smallest difference shown"]
     return _table(heads, lines)
 
@@ -270,7 +316,7 @@ def _trained(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     return {
         (row["piece"], row["variant"]): row
         for row in rows
-        if row["piece"] in (_STUDY, _SHORT) and row["kind"] == "run"
+        if row["piece"] in (_STUDY, _SHORT, _LONG) and row["kind"] == "run"
     }
 
 
@@ -284,8 +330,19 @@ def _teraflops(run: Row) -> float:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    each.__name__: each
-    for each in (rates, results, differences, secondary, lengths, references, power)
+    "rates": rates,
+    "results": results,
+    "differences": differences,
+    "secondary": shown,
+    "lengths": lengths,
+    "nine_epochs": partial(shown, measured=[(_LONG, key) for key in _MEASURES]),
+    "labels": labels,
+    "references": references,
+    "power": power,
+    "tiny_rates": partial(rates, piece=_TINY_TUNE),
+    "tiny_results": partial(results, piece=_TINY),
+    "tiny_differences": partial(differences, piece=_TINY),
+    "tiny_references": partial(references, piece=_TINY),
 }
 """Name between the page's marks -> what draws it."""
 
@@ -312,8 +369,9 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
         level = np.mean(list(_values(rows, kind, PRIMARY)[kind].values()))
         axes.axhline(100 * float(level), color="0.4", linestyle=style, label=label)
     axes.set(xscale="log", xlabel="TFLOPs of training", ylabel="linear probe (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, format="png", dpi=160)
 

@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
-# Repeat the study of docs/study.md on the images of a folder: bash scripts/study.sh DIR
-# DIR holds CIFAR-10 as train/CLASS/* and val/CLASS/*. Run again, it goes on where it stopped.
-[ $# -eq 1 ] || { echo "usage: bash scripts/study.sh DIR" >&2; exit 2; }
-images="$(realpath "$1")"
+# Repeat the study of docs/study.md on the images of two folders: bash scripts/study.sh CIFAR10 TINY
+# CIFAR10 holds CIFAR-10 and TINY 100 classes of Tiny-ImageNet, each as train/CLASS/* and val/CLASS/*.
+# Run again, it goes on where it stopped.
+[ $# -eq 2 ] || { echo "usage: bash scripts/study.sh CIFAR10 TINY" >&2; exit 2; }
+cifar="$(realpath "$1")" tiny="$(realpath "$2")"
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 setup ""
+compare() {  # FOLDER NAME...: a comparison of the images in FOLDER by the files configs/study/NAME.yaml
+  local images="$1" files=() name
+  for name in "${@:2}"; do files+=(--config "configs/study/$name.yaml"); done
+  mim compare "${files[@]}" --base.data.path "$images"
+}
 # Rates are chosen on a split of the training images: the comparison never sees val.
-mim compare --config configs/study/tune.yaml --base.data.path "$images/train"
-mim compare --config configs/study/cifar10.yaml --base.data.path "$images"
-mim compare --config configs/study/cifar10.yaml --config configs/study/short.yaml --base.data.path "$images"
-exec python -m benchmarks.study runs/study/tune runs/study/cifar10 runs/study/short
+compare "$cifar/train" tune
+compare "$cifar" cifar10
+compare "$cifar" cifar10 short
+compare "$cifar" cifar10 long
+for share in 1 100; do  # of the labels, for the encoders that are there
+  [ -d "runs/study/labels-$share" ] || cp -r runs/study/long "runs/study/labels-$share"
+  compare "$cifar" cifar10 long "labels_$share"
+done
+compare "$tiny/train" tune tiny_tune
+compare "$tiny" cifar10 tiny
+exec python -m benchmarks.study runs/study/{tune,cifar10,short,long,labels-1,labels-100,tiny-tune,tiny}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,9 +12,9 @@ from benchmarks import study
 from mim.compare.sequential import SeedRule
 
 ROWS = study.read(study.RESULTS.read_text())
-CONFIG, SHORT = (
+CONFIG, SHORT, LONG, TINY = (
     yaml.safe_load((study.ROOT / "configs" / "study" / f"{name}.yaml").read_text())
-    for name in ("cifar10", "short")
+    for name in ("cifar10", "short", "long", "tiny")
 )
 
 
@@ -23,9 +24,12 @@ def test_every_table_is_drawn_from_the_results() -> None:
     assert all(any(f"<!-- {name} -->" in page for page in pages) for name in study.TABLES)
 
 
-def test_each_rate_is_the_one_that_the_rule_takes() -> None:
-    chosen = study.chosen_rates(ROWS)
-    for name, settings in [*CONFIG["variants"].items(), *SHORT["variants"].items()]:
+@pytest.mark.parametrize(
+    ("piece", "configs"), [("tune", [CONFIG, SHORT, LONG]), ("tiny-tune", [TINY])]
+)
+def test_each_rate_is_the_one_that_the_rule_takes(piece: str, configs: list[Any]) -> None:
+    chosen = study.chosen_rates(ROWS, piece)
+    for name, settings in (item for config in configs for item in config["variants"].items()):
         assert settings["optim.base_lr"] == chosen[name.partition(", FLOPs")[0]], name
 
 
@@ -43,10 +47,10 @@ def test_a_difference_of_known_size_gets_its_verdict() -> None:
             "kind": "run",
             "variant": group,
             "seed": str(seed),
-            study.PRIMARY: str(value + 0.001 * ((seed + place) % 2)),
+            study.PRIMARY: str(value + 0.001 * up),
         }
-        for place, (group, value) in enumerate([("a", 0.40), ("b", 0.45), ("c", 0.4505)])
-        for seed in range(4)
+        for group, value, noise in [("a", 0.40, "0101"), ("b", 0.45, "1001"), ("c", 0.4505, "0110")]
+        for seed, up in enumerate(map(int, noise))
     ]
     lines = study.differences(rows).splitlines()[2:]
     assert [line.rsplit("| ", 1)[1].removesuffix(" |") for line in lines] == [
@@ -56,11 +60,12 @@ def test_a_difference_of_known_size_gets_its_verdict() -> None:
     ]
 
 
-def test_equal_flops_are_equal() -> None:
+@pytest.mark.parametrize("piece", ["cifar10", "tiny"])
+def test_equal_flops_are_equal(piece: str) -> None:
     spent = {
         row["variant"]: float(row["train_flops"])
         for row in ROWS
-        if row["piece"] == "cifar10" and row["kind"] == "run"
+        if row["piece"] == piece and row["kind"] == "run"
     }
     assert spent["drop, FLOPs of token"] == pytest.approx(spent["token"], rel=1e-3)
 
