@@ -111,6 +111,6 @@ def _rates(
         return {key: rates.get(key, each * flops[key]) for key in groups}, f"{said} and FLOPs"
     most = _MOST_FLOPS["cuda" if torch.cuda.is_available() else "cpu"]
     if few and sum(flops.values()) <= most:
-        with contextlib.suppress(RuntimeError):  # no memory beside what runs now
+        with contextlib.suppress(torch.OutOfMemoryError):  # another program has the GPU
             return {key: time_step(config) for key, config in first.items()}, "steps measured here"
     return {}, ""
