@@ -281,7 +281,7 @@ def labels(rows: Sequence[Row]) -> str:
 
 def power(rows: Sequence[Row]) -> str:
     """What the design could have shown: the smallest difference with 80 % power."""
-    lines = []
+    lines, secondary = [], LEVEL / len(_SECONDARY)
     for measure in _MEASURES:
         values = _values(rows, "run", measure)
         spread = pooled_spread(values) if len(values) > 1 else None
@@ -289,11 +289,10 @@ def power(rows: Sequence[Row]) -> str:
             continue
         seeds = min(map(len, values.values()))
         family = _family(values, spread)
-        own_level = LEVEL / len(_SECONDARY)
-        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else own_level
+        level = nominal_level(seeds, RULE, family) if measure == PRIMARY else secondary
         smallest = Design(family, seeds, spread.sd, level).smallest()
-        shown = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
-        lines.append([_name(measure), str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), shown])
+        least = "\u2013" if smallest is None else f"{100 * smallest:.1f}"
+        lines.append([_name(measure), str(seeds), f"{100 * spread.sd:.2f}", str(spread.df), least])
     heads = ["measure", "seeds", "residual SD", "degrees of freedom", "smallest difference shown"]
     return _table(heads, lines)
 

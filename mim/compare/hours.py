@@ -103,9 +103,11 @@ def _rates(
     if budget == "seconds":
         return {**costs, **rates}, "measured steps"
     few = len(groups) <= _MOST_GROUPS
-    flops = (
-        costs if budget == "flops" else flops_of_steps(first) if few else dict.fromkeys(first, 1.0)
-    )
+    flops: Mapping[str, float] = dict.fromkeys(first, 1.0)  # a step is a step
+    if budget == "flops":
+        flops = costs
+    elif few:
+        flops = flops_of_steps(first)
     if rates:
         each = sum(rates.values()) / sum(flops[key] for key in rates)
         return {key: rates.get(key, each * flops[key]) for key in groups}, f"{said} and FLOPs"

@@ -19,7 +19,13 @@ from mim.core.fingerprints import check_images
 from mim.core.plugins import beside, keep_plugins
 from mim.core.settings import leaves, read_args, to_dict
 from mim.data import open_source, steps_per_epoch
-from mim.evaluate import EVALUATIONS, Evaluation, build_evaluation, check_files
+from mim.evaluate import (
+    EVALUATIONS,
+    AnyEvaluation,
+    Evaluation,
+    build_evaluation,
+    check_files,
+)
 from mim.training import checkpoint
 from mim.training.settings import load_config
 
@@ -242,25 +248,26 @@ def plan(config: CompareConfig) -> list[Planned]:
         planned.append(Planned(folder, "run", axes, varied))
     if len({item.folder for item in planned}) < len(planned):
         raise UserError("axes: two runs would share a folder; shorten or rename the values")
-    _check_names(config, planned)
+    built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
+    _check_names(config, planned, built)
     if config.evaluations:
         planned += list(_references(config, planned, output))
     planned += list(_given(config, output))
-    built = {name: build_evaluation(name, given) for name, given in config.evaluations.items()}
     for item in planned:
         if item.kind != "pixels":
             check_files(built, Path(item.config.output))
     return planned
 
 
-def _check_names(config: CompareConfig, runs: list[Planned]) -> None:
+def _check_names(
+    config: CompareConfig, runs: list[Planned], built: Mapping[str, AnyEvaluation]
+) -> None:
     """Check the names of measures and groups, and what each group makes of the tuned settings."""
     rule = config.tune_rule
     for setting, wanted in (("primary", config.decides), ("tune.by", rule.by if rule else "")):
         evaluation = wanted.partition(".")[0]
-        if evaluation in config.evaluations:
-            built = build_evaluation(evaluation, config.evaluations[evaluation])
-            check_measure(setting, wanted, built.measures())
+        if evaluation in built:
+            check_measure(setting, wanted, built[evaluation].measures())
     groups = {key: next(iter(own.values())) for key, own in groups_of(runs).items()}
     values = {written(value) for key in groups for value in json.loads(key).values()}
     for setting, wanted in (("against", config.against), ("budget_of", config.budget_of)):

@@ -71,7 +71,8 @@ def _shared(own: tuple[Schedule, ...], shorter: tuple[Schedule, ...]) -> int:
 
 def _same_until(steps: int, one: Schedule, other: Schedule) -> bool:
     spans_all = one.shape in ("linear", "cosine") and one.length is None
-    cools = any((each.cools_from or steps) < steps for each in (one, other))
+    begun = (each.cools_from for each in (one, other))
+    cools = any(step is not None and step < steps for step in begun)
     alike = replace(one, total=0, cooldown=0) == replace(other, total=0, cooldown=0)
     return alike and not spans_all and not cools
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -167,30 +167,44 @@ def _primary(comparison: Comparison, measures: Sequence[Measure]) -> Measure | N
 
 def _corrected(analysis: Analysis, adjusted: Iterable[float], level: float) -> Analysis:
     """Verdicts by adjusted p-values; what could be shown is that of Holm's first step."""
-    verdicts = []
+    known = {}
     for place, (verdict, p) in enumerate(zip(analysis.verdicts, adjusted, strict=False)):
-        kind: Kind = "difference" if p < LEVEL else verdict.kind
-        if kind == "difference" and p >= LEVEL:
-            kind = "undecided"
-        verdict = replace(verdict, kind=kind)
-        if kind == "undecided" and place < _MOST_FORECAST:
-            verdict = _forecast(verdict, STANDING_ALONE, level, analysis.margin)
-        verdicts.append(verdict)
-    known = {verdict.key: verdict for verdict in verdicts}
-    best = (known.get(v.key) or _turned(known.get(v.key[::-1])) for v in analysis.best)
-    return replace(analysis, verdicts=tuple(verdicts), best=tuple(v for v in best if v))
+        kind: Kind = "undecided" if verdict.kind == "difference" else verdict.kind
+        judged = replace(verdict, kind="difference" if p < LEVEL else kind)
+        if judged.kind == "undecided" and place < _MOST_FORECAST:
+            judged = _forecast(judged, STANDING_ALONE, level, analysis.margin)
+        known[verdict.key] = judged
+    best = _facing(known, [verdict.key for verdict in analysis.best])
+    return replace(analysis, verdicts=tuple(known.values()), best=best)
 
 
-def _turned(verdict: Verdict | None) -> Verdict | None:
-    return None if verdict is None else -verdict
+def _facing(
+    known: Mapping[tuple[str, str], Verdict], keys: Iterable[tuple[str, str]]
+) -> tuple[Verdict, ...]:
+    """The verdicts of pairs, each turned to the way its key has it; what is not known is left."""
+    return tuple(
+        known[key] if key in known else -known[key[::-1]]
+        for key in keys
+        if key in known or key[::-1] in known
+    )
 
 
-def _forecast(verdict: Verdict, family: Family, level: float, margin: float) -> Verdict:
-    """With what this design could have shown, and the seeds that would decide."""
+def _forecast(
+    verdict: Verdict, family: Family, level: float, margin: float, most: int | None = None
+) -> Verdict:
+    """With what this design could have shown, and the seeds that would decide.
+
+    Args:
+        verdict: undecided.
+        family: of the difference.
+        level: of the test; that of the last look where seeds are added.
+        margin: of the comparison.
+        most: seeds where they are added until decided; what more would decide is not reckoned then.
+    """
     found = verdict.found
     assert found.error is not None
-    design = Design(family, found.n, found.error * math.sqrt(found.n / 2), level)
-    needed = design.seeds_to_decide(found.mean, margin)
+    design = Design(family, most or found.n, found.error * math.sqrt(found.n / 2), level)
+    needed = None if most else design.seeds_to_decide(found.mean, margin)
     return replace(verdict, smallest=design.smallest(), needed=needed)
 
 
@@ -216,11 +230,10 @@ def _analyse(comparison: Comparison, measure: Measure, primary: bool) -> Analysi
     beside = {key: pair for key, pair in ahead.items() if key[::-1] not in asked}
     # Each pair is judged once: the sentence and the tables say the same of it.
     judged = {verdict.key: verdict for verdict in judge.verdicts([*(asked | beside).values()])}
-    ranked = (judged.get(key) or _turned(judged.get(key[::-1])) for key in ahead)
     return replace(
         empty,
         verdicts=tuple(judged[key] for key in asked if key in judged),
-        best=tuple(verdict for verdict in ranked if verdict is not None),
+        best=_facing(judged, ahead),
         family=judge.family,
         spread=judge.spread,
         looks=judge.progress.looks if judge.progress else 0,
@@ -290,20 +303,15 @@ class _Judge:
     ) -> Verdict:
         if found.error is None:
             return Verdict(first, second, found, "untested")
-        if self.rule is None:
-            equal = p_equal < LEVEL
-            verdict = Verdict(first, second, found, "undecided", p_equal=p_equal)
-        else:
-            equal = found.is_within(self.margin)
-            verdict = Verdict(first, second, found, "undecided")
+        equal = found.is_within(self.margin) if self.rule else p_equal < LEVEL
         kind: Kind = "difference" if found.shown else "equal" if equal else "undecided"
+        verdict = Verdict(first, second, found, kind, p_equal=None if self.rule else p_equal)
         if kind != "undecided" or not forecast:
-            return replace(verdict, kind=kind)
+            return verdict
         if self.rule is None:
             return _forecast(verdict, self.family, LEVEL, self.margin)
         level = nominal_level(self.rule.most, self.rule, self.family)
-        sd = found.error * math.sqrt(found.n / 2)
-        return replace(verdict, smallest=Design(self.family, self.rule.most, sd, level).smallest())
+        return _forecast(verdict, self.family, level, self.margin, self.rule.most)
 
 
 def _widened(found: Difference, images: Source) -> Difference:

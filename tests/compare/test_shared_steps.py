@@ -75,7 +75,9 @@ def test_what_is_shared_follows_from_the_schedules(tmp_path: Path, tiny_tree: Tr
     spans_all = {"optim.decay_schedule.shape": "cosine", "optim.decay_schedule.to": 0.1}
     cools_before = {"optim.decay_schedule.cooldown": 0.4, "optim.decay_schedule.to": 0.1}
     warms_by_length = {"optim.warmup_epochs": 0.6}  # at most a half of the shortest
-    for settings in ({"optim.schedule": {"shape": "cosine"}}, spans_all, cools_before):
+    cools_at_once = {**cools_before, "optim.decay_schedule.cooldown": 0.999}
+    cosine = {"optim.schedule": {"shape": "cosine"}}
+    for settings in (cosine, spans_all, cools_before, cools_at_once):
         assert begins(compare(tmp_path, tiny_tree({**COOLED, **settings}))) == apart
     found = begins(compare(tmp_path, tiny_tree({**COOLED, **warms_by_length})))
     assert found == {one: [], two: [], four: [(two, 40)]}
